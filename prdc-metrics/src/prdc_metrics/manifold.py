@@ -1,0 +1,135 @@
+"""The real manifold, computed once and reused for every model and checkpoint (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prdc_metrics import metrics as core
+from prdc_metrics.schedule import Schedule
+
+FORMAT = "1"
+
+
+class RealManifold:
+    """Real features with their squared radii.
+
+    Example:
+        >>> manifold = RealManifold.fit(real, ks=(3, 5))
+        >>> manifold.score(fake).values[5]["coverage"]
+    """
+
+    def __init__(self, features: Tensor, ks: tuple[int, ...], squared: Tensor):
+        self.features, self.ks, self.squared = features, ks, squared
+
+    @classmethod
+    def fit(
+        cls,
+        real,
+        ks: Sequence[int] = (5,),
+        *,
+        device: str | torch.device | None = None,
+        precision: str = "auto",
+        tile: int | None = None,
+    ) -> RealManifold:
+        """Radii of real features (N, D) for each k. Errors as `compute_prdc`."""
+        features = core.as_features(real, "real", device)
+        ks = core.checked_ks(ks, features, "real")
+        squared, _ = core.squared_radii(
+            features, ks, Schedule.of_process(tile), core.chosen_precision(precision), "real"
+        )
+        return cls(features, ks, squared)
+
+    @property
+    def radii(self) -> Tensor:
+        """(N, K) float64, not squared, one column per k in ascending order."""
+        return self.squared.sqrt()
+
+    def score(
+        self,
+        fake,
+        *,
+        metrics: Iterable[str] | None = None,
+        precision: str = "auto",
+        tile: int | None = None,
+        closed_ball: bool = False,
+        masks: bool = False,
+    ) -> core.PRDCResult:
+        """The metrics of fake features (M, D) against this manifold, for all its ks. Errors as `compute_prdc`."""
+        start = time.perf_counter()
+        fake = core.as_features(fake, "fake", self.features.device)
+        names = core.chosen_metrics(metrics)
+        if fake.shape[1] != self.features.shape[1]:
+            raise ValueError(f"real has {self.features.shape[1]} dimensions and fake {fake.shape[1]}")
+        if "recall" in names:
+            core.checked_ks(self.ks, fake, "fake")
+        return core.score(
+            self.features,
+            self.squared,
+            fake,
+            self.ks,
+            names,
+            Schedule.of_process(tile),
+            core.chosen_precision(precision),
+            closed_ball,
+            masks,
+            verified=0,
+            start=start,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write features, radii, ks and a checksum as one safetensors file, whole or not at all."""
+        tensors = {"features": self.features.cpu().contiguous(), "squared_radii": self.squared.cpu().contiguous()}
+        meta = {"format": FORMAT, "ks": json.dumps(self.ks), "sha256": _checksum(tensors)}
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=meta)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> RealManifold:
+        """Read a saved manifold.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: cut off, altered, or no manifold.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no manifold at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+        if meta.get("format") != FORMAT or set(tensors) != {"features", "squared_radii"}:
+            raise ValueError(f"{path} is no manifold of format {FORMAT}")
+        if meta.get("sha256") != _checksum(tensors):
+            raise ValueError(f"{path}: contents do not match their checksum; fit the manifold again")
+        return cls(
+            core.as_features(tensors["features"], "real", device),
+            tuple(json.loads(meta["ks"])),
+            tensors["squared_radii"].to(device),
+        )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

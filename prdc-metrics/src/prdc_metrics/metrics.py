@@ -1,0 +1,287 @@
+"""Precision, recall, density and coverage (paper, section 3), exact for any input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prdc_metrics.balls import Membership, ball_membership
+from prdc_metrics.distances import PRECISIONS
+from prdc_metrics.expectation import expected_coverage, expected_density
+from prdc_metrics.neighbours import nearest_squared
+from prdc_metrics.schedule import Schedule
+
+METRICS = ("precision", "recall", "density", "coverage")
+
+
+@dataclass(frozen=True)
+class PRDCResult:
+    """Values and integer counts per k; with `masks=True` also the per-sample decisions (K columns, one per k)."""
+
+    num_real: int
+    num_fake: int
+    ks: tuple[int, ...]
+    values: dict[int, dict[str, float]]
+    counts: dict[int, dict[str, int]]  # numerators; the denominators are M, N, k M and N
+    expected_density: dict[int, float]
+    expected_coverage: dict[int, float]
+    recheck_pairs: int  # pairs whose distance was computed exactly
+    device: str
+    seconds: float
+    real_radii: Tensor | None = None  # (N, K) float64, not squared
+    fake_radii: Tensor | None = None  # (M, K) float64
+    fake_counts: Tensor | None = None  # (M, K) int64, number of real balls that contain the fake
+    precision_mask: Tensor | None = None  # (M, K) bool
+    recall_mask: Tensor | None = None  # (N, K) bool
+    coverage_mask: Tensor | None = None  # (N, K) bool
+
+    def to_json(self) -> str:
+        """Everything but the per-sample tensors, as one JSON object."""
+        names = ("num_real", "num_fake", "values", "counts", "expected_density", "expected_coverage")
+        names += ("recheck_pairs", "device", "seconds")
+        return json.dumps({name: getattr(self, name) for name in names}, indent=2)
+
+
+def compute_prdc(
+    real_features,
+    fake_features,
+    nearest_k: int,
+    *,
+    metrics: Iterable[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    tile: int | None = None,
+    closed_ball: bool = False,
+) -> dict[str, float]:
+    """Drop-in for `prdc.compute_prdc`: the four metrics of the paper (section 3) for one k.
+
+    Args:
+        real_features: (N, D) array or tensor, any real dtype.
+        fake_features: (M, D).
+        nearest_k: k, 1 <= k <= N - 1, and <= M - 1 when recall is asked.
+        metrics: names to compute, default all four; leaving recall out saves the fake-fake distances.
+        device: where to compute, default where the features are.
+        precision: of the filter ("auto", "float32", "tf32", "bf16", "float64"); the result does not depend on it.
+        tile: side of a distance tile; the result does not depend on it.
+        closed_ball: count points on the sphere as inside (the paper's balls are open).
+
+    Returns:
+        Python floats under "precision", "recall", "density", "coverage". Density may exceed 1: its range is [0, N / k].
+
+    Raises:
+        ValueError: not 2-D, D differs, NaN or infinite values, empty sets, k out of range, unknown metric.
+        TypeError: nearest_k is no integer.
+    """
+    k = _integer(nearest_k)
+    result = prdc(
+        real_features,
+        fake_features,
+        (k,),
+        metrics=metrics,
+        device=device,
+        precision=precision,
+        tile=tile,
+        closed_ball=closed_ball,
+    )
+    return result.values[k]
+
+
+def prdc(
+    real,
+    fake,
+    ks: Sequence[int] = (5,),
+    *,
+    metrics: Iterable[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    tile: int | None = None,
+    closed_ball: bool = False,
+    masks: bool = False,
+) -> PRDCResult:
+    """The metrics for several k in one pass, with counts, expectations and (masks=True) per-sample decisions.
+
+    Under an initialised torch.distributed every rank passes the same features and the ranks share the work; all get
+    the same result. Arguments and errors as `compute_prdc`.
+    """
+    start = time.perf_counter()
+    real, fake = as_features(real, "real", device), as_features(fake, "fake", device)
+    names, ks = chosen_metrics(metrics), checked_ks(ks, real, "real")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"real has {real.shape[1]} dimensions and fake {fake.shape[1]}")
+    if "recall" in names:
+        checked_ks(ks, fake, "fake")
+    schedule, precision = Schedule.of_process(tile), chosen_precision(precision)
+    real_squared, verified = squared_radii(real, ks, schedule, precision, "real")
+    return score(real, real_squared, fake, ks, names, schedule, precision, closed_ball, masks, verified, start)
+
+
+def knn_radii(
+    x, k: int, *, device: str | torch.device | None = None, precision: str = "auto", tile: int | None = None
+) -> Tensor:
+    """Distance of every row to its k-th nearest other row: (n, D) -> (n,) float64, not squared (NND_k)."""
+    x = as_features(x, "x", device)
+    ks = checked_ks((k,), x, "x")
+    return squared_radii(x, ks, Schedule.of_process(tile), chosen_precision(precision), "x")[0][:, 0].sqrt()
+
+
+def score(
+    real: Tensor,
+    real_squared: Tensor,
+    fake: Tensor,
+    ks: tuple[int, ...],
+    names: tuple[str, ...],
+    schedule: Schedule,
+    precision: str,
+    closed_ball: bool,
+    masks: bool,
+    verified: int,
+    start: float,
+) -> PRDCResult:
+    """From real radii (N, K) to the result; real, fake and ks have been checked."""
+    fake_squared = None
+    if "recall" in names:
+        fake_squared, more = squared_radii(fake, ks, schedule, precision, "fake")
+        verified += more
+    with exact_arithmetic(precision, fake):
+        in_real, in_fake, more = ball_membership(
+            real, fake, real_squared, fake_squared, schedule, precision, closed_ball
+        )
+    values, counts = _values(in_real, in_fake, ks, names)
+    per_sample = {}
+    if masks:
+        per_sample = {
+            "real_radii": real_squared.sqrt(),
+            "fake_counts": in_real.counts,
+            "precision_mask": in_real.counts > 0,
+            "coverage_mask": in_real.occupied,
+        }
+        if in_fake is not None:
+            per_sample |= {"fake_radii": fake_squared.sqrt(), "recall_mask": in_fake.counts > 0}
+    return PRDCResult(
+        num_real=len(real),
+        num_fake=len(fake),
+        ks=ks,
+        values=values,
+        counts=counts,
+        expected_density={k: expected_density(len(real), len(fake), k) for k in ks},
+        expected_coverage={k: expected_coverage(len(real), len(fake), k) for k in ks},
+        recheck_pairs=verified + more,
+        device=str(real.device),
+        seconds=time.perf_counter() - start,
+        **per_sample,
+    )
+
+
+def _values(
+    in_real: Membership, in_fake: Membership | None, ks: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, int]]]:
+    num_real, num_fake = len(in_real.occupied), len(in_real.counts)
+    values, counts = {}, {}
+    for column, k in enumerate(ks):
+        counts[k] = {
+            "precision": int((in_real.counts[:, column] > 0).sum()),
+            "recall": 0 if in_fake is None else int((in_fake.counts[:, column] > 0).sum()),
+            "density": int(in_real.counts[:, column].sum()),
+            "coverage": int(in_real.occupied[:, column].sum()),
+        }
+        size = {"precision": num_fake, "recall": num_real, "density": k * num_fake, "coverage": num_real}
+        counts[k] = {name: counts[k][name] for name in names}
+        values[k] = {name: counts[k][name] / size[name] for name in names}
+    return values, counts
+
+
+def squared_radii(
+    x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision: str, name: str
+) -> tuple[Tensor, int]:
+    """NND_k^2 for each k: (n, D) -> (n, K) float64, and the number of verified pairs. Warns about zero radii."""
+    with exact_arithmetic(precision, x):
+        nearest, verified = nearest_squared(x, max(ks), schedule, precision)
+    radii = nearest[:, [k - 1 for k in ks]]
+    empty = int((radii[:, 0] == 0).sum())
+    if empty:
+        warnings.warn(
+            f"{empty} of {len(x)} {name} balls have radius 0 (at least {ks[0]} copies of the point each): "
+            "an open ball of radius 0 contains nothing",
+            stacklevel=3,
+        )
+    return radii, verified
+
+
+def as_features(x, name: str, device: str | torch.device | None = None) -> Tensor:
+    """Check features and put them on `device`: (n, D), floating, finite. Integers become float64.
+
+    Raises:
+        ValueError: not 2-D, empty, NaN or infinite, or values whose squares leave the range of float64.
+    """
+    x = torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x), device=device).detach()
+    if x.is_complex():
+        raise ValueError(f"{name} must be real-valued, got {x.dtype}")
+    if x.dim() != 2 or 0 in x.shape:
+        raise ValueError(f"{name} must have shape (samples, dimensions), both at least 1, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        x = x.double()
+    finite = x.isfinite().all(1)
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0]
+        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(x)} rows, first in row {int(bad[0])}")
+    if x.dtype == torch.float64:
+        largest = float(x.abs().max())
+        if largest > 2.0**500 or 0 < largest < 2.0**-450:
+            raise ValueError(f"{name} has magnitude {largest:g}: rescale both sets, the metrics do not depend on scale")
+    return x.contiguous()
+
+
+def checked_ks(ks: Sequence[int], x: Tensor, name: str) -> tuple[int, ...]:
+    """Each k an integer in 1..n-1; returned ascending without repeats."""
+    ks = tuple(sorted({_integer(k) for k in ks}))
+    if not ks:
+        raise ValueError("ks is empty")
+    if ks[0] < 1 or ks[-1] > len(x) - 1:
+        raise ValueError(f"k must lie in 1..{len(x) - 1} for {len(x)} {name} samples, got {ks[0] if ks[0] < 1 else ks[-1]}")
+    return ks
+
+
+def _integer(k) -> int:
+    if isinstance(k, (bool, np.bool_)):
+        raise ValueError("k must be an integer, got a bool")
+    return operator.index(k)
+
+
+def chosen_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
+    """The asked names in the paper's order; raises ValueError for unknown ones."""
+    if metrics is None:
+        return METRICS
+    asked = {metrics} if isinstance(metrics, str) else set(metrics)
+    if not asked or asked - set(METRICS):
+        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {sorted(asked)}")
+    return tuple(name for name in METRICS if name in asked)
+
+
+def chosen_precision(precision: str) -> str:
+    """"auto" is float32; it has the tightest bounds of the fast types."""
+    if precision == "auto":
+        return "float32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+@contextlib.contextmanager
+def exact_arithmetic(precision: str, x: Tensor) -> Iterator[None]:
+    """The matrix product as the error bound assumes it: no autograd, no autocast, tf32 only where asked."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" and x.is_cuda else "highest")
+    try:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

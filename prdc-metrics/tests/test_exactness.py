@@ -1,0 +1,191 @@
+"""Properties of the exact metrics, and data made to break filters."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prdc_metrics import RealManifold, compute_prdc, expected_coverage, knn_radii, prdc
+from prdc_metrics.distances import Frame
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0")
+
+
+def definition(real, fake, k, closed=False):
+    """The paper's formulas on all float64 differences: counts, recall mask, coverage mask."""
+    real, fake = real.astype(np.float64), fake.astype(np.float64)
+
+    def squared(a, b):
+        return ((a[:, None] - b[None]) ** 2).sum(-1)
+
+    def radii(x):
+        d = squared(x, x)
+        np.fill_diagonal(d, np.inf)
+        return np.sort(d, 1)[:, k - 1]
+
+    compare = np.less_equal if closed else np.less
+    d = squared(real, fake)
+    in_real, in_fake = compare(d, radii(real)[:, None]), compare(d, radii(fake)[None])
+    return in_real.sum(0), in_fake.any(1), in_real.any(1)
+
+
+def agree(real, fake, k, closed=False, **options):
+    counts, recall, coverage = definition(real, fake, k, closed)
+    result = prdc(real, fake, (k,), masks=True, closed_ball=closed, **options)
+    np.testing.assert_array_equal(result.fake_counts[:, 0].cpu().numpy(), counts)
+    np.testing.assert_array_equal(result.recall_mask[:, 0].cpu().numpy(), recall)
+    np.testing.assert_array_equal(result.coverage_mask[:, 0].cpu().numpy(), coverage)
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_small_integer_data_full_of_ties(data):
+    """Integer coordinates: distances are exact in any order, so ties are real ties."""
+    n, m, dim = (data.draw(st.integers(2, 40)), data.draw(st.integers(2, 40)), data.draw(st.integers(1, 4)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    width = data.draw(st.integers(1, 6))
+    real, fake = rng.integers(0, width, (n, dim)), rng.integers(0, width, (m, dim))
+    k = data.draw(st.integers(1, min(n, m) - 1))
+    agree(real, fake, k, data.draw(st.booleans()), precision=data.draw(st.sampled_from(["float32", "bf16", "tf32"])))
+
+
+def _hard_sets():
+    rng = np.random.default_rng(5)
+    normal = rng.standard_normal((700, 12))
+    yield "plain", normal[:400], normal[400:]
+    yield "offset", (normal[:400] + 1e7), (normal[400:] + 1e7)
+    yield "five huge rows", np.concatenate([normal[:395], normal[395:400] * 1e4]), normal[400:]
+    yield "two far clusters", normal[:400] + 1e6 * (np.arange(400) % 2)[:, None], normal[400:] + 1e6
+    yield "wide fakes", normal[:400], normal[400:] * 6
+    yield "narrow fakes", normal[:400], normal[400:] * 0.05
+    yield "wide reals", normal[:400] * 20, normal[400:]
+    yield "copies", normal[:400], normal[rng.permutation(400)]
+    yield "copies far away", (normal[:400] + 1e5).astype("f"), (normal[rng.permutation(400)] + 1e5).astype("f")
+    yield "each row k+1 times", np.repeat(normal[:70], 6, 0), normal[400:]
+    yield "one blank in three", normal[:400] * (np.arange(400) % 3 > 0)[:, None], normal[400:]
+    yield "fakes far from reals", normal[:400], normal[400:] + 1e5
+    yield "tiny scale", normal[:400] * 2.0**-400, normal[400:] * 2.0**-400
+    yield "mixed scale", np.concatenate([normal[:200] * 1e-30, normal[200:400]]), normal[400:] * 1e-30
+    yield "odd sizes", normal[:257], normal[400:401].repeat(7, 0) + np.arange(7)[:, None]
+
+
+HARD_SETS = list(_hard_sets())
+
+
+@pytest.mark.parametrize("tile", [64, 96, None])
+@pytest.mark.parametrize("name, real, fake", HARD_SETS, ids=lambda x: x if isinstance(x, str) else "")
+def test_hard_data_equals_the_definition(name, real, fake, tile):
+    agree(real, fake, 5, tile=tile)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "float64"])
+@pytest.mark.parametrize("name, real, fake", HARD_SETS, ids=lambda x: x if isinstance(x, str) else "")
+def test_hard_data_in_any_filter_precision(name, real, fake, precision):
+    agree(real, fake, 3, precision=precision, tile=128)
+
+
+def test_copies_give_exactly_one():
+    """k - 1 neighbours and the point itself lie strictly inside; the k-th lies on the sphere."""
+    x = np.random.default_rng(0).standard_normal((257, 48)).astype("f") + 1000
+    assert set(compute_prdc(x, x[::-1].copy(), 5, tile=64).values()) == {1.0}
+
+
+def test_one_huge_row_does_not_widen_the_bracket_of_the_others():
+    x = np.random.default_rng(0).standard_normal((2000, 64))
+    calm = prdc(x[:1000], x[1000:]).recheck_pairs
+    x[:5] *= 1e4
+    assert prdc(x[:1000], x[1000:]).recheck_pairs < 3 * calm
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "float64"])
+@pytest.mark.parametrize("kind", ["normal", "positive", "tiny", "heavy", "clusters"])
+def test_the_bracket_holds(precision, kind):
+    """lower <= exact <= lower + slacks for every pair of an adversarial tile."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(128, 512, generator=g, dtype=torch.float64)
+    x = {
+        "normal": x,
+        "positive": x.abs() + 3,
+        "tiny": x * 1e-38,
+        "heavy": x / torch.rand(128, 1, generator=g, dtype=torch.float64) ** 3,
+        "clusters": x + 1e5 * (torch.arange(128) % 2)[:, None],
+    }[kind]
+    frame = Frame(x, precision=precision)
+    points = frame.points(x)
+    out = points.values.new_empty(128 * 128)
+    lower = frame.lower_bounds(points, slice(0, 128), points, slice(0, 128), out).double()
+    exact = torch.cdist(x * frame.scale, x * frame.scale, compute_mode="donot_use_mm_for_euclid_dist").square()
+    upper = lower + points.slack.double()[:, None] + points.slack.double()
+    assert (lower <= exact * (1 + 1e-12)).all()
+    assert (exact <= upper * (1 + 1e-12)).all()
+
+
+def test_order_scale_and_roles():
+    rng = np.random.default_rng(3)
+    real, fake = rng.standard_normal((300, 10)), rng.standard_normal((170, 10)) + 0.3
+    values = compute_prdc(real, fake, 4)
+    assert compute_prdc(rng.permutation(real), rng.permutation(fake), 4) == values
+    for exponent in (-300, -80, 64, 300):
+        assert compute_prdc(real * 2.0**exponent, fake * 2.0**exponent, 4) == values
+    swapped = compute_prdc(fake, real, 4)
+    assert (swapped["precision"], swapped["recall"]) == (values["recall"], values["precision"])
+    assert swapped["density"] != values["density"]
+
+
+def test_float32_extremes():
+    rng = np.random.default_rng(3)
+    real, fake = rng.standard_normal((200, 8)).astype("f"), rng.standard_normal((150, 8)).astype("f")
+    values = compute_prdc(real, fake, 4)
+    for exponent in (-80, 64):
+        assert compute_prdc(real * np.float32(2.0**exponent), fake * np.float32(2.0**exponent), 4) == values
+
+
+@pytest.mark.parametrize("law", ["standard_normal", "uniform", "standard_cauchy"])
+@pytest.mark.parametrize("n, m, k", [(120, 120, 5), (60, 240, 1), (240, 60, 5)])
+def test_expectations_hold_for_any_law(law, n, m, k):
+    """Lemmas 1 and 2 by Monte Carlo; N != M catches M in the numerator."""
+    draws = []
+    for seed in range(60):
+        draw = getattr(np.random.default_rng(seed), law)
+        values = compute_prdc(draw(size=(n, 3)), draw(size=(m, 3)), k, metrics=("density", "coverage"))
+        draws.append((values["density"], values["coverage"]))
+    mean, error = np.mean(draws, 0), np.std(draws, 0) / np.sqrt(len(draws))
+    assert abs(mean[0] - 1) < 4 * error[0]
+    assert abs(mean[1] - expected_coverage(n, m, k)) < 4 * error[1]
+
+
+def test_several_ks_and_the_manifold_equal_single_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((400, 6)), rng.standard_normal((350, 6)) * 1.2
+    many = prdc(real, fake, (10, 1, 3))
+    assert many.ks == (1, 3, 10)
+    manifold = RealManifold.fit(real, (1, 3, 10))
+    manifold.save(tmp_path / "real.safetensors")
+    for k in many.ks:
+        assert many.values[k] == compute_prdc(real, fake, k)
+        assert RealManifold.load(tmp_path / "real.safetensors").score(fake).values[k] == many.values[k]
+    assert torch.equal(manifold.radii[:, 1], knn_radii(real, 3))
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_the_callers_matmul_settings_do_not_matter(precision):
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((300, 64)).astype("f"), rng.standard_normal((300, 64)).astype("f")
+    expected = compute_prdc(real, fake, 5)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert compute_prdc(real, fake, 5) == expected
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "float64"])
+@pytest.mark.parametrize("name, real, fake", HARD_SETS, ids=lambda x: x if isinstance(x, str) else "")
+def test_cuda_equals_the_definition(name, real, fake, precision):
+    agree(real, fake, 5, precision=precision, device="cuda")

@@ -1,0 +1,123 @@
+"""Bad input: one clear error, as the card of the reference's behaviour says; good odd input works."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prdc_metrics import PRDCMetric, RealManifold, compute_prdc, prdc, realism, smallest_k, subsample_intervals
+
+X = np.random.default_rng(0).standard_normal((30, 4))
+CASES = {
+    "NaN in real": (np.where(np.arange(30)[:, None] == 7, np.nan, X), X, 5),
+    "inf in real": (np.where(np.arange(30)[:, None] == 7, np.inf, X), X, 5),
+    "1-D input": (X[:, 0], X, 5),
+    "3-D input": (X[None], X, 5),
+    "feature dims differ": (X, X[:, :3], 5),
+    "nearest_k=0": (X, X, 0),
+    "nearest_k=-1": (X, X, -1),
+    "nearest_k=5.0": (X, X, 5.0),
+    "empty fake": (X, X[:0], 5),
+    "nearest_k > N-2 (k=N-1)": (X, X, 29),
+    "nearest_k > N-1": (X, X, 30),
+    "Python lists": (X.tolist(), X.tolist(), 5),
+    "torch CPU tensor float64": (torch.tensor(X), torch.tensor(X), 5),
+    "torch tensor with requires_grad": (torch.tensor(X, requires_grad=True), torch.tensor(X), 5),
+    "bfloat16 tensor": (torch.tensor(X).bfloat16(), torch.tensor(X).bfloat16(), 5),
+    "integer or uint8 arrays": ((X * 50).astype(int), (X * 50).astype(np.int8), 5),
+    "real float32, fake float64": (X.astype("f"), X, 5),
+}
+
+
+@pytest.mark.parametrize(
+    "row", json.loads((Path(__file__).parent / "golden" / "error_behaviour.json").read_text()), ids=lambda r: r["case"]
+)
+def test_odd_input(row):
+    real, fake, k = CASES[row["case"]]
+    expected = row.get("ours", row["reference"])
+    if expected in ("ValueError", "TypeError"):
+        with pytest.raises({"ValueError": ValueError, "TypeError": TypeError}[expected]):
+            compute_prdc(real, fake, k)
+    else:
+        assert all(0 <= value <= 30 for value in compute_prdc(real, fake, k).values())
+
+
+def test_messages_name_the_place():
+    with pytest.raises(ValueError, match="real has NaN or infinite values in 1 of 30 rows, first in row 7"):
+        compute_prdc(*CASES["NaN in real"])
+    with pytest.raises(ValueError, match="real has 4 dimensions and fake 3"):
+        compute_prdc(X, X[:, :3], 5)
+    with pytest.raises(ValueError, match=r"k must lie in 1..29 for 30 real samples, got 30"):
+        compute_prdc(X, X, 30)
+    with pytest.raises(ValueError, match="bool"):
+        compute_prdc(X, X, True)
+    with pytest.raises(ValueError, match="metrics must be some of"):
+        compute_prdc(X, X, 5, metrics=("fid",))
+    with pytest.raises(ValueError, match="rescale"):
+        compute_prdc(X * 1e200, X, 5)
+    with pytest.warns(UserWarning, match="radius 0"):
+        compute_prdc(np.zeros((10, 2)), X[:, :2], 3)
+
+
+def test_few_fakes_are_fine_without_recall():
+    values = compute_prdc(X, X[:2] + 0.01, 5, metrics=("density", "coverage"))
+    assert list(values) == ["density", "coverage"]
+    with pytest.raises(ValueError, match="2 fake samples"):
+        compute_prdc(X, X[:2] + 0.01, 5)
+
+
+def test_leaving_recall_out_skips_the_fake_fake_pass(monkeypatch):
+    import prdc_metrics.metrics as metrics
+
+    seen = []
+    original = metrics.nearest_squared
+    monkeypatch.setattr(metrics, "nearest_squared", lambda x, *rest: seen.append(len(x)) or original(x, *rest))
+    compute_prdc(X, X[:20], 3, metrics=("precision", "density", "coverage"))
+    assert seen == [30]
+
+
+def test_streaming_equals_one_call_and_merges():
+    one, two = PRDCMetric(ks=(3,)), PRDCMetric(ks=(3,))
+    one.update(real=X[:10], fake=X[:5] + 0.1)
+    two.update(real=X[10:])
+    two.update(fake=X[5:] + 0.1)
+    assert one.merge(two).compute().values == prdc(X, X + 0.1, (3,)).values
+    with pytest.raises(ValueError, match="dimensions"):
+        one.update(fake=X[:, :2])
+    one.reset()
+    with pytest.raises(ValueError, match="both are needed"):
+        one.compute()
+
+
+def test_manifold_file_that_was_cut_or_changed_is_refused(tmp_path):
+    path = tmp_path / "real.safetensors"
+    RealManifold.fit(X, (5,)).save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-8], whole[:40], b"", whole[:-3] + b"\x00\x01\x02"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="real.safetensors"):
+            RealManifold.load(path)
+    with pytest.raises(FileNotFoundError):
+        RealManifold.load(tmp_path / "none.safetensors")
+
+
+def test_realism():
+    scores = realism(X, np.concatenate([X[:1], X[:1] + 100]), 5)
+    assert scores[1] < 0.1
+    inside = realism(X, X.mean(0, keepdims=True), 5)
+    assert inside.shape == (1,) and inside > 0
+    assert torch.isinf(realism(X, X, 5)).sum() == 15  # the half of the reals with the smaller radii
+
+
+def test_subsample_intervals_do_not_repeat_points():
+    table = subsample_intervals(X, X + 0.01, 3, n=8)
+    assert (table.low <= table["mean"]).all() and (table["mean"] <= table.high).all()
+    assert table.loc["coverage", "mean"] > 0.3  # halves drawn with replacement would have radii near 0
+
+
+def test_smallest_k():
+    assert smallest_k(10_000, 10_000) == 5
+    with pytest.raises(ValueError, match="no k below"):
+        smallest_k(3, 1, 0.99)
