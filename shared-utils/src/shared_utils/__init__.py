@@ -1,0 +1,1 @@
+"""Seeding, logging and run logs for the projects of this workspace."""

@@ -1,0 +1,57 @@
+"""Console output: log and progress on stderr, tables on stdout; only rank 0 speaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def rank() -> int:
+    """This process's rank under torch.distributed or torchrun, else 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", 0))
+
+
+def quiet() -> bool:
+    """No live output: stderr is no terminal, CI is set, or this is not rank 0."""
+    return not sys.stderr.isatty() or bool(os.environ.get("CI")) or rank() != 0
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger on stderr: INFO on rank 0, warnings elsewhere; rich in a terminal, plain otherwise."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        if quiet():
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        else:
+            handler = RichHandler(console=Console(stderr=True), show_path=False)
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    return logger
+
+
+def progress() -> Progress:
+    """A progress display with count and time left, to be used as a context manager."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet(),
+    )
+
+
+def console() -> Console:
+    """Console for tables on stdout; wide enough for them where stdout is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=140)

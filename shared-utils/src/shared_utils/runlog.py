@@ -1,0 +1,194 @@
+"""A finished run is one JSON line. Logs survive kills and many writers; nothing in them is ever edited."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from shared_utils.logging import get_logger, progress
+from shared_utils.tables import Run
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run returns: the table's metrics, further facts (integer counts), and the data it ran on."""
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+
+
+def key_of(record: dict) -> tuple:
+    """What makes two records the same run."""
+    return tuple(record[name] for name in ("table", "row", "scale", "seed", "settings_hash"))
+
+
+class RunLog:
+    """An append-only file of JSON lines."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    def append(self, *records: dict, force: bool = False) -> int:
+        """Add records in one locked write; returns how many.
+
+        A run that is there already is left out, unless `force` is given: then the new record supersedes the old one at
+        reading. ValueError for NaN or infinite metrics.
+        """
+        lines = {key_of(record): json.dumps(record, allow_nan=False).encode() + b"\n" for record in records}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            known = set() if force else self.keys()
+            new = [line for key, line in lines.items() if key not in known]
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    new.insert(0, b"\n")  # a kill tore the last line: keep it apart
+            file.write(b"".join(new))
+            file.flush()
+            os.fsync(file.fileno())
+        return len([line for line in new if line != b"\n"])
+
+    def records(self) -> list[dict]:
+        """All records, the last of each run; lines that are no record are reported and skipped."""
+        found: dict[tuple, dict] = {}
+        if self.path.exists():
+            for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+                try:
+                    record = json.loads(line)
+                    found[key_of(record)] = record
+                except (ValueError, KeyError, TypeError):
+                    logger.warning("%s line %d is cut off or no record; skipped", self.path.name, number)
+        return list(found.values())
+
+    def keys(self) -> set[tuple]:
+        """The runs in the log."""
+        return {key_of(record) for record in self.records()}
+
+    def frame(self) -> pd.DataFrame:
+        """One row per record, its metrics as columns."""
+        return pd.DataFrame([{**record, **record["metrics"]} for record in self.records()])
+
+
+def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Device, threads, versions, git commit and whether the tree was clean (False outside git)."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({_processor()})",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)},
+        "commit": git("rev-parse", "HEAD"),
+        "clean": git("status", "--porcelain") == "",
+    }
+
+
+def run_missing(
+    project: str,
+    runs: Sequence[Run],
+    log: RunLog,
+    execute: Callable[[dict, int], Outcome],
+    *,
+    repository: Path,
+    packages: Sequence[str] = (),
+    force: bool = False,
+) -> list[dict]:
+    """Execute the runs that the log lacks and append each record as soon as it is finished.
+
+    Args:
+        project: name written into the records.
+        runs: from `Table.runs`.
+        log: where to look and to append.
+        execute: settings and seed to an `Outcome`.
+        repository: checkout whose commit is recorded.
+        packages: further packages whose versions are recorded.
+        force: run all, superseding what is there.
+
+    Returns:
+        The new records.
+    """
+    done = set() if force else log.keys()
+    missing = [run for run in runs if run.key not in done]
+    source = provenance(repository, packages)
+    source["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    finished = []
+    with progress() as bar:
+        task = bar.add_task(project, total=len(missing))
+        for run in missing:
+            bar.update(task, description=f"{project} {run.table} {run.row} seed {run.seed}")
+            record = _measure(project, run, execute) | source
+            log.append(record, force=force)
+            finished.append(record)
+            bar.advance(task)
+    return finished
+
+
+def _measure(project: str, run: Run, execute: Callable[[dict, int], Outcome]) -> dict:
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    wall, cpu = time.perf_counter(), time.process_time()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    outcome = execute(run.settings, run.seed)
+    lacking = set(run.metrics) - set(outcome.metrics)
+    if lacking:
+        raise ValueError(f"{run.table}, {run.row}: the run did not return {', '.join(sorted(lacking))}")
+    record = {"project": project, "table": run.table, "row": run.row, "scale": run.scale, "seed": run.seed}
+    record |= {"metrics": outcome.metrics, "details": outcome.details, "dataset": outcome.dataset}
+    record |= {"settings": run.settings, "settings_hash": run.key[-1], "started": started}
+    record |= {"seconds": round(time.perf_counter() - wall, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
+    record["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    if torch.cuda.is_available():
+        record["peak_cuda_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return record
+
+
+def record(source: RunLog, target: RunLog, repository: Path) -> int:
+    """Move finished runs from the user's log to the committed one; returns how many.
+
+    A kill in between loses and doubles nothing: records are copied first and removed after.
+
+    Raises:
+        RuntimeError: the working tree is not clean, or a run was measured on one that was not.
+    """
+    if not provenance(repository)["clean"]:
+        raise RuntimeError("the working tree has uncommitted changes: commit the code, then record")
+    records = source.records()
+    unclean = [item for item in records if not item["clean"]]
+    if unclean:
+        raise RuntimeError(f"{len(unclean)} of {len(records)} runs were measured on uncommitted code: run them with --force")
+    known = target.records()
+    target.append(*(item for item in records if item not in known), force=True)
+    source.path.unlink(missing_ok=True)
+    return len(records)
+
+
+def _processor() -> str:
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

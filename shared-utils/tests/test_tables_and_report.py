@@ -1,0 +1,137 @@
+"""Table files, verdicts with hand-computed intervals, and pages."""
+
+import pytest
+
+from shared_utils.report import comparison, interval, judge, results_page
+from shared_utils.runlog import RunLog
+from shared_utils.tables import load_table, load_tables
+
+TABLE = """
+title = "T"
+source = "arXiv 0, Table 1"
+metrics = { error = "lower" }
+[scale.embedded]
+seeds = [20, 21, 22]
+size = 3
+[scale.paper]
+seeds = [20]
+size = 9
+[[row]]
+name = "a"
+published = { error = 1.5 }
+run = { method = "a" }
+[[row]]
+name = "b"
+run = { method = "b" }
+[[row]]
+name = "c"
+run = { method = "c" }
+paper = { size = 10 }
+[[claim]]
+text = "a beats b"
+metric = "error"
+better = "a"
+than = "b"
+[[claim]]
+text = "a at most 1.5"
+metric = "error"
+row = "a"
+at_most = 1.5
+[[claim]]
+text = "rises"
+metric = "error"
+rows = ["a", "b", "c"]
+trend = "rises"
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    (tmp_path / "table-1.toml").write_text(TABLE)
+    return load_table(tmp_path / "table-1.toml", ["size", "method"])
+
+
+def fill(table, path, errors):
+    log = RunLog(path)
+    for run in table.runs("embedded"):
+        record = {"table": run.table, "row": run.row, "scale": run.scale, "seed": run.seed, "settings_hash": run.key[-1]}
+        record |= {"metrics": {"error": errors[run.row][run.seed - 20]}, "device": "CPU", "threads": 1}
+        log.append(record | {"commit": "abc", "versions": {"torch": "2"}, "clean": True})
+    return log
+
+
+def test_settings_are_layered(table):
+    assert table.settings(table.rows[2], "paper") == {"size": 10, "method": "c"}
+    assert [run.seed for run in table.runs("embedded", ["a"])] == [20, 21, 22]
+    with pytest.raises(ValueError, match="unknown row 'd'; did you mean"):
+        table.runs("embedded", ["d"])
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("title", "titel", "unknown key 'titel'; did you mean 'title'"),
+        ('method = "b"', 'metod = "b"', "unknown setting 'metod'; did you mean 'method'"),
+        ("paper = {", "papr = {", "unknown key of a row 'papr'; did you mean 'paper'"),
+        ("{ error = 1.5 }", "{ eror = 1.5 }", "unknown metric 'eror'; did you mean 'error'"),
+        ('than = "b"', 'than = "bb"', "unknown row 'bb'; did you mean 'b'"),
+        ('name = "b"', 'name = "a"', "row 'a' stands there twice"),
+        ("seeds = [20]", "seeds = []", "needs a list of different seeds"),
+        ('trend = "rises"', 'trend = "up"', "needs better and than"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, old, new, message):
+    (tmp_path / "table-1.toml").write_text(TABLE.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        load_table(tmp_path / "table-1.toml", ["size", "method"])
+    assert "table-1.toml" in str(error.value)
+
+
+def test_natural_order(tmp_path):
+    for name in ("figure-10", "figure-2"):
+        (tmp_path / f"{name}.toml").write_text(TABLE)
+    assert [table.id for table in load_tables(tmp_path)] == ["figure-2", "figure-10"]
+
+
+def test_interval_by_hand():
+    mean, half = interval([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.302653, sd 1
+    assert mean == 2.0 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_verdicts(table, tmp_path):
+    log = fill(table, tmp_path / "embedded.jsonl", {"a": [1, 1, 1], "b": [2, 2.1, 1.9], "c": [3, 3, 3]})
+    first, second, third = judge(table, "embedded", log)
+    assert (first.verdict, first.n_seeds) == ("holds", 3)
+    assert first.effect == pytest.approx(1.0) and first.low == pytest.approx(1 - 4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    assert second.verdict == "holds"
+    assert (third.verdict, third.effect) == ("holds", 1.0)
+    assert [v.verdict for v in judge(table, "paper", RunLog(tmp_path / "none"))] == ["not measured"] * 3
+
+
+def test_verdicts_against(table, tmp_path):
+    log = fill(table, tmp_path / "embedded.jsonl", {"a": [2, 2, 2], "b": [1, 1.01, 0.99], "c": [0, 5, 1]})
+    assert [v.verdict for v in judge(table, "embedded", log)] == ["fails", "fails", "undecided"]
+
+
+def test_comparison_says_whether_yours_agrees(table, tmp_path):
+    errors = {"a": [1, 1, 1], "b": [2, 2.1, 1.9], "c": [3, 3, 3]}
+    ours = fill(table, tmp_path / "ours", errors)
+    yours = fill(table, tmp_path / "yours", errors | {"b": [2.05, 2, 2], "c": [4, 4, 4]})
+    frame = comparison(table, "embedded", ours, yours)
+    assert frame.agreement.tolist() == ["same", "agrees", "differs"]
+    assert frame.published.tolist() == ["1.500", "", ""]
+    assert set(comparison(table, "embedded", ours).yours) == {"not measured"}
+
+
+def test_changed_settings_no_longer_count(table, tmp_path):
+    log = fill(table, tmp_path / "ours", {"a": [1, 1, 1], "b": [2, 2, 2], "c": [3, 3, 3]})
+    (tmp_path / "table-1.toml").write_text(TABLE.replace("size = 3", "size = 4"))
+    changed = load_table(tmp_path / "table-1.toml")
+    assert set(comparison(changed, "embedded", log).ours) == {"not measured"}
+
+
+def test_page(table, tmp_path):
+    fill(table, tmp_path / "embedded.jsonl", {"a": [1, 1, 1], "b": [2, 2.1, 1.9], "c": [3, 3, 3]})
+    page = results_page("p", [table], tmp_path, "p run")
+    assert "`p run table-1 --scale embedded`" in page and "2.000 ± 0.248" in page and "not measured" in page
+    assert page == results_page("p", [table], tmp_path, "p run")
