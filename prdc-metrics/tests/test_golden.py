@@ -61,7 +61,9 @@ def test_all_fixtures_on_two_ranks():
     assert done.stdout.count(f"{len(CASES)} fixtures equal") == 2
 
 
-@pytest.mark.parametrize("recipe", json.loads((GOLDEN / "recipes.json").read_text()), ids=lambda r: f"{r['N']}-{r['D']}")
+@pytest.mark.parametrize(
+    "recipe", json.loads((GOLDEN / "recipes.json").read_text()), ids=lambda r: f"{r['N']}-{r['D']}"
+)
 def test_recipe(recipe):
     real, fake = (_from_recipe(recipe, side) for side in ("real", "fake"))
     for x, side in ((real, "real"), (fake, "fake")):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from prdc_metrics import PRDCMetric, RealManifold, compute_prdc, prdc, realism, smallest_k, subsample_intervals
+from prdc_metrics import (
+    PRDCMetric,
+    RealManifold,
+    compute_prdc,
+    prdc,
+    realism,
+    smallest_k,
+    subsample_intervals,
+)
 
 X = np.random.default_rng(0).standard_normal((30, 4))
 CASES = {

@@ -54,7 +54,13 @@ def table(tmp_path):
 def fill(table, path, errors):
     log = RunLog(path)
     for run in table.runs("embedded"):
-        record = {"table": run.table, "row": run.row, "scale": run.scale, "seed": run.seed, "settings_hash": run.key[-1]}
+        record = {
+            "table": run.table,
+            "row": run.row,
+            "scale": run.scale,
+            "seed": run.seed,
+            "settings_hash": run.key[-1],
+        }
         record |= {"metrics": {"error": errors[run.row][run.seed - 20]}, "device": "CPU", "threads": 1}
         log.append(record | {"commit": "abc", "versions": {"torch": "2"}, "clean": True})
     return log

@@ -1,6 +1,7 @@
 """Precision, recall, density and coverage for generative models (arXiv 2002.09797)."""
 
 from prdc_metrics.expectation import expected_coverage, expected_density, smallest_k
+from prdc_metrics.features import extract_features
 from prdc_metrics.manifold import RealManifold
 from prdc_metrics.metrics import PRDCResult, compute_prdc, knn_radii, prdc
 from prdc_metrics.realism import realism
@@ -14,6 +15,7 @@ __all__ = [
     "compute_prdc",
     "expected_coverage",
     "expected_density",
+    "extract_features",
     "knn_radii",
     "prdc",
     "realism",

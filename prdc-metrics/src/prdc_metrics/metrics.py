@@ -199,9 +199,7 @@ def _values(
     return values, counts
 
 
-def squared_radii(
-    x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision: str, name: str
-) -> tuple[Tensor, int]:
+def squared_radii(x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision: str, name: str) -> tuple[Tensor, int]:
     """NND_k^2 for each k: (n, D) -> (n, K) float64, and the number of verified pairs. Warns about zero radii."""
     with exact_arithmetic(precision, x):
         nearest, verified = nearest_squared(x, max(ks), schedule, precision)
@@ -232,7 +230,9 @@ def as_features(x, name: str, device: str | torch.device | None = None) -> Tenso
     finite = x.isfinite().all(1)
     if not finite.all():
         bad = (~finite).nonzero()[:, 0]
-        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(x)} rows, first in row {int(bad[0])}")
+        raise ValueError(
+            f"{name} has NaN or infinite values in {len(bad)} of {len(x)} rows, first in row {int(bad[0])}"
+        )
     if x.dtype == torch.float64:
         largest = float(x.abs().max())
         if largest > 2.0**500 or 0 < largest < 2.0**-450:
@@ -246,7 +246,9 @@ def checked_ks(ks: Sequence[int], x: Tensor, name: str) -> tuple[int, ...]:
     if not ks:
         raise ValueError("ks is empty")
     if ks[0] < 1 or ks[-1] > len(x) - 1:
-        raise ValueError(f"k must lie in 1..{len(x) - 1} for {len(x)} {name} samples, got {ks[0] if ks[0] < 1 else ks[-1]}")
+        raise ValueError(
+            f"k must lie in 1..{len(x) - 1} for {len(x)} {name} samples, got {ks[0] if ks[0] < 1 else ks[-1]}"
+        )
     return ks
 
 
@@ -267,7 +269,7 @@ def chosen_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def chosen_precision(precision: str) -> str:
-    """"auto" is float32; it has the tightest bounds of the fast types."""
+    """ "auto" is float32; it has the tightest bounds of the fast types."""
     if precision == "auto":
         return "float32"
     if precision not in PRECISIONS:

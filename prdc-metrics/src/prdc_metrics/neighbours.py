@@ -74,9 +74,7 @@ class _Candidates:
         self.pairs.append((row, column, bounds[hit, place]))
 
 
-def _filtered(
-    x: Tensor, k: int, wanted: Tensor, schedule: Schedule, precision: str
-) -> tuple[Tensor, Tensor, int]:
+def _filtered(x: Tensor, k: int, wanted: Tensor, schedule: Schedule, precision: str) -> tuple[Tensor, Tensor, int]:
     """Filter and verify the wanted rows (n,).
 
     Returns:
@@ -107,8 +105,11 @@ def _filtered(
             found.update(split.permute(2, 0, 1), split.amin(0).t().contiguous(), slack, columns, rows)
 
     best = schedule.gather(found.best).topk(k, 1, largest=False)[0]
-    row, column, bound = (torch.cat(parts) for parts in zip(*found.pairs, strict=True)) if found.pairs else (
-        torch.empty(0, dtype=torch.int64, device=x.device),) * 3
+    row, column, bound = (
+        (torch.cat(parts) for parts in zip(*found.pairs, strict=True))
+        if found.pairs
+        else (torch.empty(0, dtype=torch.int64, device=x.device),) * 3
+    )
     crowded = schedule.any(wanted & ~found.wanted)
     close = (bound <= (best[:, -1] + points.slack)[row]) & ~crowded[row]
     row, column = row[close], column[close]

@@ -31,9 +31,7 @@ def realism(real, y, k: int = 5) -> Tensor:
     scores = []
     for rows in torch.arange(len(y), device=y.device).split(max(1, 2**20 // len(centres))):
         columns = torch.arange(len(centres), device=y.device)
-        squared = exact_squared_distances(
-            y, centres, rows.repeat_interleave(len(centres)), columns.repeat(len(rows))
-        )
+        squared = exact_squared_distances(y, centres, rows.repeat_interleave(len(centres)), columns.repeat(len(rows)))
         ratio = radii / squared.view(len(rows), len(centres)).sqrt()
         scores.append(ratio.nan_to_num(nan=0.0, posinf=torch.inf).amax(1))  # 0 / 0: a ball of radius 0 holds nothing
     return torch.cat(scores)

@@ -69,9 +69,7 @@ def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
     """A verdict on every claim of the table that is to be judged at this scale."""
     found = values(table, scale, log)
     return [
-        _verdict(table, claim, scale, found)
-        for claim in table.claims
-        if claim.scales is None or scale in claim.scales
+        _verdict(table, claim, scale, found) for claim in table.claims if claim.scales is None or scale in claim.scales
     ]
 
 
@@ -155,14 +153,13 @@ def _agreement(a: dict[int, float], b: dict[int, float]) -> str:
 def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | None = None) -> None:
     """Print published | ours | yours with verdicts to stdout."""
     frame = comparison(table, scale, ours, yours)
-    shown = rich.table.Table(title=f"{table.id}: {table.title} ({table.source}; scale {scale})")
-    shown.add_column("row")
+    shown = rich.table.Table(title=f"{table.id}: {table.title} ({table.source}; scale {scale})", show_lines=False)
+    shown.add_column("row", no_wrap=True)
     for metric in table.metrics:
-        for column in ("published", "ours", "yours"):
-            shown.add_column(f"{metric.replace('_', ' ')}\n{column}", justify="right")
+        shown.add_column(f"{metric.replace('_', ' ')}\npublished | ours | yours", justify="right")
     shown.add_column("yours\nvs ours")
     for row, lines in frame.groupby("row", sort=False):
-        cells = [cell for line in lines.itertuples() for cell in (line.published, _short(line.ours), _short(line.yours))]
+        cells = [f"{_short(x.published)} | {_mean(x.ours)} | {_mean(x.yours)}" for x in lines.itertuples()]
         words = set(lines.agreement) - {""}
         shown.add_row(row, *cells, next((word for word in ("differs", "agrees", "same") if word in words), ""))
     out = console()
@@ -172,7 +169,11 @@ def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | N
 
 
 def _short(cell: str) -> str:
-    return "-" if cell == NOT_MEASURED else cell
+    return "-" if cell in (NOT_MEASURED, "") else cell
+
+
+def _mean(cell: str) -> str:
+    return _short(cell.split(" ±")[0])
 
 
 def results_page(title: str, tables: Sequence[Table], results: Path, command: str) -> str:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def run_missing(
 
 
 def _measure(project: str, run: Run, execute: Callable[[dict, int], Outcome]) -> dict:
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     wall, cpu = time.perf_counter(), time.process_time()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -178,7 +178,9 @@ def record(source: RunLog, target: RunLog, repository: Path) -> int:
     records = source.records()
     unclean = [item for item in records if not item["clean"]]
     if unclean:
-        raise RuntimeError(f"{len(unclean)} of {len(records)} runs were measured on uncommitted code: run them with --force")
+        raise RuntimeError(
+            f"{len(unclean)} of {len(records)} runs were measured on uncommitted code: run them with --force"
+        )
     known = target.records()
     target.append(*(item for item in records if item not in known), force=True)
     source.path.unlink(missing_ok=True)

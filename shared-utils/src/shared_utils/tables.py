@@ -187,7 +187,9 @@ def _claim(where: str, body: dict, scales: dict, metrics: dict, rows: list[str])
         len(claim.rows) >= 3 and claim.trend in ("rises", "falls"),
     ]
     if sum(forms) != 1:
-        raise ValueError(f"{where}: claim {claim.text!r} needs better and than, or row with a bound, or rows with a trend")
+        raise ValueError(
+            f"{where}: claim {claim.text!r} needs better and than, or row with a bound, or rows with a trend"
+        )
     return claim
 
 

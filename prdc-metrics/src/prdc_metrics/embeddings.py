@@ -1,0 +1,238 @@
+"""Frozen feature networks of the paper's image experiments (arXiv 2002.09797): image in, feature row out.
+
+T4096 is "vgg16-fc2-relu", R64 is "random-vgg16-64". The paper fixes neither the layer's side of its ReLU nor
+the random initialiser: what was used is in `.provenance` and belongs beside every number made from features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import Inception_V3_Weights, VGG16_Weights, inception_v3, vgg16
+from torchvision.transforms.v2 import functional as F
+
+from prdc_metrics.data import resize
+
+EMBEDDING_DIMS = {
+    "vgg16-fc2-relu": 4096,  # T4096: ImageNet VGG16, second fully connected layer, after its ReLU
+    "vgg16-fc2": 4096,  # the same before its ReLU
+    "random-vgg16-64": 64,  # R64: untrained VGG16, fc2 replaced by a linear layer to 64
+    "random-vgg16-4096": 4096,  # not in the paper: R64 at T4096's width
+    "inception-pool3": 2048,  # torchvision's InceptionV3, average pool; not FID's TensorFlow graph
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INCEPTION_MEAN, INCEPTION_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # to [-1, 1], as the weights were trained
+
+
+class FrozenEmbedding(nn.Module):
+    """A network in eval mode without gradients, its preprocessing inside.
+
+    Attributes:
+        name: key of `EMBEDDING_DIMS`.
+        dim: D, width of a feature row.
+        size: (H, W) that images are resized to.
+        provenance: name, weights (sha256 or "random"), seed, init, resize.
+    """
+
+    def __init__(self, trunk: nn.Module, provenance: dict, size: tuple[int, int]):
+        super().__init__()
+        inception = provenance["name"] == "inception-pool3"
+        self.trunk = trunk
+        self.name: str = provenance["name"]
+        self.dim = EMBEDDING_DIMS[self.name]
+        self.size = size
+        self.mean, self.std = (INCEPTION_MEAN, INCEPTION_STD) if inception else (IMAGENET_MEAN, IMAGENET_STD)
+        self.provenance = provenance
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenEmbedding:
+        """Stays in eval mode whatever the caller's model does."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) floating in [0, 1], any size -> (B, dim).
+
+        Both sides are resized to `size`, bilinear with antialias, then normalised: by
+        ImageNet's mean and std for VGG16, to [-1, 1] for Inception.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            found = f"{tuple(images.shape)} {images.dtype}"
+            raise ValueError(f"images are (B, 3, H, W) floating, these are {found}")
+        images = resize(images, self.size)  # (B, 3, 224, 224)
+        return self.trunk(F.normalize(images, self.mean, self.std))  # (B, D)
+
+
+def load_embedding(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    init: Literal["orthogonal", "torchvision"] = "orthogonal",
+    side: int = 224,
+) -> FrozenEmbedding:
+    """Build a frozen embedding on the CPU, in float32. Global random state is neither used nor changed.
+
+    Args:
+        name: one of `EMBEDDING_DIMS`.
+        weights: torchvision state dict of VGG16 or InceptionV3; None looks in torch hub's cache
+            ($TORCH_HOME/hub/checkpoints). Nothing is ever downloaded. Not for random embeddings.
+        seed: of the random embeddings; the same seed gives the same weights.
+        init: of the random embeddings. "orthogonal": convolutions orthogonal with gain sqrt(2), output layer
+            orthogonal, zero bias (fc1: see `_init_orthogonal`). "torchvision": its VGG default.
+        side: images are resized to side x side for VGG16 (the paper's 224; at least 32); Inception takes 299.
+
+    Raises:
+        FileNotFoundError: weights missing; the message holds the line that fetches them.
+        ValueError: unknown name or init, damaged weights, weights of another network.
+    """
+    provenance = embedding_provenance(name, weights=weights, seed=seed, init=init, side=side)
+    if name.startswith("random-"):
+        trunk = _random_vgg16(EMBEDDING_DIMS[name], seed, init)
+    elif name == "inception-pool3":
+        trunk = _pretrained_inception(_weights_path(name, weights))
+    else:
+        trunk = _pretrained_vgg16(_weights_path(name, weights), relu=name.endswith("-relu"))
+    return FrozenEmbedding(trunk, provenance, embedding_size(name, side))
+
+
+def embedding_size(name: str, side: int = 224) -> tuple[int, int]:
+    """(H, W) that the named embedding resizes to."""
+    return (299, 299) if name == "inception-pool3" else (side, side)
+
+
+def embedding_provenance(
+    name: str, *, weights: str | Path | None = None, seed: int = 0, init: str = "orthogonal", side: int = 224
+) -> dict:
+    """What determines the features of `load_embedding` with these arguments, without building the network.
+
+    Returns:
+        The keys name, weights (the file's sha256, or "random"), seed (None with weights), init ("pretrained"
+        with weights) and resize.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_embedding`, which alone looks into the weights file.
+    """
+    if name not in EMBEDDING_DIMS:
+        raise ValueError(f"embedding {name!r} is not one of {', '.join(EMBEDDING_DIMS)}")
+    height, width = embedding_size(name, side)
+    resized = f"{height}x{width} bilinear antialias"
+    if not name.startswith("random-"):
+        sha256 = _checked_sha256(_weights_path(name, weights), _weights_url(name))
+        return {"name": name, "weights": sha256, "seed": None, "init": "pretrained", "resize": resized}
+    if weights is not None:
+        raise ValueError(f"embedding {name!r} is untrained and takes no weights ({weights})")
+    if init not in ("orthogonal", "torchvision"):
+        raise ValueError(f"init {init!r} is neither 'orthogonal' nor 'torchvision'")
+    return {"name": name, "weights": "random", "seed": seed, "init": init, "resize": resized}
+
+
+# ---- random weights ----------------------------------------------------------------------------------------
+
+
+def _random_vgg16(dim: int, seed: int, init: str) -> nn.Module:
+    if init == "torchvision":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
+            net = vgg16(weights=None)
+            head = nn.Linear(4096, dim)
+            nn.init.normal_(head.weight, 0, 0.01)  # torchvision's rule for VGG's linear layers
+            nn.init.zeros_(head.bias)
+        return _vgg16_trunk(net, head)
+    with torch.device("meta"):  # no default initialisation, no random draw
+        net = vgg16(weights=None, init_weights=False)
+        head = nn.Linear(4096, dim)
+    trunk = _vgg16_trunk(net, head).to_empty(device="cpu")
+    _init_orthogonal(trunk, torch.Generator().manual_seed(seed))
+    return trunk
+
+
+def _vgg16_trunk(net: nn.Module, head: nn.Linear) -> nn.Sequential:
+    """VGG16 up to `head` in the place of fc2, without dropout: (B, 3, 224, 224) -> (B, head.out_features)."""
+    return nn.Sequential(*net.features, net.avgpool, nn.Flatten(), net.classifier[0], net.classifier[1], head)
+
+
+@torch.no_grad()
+def _init_orthogonal(trunk: nn.Sequential, generator: torch.Generator) -> None:
+    """Orthogonal weights and zero biases, the variance kept from layer to layer.
+
+    fc1 (4096 x 25088) is drawn He-normal, of the same scale: its QR takes 20 s, and Gaussian rows of that
+    length are orthogonal to within a cosine of about 0.006 already.
+    """
+    layers = [layer for layer in trunk if isinstance(layer, nn.Conv2d | nn.Linear)]
+    *convolutions, fc1, head = layers
+    for layer in convolutions:
+        nn.init.orthogonal_(layer.weight, gain=math.sqrt(2), generator=generator)
+    nn.init.kaiming_normal_(fc1.weight, nonlinearity="relu", generator=generator)
+    nn.init.orthogonal_(head.weight, generator=generator)
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+
+
+# ---- pretrained weights ------------------------------------------------------------------------------------
+
+
+def _pretrained_vgg16(path: Path, relu: bool) -> nn.Module:
+    with torch.device("meta"):
+        net = vgg16(weights=None, init_weights=False)
+    _load_weights(net, path, "vgg16")
+    trunk = _vgg16_trunk(net, net.classifier[3])
+    return trunk.append(nn.ReLU()) if relu else trunk
+
+
+def _pretrained_inception(path: Path) -> nn.Module:
+    with torch.device("meta"):
+        net = inception_v3(weights=None, init_weights=False, transform_input=False)
+    _load_weights(net, path, "inception_v3")
+    net.AuxLogits, net.fc = None, nn.Identity()  # forward now ends at the flattened pool3, (B, 2048)
+    return net
+
+
+def _load_weights(net: nn.Module, path: Path, architecture: str) -> None:
+    """Fill a network built on the meta device; ValueError says in short what does not fit."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = {key: tuple(value.shape) for key, value in state.items()}
+    except Exception as error:  # zip, pickle and tensor errors of a damaged or foreign file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: no state dict can be read ({type(error).__name__}: {reason})") from error
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}  # absent before PyTorch 0.4.1
+    problems = {
+        "missing": expected.keys() - found.keys() - optional,
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
+    }
+    if any(problems.values()):
+        found = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:2])})" for what, keys in problems.items() if keys]
+        raise ValueError(f"{path}: is not torchvision's {architecture}: {'; '.join(found)}")
+    net.load_state_dict(state, assign=True)
+    net.float()
+
+
+def _weights_url(name: str) -> str:
+    return (Inception_V3_Weights if name == "inception-pool3" else VGG16_Weights).IMAGENET1K_V1.url
+
+
+def _weights_path(name: str, weights: str | Path | None) -> Path:
+    if weights is not None:
+        return Path(weights)
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(_weights_url(name)).name
+
+
+def _checked_sha256(path: Path, url: str) -> str:
+    """sha256 of the file. A file of torchvision's name must have the hash that the name promises."""
+    official = Path(url).name  # vgg16-397923af.pth
+    prefix = official.removesuffix(".pth").rpartition("-")[2]
+    fetch = f"curl -fL --create-dirs -o '{path}' {url}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights (sha256 {prefix}...); fetch them with: {fetch}")
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.name == official and not sha256.startswith(prefix):
+        raise ValueError(f"{path}: damaged, its sha256 is {sha256[:8]}..., not {prefix}...; again: {fetch}")
+    return sha256

@@ -1,0 +1,286 @@
+"""From images to an (n, D) feature matrix, with a cache that is checked before it is believed.
+
+The numbers that decide a metric start here, so features are float32 with tf32 off unless bf16 is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from prdc_metrics.data import ImageArray, ImageFiles, as_rgb, resize, subset
+from prdc_metrics.embeddings import embedding_provenance, embedding_size, load_embedding
+from shared_utils.logging import progress
+
+logger = logging.getLogger(__name__)
+
+Embedding = Callable[[Tensor], Tensor]
+Source = str | Path | Dataset | Tensor | np.ndarray
+
+
+def extract_features(
+    source: Source,
+    embedding: str | Embedding = "vgg16-fc2-relu",
+    *,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    init: Literal["orthogonal", "torchvision"] = "orthogonal",
+    num_samples: int | None = None,
+    sample_seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str | torch.device | None = None,
+    precision: Literal["float32", "bf16"] = "float32",
+    cache: str | Path | None = None,
+    skip_corrupt: bool = False,
+) -> Tensor:
+    """Embed images (the paper's experiments on images; the embedding is part of every result).
+
+    Args:
+        source: an image folder; images (n, H, W), (n, 1, H, W), (n, 3, H, W) or uint8 (n, H, W, 3), uint8 or
+            floating in [0, 1]; or a map-style Dataset of such images, PIL images, or (image, label).
+        embedding: a key of `embeddings.EMBEDDING_DIMS`, or a callable (B, 3, H, W) float32 in [0, 1]
+            -> (B, D); an nn.Module is moved to `device`. Its `.size` (H, W), if any, is what images of
+            different sizes are resized to.
+        weights: of a named pretrained embedding, see `load_embedding`.
+        seed: of a named random embedding.
+        init: of a named random embedding.
+        num_samples: keep a random subset of this many images; None, or more than there are, keeps all.
+        sample_seed: of that subset.
+        batch_size: images per forward pass.
+        num_workers: processes that decode images; 0 decodes in this one.
+        device: None takes that of the callable's parameters, if any, else CUDA where present, else the CPU.
+        precision: "float32" (tf32 off), or "bf16" autocast, which changes the features.
+        cache: folder of stored features, keyed by the images' bytes, the embedding and the precision. Not for
+            a Dataset, nor for a callable without a `.provenance` dict: these are computed each time.
+        skip_corrupt: leave out unreadable files of a folder, each named in the log, instead of failing.
+
+    Returns:
+        (n, D) float32 on the CPU, rows in the order of the source.
+
+    Raises:
+        FileNotFoundError: folder or weights missing.
+        ValueError: a source of another shape, dtype or range; an unreadable image (named); an empty source;
+            an embedding that is in training mode or does not return (B, D).
+    """
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f"precision {precision!r} is neither 'float32' nor 'bf16'")
+    recipe = dict(weights=weights, seed=seed, init=init)
+    if isinstance(embedding, str):
+        size, provenance = embedding_size(embedding), embedding_provenance(embedding, **recipe)
+    else:
+        size, provenance = getattr(embedding, "size", None), getattr(embedding, "provenance", None)
+    images = _open_images(source, size)
+    indices = subset(len(images), num_samples, sample_seed)
+    entry = None
+    if cache is not None and _can_cache(images, provenance):
+        settings = {"embedding": provenance, "precision": precision, "skip_corrupt": skip_corrupt}
+        entry = CacheEntry(Path(cache), settings, images.content_digest(indices))
+        if (features := entry.read()) is not None:
+            return features
+    device = _choose_device(embedding, device)
+    if isinstance(embedding, str):
+        embedding = load_embedding(embedding, **recipe)
+    chosen, pinned = Subset(images, indices.tolist()), device.type == "cuda"
+    loader = DataLoader(
+        chosen,
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=Collate(size),
+        pin_memory=pinned,
+        generator=torch.Generator(),  # or the loader would draw from the global one
+    )
+    features, skipped = _embed(loader, embedding, device, precision, skip_corrupt)
+    if entry is not None:
+        entry.write(features, skipped)
+    return features
+
+
+def _embed(
+    loader: DataLoader, embedding: Embedding, device: torch.device, precision: str, skip_corrupt: bool
+) -> tuple[Tensor, list[str]]:
+    """All batches through the embedding -> (n, D) float32 on the CPU, and a line for every skipped file."""
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    if isinstance(embedding, nn.Module):
+        if embedding.training:
+            raise ValueError("embedding is in training mode: call .eval() first")
+        embedding.to(device, memory_format=layout)
+    rows, skipped = [], []
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with tf32_off(), torch.inference_mode(), amp, progress() as bar:
+        task = bar.add_task("features", total=len(loader.dataset))
+        for images, errors in loader:
+            for error in errors:
+                if not skip_corrupt:
+                    raise error
+                logger.warning("skipped %s", error)
+                skipped.append(str(error))
+            if images is not None:
+                images = images.to(device, non_blocking=True, memory_format=layout)  # (B, 3, H, W)
+                rows.append(_checked_rows(embedding(images), len(images)))  # on the device: no sync per batch
+            bar.advance(task, len(errors) + (0 if images is None else len(images)))
+    if not rows:
+        raise ValueError(f"all {len(skipped)} images are unreadable, the first: {skipped[0]}")
+    if skipped:
+        logger.warning("skipped %d of %d images as unreadable", len(skipped), len(loader.dataset))
+    return torch.cat(rows).cpu(), skipped  # (n, D); outside inference_mode: a normal tensor
+
+
+def _checked_rows(features: Tensor, batch: int) -> Tensor:
+    if features.ndim != 2 or len(features) != batch or not features.is_floating_point():
+        found = f"{tuple(features.shape)} {features.dtype}"
+        raise ValueError(f"an embedding returns (B, D) floating, for B = {batch} this one returned {found}")
+    return features.float()
+
+
+def _choose_device(embedding: str | Embedding, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if isinstance(embedding, nn.Module) and (parameter := next(embedding.parameters(), None)) is not None:
+        return parameter.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def tf32_off() -> Iterator[None]:
+    """float32 products and convolutions in full float32; the caller's settings come back afterwards."""
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # PyTorch 2.9; older flags may raise beside it
+        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        owners += (backends.mkldnn.matmul, backends.mkldnn.conv)
+        switches = [(owner, "fp32_precision", "ieee") for owner in owners]
+    else:
+        switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    before = [getattr(owner, switch) for owner, switch, _ in switches]
+    try:
+        for owner, switch, full in switches:
+            setattr(owner, switch, full)
+        yield
+    finally:
+        for (owner, switch, _), value in zip(switches, before, strict=True):
+            setattr(owner, switch, value)
+
+
+# ---- images in, batches out --------------------------------------------------------------------------------
+
+
+class DatasetImages(Dataset):
+    """The images of a map-style Dataset of images or (image, label, ...): (3, H, W) float32 in [0, 1]."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        if len(dataset) == 0:
+            raise ValueError(f"source: the {type(dataset).__name__} is empty")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        item = self.dataset[index]
+        return as_rgb(item[0] if isinstance(item, tuple | list) else item)
+
+
+class Collate:
+    """Items of a batch -> ((B, 3, H, W) or None, the errors among them); resizes only where sizes differ."""
+
+    def __init__(self, size: tuple[int, int] | None):
+        self.size = size
+
+    def __call__(self, items: list[Tensor | ValueError]) -> tuple[Tensor | None, list[ValueError]]:
+        """Images (3, h, w) or what was raised for them; see the class."""
+        errors = [item for item in items if isinstance(item, ValueError)]
+        images = [item for item in items if isinstance(item, Tensor)]
+        if len({image.shape for image in images}) > 1:
+            if self.size is None:
+                sizes = sorted({tuple(image.shape[1:]) for image in images})
+                raise ValueError(f"images differ in size {sizes[:2]} and the embedding has no .size (H, W)")
+            images = [resize(image, self.size) for image in images]
+        return (torch.stack(images) if images else None), errors
+
+
+def _open_images(source: Source, size: tuple[int, int] | None) -> ImageFiles | ImageArray | DatasetImages:
+    if isinstance(source, str | Path):
+        return ImageFiles(source, size=size, skip_corrupt=True)  # errors come back as items; `_embed` decides
+    if isinstance(source, Tensor | np.ndarray):
+        return ImageArray(source)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return DatasetImages(source)
+    raise ValueError(f"source: expected a folder, images or a Dataset, not {type(source).__name__}")
+
+
+# ---- cache -------------------------------------------------------------------------------------------------
+
+
+def _can_cache(images: Dataset, provenance: object) -> bool:
+    if not isinstance(provenance, dict):
+        logger.info("features are not cached: the embedding has no .provenance dict")
+    elif not hasattr(images, "content_digest"):
+        logger.info("features are not cached: what a Dataset holds is known only by reading all of it")
+    else:
+        return True
+    return False
+
+
+class CacheEntry:
+    """One safetensors file: (n, D) float32 features, and what tells that they are whole and the right ones.
+
+    Args:
+        folder: of the cache; made when first written to.
+        settings: JSON-able; all that decides the features besides the images.
+        content: digest of the images.
+    """
+
+    def __init__(self, folder: Path, settings: dict, content: str):
+        text = json.dumps([settings, content], sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
+        self.path = folder / f"{self.key}.safetensors"
+
+    def read(self) -> Tensor | None:
+        """The features, or None where there are none or the file is not whole, which is logged."""
+        if not self.path.exists():
+            return None
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                metadata, features = file.metadata() or {}, file.get_tensor("features")
+            skipped = json.loads(metadata.pop("skipped", "[]"))
+        except Exception as error:  # whatever a parser makes of damaged bytes, the answer is to compute again
+            logger.warning("%s: cache file is damaged (%s), computing the features again", self.path, error)
+            return None
+        if metadata != self._metadata(features):
+            logger.warning("%s: cache file is not what it says, computing the features again", self.path)
+            return None
+        for line in skipped:
+            logger.warning("skipped %s", line)
+        return features
+
+    def write(self, features: Tensor, skipped: list[str]) -> None:
+        """Store under a temporary name, then rename: other processes see the whole file or none."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            metadata = self._metadata(features) | {"skipped": json.dumps(skipped)}
+            safetensors.torch.save_file({"features": features}, temporary, metadata=metadata)
+            os.replace(temporary, self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _metadata(self, features: Tensor) -> dict[str, str]:
+        n, d = features.shape
+        sha256 = hashlib.sha256(features.contiguous().numpy()).hexdigest()
+        return {"key": self.key, "n": str(n), "D": str(d), "dtype": str(features.dtype), "sha256": sha256}

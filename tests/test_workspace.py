@@ -1,0 +1,87 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import workspace  # noqa: E402
+
+ENTRIES = workspace.projects(built=False)
+BUILT = [entry["name"] for entry in workspace.projects()]
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout.splitlines()
+
+
+def test_nine_projects_with_papers_and_a_known_status():
+    assert len({entry["name"] for entry in ENTRIES}) == len(ENTRIES) == 9
+    for entry in ENTRIES:
+        assert entry["status"] in ("built", "planned")
+        assert entry["papers"] and all({"arxiv", "title", "venue"} <= paper.keys() for paper in entry["papers"])
+        assert all(re.fullmatch(r"\d{4}\.\d{5}", paper["arxiv"]) for paper in entry["papers"])
+
+
+def test_every_folder_with_a_pyproject_is_listed_and_every_built_project_is_a_folder():
+    folders = {path.parent.name for path in ROOT.glob("*/pyproject.toml")}
+    assert folders == {"shared-utils", *BUILT}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_built_project_is_whole(name):
+    package = next(entry["package"] for entry in ENTRIES if entry["name"] == name)
+    for part in ("README.md", "Makefile", "pyproject.toml", "results/RESULTS.md", f"src/{package}/cli.py"):
+        assert (ROOT / name / part).is_file(), part
+    assert list((ROOT / name / "tables").glob("*.toml"))
+    assert list((ROOT / name / "tests").glob("test_*.py"))
+
+
+def test_projects_do_not_import_each_other():
+    packages = {entry["name"]: entry["package"] for entry in ENTRIES}
+    for name in BUILT:
+        others = [package for other, package in packages.items() if other != name]
+        pattern = re.compile(rf"^\s*(?:from|import) ({'|'.join(others)})\b", re.M)
+        for path in (ROOT / name / "src").rglob("*.py"):
+            assert not pattern.search(path.read_text()), path
+
+
+def test_root_results_are_what_the_run_logs_say():
+    assert (ROOT / "RESULTS.md").read_text() == workspace.results()
+
+
+def test_readme_names_every_project():
+    readme = (ROOT / "README.md").read_text()
+    for entry in ENTRIES:
+        assert entry["name"] in readme
+        assert all(paper["arxiv"] in readme for paper in entry["papers"])
+
+
+def test_no_tracked_text_names_a_path_of_some_machine():
+    # the start of an absolute path; put together here so that this file does not match itself
+    pattern = re.compile(r"(?<![\w.~$}/-])/(?:" + "|".join(["home", "Users", "root", "work", "mnt"]) + r")/\w")
+    for name in tracked():
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        assert not pattern.search(text), f"{name}: {pattern.search(text)}"
+
+
+def test_lock_file_names_no_host_and_no_path():
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        assert re.match(r"[a-z0-9-]+==[\w.+!]+( ;.*)?$", line), line
+
+
+def test_an_unknown_project_is_wrong_usage():
+    command = [sys.executable, str(ROOT / "workspace.py"), "demo", "nonesuch"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nonesuch" in done.stderr
