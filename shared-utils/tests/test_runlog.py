@@ -99,17 +99,17 @@ def test_record_moves_once_and_only_from_a_clean_tree(tmp_path):
     source, target = RunLog(tmp_path / "runs" / "s.jsonl"), RunLog(tmp_path / "results" / "s.jsonl")
     source.append(line(1, clean=True), line(2, clean=True))
     with pytest.raises(RuntimeError, match="uncommitted"):
-        record(source, target, tmp_path)
+        record([(source, target)], tmp_path)
     git("add", "-A")
     git("commit", "-m", "x")
     target.append(line(1, clean=True))  # as if a kill had come between copying and removing
-    assert record(source, target, tmp_path) == 2
+    assert record([(source, target)], tmp_path) == 2
     assert [item["seed"] for item in target.records()] == [1, 2]
     assert target.path.read_bytes().count(b"\n") == 2
     assert not source.path.exists()
     source.append(line(3, clean=False))
-    with pytest.raises(RuntimeError, match="1 of 1 runs"):
-        record(source, target, tmp_path)
+    with pytest.raises(RuntimeError, match="1 runs were measured"):
+        record([(source, target)], tmp_path)
 
 
 def test_hash_ignores_key_order():

@@ -281,12 +281,10 @@ class Record:
     """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        for path in sorted((experiments.PROJECT / "runs").glob("*.jsonl")):
-            if path.stem != "smoke":
-                target = RunLog(experiments.PROJECT / "results" / path.name)
-                logger.info(
-                    "%d runs recorded at scale %s", record(RunLog(path), target, experiments.PROJECT), path.stem
-                )
+        runs, results = experiments.PROJECT / "runs", experiments.PROJECT / "results"
+        paths = [path for path in sorted(runs.glob("*.jsonl")) if path.stem != "smoke"]
+        moves = [(RunLog(path), RunLog(results / path.name)) for path in paths]
+        logger.info("%d runs recorded", record(moves, experiments.PROJECT))
         Tables()()
 
 

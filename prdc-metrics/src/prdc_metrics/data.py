@@ -131,7 +131,7 @@ def _rgb_stack(images: Tensor) -> Tensor:
         layouts = "(n, H, W), (n, 1, H, W), (n, 3, H, W) or uint8 (n, H, W, 3)"
         raise ValueError(f"images are {layouts}, these are {found}")
     if images.dtype == torch.uint8:
-        images = images.float() / 255
+        images = F.to_dtype(images, torch.float32, scale=True)  # as for PIL images, to the last bit
     elif images.is_floating_point():
         low, high = images.min().item(), images.max().item()
         if not (low >= 0 and high <= 1):  # NaN fails as well

@@ -63,7 +63,7 @@ def extract_features(
         sample_seed: of that subset.
         batch_size: images per forward pass.
         num_workers: processes that decode images; 0 decodes in this one.
-        device: None takes that of the callable's parameters, if any, else CUDA where present, else the CPU.
+        device: None takes the one an nn.Module is on if not the CPU, else CUDA where present, else the CPU.
         precision: "float32" (tf32 off), or "bf16" autocast, which changes the features.
         cache: folder of stored features, keyed by the images' bytes, the embedding and the precision. Not for
             a Dataset, nor for a callable without a `.provenance` dict: these are computed each time.
@@ -88,20 +88,19 @@ def extract_features(
     indices = subset(len(images), num_samples, sample_seed)
     entry = None
     if cache is not None and _can_cache(images, provenance):
-        settings = {"embedding": provenance, "precision": precision, "skip_corrupt": skip_corrupt}
+        settings = dict(embedding=provenance, size=size, precision=precision, skip_corrupt=skip_corrupt)
         entry = CacheEntry(Path(cache), settings, images.content_digest(indices))
         if (features := entry.read()) is not None:
             return features
     device = _choose_device(embedding, device)
     if isinstance(embedding, str):
         embedding = load_embedding(embedding, **recipe)
-    chosen, pinned = Subset(images, indices.tolist()), device.type == "cuda"
     loader = DataLoader(
-        chosen,
+        Subset(images, indices.tolist()),
         batch_size,
         num_workers=num_workers,
         collate_fn=Collate(size),
-        pin_memory=pinned,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     features, skipped = _embed(loader, embedding, device, precision, skip_corrupt)
@@ -150,18 +149,22 @@ def _checked_rows(features: Tensor, batch: int) -> Tensor:
 def _choose_device(embedding: str | Embedding, device: str | torch.device | None) -> torch.device:
     if device is not None:
         return torch.device(device)
-    if isinstance(embedding, nn.Module) and (parameter := next(embedding.parameters(), None)) is not None:
+    parameter = next(embedding.parameters(), None) if isinstance(embedding, nn.Module) else None
+    if parameter is not None and parameter.device.type != "cpu":
         return parameter.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def tf32_off() -> Iterator[None]:
-    """float32 products and convolutions in full float32; the caller's settings come back afterwards."""
+    """float32 products and convolutions in full float32; the caller's settings come back afterwards.
+
+    Since PyTorch 2.9 by `fp32_precision`, which the older flags, where a caller used those, cannot override;
+    reading the older cuDNN flag inside raises, as PyTorch has it.
+    """
     backends = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # PyTorch 2.9; older flags may raise beside it
-        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-        owners += (backends.mkldnn.matmul, backends.mkldnn.conv)
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
         switches = [(owner, "fp32_precision", "ieee") for owner in owners]
     else:
         switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]

@@ -269,7 +269,7 @@ def chosen_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def chosen_precision(precision: str) -> str:
-    """ "auto" is float32; it has the tightest bounds of the fast types."""
+    """Resolve "auto" to float32, which has the tightest bounds of the fast types."""
     if precision == "auto":
         return "float32"
     if precision not in PRECISIONS:

@@ -109,7 +109,7 @@ def fit_vae(
 
 @torch.inference_mode()
 def sample(model: VAE, psi: float, n: int, seed: int) -> Tensor:
-    """Decode n draws of psi * N(0, I): (n, D) float32 on the CPU; one seed gives the same normals for any psi."""
+    """Decode n draws of psi * N(0, I): (n, D) float32 on the CPU; one seed, the same normals at any psi."""
     z = torch.randn(n, model.latent, generator=torch.Generator().manual_seed(seed))  # (n, L)
     return model.decode(psi * z.to(next(model.parameters()).device)).cpu()
 

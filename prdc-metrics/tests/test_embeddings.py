@@ -1,0 +1,236 @@
+"""Feature networks: recipe, preprocessing, reproducible random weights, and what weights files are refused."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import inception_v3, vgg16
+from torchvision.transforms import v2
+
+from prdc_metrics.embeddings import FrozenEmbedding, embedding_provenance, load_embedding
+
+
+@pytest.fixture(scope="module")
+def r64():
+    """R64 with seed 3; half a gigabyte, so built once."""
+    return load_embedding("random-vgg16-64", seed=3)
+
+
+def checksums(network):
+    return [weight.double().square().sum().item() for weight in network.parameters()]
+
+
+def synthetic_state(network):
+    """A state dict of the right shapes whose file is small: one random number per output channel."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fake(key, value):
+        if "running_var" in key or value.ndim == 0:
+            return torch.ones(value.shape, dtype=value.dtype)
+        rows = torch.randn(value.shape[:1], generator=generator)
+        scale = 2 / value[0].numel() if value.ndim > 1 else 0.1  # equal weights: a mean over the inputs
+        return (rows * scale).view(-1, *[1] * (value.ndim - 1)).expand(value.shape)
+
+    return {key: fake(key, value) for key, value in network.state_dict().items()}
+
+
+def on_meta(builder):
+    with torch.device("meta"):
+        return builder(weights=None, init_weights=False)
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "vgg.pth"
+    torch.save(synthetic_state(on_meta(vgg16)), path)
+    return path
+
+
+def test_same_seed_same_weights_and_global_rng_untouched(r64):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again = load_embedding("random-vgg16-64", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert checksums(again) == checksums(r64)
+
+
+def test_torchvision_init_follows_the_seed_and_leaves_global_rng(r64):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    network = load_embedding("random-vgg16-64", seed=3, init="torchvision")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert network.trunk[0].weight.std() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)  # fan_out, He
+    assert network.trunk[-1].weight.std() == pytest.approx(0.01, rel=0.01)
+    assert checksums(network) != checksums(r64)
+    assert network.provenance["init"] == "torchvision"
+
+
+def test_r64_is_orthogonal_where_it_says_so(r64):
+    convolutions = [layer for layer in r64.trunk if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == 13
+    for layer in convolutions[1::4]:
+        rows = layer.weight.flatten(1)
+        torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-4, rtol=0)
+    head = r64.trunk[-1].weight  # (64, 4096)
+    torch.testing.assert_close(head @ head.T, torch.eye(64), atol=1e-4, rtol=0)
+    assert all(layer.bias.eq(0).all() for layer in r64.trunk if hasattr(layer, "bias"))
+
+
+def test_r64_features_differ_between_images_and_keep_their_scale(r64):
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[1] = images[1].mean()
+    features = r64(images)
+    assert features.shape == (3, r64.dim) == (3, 64)
+    assert features.dtype == torch.float32 and not features.requires_grad
+    assert features.isfinite().all() and 1e-2 < features.std() < 1e2
+    assert torch.cdist(features, features)[0, 1] > 0.1 * features.norm(dim=1).mean()
+
+
+def test_frozen(r64):
+    nn.Sequential(r64).train()
+    assert not any(module.training for module in r64.modules())
+    assert not any(parameter.requires_grad for parameter in r64.parameters())
+
+
+@pytest.mark.parametrize("name, side", [("random-vgg16-64", 224), ("inception-pool3", 299)])
+def test_preprocessing_equals_a_torchvision_pipeline(name, side):
+    prepare = FrozenEmbedding(nn.Identity(), {"name": name}, (side, side))
+    images = torch.rand(2, 3, 300, 77)
+    stats = ([0.5] * 3, [0.5] * 3) if side == 299 else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    by_hand = v2.Compose([v2.Resize((side, side), antialias=True), v2.Normalize(*stats)])
+    assert torch.equal(prepare(images), by_hand(images))
+    resized = nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    torch.testing.assert_close(prepare(images)[:, 0], (resized[:, 0] - stats[0][0]) / stats[1][0])
+
+
+@pytest.mark.parametrize("images", [torch.rand(3, 8, 8), torch.rand(1, 1, 8, 8), torch.ones(1, 3, 8, 8).int()])
+def test_forward_refuses_other_shapes_and_types(images):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\) floating"):
+        FrozenEmbedding(nn.Identity(), {"name": "random-vgg16-64"}, (224, 224))(images)
+
+
+def test_vgg_layers_are_torchvisions(vgg_file):
+    reference = on_meta(vgg16)
+    reference.load_state_dict(torch.load(vgg_file), assign=True)
+    reference.eval()
+    before = load_embedding("vgg16-fc2", weights=vgg_file)
+    after = load_embedding("vgg16-fc2-relu", weights=str(vgg_file))
+    images = torch.rand(2, 3, 224, 224)
+    with torch.inference_mode():
+        features = before(images)
+        normalised = v2.functional.normalize(images, before.mean, before.std)
+        pooled = reference.avgpool(reference.features(normalised)).flatten(1)
+        torch.testing.assert_close(features, reference.classifier[:4](pooled))
+        assert features.shape == (2, 4096) and (features < 0).any() and (features[0] - features[1]).any()
+        assert torch.equal(after(images), features.relu())
+    assert len(before.provenance["weights"]) == 64 and before.provenance["seed"] is None
+
+
+def test_inception_equals_torchvisions_pretrained_recipe(tmp_path):
+    path = tmp_path / "inception.pth"
+    torch.save(synthetic_state(on_meta(inception_v3)), path)
+    with torch.device("meta"):
+        reference = inception_v3(weights=None, init_weights=False, transform_input=True)
+    reference.load_state_dict(torch.load(path), assign=True)
+    reference.fc = nn.Identity()
+    images = torch.rand(2, 3, 299, 299)
+    imagenet = v2.functional.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        features = load_embedding("inception-pool3", weights=path)(images)
+        expected = reference.eval()(imagenet)
+    assert features.shape == (2, 2048) and (expected[0] - expected[1]).any()
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "name, file, prefix",
+    [
+        ("vgg16-fc2-relu", "vgg16-397923af.pth", "397923af"),
+        ("inception-pool3", "inception_v3_google-0cc3c7bd.pth", "0cc3c7bd"),
+    ],
+)
+def test_missing_weights_say_which_file_which_hash_and_how_to_fetch(name, file, prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    path = tmp_path / "hub" / "checkpoints" / file
+    with pytest.raises(FileNotFoundError) as error:
+        load_embedding(name)
+    for part in (str(path), f"sha256 {prefix}", f"curl -fL --create-dirs -o '{path}' https://", file):
+        assert part in str(error.value)
+    assert not path.exists()
+
+
+def test_file_of_torchvisions_name_must_have_its_hash(vgg_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    cached = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(vgg_file.read_bytes())
+    for weights in (None, cached):
+        with pytest.raises(ValueError, match="vgg16-397923af.pth: damaged, its sha256 is"):
+            load_embedding("vgg16-fc2", weights=weights)
+
+
+def test_weights_of_another_network_are_refused_in_short(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3)).state_dict() | {"features.0.bias": torch.zeros(7)}, path)
+    with pytest.raises(ValueError) as error:
+        load_embedding("vgg16-fc2", weights=path)
+    message = str(error.value)
+    assert "other.pth" in message and "not torchvision's vgg16" in message
+    assert "31 missing (classifier.0.bias" in message and "2 unexpected (0.bias, 0.weight)" in message
+    assert "1 of another shape (features.0.bias)" in message
+    assert len(message) < len(str(path)) + 250
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("content", ["pickle", "torn", "empty", "tensor"])
+def test_damaged_or_foreign_weights_name_the_file_and_run_nothing(content, tmp_path, vgg_file):
+    path, sprung = tmp_path / "weights.pth", tmp_path / "sprung"
+    if content == "tensor":
+        torch.save(torch.zeros(3), path)
+    else:
+        torn = vgg_file.read_bytes()[:5000]
+        path.write_bytes({"pickle": pickle.dumps(Trap(sprung)), "torn": torn, "empty": b""}[content])
+    with pytest.raises(ValueError, match=r"weights\.pth: no state dict can be read"):
+        load_embedding("vgg16-fc2", weights=path)
+    assert not sprung.exists()
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="'vgg19' is not one of vgg16-fc2-relu, "):
+        load_embedding("vgg19")
+    with pytest.raises(ValueError, match="untrained and takes no weights"):
+        load_embedding("random-vgg16-64", weights="x.pth")
+    with pytest.raises(ValueError, match="init 'he' is neither"):
+        load_embedding("random-vgg16-64", init="he")
+
+
+def test_side_resizes_vgg_and_is_recorded(r64):
+    small = FrozenEmbedding(r64.trunk, embedding_provenance("random-vgg16-64", side=64), (64, 64))
+    assert small.provenance["resize"] == "64x64 bilinear antialias"
+    images = torch.rand(2, 3, 64, 64)
+    features = small(images)
+    assert features.shape == (2, 64) and features.isfinite().all()
+    assert torch.equal(features, small.trunk(v2.functional.normalize(images, small.mean, small.std)))
+
+
+def test_provenance_says_what_the_features_depend_on(r64):
+    assert r64.provenance == embedding_provenance("random-vgg16-64", seed=3)
+    assert r64.provenance == {
+        "name": "random-vgg16-64",
+        "weights": "random",
+        "seed": 3,
+        "init": "orthogonal",
+        "resize": "224x224 bilinear antialias",
+    }
