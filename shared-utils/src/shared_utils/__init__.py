@@ -1,1 +1,1 @@
-"""What all projects share: `seeding`, `logging`, `tables` (a paper's table as a file), `runlog`, `report`."""
+"""Seeding, logging and run logs for the projects of this workspace."""

@@ -1,19 +1,18 @@
 """Published | measured, and the verdict on each claim, from a table file and run logs alone."""
 
-import math
-import operator
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import rich.table
-from rich.text import Text
 from scipy import stats
 
 from shared_utils.logging import console
-from shared_utils.runlog import RunLog
+from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Claim, Table
 
 NOT_MEASURED = "not measured"
@@ -21,50 +20,210 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim judged at one scale: mean effect over paired seeds; low and high end its 95 % t interval.
-
-    `verdict` is "holds" or "fails" where the whole interval lies on that side, else "undecided" (one seed has no
-    interval), or "not measured".
-    """
+    """A claim judged at one scale: mean effect over seeds with its 95 % t interval."""
 
     claim: Claim
-    verdict: str
-    effect: float | None
-    low: float | None
-    high: float | None
-    n_seeds: int
     scale: str
+    verdict: str  # holds | fails | undecided | not measured
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n_seeds: int = 0
+
+    def __str__(self) -> str:
+        if self.effect is None:
+            return self.verdict
+        interval = f" [{number(self.low)}, {number(self.high)}]" if self.n_seeds > 1 else ""
+        return f"{self.verdict}: {number(self.effect)}{interval}, n={self.n_seeds}"
 
 
-def samples(table: Table, scale: str, log: RunLog | None) -> dict[tuple[str, str], dict[int, float]]:
-    """(row, metric) -> seed -> value, from the records whose settings are the table's present ones."""
-    hashes = {run.row: run.key for run in table.runs(scale)} if log else {}
-    found: dict[tuple[str, str], dict[int, float]] = {}
-    for record in log.records() if log else ():
-        key = record["table"], record["row"], record["scale"], record["settings_hash"]
-        if key in hashes:
-            for metric, value in record["metrics"].items():
-                found.setdefault((record["row"], metric), {})[record["seed"]] = value
+def number(value: float) -> str:
+    """Three decimals below 100, fewer above."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def values(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, dict[str, float]]]:
+    """Metrics by row and seed; records whose settings are not the table's present ones do not count."""
+    if log is None or scale not in table.scales:
+        return {}
+    records = {key_of(record): record for record in log.records() if record["table"] == table.id}
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for row in table.rows_at(scale):
+        seeds = sorted({key[3] for key in records if key[1] == row.name})
+        for run in table.runs(scale, [row.name], seeds) if seeds else []:
+            if run.key in records:
+                found.setdefault(row.name, {})[run.seed] = records[run.key]["metrics"]
     return found
 
 
-def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % t interval; NaN for the half width of one value."""
-    values = np.fromiter(values, dtype=float)
-    if len(values) == 1 or np.ptp(values) == 0:  # equal values: no rounding error of the mean may decide a claim
-        return float(values[0]), 0.0 if len(values) > 1 else math.nan
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+def interval(sample: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % t interval; infinite half width for one value."""
+    sample = np.asarray(sample, dtype=float)
+    if len(sample) < 2:
+        return float(sample.mean()), float("inf")
+    half = stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
+    return float(sample.mean()), float(half)
 
 
-def measured(table: Table, scale: str, log: RunLog) -> pd.DataFrame:
-    """Rows by (metric, "mean" | "half_width" | "n"): half width of the 95 % t interval over n seeds; NaN, NaN, 0 if none."""
-    found = samples(table, scale, log)
-    lines = {
-        row.name: {
-            (metric, name): value
-            for metric in table.metrics
-            for name, value in _statistics(found.get((row.name, metric), {})).items()
-        }
-        for row in table.rows_at(scale)
-    }
-    return pd.DataFrame.from_dict(lines, orient="index")
+def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
+    """A verdict on every claim of the table that is to be judged at this scale."""
+    found = values(table, scale, log)
+    return [
+        _verdict(table, claim, scale, found) for claim in table.claims if claim.scales is None or scale in claim.scales
+    ]
+
+
+def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
+    rows = claim.named_rows
+    seeds = sorted(set.intersection(*(set(found.get(row, {})) for row in rows)))
+    if not seeds:
+        return Verdict(claim, scale, NOT_MEASURED)
+
+    def metric(row: str) -> np.ndarray:
+        return np.array([found[row][seed][claim.metric] for seed in seeds])
+
+    low_bound, high_bound = -np.inf, np.inf
+    if claim.better:
+        effect = metric(claim.better) - metric(claim.than)
+        effect, low_bound = (-effect if table.metrics[claim.metric] == "lower" else effect), claim.margin
+    elif claim.row:
+        effect = metric(claim.row) - (metric(claim.minus) if claim.minus else 0)
+        low_bound = -np.inf if claim.at_least is None else claim.at_least
+        high_bound = np.inf if claim.at_most is None else claim.at_most
+    else:
+        order = np.array([metric(row) for row in claim.rows]).T  # (seeds, rows)
+        sign = 1 if claim.trend == "rises" else -1
+        effect = sign * np.array([stats.spearmanr(range(len(rows)), each).statistic for each in order])
+        low_bound = 0.0
+    mean, half = interval(effect)
+    low, high = mean - half, mean + half
+    strict = low > low_bound if claim.better or claim.trend else low >= low_bound
+    if strict and high <= high_bound:
+        verdict = "holds"
+    elif high < low_bound or low > high_bound or (half == 0 and not strict):
+        verdict = "fails"
+    else:
+        verdict = "undecided"
+    return Verdict(claim, scale, verdict, mean, low, high, len(seeds))
+
+
+def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | None = None) -> pd.DataFrame:
+    """One line per row and metric: published, ours, yours, agreement.
+
+    Agreement is "same" where common seeds give equal values (1e-6 relative), "agrees" where the 95 % intervals
+    overlap, else "differs"; empty where either is missing.
+    """
+    mine, other = values(table, scale, ours), values(table, scale, yours)
+    lines = []
+    for row in table.rows_at(scale):
+        for metric in table.metrics:
+            a = {seed: each[metric] for seed, each in mine.get(row.name, {}).items()}
+            b = {seed: each[metric] for seed, each in other.get(row.name, {}).items()}
+            published = row.published.get(metric)
+            lines.append(
+                {
+                    "row": row.name,
+                    "metric": metric,
+                    "published": "" if published is None else number(published),
+                    "ours": _cell(a),
+                    "yours": _cell(b),
+                    "agreement": _agreement(a, b),
+                }
+            )
+    return pd.DataFrame(lines, columns=["row", "metric", "published", "ours", "yours", "agreement"])
+
+
+def _cell(sample: dict[int, float]) -> str:
+    if not sample:
+        return NOT_MEASURED
+    mean, half = interval(list(sample.values()))
+    return number(mean) if half == float("inf") else f"{number(mean)} ± {number(half)}"
+
+
+def _agreement(a: dict[int, float], b: dict[int, float]) -> str:
+    if not a or not b:
+        return ""
+    common = a.keys() & b.keys()
+    if common and all(np.isclose(a[seed], b[seed], rtol=1e-6, atol=1e-12) for seed in common):
+        return "same"
+    (mean_a, half_a), (mean_b, half_b) = interval(list(a.values())), interval(list(b.values()))
+    return "agrees" if abs(mean_a - mean_b) <= half_a + half_b else "differs"
+
+
+def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | None = None) -> None:
+    """Print published | ours | yours with verdicts to stdout."""
+    frame = comparison(table, scale, ours, yours)
+    shown = rich.table.Table(title=f"{table.id}: {table.title} ({table.source}; scale {scale})", show_lines=False)
+    shown.add_column("row", no_wrap=True)
+    for metric in table.metrics:
+        shown.add_column(f"{metric.replace('_', ' ')}\npublished | ours | yours", justify="right")
+    shown.add_column("yours\nvs ours")
+    for row, lines in frame.groupby("row", sort=False):
+        cells = [f"{_short(x.published)} | {_mean(x.ours)} | {_mean(x.yours)}" for x in lines.itertuples()]
+        words = set(lines.agreement) - {""}
+        shown.add_row(row, *cells, next((word for word in ("differs", "agrees", "same") if word in words), ""))
+    out = console()
+    out.print(shown)
+    for verdict in judge(table, scale, yours if yours is not None else ours):
+        out.print(f"  {verdict.verdict.upper():<12} {verdict.claim.text} ({verdict})", highlight=False)
+
+
+def _short(cell: str) -> str:
+    return "-" if cell in (NOT_MEASURED, "") else cell
+
+
+def _mean(cell: str) -> str:
+    return _short(cell.split(" ±")[0])
+
+
+def results_page(title: str, tables: Sequence[Table], results: Path, command: str) -> str:
+    """The whole RESULTS.md of a project.
+
+    Args:
+        title: of the page.
+        tables: all tables of the project.
+        results: folder with <scale>.jsonl and figures/<table>.png.
+        command: such as "prdc-metrics run".
+    """
+    parts = [
+        f"# {title}: results",
+        "Generated from the run logs in this folder by `make tables`; edits are overwritten. "
+        "Measured cells are means over seeds ± half the 95 % t interval.",
+    ]
+    for table in tables:
+        parts.append(f"## {table.id}: {table.title}\n\n{table.source}." + (f" {table.note}" if table.note else ""))
+        if (results / "figures" / f"{table.id}.png").exists():
+            parts.append(f"![{table.id}](figures/{table.id}.png)")
+        for scale in table.scales:
+            if scale != "smoke":
+                parts.append(_section(table, scale, RunLog(results / f"{scale}.jsonl"), command))
+    return "\n\n".join(parts) + "\n\n" + _origin(results)
+
+
+def _section(table: Table, scale: str, log: RunLog, command: str) -> str:
+    how = f"### {table.id}, scale {scale}\n\n`{command} {table.id} --scale {scale}`"
+    found = values(table, scale, log)
+    verdicts = pd.DataFrame([{"claim": v.claim.text, "verdict": str(v)} for v in judge(table, scale, log)])
+    claims = "" if verdicts.empty else "\n\n" + verdicts.to_markdown(index=False)
+    if not found and not any(row.published for row in table.rows_at(scale)):
+        return f"{how}\n\nNot measured.{claims}"
+    frame = comparison(table, scale, log)
+    frame["metric"] = frame["metric"].str.replace("_", " ")
+    wide = pd.DataFrame({"row": frame.row.unique()})
+    for metric, lines in frame.groupby("metric", sort=False):
+        wide[f"{metric}: published"] = lines.published.replace("", "–").to_numpy()
+        wide[f"{metric}: measured"] = lines.ours.to_numpy()
+    seeds = sorted({len(each) for each in found.values()})
+    count = f"{' or '.join(map(str, seeds))} seeds" if seeds else NOT_MEASURED
+    return f"{how} ({count})\n\n{wide.to_markdown(index=False, disable_numparse=True)}{claims}"
+
+
+def _origin(results: Path) -> str:
+    lines = []
+    for path in sorted(results.glob("*.jsonl")):
+        records = RunLog(path).records()
+        for name in sorted({(r["device"], r["threads"], r["commit"], tuple(r["versions"].items())) for r in records}):
+            device, threads, commit, versions = name
+            packages = ", ".join(f"{package} {version}" for package, version in versions)
+            lines.append(f"- {path.name}: {device}, {threads} threads, {packages}, commit {str(commit)[:12]}")
+    return "## Where the numbers come from\n\n" + "\n".join(lines or ["No run is recorded yet."]) + "\n"

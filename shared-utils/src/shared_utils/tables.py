@@ -1,42 +1,33 @@
 """A table or figure of a paper as a TOML file: published figures, our settings per scale, and claims to judge."""
 
+from __future__ import annotations
+
 import difflib
 import hashlib
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Real
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TABLE_KEYS = {"title": str, "source": str, "metrics": dict, "scale": dict, "row": list}
-TABLE_KEYS |= {"unit": str, "note": str, "claim": list}
-SCALE_KEYS = {"seeds": list, "expected_seconds": Real}
-ROW_KEYS = {"name": str, "published": dict, "published_source": str, "run": dict, "scales": list}
-CLAIM_FORMS = (
-    {"better": str, "than": str, "margin": Real},
-    {"row": str, "minus": str, "at_least": Real, "at_most": Real},
-    {"rows": list, "trend": str},
-)
-CLAIM_KEYS = {"text": str, "metric": str, "scales": list} | CLAIM_FORMS[0] | CLAIM_FORMS[1] | CLAIM_FORMS[2]
+DIRECTIONS = ("higher", "lower", "neutral")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Settings that every row shares at a scale, the seeds to run, and the expected seconds of one run."""
+    """Settings that every row shares at a scale, and the seeds to run."""
 
     name: str
-    settings: dict[str, Any]
     seeds: tuple[int, ...]
-    expected_seconds: float | None = None
+    expected_seconds: float | None
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the paper's figures, how we run it, and at which scales (None: at all)."""
+    """One row: what the paper prints for it and how we run it."""
 
     name: str
     published: dict[str, float] = field(default_factory=dict)
@@ -48,12 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement on one metric in one of three forms, judged at `scales` (None: wherever its rows exist).
-
-    better, than, margin: `better` is better than `than` by more than `margin`, in the metric's direction.
-    row, minus, at_least, at_most: the value of `row`, less that of `minus`, lies within the bounds.
-    rows, trend: along `rows` the value "rises" or "falls", by Spearman's rank correlation.
-    """
+    """A statement about rows; see CONTRIBUTING for its three forms."""
 
     text: str
     metric: str
@@ -69,181 +55,147 @@ class Claim:
     scales: tuple[str, ...] | None = None
 
     @property
-    def row_names(self) -> tuple[str, ...]:
-        """Every row that the claim speaks of."""
+    def named_rows(self) -> tuple[str, ...]:
+        """Every row the claim speaks of."""
         return tuple(name for name in (self.better, self.than, self.row, self.minus, *self.rows) if name)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row at one scale with one seed; `metrics` are the names that its outcome must have."""
+    """One row at one scale with one seed."""
 
     table: str
     row: str
     scale: str
     seed: int
     settings: dict[str, Any]
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str, ...]
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
-        """What makes two runs the same."""
+        """What makes two records the same run."""
         return self.table, self.row, self.scale, self.seed, settings_hash(self.settings)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table file; `id` is its stem, such as "table-5", and `metrics` maps a name to higher, lower or neutral."""
+    """A table file; `id` is its stem, such as "table-5"."""
 
     id: str
-    path: Path
     title: str
     source: str
-    unit: str
-    note: str
     metrics: dict[str, str]
     scales: dict[str, Scale]
     rows: tuple[Row, ...]
-    claims: tuple[Claim, ...] = ()
-
-    def has_scale(self, name: str) -> bool:
-        """Whether the table declares this scale."""
-        return name in self.scales
-
-    def row(self, name: str) -> Row:
-        """The row of that name; ValueError with the nearest one where there is none."""
-        _known(self.id, "row", [name], [row.name for row in self.rows])
-        return next(row for row in self.rows if row.name == name)
+    claims: tuple[Claim, ...]
+    note: str = ""
 
     def rows_at(self, scale: str) -> list[Row]:
         """Rows that exist at a scale."""
         return [row for row in self.rows if row.scales is None or scale in row.scales]
 
-    def claims_at(self, scale: str) -> list[Claim]:
-        """Claims that are to be judged at a scale: not limited to others, and on rows that exist there."""
-        names = {row.name for row in self.rows_at(scale)}
-        judged = [claim for claim in self.claims if claim.scales is None or scale in claim.scales]
-        return [claim for claim in judged if names.issuperset(claim.row_names)]
-
-    def settings(self, row: Row | str, scale: str) -> dict[str, Any]:
+    def settings(self, row: Row, scale: str) -> dict[str, Any]:
         """Resolved settings: the scale's, then the row's, then the row's at that scale."""
-        row = self.row(row) if isinstance(row, str) else row
         return self.scales[scale].settings | row.run | row.overrides.get(scale, {})
 
     def runs(self, scale: str, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Run]:
-        """Runs of a scale, row by row; none or empty `rows` or `seeds` mean all of the table's.
-
-        ValueError for a scale that the table lacks or a row that does not exist at the scale.
-        """
+        """All runs of a scale. ValueError for a scale or row that the table lacks."""
         _known(self.id, "scale", [scale], self.scales)
-        _known(self.id, f"row at scale {scale}", rows or (), [row.name for row in self.rows_at(scale)])
+        _known(self.id, "row", rows or (), [row.name for row in self.rows])
         return [
             Run(self.id, row.name, scale, seed, self.settings(row, scale), tuple(self.metrics))
             for row in self.rows_at(scale)
             if not rows or row.name in rows
-            for seed in dict.fromkeys(seeds or self.scales[scale].seeds)
+            for seed in seeds or self.scales[scale].seeds
         ]
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """12 hex digits of the settings' canonical JSON; the order of keys plays no part."""
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """12 hex digits that do not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load_tables(folder: Path | str, setting_names: Iterable[str] | None = None) -> list[Table]:
-    """All table files of a folder in natural order: figure-2 before figure-10. FileNotFoundError without the folder."""
+def load_tables(folder: Path, setting_names: Iterable[str] | None = None) -> list[Table]:
+    """All table files of a folder in natural order (figure-2 before figure-10)."""
     names = None if setting_names is None else list(setting_names)
 
-    def natural(path: Path) -> list[str | int]:
+    def natural(path: Path) -> list:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
-    paths = [path for path in Path(folder).iterdir() if path.suffix == ".toml"]
-    return [load_table(path, names) for path in sorted(paths, key=natural)]
+    return [load_table(path, names) for path in sorted(Path(folder).glob("*.toml"), key=natural)]
 
 
-def load_table(path: Path | str, setting_names: Iterable[str] | None = None) -> Table:
-    """Read and check a table file; settings are checked against `setting_names` where given.
+def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
+    """Read and check one table file.
 
-    ValueError for a key, row, scale, metric or setting that is unknown, missing or of a wrong type; it names the file,
-    the key and the nearest valid one.
+    Raises:
+        ValueError: a key, row, scale, metric or setting that is not known, with file and nearest valid name.
     """
-    path = Path(path)
+    where = Path(path).name
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    _check(path, "key", raw, TABLE_KEYS, ("title", "source", "metrics", "scale", "row"))
-    _known(path, "direction of a metric", raw["metrics"].values(), ("higher", "lower", "neutral"))
-    _check(path, "scale", raw["scale"], dict.fromkeys(raw["scale"], dict))
-    names = None if setting_names is None else list(setting_names)
-    scales = {name: _scale(path, name, body, names) for name, body in raw["scale"].items()}
-    rows = tuple(_row(path, body, scales, raw["metrics"], names) for body in raw["row"])
-    if len({row.name for row in rows}) < len(rows):
-        raise ValueError(f"{path}: two rows have the same name")
-    head = path.stem, path, raw["title"], raw["source"], raw.get("unit", "%"), raw.get("note", "")
-    table = Table(*head, raw["metrics"], scales, rows)
-    return replace(table, claims=tuple(_claim(table, body) for body in raw.get("claim", ())))
+        raw = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    _known(where, "key", raw, ["title", "source", "metrics", "scale", "row", "claim", "note"])
+    metrics = raw["metrics"]
+    for name, direction in metrics.items():
+        _known(where, f"direction of {name}", [direction], DIRECTIONS)
+    settings = None if setting_names is None else list(setting_names)
+    scales = {name: _scale(where, name, dict(body), settings) for name, body in raw["scale"].items()}
+    rows = tuple(_row(where, dict(body), scales, metrics, settings) for body in raw["row"])
+    names = [row.name for row in rows]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise ValueError(f"{where}: row {sorted(repeated)[0]!r} stands there twice")
+    claims = tuple(_claim(where, dict(body), scales, metrics, names) for body in raw.get("claim", []))
+    return Table(Path(path).stem, raw["title"], raw["source"], metrics, scales, rows, claims, raw.get("note", ""))
 
 
-def _scale(path: Path, name: str, body: dict, names: list[str] | None) -> Scale:
-    settings = {key: value for key, value in body.items() if key not in SCALE_KEYS}
-    if names is not None:
-        _known(path, "setting", settings, [*names, *SCALE_KEYS])
-    reserved = {key: value for key, value in body.items() if key in SCALE_KEYS}
-    _check(path, f"key of scale {name}", reserved, SCALE_KEYS, ("seeds",))
-    seeds = body["seeds"]
-    if not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{path}: seeds of scale {name} must be different integers, at least one, got {seeds}")
-    return Scale(name, settings, tuple(seeds), body.get("expected_seconds"))
+def _scale(where: str, name: str, body: dict, settings: list[str] | None) -> Scale:
+    seeds, seconds = body.pop("seeds", []), body.pop("expected_seconds", None)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"{where}: scale {name} needs a list of different seeds, got {seeds}")
+    if settings is not None:
+        _known(where, "setting", body, [*settings, "seeds", "expected_seconds"])
+    return Scale(name, tuple(seeds), seconds, body)
 
 
-def _row(path: Path, body: dict, scales: dict, metrics: dict, names: list[str] | None) -> Row:
-    _check(path, "key of a row", body, dict.fromkeys(scales, dict) | ROW_KEYS, ("name",))
-    _check(path, f"metric of row {body['name']!r}", body.get("published", {}), dict.fromkeys(metrics, Real))
-    _known(path, "scale", body.get("scales", ()), scales)
+def _row(where: str, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:
     overrides = {name: body.pop(name) for name in scales if name in body}
-    for settings in (body.get("run", {}), *overrides.values()):
-        _known(path, "setting", settings, settings if names is None else names)
-    return Row(**body | {"scales": tuple(body["scales"]) if "scales" in body else None, "overrides": overrides})
+    _known(where, "key of a row", body, ["name", "published", "published_source", "run", "scales", *scales])
+    _known(where, "metric", body.get("published", {}), metrics)
+    _known(where, "scale", body.get("scales", []), scales)
+    if settings is not None:
+        for part in (body.get("run", {}), *overrides.values()):
+            _known(where, "setting", part, settings)
+    only = tuple(body.pop("scales")) if "scales" in body else None
+    return Row(**body, scales=only, overrides=overrides)
 
 
-def _claim(table: Table, body: dict) -> Claim:
-    _check(table.path, "key of a claim", body, CLAIM_KEYS, ("text", "metric"))
-    claim = Claim(**{key: tuple(value) if isinstance(value, list) else value for key, value in body.items()})
-    _known(table.path, "metric", [claim.metric], table.metrics)
-    _known(table.path, "scale", claim.scales or (), table.scales)
-    _known(table.path, "row", claim.row_names, [row.name for row in table.rows])
-    for scale in claim.scales or ():
-        _known(table.path, f"row at scale {scale}", claim.row_names, [row.name for row in table.rows_at(scale)])
-    given = body.keys() - {"text", "metric", "scales"}
-    complete = (
-        {"better", "than"} <= given and table.metrics[claim.metric] != "neutral",
-        "row" in given and bool(given & {"at_least", "at_most"}),
+def _claim(where: str, body: dict, scales: dict, metrics: dict, rows: list[str]) -> Claim:
+    _known(where, "key of a claim", body, Claim.__dataclass_fields__)
+    for name in ("rows", "scales"):
+        if name in body:
+            body[name] = tuple(body[name])
+    claim = Claim(**body)
+    _known(where, "metric", [claim.metric], metrics)
+    _known(where, "row", claim.named_rows, rows)
+    _known(where, "scale", claim.scales or (), scales)
+    forms = [
+        bool(claim.better and claim.than),
+        bool(claim.row) and (claim.at_least is not None or claim.at_most is not None),
         len(claim.rows) >= 3 and claim.trend in ("rises", "falls"),
-    )
-    if not any(done and given <= keys.keys() for done, keys in zip(complete, CLAIM_FORMS, strict=True)):
+    ]
+    if sum(forms) != 1:
         raise ValueError(
-            f"{table.path}: claim {claim.text!r} needs better and than (on a metric that is not neutral), or row with "
-            "at_least or at_most, or three rows or more with a trend that rises or falls"
+            f"{where}: claim {claim.text!r} needs better and than, or row with a bound, or rows with a trend"
         )
     return claim
 
 
-def _check(path: Path, what: str, body: dict, kinds: dict[str, type], required: Sequence[str] = ()) -> None:
-    _known(path, what, body, kinds)
-    for key in required:
-        if key not in body:
-            raise ValueError(f"{path}: missing {what} {key!r}")
-    for key, value in body.items():
-        number = kinds[key] is Real
-        if not isinstance(value, kinds[key]) or (number and (isinstance(value, bool) or not math.isfinite(value))):
-            raise ValueError(f"{path}: {what} {key!r} must be a {kinds[key].__name__.lower()}, got {value!r}")
-
-
-def _known(where: Path | str, what: str, given: Iterable[Any], valid: Iterable[str]) -> None:
+def _known(where: str, what: str, given: Iterable[str], valid: Iterable[str]) -> None:
     valid = list(valid)
     for name in given:
         if name not in valid:
             near = difflib.get_close_matches(str(name), valid, 1, 0.0)
-            raise ValueError(f"{where}: unknown {what} {name!r}" + (f"; nearest is {near[0]!r}" if near else ""))
+            raise ValueError(f"{where}: unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
