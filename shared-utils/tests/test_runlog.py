@@ -1,7 +1,6 @@
 """Run logs under kills and many writers."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,16 +18,19 @@ def line(seed: int, **extra) -> dict:
     return base | extra
 
 
-def write(path, start):
-    for seed in range(start, start + 20):
-        RunLog(path).append(line(seed))
+WRITER = """
+import sys
+from shared_utils.runlog import RunLog
+for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 20):
+    record = {"table": "t", "row": "r", "scale": "s", "seed": seed, "settings_hash": "h", "metrics": {}}
+    RunLog(sys.argv[1]).append(record)
+"""
 
 
 def test_many_writers_lose_and_double_nothing(tmp_path):
     path = tmp_path / "log.jsonl"
-    workers = [multiprocessing.get_context("spawn").Process(target=write, args=(path, 10 * i)) for i in range(3)]
-    [worker.start() for worker in workers]
-    [worker.join() for worker in workers]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(10 * i)]) for i in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert sorted(json.loads(text)["seed"] for text in path.read_text().splitlines()) == list(range(40))
 
 
