@@ -97,8 +97,9 @@ def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
         low_bound = 0.0
     mean, half = interval(effect)
     low, high = mean - half, mean + half
-    strict = low > low_bound if claim.better or claim.trend else low >= low_bound
-    if strict and high <= high_bound:
+    rounding = 1e-9  # a mean of equal values may differ from them in the last digit
+    strict = low > low_bound if claim.better or claim.trend else low >= low_bound - rounding
+    if strict and high <= high_bound + rounding:
         verdict = "holds"
     elif high < low_bound or low > high_bound or (half == 0 and not strict):
         verdict = "fails"
