@@ -17,20 +17,18 @@ def r64():
     return load_embedding("random-vgg16-64", seed=3)
 
 
-def checksums(network):
-    return [weight.double().square().sum().item() for weight in network.parameters()]
-
-
 def synthetic_state(network):
-    """A state dict of the right shapes whose file is small: one random number per output channel."""
+    """A state dict of the right shapes in a small file: kernels are flat, rows of linear layers as well."""
     generator = torch.Generator().manual_seed(0)
 
     def fake(key, value):
         if "running_var" in key or value.ndim == 0:
             return torch.ones(value.shape, dtype=value.dtype)
-        rows = torch.randn(value.shape[:1], generator=generator)
-        scale = 2 / value[0].numel() if value.ndim > 1 else 0.1  # equal weights: a mean over the inputs
-        return (rows * scale).view(-1, *[1] * (value.ndim - 1)).expand(value.shape)
+        kept = value.shape[:2] if value.ndim == 4 else value.shape[:1]
+        flat = value.shape[len(kept) :]
+        numbers = torch.randn(kept, generator=generator)
+        numbers *= (2 / kept[1]) ** 0.5 / flat.numel() if value.ndim == 4 else 2 / flat.numel()
+        return numbers.view(*kept, *[1] * len(flat)).expand(value.shape)
 
     return {key: fake(key, value) for key, value in network.state_dict().items()}
 
@@ -52,7 +50,8 @@ def test_same_seed_same_weights_and_global_rng_untouched(r64):
     before = torch.get_rng_state()
     again = load_embedding("random-vgg16-64", seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert checksums(again) == checksums(r64)
+    for ours, theirs in zip(again.parameters(), r64.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_torchvision_init_follows_the_seed_and_leaves_global_rng(r64):
@@ -62,7 +61,6 @@ def test_torchvision_init_follows_the_seed_and_leaves_global_rng(r64):
     assert torch.equal(torch.get_rng_state(), before)
     assert network.trunk[0].weight.std() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)  # fan_out, He
     assert network.trunk[-1].weight.std() == pytest.approx(0.01, rel=0.01)
-    assert checksums(network) != checksums(r64)
     assert network.provenance["init"] == "torchvision"
 
 
@@ -116,14 +114,14 @@ def test_vgg_layers_are_torchvisions(vgg_file):
     reference.eval()
     before = load_embedding("vgg16-fc2", weights=vgg_file)
     after = load_embedding("vgg16-fc2-relu", weights=str(vgg_file))
-    images = torch.rand(2, 3, 224, 224)
+    images = torch.rand(2, 3, 224, 224) * torch.tensor([1.0, 0.3]).view(2, 1, 1, 1)
     with torch.inference_mode():
         features = before(images)
         normalised = v2.functional.normalize(images, before.mean, before.std)
         pooled = reference.avgpool(reference.features(normalised)).flatten(1)
         torch.testing.assert_close(features, reference.classifier[:4](pooled))
-        assert features.shape == (2, 4096) and (features < 0).any() and (features[0] - features[1]).any()
-        assert torch.equal(after(images), features.relu())
+        assert features.shape == (2, 4096) and (features < 0).any() and (features[0] - features[1]).abs().max() > 0.01
+        torch.testing.assert_close(after(images), features.relu())
     assert len(before.provenance["weights"]) == 64 and before.provenance["seed"] is None
 
 
@@ -134,16 +132,13 @@ def test_inception_equals_torchvisions_pretrained_recipe(tmp_path):
         reference = inception_v3(weights=None, init_weights=False, transform_input=True)
     reference.load_state_dict(torch.load(path), assign=True)
     reference.fc = nn.Identity()
-    images = torch.rand(2, 3, 299, 299)
+    images = torch.rand(2, 3, 299, 299) * torch.tensor([1.0, 0.3]).view(2, 1, 1, 1)
     imagenet = v2.functional.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.inference_mode():
-        embedding = load_embedding("inception-pool3", weights=path)
-        features = embedding(images)
+        features = load_embedding("inception-pool3", weights=path)(images)
         expected = reference.eval()(imagenet)
-        ours = v2.functional.normalize(images, embedding.mean, embedding.std)
-        torch.testing.assert_close(ours, reference._transform_input(imagenet), rtol=0, atol=1e-5)
-    assert features.shape == (2, 2048)
-    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert features.shape == (2, 2048) and (expected[0] - expected[1]).abs().max() > 0.01 * expected.max()
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +199,7 @@ def test_damaged_or_foreign_weights_name_the_file_and_run_nothing(content, tmp_p
         torch.save(torch.zeros(3), path)
     else:
         torn = vgg_file.read_bytes()[:5000]
-        path.write_bytes({"pickle": pickle.dumps(Trap(sprung)), "torn": torn, "empty": b""}[content])
+        path.write_bytes({"pickle": pickle.dumps(Trap(sprung), protocol=2), "torn": torn, "empty": b""}[content])
     with pytest.raises(ValueError, match=r"weights\.pth: no state dict can be read"):
         load_embedding("vgg16-fc2", weights=path)
     assert not sprung.exists()

@@ -275,13 +275,15 @@ def test_what_cannot_be_told_apart_is_not_cached(folder, tmp_path, log):
     assert not (tmp_path / "cache").exists()
 
 
-def test_named_embedding_is_built_once(tmp_path, monkeypatch):
-    images = torch.rand(2, 8, 8)
-    settings = dict(embedding="random-vgg16-64", cache=tmp_path, seed=1)
-    features = extract_features(images, **settings)
-    assert features.shape == (2, 64)
-    monkeypatch.setattr("prdc_metrics.features.load_embedding", None)  # a hit needs no network at all
-    assert torch.equal(extract_features(images, **settings), features)
+def test_named_embedding_is_built_with_its_recipe_and_only_when_needed(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr("prdc_metrics.features.load_embedding", lambda *a, **k: built.append((a, k)) or Pool())
+    images, recipe = torch.rand(2, 8, 8), dict(weights=None, seed=1, init="torchvision")
+    for _ in range(2):
+        assert extract_features(images, "random-vgg16-64", cache=tmp_path, **recipe).shape == (2, 48)
+    assert built == [(("random-vgg16-64",), recipe)]
+    extract_features(images, "random-vgg16-64", cache=tmp_path, **recipe | {"seed": 2})
+    assert len(built) == 2
 
 
 @pytest.mark.gpu
