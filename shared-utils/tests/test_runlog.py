@@ -91,6 +91,34 @@ def test_a_missing_metric_is_an_error(tmp_path):
         run_missing("p", runs, RunLog(tmp_path / "x"), lambda s, n: Outcome({"a": 1.0}), repository=tmp_path)
 
 
+def seed_and_process(settings, seed):
+    return Outcome({"a": float(seed)}, {"process": os.getpid()})
+
+
+def test_jobs_run_side_by_side_with_one_thread_each(tmp_path):
+    runs = [Run("t", "r", "s", seed, {}, ("a",)) for seed in range(4)]
+    log = RunLog(tmp_path / "log.jsonl")
+    run_missing("p", runs, log, seed_and_process, repository=tmp_path, jobs=2)
+    assert sorted(item["metrics"]["a"] for item in log.records()) == [0, 1, 2, 3]
+    assert os.getpid() not in {item["details"]["process"] for item in log.records()}
+    assert run_missing("p", runs, log, seed_and_process, repository=tmp_path, jobs=2) == []
+
+
+def test_groups_are_executed_in_one_call(tmp_path):
+    calls = []
+
+    def execute(settings, seeds):
+        calls.append((settings, seeds))
+        return [Outcome({"a": float(seed + each["x"])}) for each, seed in zip(settings, seeds, strict=True)]
+
+    runs = [Run("t", str(x), "s", seed, {"x": x}, ("a",)) for x in (10, 20) for seed in (0, 1)]
+    log = RunLog(tmp_path / "log.jsonl")
+    run_missing("p", runs[:1], log, execute, repository=tmp_path, group=lambda run: run.seed)
+    run_missing("p", runs, log, execute, repository=tmp_path, group=lambda run: run.seed)
+    assert calls == [([{"x": 10}], [0]), ([{"x": 10}, {"x": 20}], [1, 1]), ([{"x": 20}], [0])]
+    assert sorted(item["metrics"]["a"] for item in log.records()) == [10, 11, 20, 21]
+
+
 def test_record_moves_once_and_only_from_a_clean_tree(tmp_path):
     def git(*words):
         identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}

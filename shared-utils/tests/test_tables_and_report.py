@@ -119,6 +119,27 @@ def test_verdicts_against(table, tmp_path):
     assert [v.verdict for v in judge(table, "embedded", log)] == ["fails", "fails", "undecided"]
 
 
+def test_every_seed_must_reach_the_bound_where_the_claim_says_so(table, tmp_path):
+    log = fill(table, tmp_path / "embedded.jsonl", {"a": [1, 1, 1], "b": [9, 9.1, 1.0], "c": [3, 3, 3]})
+    (tmp_path / "table-1.toml").write_text(
+        TABLE.replace('than = "b"', 'than = "b"\nevery_seed = true\nnote = "seen"', 1)
+    )
+    first = judge(load_table(tmp_path / "table-1.toml"), "embedded", log)[0]
+    assert first.verdict == "fails" and str(first).endswith("; seen")
+    assert judge(table, "embedded", log)[0].verdict == "undecided"
+
+
+def test_a_published_error_stands_behind_its_figure(tmp_path):
+    text = TABLE.replace(
+        "published = { error = 1.5 }", "published = { error = 1.5 }\npublished_error = { error = 0.2 }"
+    )
+    (tmp_path / "table-1.toml").write_text(text)
+    assert comparison(load_table(tmp_path / "table-1.toml"), "embedded", None).published[0] == "1.500 ± 0.200"
+    (tmp_path / "table-1.toml").write_text(text.replace("published_error = { error", "published_error = { eror"))
+    with pytest.raises(ValueError, match="unknown published metric 'eror'"):
+        load_table(tmp_path / "table-1.toml")
+
+
 def test_comparison_says_whether_yours_agrees(table, tmp_path):
     errors = {"a": [1, 1, 1], "b": [2, 2.1, 1.9], "c": [3, 3, 3]}
     ours = fill(table, tmp_path / "ours", errors)

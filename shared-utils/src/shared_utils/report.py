@@ -34,7 +34,8 @@ class Verdict:
         if self.effect is None:
             return self.verdict
         interval = f" [{number(self.low)}, {number(self.high)}]" if self.n_seeds > 1 else ""
-        return f"{self.verdict}: {number(self.effect)}{interval}, n={self.n_seeds}"
+        note = f"; {self.claim.note}" if self.claim.note else ""
+        return f"{self.verdict}: {number(self.effect)}{interval}, n={self.n_seeds}{note}"
 
 
 def number(value: float) -> str:
@@ -99,7 +100,10 @@ def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
     low, high = mean - half, mean + half
     rounding = 1e-9  # a mean of equal values may differ from them in the last digit
     strict = low > low_bound if claim.better or claim.trend else low >= low_bound - rounding
-    if strict and high <= high_bound + rounding:
+    reached = (effect > low_bound if claim.better or claim.trend else effect >= low_bound) & (effect <= high_bound)
+    if claim.every_seed and not reached.all():
+        verdict = "fails"
+    elif strict and high <= high_bound + rounding:
         verdict = "holds"
     elif high < low_bound or low > high_bound or (half == 0 and not strict):
         verdict = "fails"
@@ -120,12 +124,12 @@ def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | No
         for metric in table.metrics:
             a = {seed: each[metric] for seed, each in mine.get(row.name, {}).items()}
             b = {seed: each[metric] for seed, each in other.get(row.name, {}).items()}
-            published = row.published.get(metric)
+            published, error = row.published.get(metric), row.published_error.get(metric)
             lines.append(
                 {
                     "row": row.name,
                     "metric": metric,
-                    "published": "" if published is None else number(published),
+                    "published": "" if published is None else _plus_minus(published, error),
                     "ours": _cell(a),
                     "yours": _cell(b),
                     "agreement": _agreement(a, b),
@@ -138,7 +142,11 @@ def _cell(sample: dict[int, float]) -> str:
     if not sample:
         return NOT_MEASURED
     mean, half = interval(list(sample.values()))
-    return number(mean) if half == float("inf") else f"{number(mean)} ± {number(half)}"
+    return _plus_minus(mean, None if half == float("inf") else half)
+
+
+def _plus_minus(value: float, error: float | None) -> str:
+    return number(value) if error is None else f"{number(value)} ± {number(error)}"
 
 
 def _agreement(a: dict[int, float], b: dict[int, float]) -> str:

@@ -11,13 +11,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pandas as pd
 import torch
 
@@ -90,7 +91,7 @@ class RunLog:
 
 
 def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Device, threads, versions, git commit and whether the tree was clean (False outside git)."""
+    """Device, versions, git commit and whether the tree was clean (False outside git)."""
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True)
@@ -99,7 +100,6 @@ def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({_processor()})",
-        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)},
         "commit": git("rev-parse", "HEAD"),
         "clean": git("status", "--porcelain") == "",
@@ -110,11 +110,13 @@ def run_missing(
     project: str,
     runs: Sequence[Run],
     log: RunLog,
-    execute: Callable[[dict, int], Outcome],
+    execute: Callable[..., Outcome | Sequence[Outcome]],
     *,
     repository: Path,
     packages: Sequence[str] = (),
     force: bool = False,
+    jobs: int = 1,
+    group: Callable[[Run], Hashable] | None = None,
 ) -> list[dict]:
     """Execute the runs that the log lacks and append each record as soon as it is finished.
 
@@ -122,47 +124,72 @@ def run_missing(
         project: name written into the records.
         runs: from `Table.runs`.
         log: where to look and to append.
-        execute: settings and seed to an `Outcome`.
+        execute: settings and seed to an `Outcome`; with `group`: a list of settings and a list of seeds to a list.
         repository: checkout whose commit is recorded.
         packages: further packages whose versions are recorded.
         force: run all, superseding what is there.
+        jobs: processes that run side by side, each with its share of the cores; 0 takes one per core, or a single
+            one where there is CUDA. With more than one, `execute` must be picklable.
+        group: runs that it maps to the same value are executed in one call (models trained with stacked
+            parameters); each record then holds its share of the time.
 
     Returns:
         The new records.
     """
     done = set() if force else log.keys()
-    missing = [run for run in runs if run.key not in done]
+    units: dict[Hashable, list[Run]] = {}
+    for run in runs:
+        if run.key not in done:
+            units.setdefault(group(run) if group else run.key, []).append(run)
     source = provenance(repository, packages)
     source["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    workers = joblib.Parallel(
+        n_jobs=max(1, min(jobs, len(units))), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
+    )
     finished = []
     with progress() as bar:
-        task = bar.add_task(project, total=len(missing))
-        for run in missing:
-            bar.update(task, description=f"{project} {run.table} {run.row} seed {run.seed}")
-            record = _measure(project, run, execute) | source
-            log.append(record, force=force)
-            finished.append(record)
-            bar.advance(task)
+        task = bar.add_task(project, total=sum(map(len, units.values())))
+        measured = workers(
+            joblib.delayed(_measure)(project, unit, execute, group is not None) for unit in units.values()
+        )
+        for records in measured:
+            records = [record | source for record in records]
+            log.append(*records, force=force)
+            finished += records
+            last = records[-1]
+            bar.update(task, description=f"{project} {last['table']} {last['row']} seed {last['seed']}")
+            bar.advance(task, len(records))
     return finished
 
 
-def _measure(project: str, run: Run, execute: Callable[[dict, int], Outcome]) -> dict:
+def _measure(project: str, runs: list[Run], execute: Callable, together: bool) -> list[dict]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     wall, cpu = time.perf_counter(), time.process_time()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    outcome = execute(run.settings, run.seed)
-    lacking = set(run.metrics) - set(outcome.metrics)
-    if lacking:
-        raise ValueError(f"{run.table}, {run.row}: the run did not return {', '.join(sorted(lacking))}")
-    record = {"project": project, "table": run.table, "row": run.row, "scale": run.scale, "seed": run.seed}
-    record |= {"metrics": outcome.metrics, "details": outcome.details, "dataset": outcome.dataset}
-    record |= {"settings": run.settings, "settings_hash": run.key[-1], "started": started}
-    record |= {"seconds": round(time.perf_counter() - wall, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
-    record["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    if together:
+        outcomes = execute([run.settings for run in runs], [run.seed for run in runs])
+    else:
+        outcomes = [execute(run.settings, run.seed) for run in runs]
+    cost = {
+        "seconds": round((time.perf_counter() - wall) / len(runs), 3),
+        "cpu_seconds": round((time.process_time() - cpu) / len(runs), 3),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "threads": torch.get_num_threads(),
+    }
     if torch.cuda.is_available():
-        record["peak_cuda_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return record
+        cost["peak_cuda_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    records = []
+    for run, outcome in zip(runs, outcomes, strict=True):
+        lacking = set(run.metrics) - set(outcome.metrics)
+        if lacking:
+            raise ValueError(f"{run.table}, {run.row}: the run did not return {', '.join(sorted(lacking))}")
+        record = {"project": project, "table": run.table, "row": run.row, "scale": run.scale, "seed": run.seed}
+        record |= {"metrics": outcome.metrics, "details": outcome.details, "dataset": outcome.dataset}
+        record |= {"settings": run.settings, "settings_hash": run.key[-1], "started": started}
+        records.append(record | cost)
+    return records
 
 
 def record(moves: Sequence[tuple[RunLog, RunLog]], repository: Path) -> int:

@@ -31,6 +31,7 @@ class Row:
 
     name: str
     published: dict[str, float] = field(default_factory=dict)
+    published_error: dict[str, float] = field(default_factory=dict)
     published_source: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
     scales: tuple[str, ...] | None = None
@@ -52,6 +53,8 @@ class Claim:
     at_most: float | None = None
     rows: tuple[str, ...] = ()
     trend: str | None = None
+    every_seed: bool = False
+    note: str = ""
     scales: tuple[str, ...] | None = None
 
     @property
@@ -162,8 +165,14 @@ def _scale(where: str, name: str, body: dict, settings: list[str] | None) -> Sca
 
 def _row(where: str, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:
     overrides = {name: body.pop(name) for name in scales if name in body}
-    _known(where, "key of a row", body, ["name", "published", "published_source", "run", "scales", *scales])
+    _known(
+        where,
+        "key of a row",
+        body,
+        ["name", "published", "published_error", "published_source", "run", "scales", *scales],
+    )
     _known(where, "metric", body.get("published", {}), metrics)
+    _known(where, "published metric", body.get("published_error", {}), body.get("published", {}))
     _known(where, "scale", body.get("scales", []), scales)
     if settings is not None:
         for part in (body.get("run", {}), *overrides.values()):
