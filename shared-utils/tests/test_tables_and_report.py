@@ -140,6 +140,32 @@ def test_a_published_error_stands_behind_its_figure(tmp_path):
         load_table(tmp_path / "table-1.toml")
 
 
+SHARING = """
+title = "S"
+source = "arXiv 0, Figure 1"
+metrics = { error = "lower", extra = "higher" }
+[scale.embedded]
+seeds = [20]
+[[row]]
+name = "b"
+runs_of = "table-1"
+"""
+
+
+def test_a_row_may_show_the_runs_of_another_table(table, tmp_path):
+    log = fill(table, tmp_path / "embedded.jsonl", {"a": [1, 1, 1], "b": [2, 2.1, 1.9], "c": [3, 3, 3]})
+    (tmp_path / "figure-1.toml").write_text(SHARING)
+    other = load_table(tmp_path / "figure-1.toml", ["size", "method"])
+    assert [run.key for run in other.runs("embedded")] == [run.key for run in table.runs("embedded", ["b"])]
+    assert comparison(other, "embedded", log).ours.tolist() == ["2.000 ± 0.248", "not measured"]
+    (tmp_path / "figure-1.toml").write_text(SHARING + "run = { size = 4 }")
+    with pytest.raises(ValueError, match="takes its settings from table-1"):
+        load_table(tmp_path / "figure-1.toml")
+    (tmp_path / "figure-1.toml").write_text(SHARING.replace('"b"', '"bb"'))
+    with pytest.raises(ValueError, match="unknown row 'bb'"):
+        load_table(tmp_path / "figure-1.toml")
+
+
 def test_comparison_says_whether_yours_agrees(table, tmp_path):
     errors = {"a": [1, 1, 1], "b": [2, 2.1, 1.9], "c": [3, 3, 3]}
     ours = fill(table, tmp_path / "ours", errors)

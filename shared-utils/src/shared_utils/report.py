@@ -47,10 +47,12 @@ def values(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, 
     """Metrics by row and seed; records whose settings are not the table's present ones do not count."""
     if log is None or scale not in table.scales:
         return {}
-    records = {key_of(record): record for record in log.records() if record["table"] == table.id}
+    homes = {table.id, *(row.home.id for row in table.rows if row.home)}
+    records = {key_of(record): record for record in log.records() if record["table"] in homes}
     found: dict[str, dict[int, dict[str, float]]] = {}
     for row in table.rows_at(scale):
-        seeds = sorted({key[3] for key in records if key[1] == row.name})
+        home = row.home.id if row.home else table.id
+        seeds = sorted({key[3] for key in records if key[:2] == (home, row.name)})
         for run in table.runs(scale, [row.name], seeds) if seeds else []:
             if run.key in records:
                 found.setdefault(row.name, {})[run.seed] = records[run.key]["metrics"]
@@ -76,7 +78,7 @@ def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
 
 def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
     rows = claim.named_rows
-    seeds = sorted(set.intersection(*(set(found.get(row, {})) for row in rows)))
+    seeds = sorted(set.intersection(*(set(_sample(found, row, claim.metric)) for row in rows)))
     if not seeds:
         return Verdict(claim, scale, NOT_MEASURED)
 
@@ -122,8 +124,7 @@ def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | No
     lines = []
     for row in table.rows_at(scale):
         for metric in table.metrics:
-            a = {seed: each[metric] for seed, each in mine.get(row.name, {}).items()}
-            b = {seed: each[metric] for seed, each in other.get(row.name, {}).items()}
+            a, b = _sample(mine, row.name, metric), _sample(other, row.name, metric)
             published, error = row.published.get(metric), row.published_error.get(metric)
             lines.append(
                 {
@@ -136,6 +137,11 @@ def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | No
                 }
             )
     return pd.DataFrame(lines, columns=["row", "metric", "published", "ours", "yours", "agreement"])
+
+
+def _sample(found: dict, row: str, metric: str) -> dict[int, float]:
+    """Values by seed; a row whose runs are another table's may lack a metric."""
+    return {seed: metrics[metric] for seed, metrics in found.get(row, {}).items() if metric in metrics}
 
 
 def _cell(sample: dict[int, float]) -> str:

@@ -138,7 +138,7 @@ def run_missing(
     """
     done = set() if force else log.keys()
     units: dict[Hashable, list[Run]] = {}
-    for run in runs:
+    for run in {run.key: run for run in runs}.values():  # two tables may show the same run
         if run.key not in done:
             units.setdefault(group(run) if group else run.key, []).append(run)
     source = provenance(repository, packages)

@@ -36,6 +36,8 @@ class Row:
     run: dict[str, Any] = field(default_factory=dict)
     scales: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    home: Table | None = None
+    """the table whose row of this name is run and logged, where it is not this one"""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,19 @@ class Table:
     claims: tuple[Claim, ...]
     note: str = ""
 
+    def row(self, name: str) -> Row:
+        """The row of a name. ValueError where there is none."""
+        _known(self.id, "row", [name], [row.name for row in self.rows])
+        return next(row for row in self.rows if row.name == name)
+
     def rows_at(self, scale: str) -> list[Row]:
         """Rows that exist at a scale."""
         return [row for row in self.rows if row.scales is None or scale in row.scales]
 
     def settings(self, row: Row, scale: str) -> dict[str, Any]:
         """Resolved settings: the scale's, then the row's, then the row's at that scale."""
+        if row.home:
+            return row.home.settings(row.home.row(row.name), scale)
         return self.scales[scale].settings | row.run | row.overrides.get(scale, {})
 
     def runs(self, scale: str, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Run]:
@@ -106,10 +115,11 @@ class Table:
         _known(self.id, "scale", [scale], self.scales)
         _known(self.id, "row", rows or (), [row.name for row in self.rows])
         return [
-            Run(self.id, row.name, scale, seed, self.settings(row, scale), tuple(self.metrics))
+            Run(home.id, row.name, scale, seed, self.settings(row, scale), tuple(home.metrics))
             for row in self.rows_at(scale)
             if not rows or row.name in rows
-            for seed in seeds or self.scales[scale].seeds
+            for home in [row.home or self]
+            for seed in seeds or home.scales[scale].seeds
         ]
 
 
@@ -145,7 +155,7 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
         _known(where, f"direction of {name}", [direction], DIRECTIONS)
     settings = None if setting_names is None else list(setting_names)
     scales = {name: _scale(where, name, dict(body), settings) for name, body in raw["scale"].items()}
-    rows = tuple(_row(where, dict(body), scales, metrics, settings) for body in raw["row"])
+    rows = tuple(_row(Path(path), dict(body), scales, metrics, settings) for body in raw["row"])
     names = [row.name for row in rows]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
@@ -163,14 +173,11 @@ def _scale(where: str, name: str, body: dict, settings: list[str] | None) -> Sca
     return Scale(name, tuple(seeds), seconds, body)
 
 
-def _row(where: str, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:
+def _row(path: Path, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:
+    where = path.name
     overrides = {name: body.pop(name) for name in scales if name in body}
-    _known(
-        where,
-        "key of a row",
-        body,
-        ["name", "published", "published_error", "published_source", "run", "scales", *scales],
-    )
+    keys = ["name", "published", "published_error", "published_source", "run", "runs_of", "scales"]
+    _known(where, "key of a row", body, [*keys, *scales])
     _known(where, "metric", body.get("published", {}), metrics)
     _known(where, "published metric", body.get("published_error", {}), body.get("published", {}))
     _known(where, "scale", body.get("scales", []), scales)
@@ -178,7 +185,14 @@ def _row(where: str, body: dict, scales: dict, metrics: dict, settings: list[str
         for part in (body.get("run", {}), *overrides.values()):
             _known(where, "setting", part, settings)
     only = tuple(body.pop("scales")) if "scales" in body else None
-    return Row(**body, scales=only, overrides=overrides)
+    home = None
+    if "runs_of" in body:
+        home = load_table(path.with_name(body.pop("runs_of") + path.suffix), settings)
+        its_scales = home.row(body["name"]).scales or tuple(home.scales)
+        only = tuple(name for name in only or scales if name in its_scales)
+        if "run" in body or overrides:
+            raise ValueError(f"{where}: row {body['name']!r} takes its settings from {home.id}, it can have none here")
+    return Row(**body, scales=only, overrides=overrides, home=home)
 
 
 def _claim(where: str, body: dict, scales: dict, metrics: dict, rows: list[str]) -> Claim:
