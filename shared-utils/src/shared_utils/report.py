@@ -39,8 +39,10 @@ class Verdict:
 
 
 def number(value: float) -> str:
-    """Three decimals below 100, fewer above."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    """Three decimals below 100, fewer above, none from 1,000 on."""
+    if abs(value) < 100:
+        return f"{value:.3f}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def values(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, dict[str, float]]]:

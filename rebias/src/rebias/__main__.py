@@ -1,0 +1,5 @@
+"""`python -m rebias`."""
+
+from rebias.cli import main
+
+main()

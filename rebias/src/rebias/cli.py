@@ -1,0 +1,296 @@
+"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rebias.settings import PRESETS
+
+PROGRAM = "rebias"
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/rebias."""
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "rebias")
+
+
+@dataclass
+class Run:
+    """Run what is missing of the paper's tables (into runs/) and print published | ours | yours."""
+
+    tables: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Table ids such as table-1; none means all that have the scale."""
+    scale: str = "embedded"
+    """smoke, embedded, mnist or paper."""
+    rows: tuple[str, ...] = ()
+    """Only these rows."""
+    seeds: tuple[int, ...] = ()
+    """Instead of the table's seeds."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where MNIST, ImageNet and videos are."""
+    jobs: int = 0
+    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    skip_missing: bool = False
+    """Go on without the videos that are missing (they are counted and named)."""
+    force: bool = False
+    """Run again what is there already."""
+    dry_run: bool = False
+    """List the missing runs and their expected cost only."""
+
+    def __call__(self) -> None:
+        from rebias import experiments
+        from shared_utils.report import print_table
+        from shared_utils.runlog import RunLog
+
+        known = {table.id: table for table in experiments.tables()}
+        for name in self.tables:
+            if name not in known:
+                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
+        if not chosen:
+            raise usage(f"no table has a scale {self.scale!r}")
+        if self.dry_run:
+            return _list_missing(chosen, self)
+        yours = experiments.run_tables(
+            chosen,
+            self.scale,
+            self.data_root,
+            rows=self.rows,
+            seeds=self.seeds,
+            force=self.force,
+            jobs=self.jobs,
+            skip_missing=self.skip_missing,
+        )
+        for table in chosen:
+            print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
+
+
+def _list_missing(chosen: list, options: Run) -> None:
+    from rich.table import Table as Grid
+
+    from rebias.experiments import PROJECT
+    from shared_utils.logging import console
+    from shared_utils.runlog import RunLog
+
+    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
+    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
+    for table in chosen:
+        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
+        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
+        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
+        total += seconds
+        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
+    grid.add_row("all", "", f"{total:.0f}")
+    console().print(grid)
+
+
+@dataclass
+class Train:
+    """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
+
+    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    """A preset, and flags that change it."""
+    output: Path = Path("rebias.pt")
+    """Checkpoint; `rebias eval` reads it."""
+    seed: int = 0
+    """Of the colours, weights and order."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data set is."""
+    device: str = "auto"
+    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    checkpoint_every: int = 500
+    """Steps between saves."""
+    compile: bool = False
+    """torch.compile the networks."""
+    skip_missing: bool = False
+    """Go on without the videos that are missing."""
+
+    def __call__(self) -> None:
+        from rebias.experiments import train_and_evaluate
+        from rebias.tasks import TASKS
+        from rebias.train import make_fabric
+
+        fabric = make_fabric(self.device, self.precision)
+        task = TASKS[self.settings.dataset](self.settings, self.seed, self.data_root, fabric, self.skip_missing)
+        _, outcome = train_and_evaluate(task, self.output, self.checkpoint_every, self.compile)
+        if fabric.global_rank == 0:
+            print(json.dumps(outcome.metrics, indent=2))
+
+
+@dataclass
+class Eval:
+    """Evaluate a checkpoint of `rebias train` on its task's test sets: JSON on stdout."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """File written by `rebias train`."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data set is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    skip_missing: bool = False
+    """Go on without the videos that are missing."""
+
+    def __call__(self) -> None:
+        from rebias.experiments import evaluate_checkpoint
+
+        print(
+            json.dumps(evaluate_checkpoint(self.checkpoint, self.data_root, self.device, self.skip_missing), indent=2)
+        )
+
+
+@dataclass
+class Data:
+    """What is needed, where it is looked for, and what is there."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where to look."""
+    download: bool = False
+    """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
+    preview: Path | None = None
+    """Write a PNG of biased digits to this file."""
+
+    def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from rebias.data.inventory import inventory
+        from shared_utils.logging import console
+
+        if self.download:
+            from torchvision.datasets import MNIST
+
+            MNIST(str(self.data_root), download=True)
+        if self.preview:
+            from rebias.figures import draw_preview
+
+            draw_preview(self.preview)
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
+
+
+@dataclass
+class Clusters:
+    """Recompute texture clusters (appendix F) of images in WordNet-id folders, and write them as CSV."""
+
+    images: tyro.conf.Positional[Path]
+    """Folder with one folder per WordNet id, such as imagenet/val."""
+    output: tyro.conf.Positional[Path]
+    """CSV to write."""
+    weights: Path
+    """State dict of torchvision's vgg16 with ImageNet weights."""
+    layer: str = "relu1_2"
+    """relu1_2 (the paper's text) or conv3_3 (what the released code computes)."""
+    repeats: int = 3
+    """Independent clusterings."""
+    seed: int = 0
+    """Of k-means."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __call__(self) -> None:
+        from rebias.data.imagenet9 import image_folder
+        from rebias.data.texture import texture_clusters, texture_network
+        from rebias.train import make_fabric
+
+        network = texture_network(self.weights, self.layer)
+        data = image_folder(self.images, self.images.name, device=make_fabric(self.device).device)
+        texture_clusters(data, network, repeats=self.repeats, seed=self.seed).to_csv(self.output, index=False)
+
+
+@dataclass
+class Tables:
+    """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
+
+    def __call__(self) -> None:
+        from rebias import experiments
+        from rebias.figures import draw_all
+        from shared_utils.report import results_page
+
+        results = experiments.PROJECT / "results"
+        draw_all(experiments.tables(), results)
+        (results / "RESULTS.md").write_text(results_page(PROGRAM, experiments.tables(), results, "rebias run"))
+
+
+@dataclass
+class Record:
+    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+
+    def __call__(self) -> None:
+        from rebias.experiments import PROJECT
+        from shared_utils.logging import get_logger
+        from shared_utils.runlog import RunLog, record
+
+        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
+        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
+        get_logger(PROGRAM).info("%d runs recorded", record(moves, PROJECT))
+        Tables()()
+
+
+@dataclass
+class Bench:
+    """Speed: HSIC against its O(m^3) form, a ReBias step against a vanilla one, colouring against a PIL loader."""
+
+    repeats: int = 7
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
+
+    def __call__(self) -> None:
+        from rebias.bench import run
+
+        run(self.repeats, self.threads)
+
+
+def usage(message: str) -> SystemExit:
+    """Wrong usage: the message on stderr, exit code 2."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+VERBS = {
+    "run": Run, "train": Train, "eval": Eval, "data": Data, "clusters": Clusters,
+    "tables": Tables, "record": Record, "bench": Bench,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        verbs = {name: _call(kind) for name, kind in VERBS.items()}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments)
+    except KeyboardInterrupt:
+        print(
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+        )
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        sys.exit(2 if known else 1)
+
+
+def _call(kind: type):
+    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+        command()
+
+    act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]
+    act.__doc__ = kind.__doc__
+    return act
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Kinetics-10 and Mimetics-10 (section 4.4): the same ten actions with and without their usual scene.
+
+Expected below the data root: kinetics/{train,val}.csv and mimetics/mimetics.csv in the Kinetics format (columns label,
+youtube_id, time_start, time_end; seconds), videos beside them as <split>/<label>/<youtube_id>_<start>_<end>.mp4 with
+six-digit seconds (Mimetics: <label>/...). Spaces in labels may be underscores, in the file and in folder names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from rebias.data.images import digest_of, loaded
+from shared_utils.logging import get_logger
+
+logger = get_logger("rebias")
+
+CLASSES = (  # every fifth of the 50 alphabetically sorted classes of Mimetics
+    "canoeing or kayaking",
+    "climbing a rope",
+    "driving car",
+    "golf driving",
+    "opening bottle",
+    "playing piano",
+    "playing volleyball",
+    "shooting goal (soccer)",
+    "surfing water",
+    "writing",
+)
+FRAMES, SAMPLING_RATE, TARGET_FPS = 8, 8, 30
+TEST_VIEWS = 10
+MEAN, STD = 0.45, 0.225
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+
+
+class VideoFiles:
+    """Labelled videos; in training one random clip each, in testing ten clips spread over time.
+
+    A test set has TEST_VIEWS consecutive samples per video: sum their probabilities with `sum_views`.
+
+    Args:
+        paths: video files.
+        labels: (n,) int64 of the videos.
+        name: for the run record.
+        train: random clips, sizes, crops and flips; else views with the centre at 256 pixels.
+        seed: of the randomness.
+        device: where batches go.
+        num_workers: decoding processes.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        labels: Tensor,
+        name: str,
+        *,
+        train: bool,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        num_workers: int = 8,
+    ):
+        self.paths, self.name, self.train, self.views = paths, name, train, 1 if train else TEST_VIEWS
+        self.labels = labels.repeat_interleave(self.views)
+        self.seed, self.device, self.num_workers = seed, torch.device(device), num_workers
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> VideoFiles:
+        """Where batches go; returns itself."""
+        self.device = torch.device(device)
+        return self
+
+    def read(self, epoch: int, index: int) -> Tensor:
+        """One normalised clip (3, 8, S, S), S = 224 in training and 256 in testing."""
+        video, view = divmod(index, self.views)
+        position = torch.rand(()).item() if self.train else view / (self.views - 1)
+        frames = read_clip(self.paths[video], position)  # (T, 3, H, W)
+        if self.train:
+            frames = F.resize(frames, [int(torch.randint(256, 321, ()))], antialias=True)
+            top, left = (int(torch.randint(size - 224 + 1, ())) for size in frames.shape[-2:])
+            frames = F.crop(frames, top, left, 224, 224)
+            frames = frames.flip(-1) if torch.rand(()) < 0.5 else frames
+        else:
+            frames = F.center_crop(F.resize(frames, [256], antialias=True), [256, 256])
+        return ((frames.float() / 255 - MEAN) / STD).transpose(0, 1)
+
+    def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every (B,) batch of indices: clips (B, 3, 8, S, S) on the device, targets (B,)."""
+        for clips, index in loaded(self.read, self.seed, index_batches, epoch, self.num_workers, self.device):
+            clips = clips.to(self.device, non_blocking=True, memory_format=torch.channels_last_3d)
+            yield clips, self.labels[index].to(self.device, non_blocking=True)
+
+    def sum_views(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(n * views, C) logits -> summed probabilities (n, C) and labels (n,)."""
+        return logits.softmax(1).unflatten(0, (-1, self.views)).sum(1), self.labels[:: self.views]
+
+    def record(self) -> dict:
+        """Name, number of videos and checksum of names and labels, for the run record."""
+        names, labels = [path.name for path in self.paths], self.labels[:: self.views]
+        return {"name": self.name, "videos": len(self.paths), "sha256": digest_of(names, labels)}
+
+
+def read_clip(path: Path, position: float) -> Tensor:
+    """Decode the clip of 8 frames, 8 apart at 30 frames a second, that starts at a share of what room there is.
+
+    Args:
+        path: any file that FFmpeg reads.
+        position: 0 (first possible clip) .. 1 (last).
+
+    Returns:
+        (8, 3, H, W) uint8; the last frame is repeated where the video is too short.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or TARGET_FPS)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be decoded as a video ({error})") from error
+    if not frames:
+        raise ValueError(f"{path}: holds no video frame")
+    length = FRAMES * SAMPLING_RATE * fps / TARGET_FPS
+    start = max(len(frames) - length, 0) * position
+    wanted = np.clip(np.linspace(start, start + length - 1, FRAMES).round().astype(int), 0, len(frames) - 1)
+    return torch.from_numpy(np.stack([frames[number] for number in wanted])).permute(0, 3, 1, 2)
+
+
+def video_set(csv: Path, folder: Path, name: str, *, train: bool, skip_missing: bool = False, **options) -> VideoFiles:
+    """The videos of the ten classes that an annotation file names.
+
+    Raises:
+        FileNotFoundError: no annotation file; videos are missing and `skip_missing` is False, with their number and
+            names (with it they are counted and named in the log).
+        ValueError: other columns, or no video of the ten classes.
+    """
+    if not csv.is_file():
+        raise FileNotFoundError(f"{csv}: no such annotation file (columns {', '.join(COLUMNS)})")
+    table = pd.read_csv(csv, skipinitialspace=True)
+    if not set(COLUMNS) <= set(table.columns):
+        raise ValueError(f"{csv}: needs the columns {', '.join(COLUMNS)}, has {', '.join(table.columns)}")
+    table["label"] = table.label.str.replace("_", " ")
+    table = table[table.label.isin(CLASSES)]
+    if table.empty:
+        raise ValueError(f"{csv}: names no video of the ten classes, such as {CLASSES[0]!r}")
+    paths, labels, missing = [], [], []
+    for row in table.itertuples():
+        file = f"{row.youtube_id}_{int(row.time_start):06d}_{int(row.time_end):06d}.mp4"
+        places = [folder / label / file for label in (row.label, row.label.replace(" ", "_"))]
+        found = [place for place in places if place.is_file()]
+        if found:
+            paths.append(found[0])
+            labels.append(CLASSES.index(row.label))
+        else:
+            missing.append(file)
+    if missing:
+        shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
+        message = f"{name}: {len(missing)} of {len(table)} videos are missing below {folder}: {shown}"
+        if not skip_missing or not paths:
+            raise FileNotFoundError(message)
+        logger.warning(message)
+    return VideoFiles(paths, torch.tensor(labels), name, train=train, **options)
+
+
+def kinetics10(data_root: Path, train: bool, **options) -> VideoFiles:
+    """Kinetics' training or validation videos of the ten classes."""
+    split, folder = "train" if train else "val", data_root / "kinetics"
+    return video_set(folder / f"{split}.csv", folder / split, f"Kinetics-10 {split}", train=train, **options)
+
+
+def mimetics10(data_root: Path, **options) -> VideoFiles:
+    """Mimetics' videos of the ten classes: 136 in its annotation file."""
+    folder = data_root / "mimetics"
+    return video_set(folder / "mimetics.csv", folder, "Mimetics-10", train=False, **options)

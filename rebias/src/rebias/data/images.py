@@ -1,0 +1,134 @@
+"""Image files as a training or test set: what ImageNet-9, ImageNet-A and ImageNet-C share.
+
+Every augmentation is drawn from a generator seeded by (seed, epoch, index): it depends on neither the number of
+workers nor on where a killed run was continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from shared_utils.logging import get_logger
+
+logger = get_logger("rebias")
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAIN_TRANSFORM = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+TEST_TRANSFORM = [v2.Resize(256), v2.CenterCrop(224)]
+
+
+def draw_seed(seed: int, epoch: int, index: int) -> int:
+    """One 63-bit seed per sample and epoch."""
+    digest = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class ImageFiles:
+    """Labelled image files read by worker processes.
+
+    Args:
+        root: folder of the files.
+        names: their paths below it.
+        labels: (n,) int64.
+        name: for the run record.
+        augment: random crop and flip of training; else resize to 256 and crop the centre.
+        seed: of the augmentation.
+        device: where batches go.
+        num_workers: reading processes.
+
+    Raises:
+        FileNotFoundError: files that are missing, with their number and the first one's name.
+        ValueError: on reading, an image that cannot be decoded, by name.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: list[str],
+        labels: Tensor,
+        name: str,
+        *,
+        augment: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        num_workers: int = 8,
+    ):
+        missing = [each for each in names if not (Path(root) / each).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{root}: {len(missing)} of {len(names)} images are missing, first {missing[0]}")
+        self.root, self.names, self.labels, self.name = Path(root), names, labels, name
+        chain = TRAIN_TRANSFORM if augment else TEST_TRANSFORM
+        self.transform = v2.Compose(
+            [v2.ToImage(), *chain, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        )
+        self.seed, self.device, self.num_workers = seed, torch.device(device), num_workers
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> ImageFiles:
+        """Where batches go; returns itself."""
+        self.device = torch.device(device)
+        return self
+
+    def read(self, epoch: int, index: int) -> Tensor:
+        """One transformed image (3, 224, 224)."""
+        path = self.root / self.names[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError) as error:  # what Pillow raises on damaged bytes
+            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        return self.transform(image)
+
+    def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every (B,) batch of indices: images (B, 3, 224, 224) channels-last on the device, targets (B,)."""
+        for images, index in loaded(self.read, self.seed, index_batches, epoch, self.num_workers, self.device):
+            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield images, self.labels[index].to(self.device, non_blocking=True)
+
+    def record(self) -> dict:
+        """Name, number of images and checksum of the sorted file names and labels, for the run record."""
+        return {"name": self.name, "images": len(self), "sha256": digest_of(self.names, self.labels)}
+
+
+def loaded(
+    read: Callable[[int, int], Tensor],
+    seed: int,
+    index_batches: Iterable[Tensor],
+    epoch: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run `read(epoch, index)` in workers over batches of indices: (samples (B, ...), index (B,))."""
+    loader = DataLoader(
+        _Reader(read, seed, epoch),
+        batch_sampler=[batch.tolist() for batch in index_batches],
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    yield from loader
+
+
+def digest_of(names: list[str], labels: Tensor) -> str:
+    """16 hex digits over names and labels."""
+    lines = "\n".join(f"{name} {label}" for name, label in zip(names, labels.tolist(), strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+class _Reader(Dataset):
+    def __init__(self, read: Callable[[int, int], Tensor], seed: int, epoch: int):
+        self.read, self.seed, self.epoch = read, seed, epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw_seed(self.seed, self.epoch, index))
+            return self.read(self.epoch, index), index

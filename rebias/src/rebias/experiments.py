@@ -1,0 +1,143 @@
+"""From the settings of a table's row to the outcome of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+from lightning.fabric import Fabric
+from scipy import stats
+
+from rebias.methods import METHODS, Method
+from rebias.models import BagNet18, ResNet3D, ResNet18, SimpleConvNet, receptive_field
+from rebias.settings import Settings
+from rebias.tasks import TASKS, Task
+from rebias.train import fit, load_checkpoint, make_fabric
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.seeding import seed_everything
+from shared_utils.tables import Table, load_tables, settings_hash
+
+PROJECT = Path(__file__).parents[2]
+PACKAGES = ("torchvision", "lightning", "numpy")
+NETWORKS = {
+    "mnist-f": SimpleConvNet,
+    "mnist-g": partial(SimpleConvNet, kernel_size=1),
+    "imagenet9-f": ResNet18,
+    "imagenet9-g": BagNet18,
+    "kinetics10-f": ResNet3D,
+    "kinetics10-g": partial(ResNet3D, temporal_kernels="11111"),
+}
+
+
+def tables() -> list[Table]:
+    """All table files, checked against the settings."""
+    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def run_tables(
+    chosen: Sequence[Table],
+    scale: str,
+    data_root: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+    skip_missing: bool = False,
+) -> RunLog:
+    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    run_missing(
+        "rebias",
+        runs,
+        log,
+        partial(execute, data_root=data_root, skip_missing=skip_missing),
+        repository=PROJECT,
+        packages=PACKAGES,
+        force=force,
+        jobs=jobs,
+    )
+    return log
+
+
+def execute(settings: dict, seed: int, *, data_root: Path, skip_missing: bool = False) -> Outcome:
+    """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+    resolved = Settings(**settings)
+    if resolved.network:
+        return _describe(resolved.network)
+    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+    task = TASKS[resolved.dataset](resolved, seed, data_root, _fabric(), skip_missing)
+    _, outcome = train_and_evaluate(task, checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return outcome
+
+
+def train_and_evaluate(
+    task: Task, checkpoint: Path | None, checkpoint_every: int = 500, compile: bool = False
+) -> tuple[Method, Outcome]:
+    """Train from scratch (or on from the checkpoint) and evaluate the last epoch, never a chosen one."""
+    s = task.settings
+    method = build_method(task, compile)
+    last = s.pretrain_epochs + s.epochs
+
+    def on_epoch(epoch: int, method: Method) -> dict | None:
+        wanted = s.eval_every and (epoch % s.eval_every == 0 or epoch == last)
+        return task.point(method) if wanted else None
+
+    curve = fit(
+        method, task.train, task.seed, on_epoch=on_epoch, checkpoint=checkpoint, checkpoint_every=checkpoint_every
+    )
+    metrics, details = task.evaluate(method)
+    if s.eval_every:
+        details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
+        metrics |= _curve_correlation(curve)
+    dataset = {"train": task.train.record(), "test": [data.record() for data in task.tests]}
+    return method, Outcome(metrics, details, dataset)
+
+
+def build_method(task: Task, compile: bool = False) -> Method:
+    """Fresh networks from the task's seed under the task's method."""
+    seed_everything(task.seed)
+    f, gs = task.networks()
+    for network in (f, *gs) if compile else ():
+        network.compile()
+    return METHODS[task.settings.method](task.settings, task.fabric, f, gs)
+
+
+def evaluate_checkpoint(path: Path, data_root: Path, device: str, skip_missing: bool) -> dict[str, float]:
+    """Metrics of a checkpoint that `rebias train` wrote. ValueError where it is damaged or of other networks."""
+    content = load_checkpoint(path)
+    settings = Settings(**content["run"]["settings"])
+    task = TASKS[settings.dataset](settings, content["run"]["seed"], data_root, make_fabric(device), skip_missing)
+    method = build_method(task)
+    for name, module in method.modules.items():
+        try:
+            module.load_state_dict(content["modules"][name])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: holds no weights for {name} of {settings.method} ({error})") from error
+    return task.evaluate(method)[0]
+
+
+def _curve_correlation(curve: list[dict]) -> dict[str, float]:
+    """Spearman's correlation over epochs between HSIC(f, g) and unbiased accuracy (figure 4)."""
+    points = [(point["hsic"], point["unbiased_accuracy"]) for point in curve if "hsic" in point]
+    if len(points) < 3:
+        return {}
+    return {"hsic_accuracy_correlation": float(stats.spearmanr(points).statistic)}
+
+
+def _describe(name: str) -> Outcome:
+    """Parameters and receptive field (in frames for the action networks, else in pixels)."""
+    if name not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    network = NETWORKS[name]()
+    field = receptive_field(network, axis=0 if name.startswith("kinetics10") else -1)
+    return Outcome({"parameters": sum(p.numel() for p in network.parameters()), "receptive_field": field})
+
+
+@lru_cache(maxsize=1)
+def _fabric() -> Fabric:
+    return make_fabric()

@@ -1,0 +1,281 @@
+"""One class per method: its networks, its optimizers, and one training step that reads like the method's equations.
+
+A step sees images and targets only; bias labels never get here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rebias.hsic import dimension_sigma, median_sigma
+from rebias.models import HexNet
+from rebias.objectives import (
+    LearnedMixinLoss,
+    ReBiasLoss,
+    RUBiLoss,
+    generalized_cross_entropy,
+    hex_project,
+    lff_weights,
+)
+from rebias.settings import Settings
+
+Parts = dict[str, Tensor]
+
+
+class Method:
+    """What every method has.
+
+    Attributes:
+        modules: everything with weights, by name; "f" is the network that is evaluated.
+        optimizers: by name.
+    """
+
+    def __init__(self, settings: Settings, fabric: Fabric):
+        self.settings, self.fabric = settings, fabric
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def add(self, name: str, *modules: nn.Module) -> list[nn.Module]:
+        """Put modules under one Adam; returns them as Fabric wraps them."""
+        wrapped = [self.fabric.setup_module(module) for module in modules]
+        weights = itertools.chain(*(module.parameters() for module in modules))
+        s = self.settings
+        adam = torch.optim.Adam(weights, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        self.optimizers[name] = self.fabric.setup_optimizers(adam)
+        for number, module in enumerate(wrapped):
+            self.modules[name if number == 0 else f"{name}.head"] = module
+        return wrapped
+
+    def descend(self, name: str, loss: Tensor) -> None:
+        """One step of an optimizer on a loss."""
+        self.optimizers[name].zero_grad()
+        self.fabric.backward(loss)
+        self.optimizers[name].step()
+
+    def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Called before every epoch with a share of the training batches."""
+
+    def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
+        """A step of the epochs that come before training proper."""
+        raise ValueError(f"{self.settings.method} has nothing to pre-train; set pretrain_epochs to 0")
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        """One training step; returns detached parts of the losses."""
+        raise TypeError(f"{type(self).__name__} defines no step")
+
+
+class Vanilla(Method):
+    """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+        super().__init__(settings, fabric)
+        (self.f,) = self.add("f", f)
+        if settings.monitor_g:
+            (self.g,) = self.add("g0", gs[0])
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        logits, features = self.f(images)
+        loss = F.cross_entropy(logits, targets)
+        parts = {"f_cross_entropy": loss.detach()}
+        if self.settings.penalty == "feature-norm":
+            norm = features.float().square().mean()
+            loss, parts["feature_norm"] = loss + self.settings.f_lambda * norm, norm.detach()
+        self.descend("f", loss)
+        if self.settings.monitor_g:
+            self.descend("g0", F.cross_entropy(self.g(images)[0], targets))
+        return parts
+
+
+class ReBias(Method):
+    """Alternating minimax of section 3.2, Algorithm 1.
+
+    g-first shares f's one forward between both steps; f-first (the paper's order) needs a second one of f, without
+    gradient. Forwards without gradient leave batch norm's running statistics alone.
+    """
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+        super().__init__(settings, fabric)
+        s = settings
+        sigma = "median" if s.sigma == "median" and s.sigma_every == "batch" else s.sigma_value
+        self.loss = ReBiasLoss(
+            s.f_lambda, s.g_lambda, sigma, sigma, s.estimator, s.conditional, gather=gather_with_gradient
+        )
+        (self.f,) = self.add("f", f)
+        self.gs = [self.add(f"g{number}", g)[0] for number, g in enumerate(gs)]
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        f_logits, f_feat = self._forward(self.f, images)
+        if self.settings.order == "g-first":
+            parts = self._update_g(images, targets, f_feat.detach())
+            return parts | self._update_f(images, targets, f_logits, f_feat)
+        parts = self._update_f(images, targets, f_logits, f_feat)
+        with torch.no_grad(), frozen_statistics(self.f):
+            f_feat = self._forward(self.f, images)[1]
+        return parts | self._update_g(images, targets, f_feat)
+
+    def _update_g(self, images: Tensor, targets: Tensor, f_feat: Tensor) -> Parts:
+        parts: Parts = {}
+        for number, g in enumerate(self.gs):
+            for _ in range(self.settings.n_g_update):
+                g_logits, g_feat = self._forward(g, images)
+                loss, parts = self.loss.g_loss(g_logits, g_feat, f_feat, targets)
+                self.descend(f"g{number}", loss)
+        return parts
+
+    def _update_f(self, images: Tensor, targets: Tensor, f_logits: Tensor, f_feat: Tensor) -> Parts:
+        with torch.no_grad(), frozen_statistics(*self.gs):
+            g_feats = [self._forward(g, images)[1] for g in self.gs]
+        if self.settings.penalty == "hsic-shuffled":
+            order = torch.randperm(len(images), device=images.device)
+            g_feats = [g_feat[order] for g_feat in g_feats]
+        loss, parts = self.loss.f_loss(f_logits, f_feat, g_feats, targets)
+        self.descend("f", loss)
+        return parts
+
+    def _forward(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, features = network(images)
+        return logits, logits if self.settings.feature == "logits" else features
+
+    @torch.no_grad()
+    def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Renew the bandwidths where they are the median over a share of the training set, or the dimension."""
+        s = self.settings
+        if s.sigma == "fixed" or (s.sigma == "median" and s.sigma_every == "batch"):
+            return
+        f_feats, g_feats = [], []
+        for network in (self.f, *self.gs):
+            network.eval()
+        for images, _ in batches:
+            f_feats.append(self._forward(self.f, images)[1])
+            g_feats += [self._forward(g, images)[1] for g in self.gs]
+            if s.sigma == "dimension":
+                break
+        for network in (self.f, *self.gs):
+            network.train()
+        if s.sigma == "dimension":
+            self.loss.sigma_f = s.sigma_value * dimension_sigma(f_feats[0])
+            self.loss.sigma_g = s.sigma_value * dimension_sigma(g_feats[0])
+        else:
+            self.loss.sigma_f = s.sigma_value * median_sigma(f_feats)
+            self.loss.sigma_g = s.sigma_value * median_sigma(g_feats)
+
+
+class RUBi(Method):
+    """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+        super().__init__(settings, fabric)
+        head = RUBiLoss(gs[0].fc.in_features, gs[0].fc.out_features)
+        (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        g_logits, g_feat = self.g(images)
+        loss, parts = self.head(self.f(images)[0], g_feat.detach(), targets)
+        self.descend("f", loss)
+        self.descend("g0", F.cross_entropy(g_logits, targets))
+        return parts
+
+
+class LearnedMixin(Method):
+    """f beside a g that was trained before and is frozen."""
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+        super().__init__(settings, fabric)
+        head = LearnedMixinLoss(f.fc.in_features)
+        (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
+
+    def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
+        loss = F.cross_entropy(self.g(images)[0], targets)
+        self.descend("g0", loss)
+        return {"g_cross_entropy": loss.detach()}
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        self.g.eval()
+        with torch.no_grad():
+            g_logits, _ = self.g(images)
+        f_logits, f_feat = self.f(images)
+        loss, parts = self.head(f_logits, f_feat, g_logits, targets)
+        self.descend("f", loss)
+        return parts
+
+
+class HEX(Method):
+    """Logits projected away from what the grey-level co-occurrence branch alone can say."""
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+        super().__init__(settings, fabric)
+        (self.f,) = self.add("f", HexNet(f, f.fc.in_features, f.fc.out_features))
+        self.f.mark_forward_method("both")
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        loss = F.cross_entropy(hex_project(*self.f.both(images)), targets)
+        self.descend("f", loss)
+        return {"f_cross_entropy": loss.detach()}
+
+
+class LfF(Method):
+    """Learning from failure: a twin of f is trained to be biased, f on the samples that the twin finds hard."""
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+        super().__init__(settings, fabric)
+        (self.f,), (self.g,) = self.add("f", f), self.add("g0", gs[0])
+
+    def step(self, images: Tensor, targets: Tensor) -> Parts:
+        f_logits, g_logits = self.f(images)[0].float(), self.g(images)[0].float()
+        weights = lff_weights(f_logits, g_logits, targets)
+        loss = (weights * F.cross_entropy(f_logits, targets, reduction="none")).mean()
+        self.descend("f", loss)
+        self.descend("g0", generalized_cross_entropy(g_logits, targets))
+        return {"f_weighted_cross_entropy": loss.detach()}
+
+
+METHODS = {
+    "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
+    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
+}  # fmt: skip
+
+
+def _with_head(method: Method, f: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """Put f and its loss's head under one optimizer; or a head that stays random, as the released code leaves it."""
+    if method.settings.head == "trained":
+        return method.add("f", f, head)
+    head.requires_grad_(False)
+    method.modules["f.head"] = method.fabric.to_device(head)
+    return [*method.add("f", f), head]
+
+
+@contextmanager
+def frozen_statistics(*networks: nn.Module) -> Iterator[None]:
+    """Inside, batch norm in train mode leaves its running mean and variance bit for bit as they are."""
+    norms = [m for network in networks for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """(B, ...) of every rank as (ranks * B, ...); the gradient goes back to the rank that a row came from.
+
+    HSIC of gathered features is that of the whole batch: every rank computes the same value, and the mean of the
+    ranks' gradients that DDP takes is its gradient.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    if not x.is_floating_point():
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+    return torch.cat(dist.nn.functional.all_gather(x.contiguous()))

@@ -1,0 +1,28 @@
+"""The multi-layer perceptrons of the two-dimensional toy (section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Two hidden ReLU layers on some of the inputs.
+
+    Args:
+        num_classes: C.
+        columns: which coordinates it sees; f sees (0, 1), g only the bias (0,).
+        width: of both hidden layers.
+    """
+
+    def __init__(self, num_classes: int = 3, columns: Sequence[int] = (0, 1), width: int = 64):
+        super().__init__()
+        self.columns = list(columns)
+        self.hidden = nn.Sequential(nn.Linear(len(columns), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 2) -> logits (B, C) and features (B, width)."""
+        features = self.hidden(points[:, self.columns])
+        return self.fc(features), features

@@ -1,0 +1,181 @@
+"""The objectives as losses for any training loop: ReBias, and the methods it is compared with.
+
+f is the target network, g a biased network that sees only the shortcut. Every loss returns its total and a dict
+of its parts (detached, for the log). Heads inside a loss are parameters: hand `loss.parameters()` to the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rebias.hsic import conditional_hsic, dimension_sigma, hsic, median_sigma
+
+Sigma = float | Tensor | str
+
+
+class ReBiasLoss:
+    """The minimax of section 3.2: min over f of L(f) + lambda max over g of [HSIC(f, g) - lambda_g L(g)].
+
+    Neither loss sends a gradient into the other network.
+
+    Args:
+        f_lambda: lambda, weight of HSIC in f's loss.
+        g_lambda: lambda_g, weight of the cross-entropy in g's loss; with 0, g only follows f.
+        sigma_f: bandwidth of f's features: a number, "median" (of each batch, without the diagonal) or "dimension".
+        sigma_g: the same for g.
+        estimator: of HSIC: "unbiased" (the paper's) or "biased".
+        conditional: HSIC within classes instead of over the batch.
+        gather: applied to features and targets before HSIC: under DDP, the gathering of all ranks' with gradient.
+    """
+
+    def __init__(
+        self,
+        f_lambda: float = 1.0,
+        g_lambda: float = 1.0,
+        sigma_f: Sigma = 1.0,
+        sigma_g: Sigma = 1.0,
+        estimator: str = "unbiased",
+        conditional: bool = False,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
+    ):
+        self.f_lambda, self.g_lambda = f_lambda, g_lambda
+        self.sigma_f, self.sigma_g = sigma_f, sigma_g
+        self.estimator, self.conditional, self.gather = estimator, conditional, gather
+
+    def f_loss(
+        self, f_logits: Tensor, f_feat: Tensor, g_feats: Sequence[Tensor], targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L(f) + lambda sum over g of HSIC(f, g).
+
+        Args:
+            f_logits: (B, C).
+            f_feat: (B, ...).
+            g_feats: one (B, ...) tensor per biased network.
+            targets: (B,) int64.
+        """
+        classification = F.cross_entropy(f_logits, targets)
+        dependence = sum(self.dependence(f_feat, g_feat.detach(), targets) for g_feat in g_feats)
+        total = classification + self.f_lambda * dependence
+        return total, {"f_cross_entropy": classification.detach(), "f_hsic": dependence.detach()}
+
+    def g_loss(
+        self, g_logits: Tensor, g_feat: Tensor, f_feat: Tensor, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """lambda_g L(g) - HSIC(f, g).
+
+        Args:
+            g_logits: (B, C).
+            g_feat: (B, ...).
+            f_feat: (B, ...).
+            targets: (B,) int64.
+        """
+        classification = F.cross_entropy(g_logits, targets)
+        dependence = self.dependence(f_feat.detach(), g_feat, targets)
+        total = self.g_lambda * classification - dependence
+        return total, {"g_cross_entropy": classification.detach(), "g_hsic": dependence.detach()}
+
+    def dependence(self, f_feat: Tensor, g_feat: Tensor, targets: Tensor) -> Tensor:
+        """HSIC of the (gathered) features, 0-d."""
+        f_feat, g_feat = self.gather(f_feat), self.gather(g_feat)
+        sigmas = bandwidth(self.sigma_f, f_feat), bandwidth(self.sigma_g, g_feat)
+        if self.conditional:
+            return conditional_hsic(f_feat, g_feat, self.gather(targets), *sigmas, self.estimator)
+        return hsic(f_feat, g_feat, *sigmas, self.estimator)
+
+
+def bandwidth(sigma: Sigma, features: Tensor) -> float | Tensor:
+    """A number as it is; "median" and "dimension" from the features. ValueError for another word."""
+    if sigma == "median":
+        return median_sigma(features, include_diagonal=False)
+    if sigma == "dimension":
+        return dimension_sigma(features)
+    if isinstance(sigma, str):
+        raise ValueError(f"sigma must be a number, 'median' or 'dimension', got {sigma!r}")
+    return sigma
+
+
+class RUBiLoss(nn.Module):
+    """RUBi (Cadene et al. 2019): f's logits are masked by the sigmoid of a head on g's features.
+
+    loss = CE(f_logits * sigmoid(z), y) + question_weight * CE(z, y) with z = W g_feat + b; no gradient reaches g.
+
+    Args:
+        feat_dim: dimension of g's features.
+        num_classes: C.
+        question_weight: weight of the head's own cross-entropy.
+    """
+
+    def __init__(self, feat_dim: int, num_classes: int, question_weight: float = 1.0):
+        super().__init__()
+        self.fc = nn.Linear(feat_dim, num_classes)
+        self.question_weight = question_weight
+
+    def forward(self, f_logits: Tensor, g_feat: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """f_logits (B, C), g_feat (B, feat_dim), targets (B,) int64."""
+        z = self.fc(g_feat.flatten(1).detach())  # (B, C)
+        fused, question = F.cross_entropy(f_logits * z.sigmoid(), targets), F.cross_entropy(z, targets)
+        return fused + self.question_weight * question, {"fused": fused.detach(), "question": question.detach()}
+
+
+class LearnedMixinLoss(nn.Module):
+    """LearnedMixin+H (Clark et al. 2019): f learns what a pre-trained, frozen g leaves over.
+
+    loss = CE(f_logits + s g_logits, y) + w mean entropy(softmax(s g_logits)) with s = softplus(w'f_feat + b).
+
+    Args:
+        feat_dim: dimension of f's features.
+        w: weight of the entropy.
+    """
+
+    def __init__(self, feat_dim: int, w: float = 0.36):
+        super().__init__()
+        self.fc = nn.Linear(feat_dim, 1)
+        self.w = w
+
+    def forward(
+        self, f_logits: Tensor, f_feat: Tensor, g_logits: Tensor, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """f_logits and g_logits (B, C), f_feat (B, feat_dim), targets (B,) int64."""
+        scaled = F.softplus(self.fc(f_feat.flatten(1))) * g_logits.detach()  # (B, 1) * (B, C)
+        log_p = scaled.log_softmax(1)
+        entropy = -(log_p.exp() * log_p).sum(1).mean()
+        mixed = F.cross_entropy(f_logits + scaled, targets)
+        return mixed + self.w * entropy, {"mixed": mixed.detach(), "entropy": entropy.detach()}
+
+
+def hex_project(f_a: Tensor, f_g: Tensor) -> Tensor:
+    """HEX (Wang et al. 2019): F_A minus its projection on the span of F_G over the batch.
+
+    F_L = (I - F_G (F_G'F_G)^-1 F_G') F_A, through QR in float32 or better instead of the inverse.
+
+    Args:
+        f_a: (B, C) logits from both branches.
+        f_g: (B, C) logits from the superficial branch alone, B >= C.
+
+    Raises:
+        ValueError: other shapes, or fewer samples than classes.
+    """
+    if f_a.shape != f_g.shape or f_a.ndim != 2 or len(f_a) < f_a.shape[1]:
+        raise ValueError(f"f_a and f_g must be (B, C) with B >= C, got {tuple(f_a.shape)} and {tuple(f_g.shape)}")
+    with torch.autocast(f_a.device.type, enabled=False):
+        f_a, f_g = (each if each.dtype == torch.float64 else each.float() for each in (f_a, f_g))
+        q, _ = torch.linalg.qr(f_g)  # (B, C) orthonormal basis of the span
+        return f_a - q @ (q.T @ f_a)
+
+
+def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float = 0.7) -> Tensor:
+    """Mean of (1 - p_y^q) / q (Zhang & Sabuncu 2018): LfF's biased network trusts what is easy."""
+    p = logits.softmax(1).gather(1, targets[:, None])
+    return ((1 - p**q) / q).mean()
+
+
+def lff_weights(f_logits: Tensor, g_logits: Tensor, targets: Tensor) -> Tensor:
+    """Relative difficulty of LfF (Nam et al. 2020), (B,) without gradient: CE_g / (CE_g + CE_f)."""
+    with torch.no_grad():
+        ce_f = F.cross_entropy(f_logits, targets, reduction="none")
+        ce_g = F.cross_entropy(g_logits, targets, reduction="none")
+        return ce_g / (ce_g + ce_f + 1e-8)
