@@ -82,6 +82,7 @@ class _Task:
     """Networks of Biased MNIST at the paper's size."""
 
     seed = 0
+    memory_format = torch.channels_last
 
     def __init__(self, method: str, order: str, fabric):
         self.settings, self.fabric = replace(Settings(), method=method, order=order, n_g_nets=1), fabric

@@ -102,8 +102,10 @@ def build_method(task: Task, compile: bool = False) -> Method:
     """Fresh networks from the task's seed under the task's method."""
     seed_everything(task.seed)
     f, gs = task.networks()
-    for network in (f, *gs) if compile else ():
-        network.compile()
+    for network in (f, *gs):
+        network.to(memory_format=task.memory_format)
+        if compile:
+            network.compile()
     return METHODS[task.settings.method](task.settings, task.fabric, f, gs)
 
 

@@ -105,6 +105,8 @@ class Settings:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
         if self.epochs < 1 or self.n_g_nets < 1 or self.n_g_update < 1:
             raise ValueError("epochs, n_g_nets and n_g_update must be at least 1")
+        if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
+            raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
         if self.method == "rebias" and self.penalty != "feature-norm" and self.batch_size < 4:
             raise ValueError(f"HSIC needs batches of 4 or more, batch_size is {self.batch_size}")
 
@@ -114,7 +116,7 @@ _TOY = Settings(
     order="g-first", feature="logits", f_lambda=10.0,
 )  # fmt: skip
 _DIGITS = Settings(
-    dataset="digits", rho=0.9, f_kernel=3, f_widths=(16, 32, 64), f_strides=(1, 2, 2), g_widths=(16, 32), epochs=12,
+    dataset="digits", rho=0.9, f_kernel=3, f_widths=(16, 32, 64), f_strides=(1, 2, 2), g_widths=(16, 32), epochs=8,
     batch_size=128, lr=3e-3, schedule="constant", f_lambda=30.0, order="g-first", sigma="median", sigma_every="batch",
 )  # fmt: skip
 _MNIST = Settings()
@@ -123,7 +125,7 @@ _KINETICS10 = replace(_IMAGENET9, dataset="kinetics10", lr=0.1, feature="logits"
 PRESETS = {
     "toy": _TOY,
     "digits": _DIGITS,
-    "mnist-14": replace(_DIGITS, dataset="mnist", side=14, train_images=6000, epochs=8),
+    "mnist-14": replace(_DIGITS, dataset="mnist", side=14, train_images=6000),
     "mnist": _MNIST,
     "mnist-reference": replace(_MNIST, order="g-first"),
     "imagenet9": _IMAGENET9,

@@ -29,10 +29,19 @@ Result = tuple[dict[str, float], dict]
 
 
 class Task:
-    """What every task has: `train`, `tests` (for the run record), `f()`, `g()` and `evaluate(method)`."""
+    """What every task has: `train`, `tests` (for the run record), `f()`, `g()` and `evaluate(method)`.
+
+    Args:
+        settings: of the run.
+        seed: of colours, weights and order.
+        data_root: where data sets are.
+        fabric: device and ranks.
+        skip_missing: go on without missing videos.
+    """
 
     train = None
     tests: tuple = ()
+    memory_format = torch.channels_last
 
     def __init__(self, settings: Settings, seed: int, data_root: Path, fabric: Fabric, skip_missing: bool = False):
         self.settings, self.seed, self.data_root = settings, seed, data_root
@@ -216,6 +225,8 @@ class ImageNet9(Task):
 
 class Action(Task):
     """Kinetics-10 for training and the biased test, Mimetics-10 for the unbiased one."""
+
+    memory_format = torch.channels_last_3d
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

@@ -14,7 +14,7 @@ class NGLCM(nn.Module):
         feat_dim: of the output.
     """
 
-    def __init__(self, levels: int = 16, feat_dim: int = 64):
+    def __init__(self, levels: int = 8, feat_dim: int = 64):
         super().__init__()
         self.centres = nn.Parameter(torch.linspace(-1, 1, levels))
         self.log_width = nn.Parameter(torch.tensor(2.0 / levels).log())

@@ -1,0 +1,13 @@
+"""Import the packages that are called like their project's folder, before pytest names test modules after folders.
+
+In importlib mode a test module of rebias/tests is `rebias.tests.test_x`: without the package in sys.modules, the
+folder `rebias` would stand for it.
+"""
+
+import importlib
+import tomllib
+from pathlib import Path
+
+for entry in tomllib.loads((Path(__file__).parent / "workspace.toml").read_text())["project"]:
+    if entry["name"] == entry["package"] and entry["status"] == "built":
+        importlib.import_module(entry["package"])
