@@ -98,7 +98,9 @@ def test_hex_projection(case):
     close(hex_project(case["F_A"], case["F_G"]), case["F_L"])
 
 
-COLOURS = list(zip(cases("colour_assignment"), json.loads((GOLDEN / "colour_assignment_index.json").read_text()), strict=True))
+COLOURS = list(
+    zip(cases("colour_assignment"), json.loads((GOLDEN / "colour_assignment_index.json").read_text()), strict=True)
+)
 
 
 @pytest.mark.parametrize("case, index", COLOURS)
@@ -173,7 +175,9 @@ def test_receptive_fields():
     assert receptive_field(ResNet3D(), axis=0) == 19 and receptive_field(ResNet3D(10, "11111"), axis=0) == 1
 
 
-@pytest.mark.parametrize("network, field", [(SimpleConvNet(kernel_size=5, widths=(4, 4), strides=(1, 2)), 9), (BagNet18(), 5)])
+@pytest.mark.parametrize(
+    "network, field", [(SimpleConvNet(kernel_size=5, widths=(4, 4), strides=(1, 2)), 9), (BagNet18(), 5)]
+)
 def test_receptive_field_is_what_gradients_reach(network, field):
     maps = network.layers if isinstance(network, SimpleConvNet) else torch.nn.Sequential(network.stem, network.blocks)
     images = torch.randn(1, 3, 45, 45, dtype=torch.float64, requires_grad=True)

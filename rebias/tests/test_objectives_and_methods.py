@@ -1,0 +1,244 @@
+"""Which gradient reaches which network, what each method trains, and that lambda 0 is vanilla."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, median_sigma
+from rebias.experiments import build_method, train_and_evaluate
+from rebias.methods import frozen_statistics
+from rebias.models import MLP, HexNet, SimpleConvNet
+from rebias.objectives import generalized_cross_entropy, lff_weights
+from rebias.settings import PRESETS, Settings
+from rebias.tasks import TASKS
+from rebias.train import learning_rate, make_fabric
+
+FABRIC = make_fabric("cpu")
+SHORT = replace(PRESETS["digits"], epochs=1)
+
+
+def method(**changes):
+    settings = replace(SHORT, **changes)
+    return build_method(TASKS[settings.dataset](settings, 3, Path("nowhere"), FABRIC))
+
+
+def batch(size=32):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def test_rebias_losses_are_the_paper_s_and_stay_in_their_network():
+    generator = torch.Generator().manual_seed(0)
+    f, g = (torch.randn(16, 5, generator=generator, requires_grad=True) for _ in range(2))
+    f_logits, g_logits = (torch.randn(16, 3, generator=generator, requires_grad=True) for _ in range(2))
+    targets = torch.arange(16) % 3
+    loss = ReBiasLoss(f_lambda=2.0, g_lambda=3.0, sigma_f=1.5, sigma_g=0.5)
+    dependence = hsic(f, g, 1.5, 0.5)
+    f_total, parts = loss.f_loss(f_logits, f, [g, g], targets)
+    torch.testing.assert_close(f_total, torch.nn.functional.cross_entropy(f_logits, targets) + 4 * dependence)
+    assert parts["f_hsic"].item() == pytest.approx(2 * dependence.item()) and not parts["f_hsic"].requires_grad
+    f_total.backward()
+    assert g.grad is None and f.grad.abs().sum() > 0
+    f.grad = None
+    g_total, _ = loss.g_loss(g_logits, g, f, targets)
+    torch.testing.assert_close(g_total, 3 * torch.nn.functional.cross_entropy(g_logits, targets) - dependence)
+    g_total.backward()
+    assert f.grad is None and g.grad.abs().sum() > 0
+
+
+def test_an_unknown_word_for_sigma():
+    x = torch.randn(8, 3)
+    with pytest.raises(ValueError, match="'median' or 'dimension', got 'mean'"):
+        ReBiasLoss(sigma_f="mean").dependence(x, x, torch.zeros(8))
+
+
+@pytest.mark.parametrize("order", ["g-first", "f-first"])
+def test_lambda_zero_is_vanilla_bit_for_bit(order):
+    runs = []
+    for changes in ({"method": "vanilla"}, {"method": "rebias", "f_lambda": 0.0, "order": order}):
+        settings = replace(SHORT, **changes)
+        trained, outcome = train_and_evaluate(TASKS["digits"](settings, 3, Path("nowhere"), FABRIC), None)
+        runs.append((trained.modules["f"].state_dict(), outcome.metrics["unbiased_accuracy"]))
+    (vanilla, a), (rebias, b) = runs
+    assert a == b and vanilla.keys() == rebias.keys()
+    assert all(torch.equal(vanilla[k], rebias[k]) for k in vanilla if not k.endswith("num_batches_tracked"))
+
+
+def test_the_monitored_g_does_not_touch_f():
+    runs = []
+    for monitor in (False, True):
+        settings = replace(SHORT, method="vanilla", monitor_g=monitor)
+        trained, _ = train_and_evaluate(TASKS["digits"](settings, 3, Path("nowhere"), FABRIC), None)
+        runs.append(weights(trained.modules["f"]))
+    assert torch.equal(*runs)
+
+
+def test_bias_labels_cannot_reach_the_weights():
+    """Permuting the bias labels that evaluation uses, colours kept, must not change a trained weight."""
+    trained = []
+    for permute in (False, True):
+        task = TASKS["digits"](replace(SHORT, method="rebias"), 3, Path("nowhere"), FABRIC)
+        m = build_method(task)
+        (images, targets), *_ = task.train.batches([torch.arange(64)])
+        if permute:
+            task.train.bias = task.train.bias.roll(1)
+        m.step(images, targets)
+        trained.append(weights(m.modules["f"]))
+    assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("order", ["g-first", "f-first"])
+def test_batch_norm_counts_every_image_once(order):
+    m, images = method(method="rebias", order=order), batch()[0]
+    f = m.modules["f"]
+    before = f.layers[1].running_mean.clone()
+    m.step(*batch())
+    reference = method(method="vanilla").modules["f"]  # same seed, same initial weights
+    expected = 0.9 * before + 0.1 * reference.layers[0](images).mean((0, 2, 3))
+    torch.testing.assert_close(f.layers[1].running_mean, expected)
+
+
+def test_frozen_statistics():
+    network = SimpleConvNet(kernel_size=3, widths=(4,), strides=(1,)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.no_grad(), frozen_statistics(network):
+        network(batch()[0])
+    after = network.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if "running" in k)
+    network(batch()[0])
+    assert not torch.equal(before["layers.1.running_mean"], network.state_dict()["layers.1.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["rubi", "learnedmixin"])
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_heads_are_trained_unless_frozen(name, head):
+    m = method(method=name, head=head, pretrain_epochs=1 if name == "learnedmixin" else 0)
+    before, f_before = weights(m.modules["f.head"]), weights(m.modules["f"])
+    m.step(*batch())
+    assert torch.equal(before, weights(m.modules["f.head"])) == (head == "frozen")
+    assert not torch.equal(f_before, weights(m.modules["f"]))
+
+
+def test_learned_mixin_pretrains_g_and_then_freezes_it():
+    m = method(method="learnedmixin", pretrain_epochs=1)
+    g, f = weights(m.modules["g0"]), weights(m.modules["f"])
+    m.pretrain_step(*batch())
+    assert torch.equal(f, weights(m.modules["f"])) and not torch.equal(g, weights(m.modules["g0"]))
+    g, statistics = weights(m.modules["g0"]), m.modules["g0"].layers[1].running_mean.clone()
+    m.step(*batch())
+    assert torch.equal(g, weights(m.modules["g0"]))
+    assert torch.equal(statistics, m.modules["g0"].layers[1].running_mean)
+
+
+def test_pretraining_where_there_is_none():
+    with pytest.raises(ValueError, match="nothing to pre-train"):
+        method(method="rubi", pretrain_epochs=1).pretrain_step(*batch())
+
+
+@pytest.mark.parametrize("name", ["hex", "lff", "biased"])
+def test_the_other_methods_learn(name):
+    m, (images, targets) = method(method=name), batch(64)
+    first = list(m.step(images, targets).values())[0]
+    for _ in range(30):
+        last = list(m.step(images, targets).values())[0]
+    assert last < first
+
+
+def test_lff_weights_favour_what_the_biased_network_gets_wrong():
+    f = torch.zeros(2, 3)
+    g = torch.tensor([[9.0, 0, 0], [9.0, 0, 0]])
+    easy, hard = lff_weights(f, g, torch.tensor([0, 1])).tolist()
+    assert easy < 0.01 and hard == pytest.approx(9.0 / (9 + torch.log(torch.tensor(3.0)).item()), rel=1e-2)
+    g = g[:1].double()
+    p = g.softmax(1)[0, 0].item()
+    assert generalized_cross_entropy(g, torch.tensor([0])).item() == pytest.approx((1 - p**0.7) / 0.7, rel=1e-5)
+
+
+def test_hex_predicts_without_the_superficial_branch():
+    network = HexNet(SimpleConvNet(kernel_size=3, widths=(8,), strides=(1,)), 8, 10).eval()
+    images = batch()[0]
+    logits, features = network(images)
+    torch.testing.assert_close(logits, features @ network.head.weight[:, :8].T + network.head.bias)
+    f_a, f_g = network.both(images)
+    assert f_a.shape == f_g.shape == logits.shape
+    residual = hex_project(f_a.double(), f_g.double())
+    assert (f_g.double().T @ residual).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("shapes", [((4, 10), (4, 10)), ((16, 10), (16, 9)), ((16,), (16,))])
+def test_hex_project_refuses(shapes):
+    with pytest.raises(ValueError, match="B >= C"):
+        hex_project(*(torch.randn(shape) for shape in shapes))
+
+
+def test_rubi_and_learned_mixin_reduce_to_cross_entropy_without_bias():
+    f_logits, targets = torch.randn(8, 4), torch.arange(8) % 4
+    plain = torch.nn.functional.cross_entropy(f_logits, targets)
+    rubi = RUBiLoss(3, 4, question_weight=0.0)
+    torch.nn.init.zeros_(rubi.fc.weight)
+    torch.nn.init.constant_(rubi.fc.bias, 40.0)  # sigmoid 1
+    torch.testing.assert_close(rubi(f_logits, torch.randn(8, 3), targets)[0], plain)
+    mixed, parts = LearnedMixinLoss(5, w=0.0)(f_logits, torch.randn(8, 5), torch.zeros(8, 4), targets)
+    torch.testing.assert_close(mixed, plain)
+    assert parts["entropy"].item() == pytest.approx(torch.log(torch.tensor(4.0)).item())
+
+
+@pytest.mark.parametrize(
+    "changes, sigma", [({"sigma": "dimension"}, 8.0), ({"sigma": "fixed", "sigma_value": 2.0}, 2.0)]
+)
+def test_bandwidth_policies_that_need_no_batch(changes, sigma):
+    m = method(method="rebias", sigma_every="epoch", **changes)
+    m.start_epoch(iter([batch()]))
+    assert m.loss.sigma_f == sigma
+
+
+def test_median_bandwidth_before_an_epoch_is_not_swapped():
+    m = method(method="rebias", sigma="median", sigma_every="epoch")
+    batches = [batch(), batch()]
+    m.start_epoch(iter(batches))
+    for network, sigma in ((m.f.eval(), m.loss.sigma_f), (m.gs[0].eval(), m.loss.sigma_g)):
+        with torch.no_grad():
+            torch.testing.assert_close(sigma, median_sigma([network(images)[1] for images, _ in batches]))
+    assert m.loss.sigma_f != m.loss.sigma_g
+
+
+def test_several_biased_networks_differ_and_count():
+    m = method(method="rebias", n_g_nets=2, n_g_update=2)
+    assert not torch.equal(weights(m.gs[0]), weights(m.gs[1]))
+    before = [weights(g) for g in m.gs]
+    m.step(*batch())
+    assert all(not torch.equal(old, weights(g)) for old, g in zip(before, m.gs, strict=True))
+
+
+def test_learning_rates():
+    step = Settings()
+    assert [learning_rate(step, e) for e in (-1, 0, 19, 20, 79)] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-6])
+    cosine = replace(step, schedule="cosine", epochs=100)
+    assert learning_rate(cosine, 50) == pytest.approx(5e-4) and learning_rate(cosine, 0) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method": "jtt"}, "method must be one of vanilla"),
+        ({"rho": 1.5}, r"rho must lie in \[0, 1\], got 1.5"),
+        ({"batch_size": 3}, "batches of 4 or more, batch_size is 3"),
+        ({"epochs": 0}, "at least 1"),
+        ({"sigma_value": 2.0}, "no effect on the median of each batch"),
+    ],
+)
+def test_settings_refuse(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PRESETS["digits"], **changes)
+
+
+def test_every_network_gives_logits_and_features():
+    for network, shape in ((MLP(), (4, 2)), (SimpleConvNet(), (4, 3, 28, 28))):
+        logits, features = network(torch.randn(shape))
+        assert logits.shape == (4, network.fc.out_features) and features.shape == (4, network.fc.in_features)
