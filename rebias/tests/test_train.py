@@ -287,7 +287,7 @@ def test_run_twice_runs_nothing_new(tmp_path, monkeypatch, capsys):
 
 def test_train_then_eval_from_the_command_line(tmp_path):
     checkpoint = tmp_path / "m.pt"
-    trained = rebias("train", "digits", "--settings.epochs", "1", "--output", str(checkpoint))
+    trained = rebias("train", "--output", str(checkpoint), "digits", "--epochs", "1")
     assert trained.returncode == 0, trained.stderr
     evaluated = rebias("eval", str(checkpoint))
     assert json.loads(evaluated.stdout)["unbiased_accuracy"] == json.loads(trained.stdout)["unbiased_accuracy"]

@@ -96,7 +96,7 @@ class Train:
     """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
 
     settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
-    """A preset, and flags that change it."""
+    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("rebias.pt")
     """Checkpoint; `rebias eval` reads it."""
     seed: int = 0
@@ -262,6 +262,8 @@ VERBS = {
     "tables": Tables, "record": Record, "bench": Bench,
 }  # fmt: skip
 
+FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
 
 def main() -> None:
     """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
@@ -269,7 +271,7 @@ def main() -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
-        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments)
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
         print(
             f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
