@@ -67,7 +67,9 @@ def read_mnist(root: str | Path, *, verify: bool = True) -> Digits:
             break
         searched.append(f"{folder}/{{{','.join(pattern.format('-') for pattern in IDX_FILES.values())}}}[.gz]")
     else:
-        folders = {part: next((root / n for n in names if (root / n).is_dir()), None) for part, names in PNG_FOLDERS.items()}
+        folders = {
+            part: next((root / n for n in names if (root / n).is_dir()), None) for part, names in PNG_FOLDERS.items()
+        }
         if not all(folders.values()):
             searched.append(f"{root}/{{train,test}}/<digit>/<index>.png")
             raise FileNotFoundError("MNIST was not found; searched " + "; ".join(searched))
@@ -164,6 +166,13 @@ class NDigitSet:
     def to(self, device: torch.device | str) -> NDigitSet:
         """All tensors on the device, once."""
         return NDigitSet(*(part.to(device) for part in (self.digits, self.image_ids, self.labels)))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of digits, table and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.digits, self.image_ids, self.labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def images(self, rows: Tensor) -> Tensor:
         """Assemble rows (...) into (..., 1, h, N h) uint8."""

@@ -1,9 +1,9 @@
 """Match probabilities in closed form: the sigmoid of a distance as a sum of Gaussians of that distance.
 
-With sigmoid(b - x) ~ sum_j w_j exp(-x^2 / 2 t_j^2) for every x >= 0, the expectation over a Gaussian difference vector is
-a sum of Gaussian integrals, in any dimension and with any diagonal covariance. The largest deviation of the fit bounds
-the error of every probability. It costs about as much as 8 x 8 samples; the steeper the sigmoid (large b), the less exact
-it can be: a tolerance that cannot be met is refused.
+With sigmoid(b - x) ~ sum_j w_j exp(-x^2 / 2 t_j^2) for every x >= 0, the expectation over a Gaussian difference vector
+is a sum of Gaussian integrals, in any dimension and with any diagonal covariance. The largest deviation of the fit
+bounds the error of every probability. It costs about as much as 8 x 8 samples; the steeper the sigmoid (large b), the
+less exact it can be: a tolerance that cannot be met is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def sigmoid_as_gaussians(b: float, tolerance: float) -> tuple[np.ndarray, np.nda
     The fewest terms of a fixed list that reach it; float64.
     """
     widest = 15 + 2 * max(b, 0.0)
-    x = np.concatenate([[0.0], np.geomspace(1e-6, 1, 400), np.linspace(1, 30 + b, 400), np.geomspace(30 + b, 8 * widest)])
+    x = np.concatenate(
+        [[0.0], np.geomspace(1e-6, 1, 400), np.linspace(1, 30 + b, 400), np.geomspace(30 + b, 8 * widest)]
+    )
     check = np.concatenate([x, (x[1:] + x[:-1]) / 2])
     for terms in TERMS:
         for narrowest in NARROWEST:

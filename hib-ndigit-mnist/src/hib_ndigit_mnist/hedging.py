@@ -56,10 +56,14 @@ class MatchProbability(nn.Module):
         """The slope."""
         return F.softplus(self.a_raw)
 
+    def values(self) -> tuple[float, float]:
+        """Both a and b as numbers (one model)."""
+        return float(self.a.detach()), float(self.b.detach())
+
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def logits(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """b - a * distance between all sample pairs: (..., K1, D), (..., K2, D) -> (..., K1, K2).
+        """Logits b - a * distance between all sample pairs: (..., K1, D), (..., K2, D) -> (..., K1, K2).
 
         Leading dimensions of a and b line up with the first ones of z (stacked models).
         """
@@ -118,7 +122,7 @@ class MatchProbability(nn.Module):
         if method == "quadrature":
             return self._pairwise_quadrature(first, second, tolerance).to(dtype)
         z1, z2 = (_at_least_float32(e.sample(samples, generator)) for e in (first, second))
-        return _mean_sigmoid(z1, z2, float(self.a), float(self.b), self.eps)
+        return _mean_sigmoid(z1, z2, *self.values(), self.eps)
 
     @torch.no_grad()
     def self_mismatch(
@@ -148,12 +152,14 @@ class MatchProbability(nn.Module):
         self, first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding, tolerance: float
     ) -> Tensor:
         """In closed form where that reaches the tolerance, else pair by pair."""
-        a, b = float(self.a), float(self.b)
+        a, b = self.values()
         if sigmoid_as_gaussians(b, tolerance) is None:
             each = [first[[i] * len(second)] for i in range(len(first))]
             return torch.stack([self._quadrature(rows, second, tolerance) for rows in each])
         result = 0.0
-        (mu1, variance1), (mu2, variance2) = ((e.mu.movedim(-1, 0), e.variance().movedim(-1, 0)) for e in (first, second))
+        (mu1, variance1), (mu2, variance2) = (
+            (e.mu.movedim(-1, 0), e.variance().movedim(-1, 0)) for e in (first, second)
+        )
         rows = max(1, TILE // (16 * len(second)))  # a tile that stays in the cache
 
         def tile(i: int, j: int, start: int) -> Tensor:
@@ -169,23 +175,14 @@ class MatchProbability(nn.Module):
     def _quadrature(
         self, first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding, tolerance: float
     ) -> Tensor:
+        """In closed form where that reaches the tolerance, else by integration."""
         mean = first.mu.double()[:, :, None] - second.mu.double()[:, None]  # (B, C1, C2, D)
         variance = first.variance().double()[:, :, None] + second.variance().double()[:, None]
         mean, variance = mean.flatten(0, 2), variance.flatten(0, 2)
-        if self._closed_form_only(variance):
-            terms = expansion_of_sigmoid(mean.T, variance.T, float(self.a), float(self.b), tolerance)
-            if terms is None:
-                raise ValueError(
-                    f"method: quadrature in {first.dim} dimensions cannot reach {tolerance:g} for b = {float(self.b):.1f}; "
-                    "use a looser tolerance or mc"
-                )
-        else:
+        terms = expansion_of_sigmoid(mean.T, variance.T, *self.values(), tolerance)
+        if terms is None:
             terms = expected_sigmoid(mean, variance, self.a.double(), self.b.double(), tolerance)
         return terms.view(len(first), -1).mean(1).to(torch.promote_types(first.mu.dtype, torch.float32))
-
-    @staticmethod
-    def _closed_form_only(variance: Tensor) -> bool:
-        return variance.shape[1] > 2 and not torch.allclose(variance, variance[:, :1].expand_as(variance), rtol=1e-6)
 
 
 def _mean_sigmoid(z1: Tensor, z2: Tensor, a: float, b: float, eps: float) -> Tensor:
@@ -324,7 +321,11 @@ class VIBPairLoss(nn.Module):
         b: float = 1.0,
     ):
         super().__init__()
-        check_loss(beta, samples, objective)
+        if not beta >= 0:
+            raise ValueError(f"beta: >= 0 was expected, got {beta}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} was expected, got {objective!r}")
+        check_samples(samples, 1)
         if negatives not in ("balanced", "all"):
             raise ValueError(f"negatives: balanced or all was expected, got {negatives!r}")
         self.beta, self.samples, self.objective, self.negatives, self.kl = beta, samples, objective, negatives, kl
@@ -368,15 +369,6 @@ class VIBPairLoss(nn.Module):
             return dense_pairs(labels)
         total = batch * (batch - 1) // 2
         return balanced_pairs(labels, torch.rand(total, generator=generator, device=device), total)
-
-
-def check_loss(beta: float, samples: int, objective: str, components: int = 1) -> None:
-    """ValueError for settings of the loss that make no sense."""
-    if not beta >= 0:
-        raise ValueError(f"beta: >= 0 was expected, got {beta}")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} was expected, got {objective!r}")
-    check_samples(samples, components)
 
 
 def _as_bool(match: Tensor) -> Tensor:

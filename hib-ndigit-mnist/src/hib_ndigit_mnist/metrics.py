@@ -112,7 +112,9 @@ def binned_correlation(
     x, y = np.array(x), np.array(y)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return BinnedCorrelation(float("nan"), x, y, float("nan"), bins - len(x))
-    return BinnedCorrelation(-float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), bins - len(x))
+    return BinnedCorrelation(
+        -float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), bins - len(x)
+    )
 
 
 def _p_value(x: np.ndarray, y: np.ndarray, permutations: int) -> float:

@@ -46,7 +46,10 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
         variance = torch.cat([variance, torch.zeros_like(variance)], 1)
         mean = torch.cat([mean, torch.zeros_like(mean)], 1)
     if dim > 2 and not torch.allclose(variance, variance[:, :1].expand_as(variance), rtol=1e-6, atol=1e-12):
-        raise ValueError(f"quadrature takes D <= 2, or equal variances in all dimensions; D = {dim} needs method mc")
+        raise ValueError(
+            f"method: for D = {dim} and variances that differ between dimensions, quadrature to {tolerance:g} needs "
+            "a flatter sigmoid (smaller b); use a looser tolerance, or mc"
+        )
     radius = mean.norm(dim=1)
     result = torch.sigmoid(b - a * radius)
     live = (variance.amax(1) > floor).nonzero()[:, 0]
@@ -81,7 +84,9 @@ def _polar(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: floa
     inside = reach * sd >= radius
     sector = torch.where(inside, math.pi, torch.asin((reach * sd / radius).clamp(max=1)) + 1e-9)
     touches = low == 0
-    radial = (high - low) / torch.minimum(narrow * step, step * step / (2 * a)) * touches.double().add(1.3).clamp(max=1.7)
+    radial = (
+        (high - low) / torch.minimum(narrow * step, step * step / (2 * a)) * touches.double().add(1.3).clamp(max=1.7)
+    )
     radial = 6 + radial
     angular = 4 + 2 * sector * high / (narrow * step)
     return _by_size(_polar_grid, radial, angular, (mean, variance, a, b, low, high, direction, sector))

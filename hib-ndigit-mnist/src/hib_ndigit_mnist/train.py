@@ -8,14 +8,13 @@ same global batch.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from hib_ndigit_mnist.data import NDigitSet
-from hib_ndigit_mnist.hedging import DISTANCE_EPS, LossOutput, MatchProbability, check_loss, vib_objective
+from hib_ndigit_mnist.hedging import LossOutput, MatchProbability, vib_objective
 from hib_ndigit_mnist.models import Encoder, ModelStack, build_encoder, to_unit
 from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
+from hib_ndigit_mnist.pair_nll import DISTANCE_EPS
 from hib_ndigit_mnist.pairs import ClassIndex, Pairs, balanced_pairs, two_streams
+from hib_ndigit_mnist.settings import Training
 from shared_utils.logging import get_logger, progress
 
 logger = get_logger("hib-ndigit-mnist")
@@ -35,82 +36,6 @@ logger = get_logger("hib-ndigit-mnist")
 CHUNK = 50  # steps whose random numbers are drawn at once
 GRAPH_WARMUP = 3  # eager steps before a CUDA graph is captured
 COLLAPSED = 0.02  # coefficient of variation of sigma over a batch
-
-
-@dataclass(frozen=True)
-class Training:
-    """Everything that decides how a model is trained."""
-
-    method: str = "mog"
-    """mog (hedged), point (same loss, no variance, one sample) or contrastive (classical loss on points)"""
-    components: int = 1
-    """C, Gaussians per image (mog)"""
-    dim: int = 2
-    """D, dimension of the embedding"""
-    architecture: str = "lenet"
-    """lenet or mlp"""
-    hidden: tuple[int, ...] = (120,)
-    """units of the fully connected layers"""
-    pool: int = 1
-    """images are averaged over pool x pool pixels (mlp)"""
-    batch_norm: bool = False
-    """after convolutions and hidden layer (lenet)"""
-    logvar_bias: float = -2.0
-    """initial log variance"""
-    beta: float = 1e-4
-    """weight of the KL term"""
-    samples: int = 8
-    """K, samples per image"""
-    objective: str = "log_mean"
-    """log_mean or mean_log"""
-    kl: str = "auto"
-    """auto, closed, mc or upper_bound"""
-    margin: float = 1.0
-    """of the classical loss"""
-    occlusion_p: float = 0.2
-    """probability of an occluder per digit while training"""
-    steps: int = 100_000
-    """optimizer steps"""
-    batch: int = 128
-    """images per step, half of them partners"""
-    pairs: int = 256
-    """at most so many matching pairs of a batch, and as many others"""
-    lr: float = 1e-3
-    """initial learning rate"""
-    lr_final: float = 1e-5
-    """at the end of the cosine"""
-    match_lr: float = 3.0
-    """a and b learn at this multiple of the rate"""
-
-    def __post_init__(self) -> None:
-        if self.method not in ("mog", "point", "contrastive"):
-            raise ValueError(f"method: mog, point or contrastive was expected, got {self.method!r}")
-        if self.is_point and self.components != 1:
-            raise ValueError(f"components: a point embedding has one, got {self.components}")
-        check_loss(self.beta, self.samples, self.objective, self.components)
-        if self.batch < 4 or self.batch % 2 or self.steps < 1 or self.pairs < 1:
-            raise ValueError(
-                f"even batch >= 4, steps >= 1, pairs >= 1 were expected, got {self.batch}, {self.steps}, {self.pairs}"
-            )
-        if not 0 <= self.occlusion_p <= 1:
-            raise ValueError(f"occlusion_p: in [0, 1] was expected, got {self.occlusion_p}")
-
-    @property
-    def is_point(self) -> bool:
-        """No variance."""
-        return self.method != "mog"
-
-    def shape(self) -> tuple:
-        """Trainings of equal shape can be stacked: all but beta and occlusion_p."""
-        return tuple(value for name, value in asdict(self).items() if name not in ("beta", "occlusion_p"))
-
-    def encoder_options(self, num_digits: int, tile: int) -> dict[str, Any]:
-        """Arguments of `build_encoder`."""
-        options = dict(architecture=self.architecture, num_digits=num_digits, tile=tile, dim=self.dim)
-        options |= dict(components=self.components, point=self.is_point, logvar_bias=self.logvar_bias)
-        if self.architecture == "mlp":
-            return options | dict(hidden=list(self.hidden), pool=self.pool)
-        return options | dict(hidden=self.hidden[0], batch_norm=self.batch_norm)
 
 
 @dataclass(frozen=True)
@@ -169,7 +94,7 @@ def train(
     if len({training.shape() for training in trainings}) > 1:
         raise ValueError("trainings: only beta and occlusion_p may differ within a stack")
     run = _Run(data, trainings, seeds, device, precision, graph)
-    state = _Progress(checkpoint, _identity(data, trainings, seeds))
+    state = _Progress(checkpoint, _identity(data, trainings, seeds, visit_at))
     state.resume(run)
     steps = trainings[0].steps
     with _deferred_interrupt() as interrupted, progress() as bar:
@@ -207,7 +132,7 @@ class _Run:
         optimizer = torch.optim.Adam(groups, fused=True, capturable=cuda)
         self.module, self.optimizer = self.fabric.setup(self.stack, optimizer)
         if cuda and self.training.architecture == "lenet":
-            self.stack.to(memory_format=torch.channels_last) if len(seeds) == 1 else None
+            self.stack.to(memory_format=torch.channels_last)
         self.generators = [torch.Generator(self.fabric.device).manual_seed(seed) for seed in seeds]
 
         def per_model(name: str) -> Tensor:
@@ -375,12 +300,11 @@ def _new_encoder(options: dict[str, Any], seed: int) -> Encoder:
         return build_encoder(**options)
 
 
-def _identity(data: NDigitSet, trainings: Sequence[Training], seeds: Sequence[int]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for tensor in (data.digits, data.image_ids, data.labels):
-        digest.update(tensor.cpu().numpy().tobytes())
+def _identity(
+    data: NDigitSet, trainings: Sequence[Training], seeds: Sequence[int], visit_at: Sequence[int]
+) -> dict[str, Any]:
     plain = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(t).items()} for t in trainings]
-    return {"trainings": plain, "seeds": list(seeds), "data": digest.hexdigest()}
+    return {"trainings": plain, "seeds": list(seeds), "data": data.fingerprint(), "visit_at": list(visit_at)}
 
 
 class _Progress:
@@ -430,36 +354,6 @@ def _deferred_interrupt():
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-# ---- a single model as a file ----
-
-
-def save_model(path: Path, model: Trained, options: dict[str, Any], training: Training) -> None:
-    """Write a model that `load_model` and the verbs read; temporary file and rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    plain = {f.name: list(v) if isinstance(v := getattr(training, f.name), tuple) else v for f in fields(training)}
-    state = {"options": options, "training": plain, "history": model.history}
-    torch.save(state | {"encoder": model.encoder.state_dict(), "match": model.match.state_dict()}, temporary)
-    os.replace(temporary, path)
-
-
-def load_model(path: str | Path) -> tuple[Trained, Training]:
-    """A model written by `save_model`, in eval mode on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file, or another kind of one.
-    """
-    state = load_file(Path(path))
-    try:
-        training = Training(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["training"].items()})
-        encoder, match = build_encoder(**state["options"]), MatchProbability()
-        encoder.load_state_dict(state["encoder"])
-        match.load_state_dict(state["match"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: no model of this package ({str(error).splitlines()[0]})") from error
-    return Trained(encoder.eval(), match.eval(), state["history"]), training
 
 
 def load_file(path: Path) -> dict[str, Any]:
