@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hib_ndigit_mnist.cli import main
 from hib_ndigit_mnist.data import read_digits
 
 
@@ -31,31 +32,38 @@ def test_help_is_quick_because_torch_stays_out():
     assert "default: 1500" in hib("train", "--help").stdout
 
 
-def test_train_eval_embed_inspect(model, tmp_path):
-    scores = json.loads(hib("eval", model, "--images", 200, "--pairs", 400, "--queries", 50).stdout)
+def test_train_eval_embed_inspect(model, tmp_path, monkeypatch, capsys):
+    def verb(*words):
+        monkeypatch.setattr(sys, "argv", ["hib", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    scores = json.loads(verb("eval", model, "--images", 200, "--pairs", 400, "--queries", 50))
     assert {"ap_clean", "ap_corrupt", "knn_corrupt_same", "auc", "tau_knn_corrupt", "ece_clean"} <= scores.keys()
     digits = read_digits()
     for i in range(3):
         Image.fromarray(digits.test_images[i].numpy()).resize((64, 64)).save(tmp_path / f"{i}.png")
-    assert hib("embed", model, tmp_path, "--out", tmp_path / "e.npz").returncode == 0
+    verb("embed", model, tmp_path, "--out", tmp_path / "e.npz")
     with np.load(tmp_path / "e.npz") as found:
         assert found["mu"].shape == found["logvar"].shape == (3, 2, 2) and found["eta"].shape == (3,)
-    seen = json.loads(hib("inspect", tmp_path / "0.png", "--ckpt", model, "--top", 10).stdout)
+    seen = json.loads(verb("inspect", tmp_path / "0.png", "--ckpt", model, "--top", 10))
     assert len(seen["match"]) == 10 and 0 < seen["eta"] < 1
     probabilities = list(seen["match"].values())
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_run_twice_runs_nothing_new():
-    words = ("run", "figure-sweep", "--scale", "smoke", "--jobs", 1)
-    first = hib(*words, "--force")
-    assert first.returncode == 0, first.stderr
-    assert "figure-sweep" in first.stdout and "NOT MEASURED" not in first.stdout
-    listed = hib(*words, "--dry-run").stdout
+def test_run_twice_runs_nothing_new(monkeypatch, capsys):
+    words = ["hib", "run", "figure-sweep", "--scale", "smoke", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--force"])
+    main()
+    assert "figure-sweep" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "--dry-run"])
+    main()
+    listed = capsys.readouterr().out
     assert [line for line in listed.splitlines() if "all" in line and " 0 " in line]
 
 
-def test_mistakes(model, tmp_path):
+def test_mistakes(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "cut.pt").write_bytes(model.read_bytes()[:300])
     torch.save({"other": 1}, tmp_path / "other.pt")
     (tmp_path / "no.png").write_bytes(b"no image")
@@ -71,6 +79,8 @@ def test_mistakes(model, tmp_path):
         (["inspect", tmp_path / "no.png", "--ckpt", model], "no.png: cannot be read as an image"),
         (["data", "--out", tmp_path / "out", "--data-root", tmp_path], "MNIST was not found; searched"),
     ):
-        done = hib(*words)
-        assert done.returncode == 2, (words, done.stderr)
-        assert message in done.stderr and "Traceback" not in done.stderr, words
+        monkeypatch.setattr(sys, "argv", ["hib", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr().err
+        assert ended.value.code == 2 and message in shown and len(shown.splitlines()) == 1, (words, shown)
