@@ -40,7 +40,7 @@ def draw_all(tables: list[Table], results: Path) -> list[Path]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 figure, frame = DRAW[table.id](table, scale, log)
                 figure.suptitle(f"{table.title} (scale {scale})", fontsize=10)
-                figure.savefig(path, dpi=100, metadata={"Software": None})
+                figure.savefig(path, dpi=80, metadata={"Software": None})
                 plt.close(figure)
                 frame.to_csv(path.with_suffix(".csv"), index=False)
                 drawn.append(path)
@@ -89,7 +89,8 @@ def _ellipses(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFra
                         panel.add_patch(shape)
                     lines.append([row, condition, label, component, *mu[image, component], *sigma[image, component]])
             panel.autoscale_view()
-            panel.set_title(f"{row}, {condition}", fontsize=9)
+            shown = " (first two dimensions)" if np.shape(part["mu"])[-1] > 2 else ""
+            panel.set_title(f"{row}, {condition}{shown}", fontsize=9)
             panel.set_aspect("equal")
         handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[i % 10]) for i in range(len(classes))]
         if len(classes) <= 10:
@@ -262,7 +263,10 @@ def _steps(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]
         for method, part in frame[frame.metric == metric].groupby("method", sort=False):
             half = np.where(np.isfinite(part.half_width), part.half_width, 0)
             panel.errorbar(part.steps, part["mean"], half, marker="o", capsize=3, label=method)
+        steps = sorted(frame.steps.unique())
         panel.set(xscale="log", xlabel="training steps")
+        panel.set_xticks(steps, [f"{count:,}" for count in steps], fontsize=7)
+        panel.minorticks_off()
         panel.set_title(metric.replace("_", " "), fontsize=9)
         panel.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
