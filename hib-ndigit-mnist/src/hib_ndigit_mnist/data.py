@@ -59,7 +59,7 @@ def read_mnist(root: str | Path, *, verify: bool = True) -> Digits:
         FileNotFoundError: none of these is there; lists the places searched.
         ValueError: a damaged file, or another content than MNIST's.
     """
-    root, searched = Path(root), []
+    root, searched = Path(root).expanduser(), []
     for folder in (root, root / "raw", root / "MNIST" / "raw"):
         found = {name: _idx_path(folder, pattern) for name, pattern in IDX_FILES.items()}
         if all(found.values()):

@@ -117,20 +117,21 @@ class Evaluation:
         """By condition."""
         return {condition: embed(self.encoder, images) for condition, images in self.test.images.items()}
 
-    def _draws(self) -> torch.Generator:
+    def draws(self) -> torch.Generator:
+        """Where samples come from: the same for every model, on its device."""
         return torch.Generator(self.embeddings["clean"].mu.device).manual_seed(TEST_SEED)
 
     @cached_property
     def pair_scores(self) -> dict[str, Tensor]:
         """p(m | x1, x2) of the verification pairs, by condition: (P,)."""
         first, second, _ = self.test.pairs
-        options = self.options | {"generator": self._draws(), "tolerance": PAIR_TOLERANCE}
+        options = self.options | {"generator": self.draws(), "tolerance": PAIR_TOLERANCE}
         return {c: self.match.prob(e[first], e[second], **options).cpu() for c, e in self.embeddings.items()}
 
     @cached_property
     def eta(self) -> dict[str, Tensor]:
         """Self-mismatch by condition: (n,)."""
-        options = self.options | {"generator": self._draws(), "tolerance": PAIR_TOLERANCE}
+        options = self.options | {"generator": self.draws(), "tolerance": PAIR_TOLERANCE}
         return {c: self.match.self_mismatch(e, **options).cpu() for c, e in self.embeddings.items()}
 
     @cached_property
@@ -138,7 +139,7 @@ class Evaluation:
         """Whether a query's vote is right, (Q,) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
         device = self.embeddings["clean"].mu.device
         labels, queries = self.test.labels.to(device), self.test.queries.to(device)
-        options = self.options | {"generator": self._draws(), "tolerance": RANKING_TOLERANCE}
+        options = self.options | {"generator": self.draws(), "tolerance": RANKING_TOLERANCE}
         result = {}
         for name, condition, gallery in (
             ("clean", "clean", "clean"),
@@ -246,7 +247,7 @@ def fit_match(encoder: Encoder, data: NDigitSet, occlusion_p: float, pairs: int 
     generator = torch.Generator().manual_seed(TEST_SEED)
     rows = torch.randperm(len(data), generator=generator)[:5000]
     occluders = draw_occlusion(torch.rand(len(rows), data.num_digits, 4, generator=generator), occlusion_p, data.tile)
-    z = embed(encoder, apply_occlusion(data.images(rows), occluders)).mean()
+    z = embed(encoder, apply_occlusion(data.images(rows), occluders)).mean().cpu()
     first, second, match = verification_pairs(data.labels[rows], pairs, TEST_SEED)
     distance = (z[first] - z[second]).norm(dim=1, keepdim=True)
     fitted = LogisticRegression(C=1e6).fit(distance.numpy(), match.numpy())

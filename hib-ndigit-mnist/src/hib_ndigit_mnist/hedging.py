@@ -118,7 +118,9 @@ class MatchProbability(nn.Module):
         self._check(first, second, method)
         dtype = torch.promote_types(first.mu.dtype, torch.float32)
         if first.is_point and second.is_point:
-            return torch.sigmoid(self.b - self.a * torch.cdist(first.mu[:, 0].to(dtype), second.mu[:, 0].to(dtype)))
+            points = (e.mu[:, 0].to(dtype) for e in (first, second))
+            distance = torch.cdist(*points, compute_mode="donot_use_mm_for_euclid_dist")  # exact near zero
+            return torch.sigmoid(self.b - self.a * distance)
         if method == "quadrature":
             return self._pairwise_quadrature(first, second, tolerance).to(dtype)
         z1, z2 = (_at_least_float32(e.sample(samples, generator)) for e in (first, second))

@@ -131,8 +131,6 @@ class _Run:
             group["lr"] = torch.tensor(0.0, device=self.fabric.device) if cuda else 0.0
         optimizer = torch.optim.Adam(groups, fused=True, capturable=cuda)
         self.module, self.optimizer = self.fabric.setup(self.stack, optimizer)
-        if cuda and self.training.architecture == "lenet":
-            self.stack.to(memory_format=torch.channels_last)
         self.generators = [torch.Generator(self.fabric.device).manual_seed(seed) for seed in seeds]
 
         def per_model(name: str) -> Tensor:
