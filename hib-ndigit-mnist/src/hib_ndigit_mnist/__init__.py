@@ -1,0 +1,37 @@
+"""Hedged instance embedding and N-digit MNIST (arXiv 1810.00319).
+
+The names below are imported when they are first used, so that the command line starts without torch.
+"""
+
+from importlib import import_module
+
+_MODULES = {
+    "data": ["NDigitMNIST", "read_mnist"],
+    "embedding": ["GaussianMixtureEmbedding"],
+    "hedging": ["LossOutput", "MatchProbability", "VIBPairLoss", "contrastive_loss", "soft_contrastive_loss"],
+    "metrics": [
+        "average_precision",
+        "binned_correlation",
+        "expected_calibration_error",
+        "knn_accuracy",
+        "knn_predict",
+    ],
+    "models": ["HedgedEncoder", "MLPEncoder"],
+    "ndigit": ["SplitIndex", "build_ndigit_indices", "standard_indices"],
+    "occlusion": ["OcclusionInfo", "RandomOcclusion", "apply_occlusion"],
+    "pairs": ["TwoStreamSampler", "verification_pairs"],
+    "quadrature": ["expected_sigmoid"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

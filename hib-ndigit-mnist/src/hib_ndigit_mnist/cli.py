@@ -1,0 +1,306 @@
+"""Command line: parse, call, print, exit code. torch is imported inside the verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from hib_ndigit_mnist.settings import SCALES, Settings, default_data_root
+
+PROGRAM = "hib-ndigit-mnist"
+
+
+@dataclass
+class Run:
+    """Run what is missing of the paper's tables (into runs/) and print published | ours | yours."""
+
+    tables: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Table ids such as table-1 or figure-3; none means all that have the scale."""
+    scale: str = "embedded"
+    """smoke, embedded, mnist or paper."""
+    rows: tuple[str, ...] = ()
+    """Only these rows."""
+    seeds: tuple[int, ...] = ()
+    """Instead of the table's seeds."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where MNIST is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    jobs: int = 0
+    """Groups of models side by side; 0: one per core, or a single one on CUDA."""
+    force: bool = False
+    """Run again what is there already."""
+    dry_run: bool = False
+    """List the missing runs and their expected cost only."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist import experiments
+        from shared_utils.report import print_table
+        from shared_utils.runlog import RunLog
+
+        everything = {table.id: table for table in experiments.tables()}
+        for name in self.tables:
+            if name not in everything:
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(everything)}")
+        chosen = [everything[name] for name in self.tables] or list(everything.values())
+        chosen = [table for table in chosen if self.scale in table.scales]
+        if not chosen:
+            raise ValueError(f"none of these tables has a scale {self.scale!r}")
+        if self.rows and not self.tables:
+            raise ValueError("rows: name the table they are in")
+        if self.dry_run:
+            return self._list(chosen)
+        yours = experiments.run_tables(
+            chosen, self.scale, self.data_root, self.rows, self.seeds, self.force, self.jobs, self.device
+        )
+        for table in chosen:
+            print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
+
+    def _list(self, chosen: list) -> None:
+        from rich.table import Table as Grid
+
+        from hib_ndigit_mnist import experiments
+        from shared_utils.logging import console
+        from shared_utils.runlog import RunLog
+
+        done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl").keys()
+        grid, total = Grid("table", "missing runs", "expected seconds (models shared by tables count once each)"), 0.0
+        for table in chosen:
+            runs = [run for run in table.runs(self.scale, self.rows, self.seeds or None) if run.key not in done]
+            seconds = len(runs) * (table.scales[self.scale].expected_seconds or 0)
+            total += seconds
+            grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
+        grid.add_row("all", "", f"{total:.0f}")
+        console().print(grid)
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    """Train one model and write it; interrupted, the same command goes on. --scale sets the defaults below."""
+
+    output: Path = Path("model.pt")
+    """File to write; the checkpoint lies beside it."""
+    scale: str = "embedded"
+    """Whose defaults to take: smoke, embedded, mnist or paper."""
+    seed: int = 0
+    """Of weights, batches, occluders and samples."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where MNIST is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 5000
+    """Steps between saves."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist.workflow import train_to_file
+
+        train_to_file(self, self.output, self.seed, self.data_root, self.device, self.checkpoint_every)
+
+
+@dataclass
+class Eval:
+    """Evaluate a model on clean and corrupted test images: JSON on stdout."""
+
+    ckpt: tyro.conf.Positional[Path]
+    """Model written by train."""
+    split: str | None = None
+    """test_seen, test_unseen or test; default: the first of the model's data set."""
+    conditions: str = "clean,corrupt"
+    """Whose figures to print, separated by commas."""
+    estimator: str = "auto"
+    """quadrature, mc or auto."""
+    samples: int = 8
+    """K of mc."""
+    images: int = 10_000
+    """Test images."""
+    pairs: str = "10000"
+    """Verification pairs, half of them matching, or all."""
+    queries: int = 10_000
+    """Images to identify."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where MNIST is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __call__(self) -> None:
+        import json
+
+        from hib_ndigit_mnist.workflow import evaluate_file
+
+        pairs = self.pairs if self.pairs == "all" else int(self.pairs)
+        sizes = {"images": self.images, "pairs": pairs, "queries": self.queries}
+        options = {"estimator": self.estimator, "samples": self.samples}
+        conditions = self.conditions.split(",")
+        print(json.dumps(evaluate_file(self.ckpt, self.split, conditions, self.data_root, self.device, sizes, options)))
+
+
+@dataclass
+class Embed:
+    """Embed images and write mu, logvar (of mixtures of Gaussians) and eta as .npz."""
+
+    ckpt: tyro.conf.Positional[Path]
+    """Model written by train."""
+    images: tyro.conf.Positional[Path]
+    """An image, a folder of images (sorted by name), or .npy / .npz with uint8 images (n, H, W)."""
+    out: Path = Path("emb.npz")
+    """File to write."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist.workflow import embed_to_file
+
+        embed_to_file(self.ckpt, self.images, self.out)
+
+
+@dataclass
+class Inspect:
+    """How a model sees one image of yours: Gaussians, uncertainty, and the numbers it may be. JSON on stdout."""
+
+    image: tyro.conf.Positional[Path]
+    """Light digits on black; resized to the model's input."""
+    ckpt: Path = Path("model.pt")
+    """Model written by train."""
+    invert: bool = False
+    """For dark digits on white."""
+    top: int = 5
+    """Numbers to name."""
+
+    def __call__(self) -> None:
+        import json
+
+        from hib_ndigit_mnist.workflow import inspect_image
+
+        print(json.dumps(inspect_image(self.ckpt, self.image, self.invert, self.top), indent=2))
+
+
+@dataclass
+class Data:
+    """What is needed, where it is looked for, and what is there; with --out, writes N-digit images as .npz."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where to look."""
+    download: bool = False
+    """Fetch MNIST through torchvision, checked by hash."""
+    out: Path | None = None
+    """Folder for <split>.npz with images (n, 28, 28 N) uint8 and labels (n,) int64, as google/n-digit-mnist writes."""
+    num_digits: int = 2
+    """N in 1 to 6."""
+    gap: str = "number"
+    """number or instance."""
+    standard: bool = True
+    """The published tables; with --no-standard drawn anew with --seed."""
+    seed: int = 714
+    """Of a draw."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist.workflow import export, list_data
+
+        if self.download:
+            from torchvision.datasets import MNIST
+
+            MNIST(str(self.data_root), download=True)
+        if self.out is None:
+            return list_data(self.data_root)
+        export(self.data_root, self.out, self.num_digits, self.gap, self.standard, self.seed)
+
+
+@dataclass
+class Tables:
+    """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist import experiments
+        from hib_ndigit_mnist.figures import draw_all
+        from shared_utils.report import results_page
+
+        results = experiments.PROJECT / "results"
+        draw_all(experiments.tables(), results)
+        page = results_page(PROGRAM, experiments.tables(), results, f"{PROGRAM} run")
+        (results / "RESULTS.md").write_text(page)
+
+
+@dataclass
+class Record:
+    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist import experiments
+        from shared_utils.logging import get_logger
+        from shared_utils.runlog import RunLog, record
+
+        runs, results = experiments.PROJECT / "runs", experiments.PROJECT / "results"
+        paths = [path for path in sorted(runs.glob("*.jsonl")) if path.stem != "smoke"]
+        moves = [(RunLog(path), RunLog(results / path.name)) for path in paths]
+        get_logger(PROGRAM).info("%d runs recorded", record(moves, experiments.PROJECT))
+        Tables()()
+
+
+@dataclass
+class Bench:
+    """Speed against the peer, and time and memory of all-pairs evaluation; writes runs/bench.json."""
+
+    repeats: int = 9
+    """Turns per contender; medians are compared."""
+
+    def __call__(self) -> None:
+        from hib_ndigit_mnist.bench import bench
+
+        bench(self.repeats)
+
+
+VERBS = {
+    "run": Run, "train": Train, "eval": Eval, "embed": Embed, "inspect": Inspect, "data": Data, "tables": Tables,
+    "record": Record, "bench": Bench,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
+    debug = "--debug" in sys.argv
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    warnings.showwarning = lambda message, *_: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    try:
+        verbs = {name: _call(kind, _defaults(words) if name == "train" else None) for name, kind in VERBS.items()}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=words)
+    except KeyboardInterrupt:
+        _fail("interrupted; what is finished or saved is kept, the same command goes on", 130)
+    except (ValueError, FileNotFoundError, TypeError) as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except (RuntimeError, OSError) as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _defaults(words: list[str]) -> Train:
+    """What `train` takes where nothing is said: the settings of --scale."""
+    given = [
+        word.partition("=")[2] or after
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if word.split("=")[0] == "--scale"
+    ]
+    scale = given[-1] if given and words[0] == "train" else "embedded"
+    if scale not in SCALES:
+        raise ValueError(f"scale: one of {', '.join(SCALES)} was expected, got {scale!r}")
+    return Train(**SCALES[scale], scale=scale)
+
+
+def _call(kind: type, default: object = None):
+    def act(command: object) -> None:
+        command()
+
+    act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]
+    act.__defaults__ = None if default is None else (default,)
+    act.__doc__ = kind.__doc__
+    return act

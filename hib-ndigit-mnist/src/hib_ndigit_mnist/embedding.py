@@ -1,0 +1,148 @@
+"""An image as a distribution: a uniform mixture of C diagonal Gaussians in D dimensions (section 3.2 of the paper).
+
+Stacked models are leading dimensions: everything here takes (..., B, C, D).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGVAR_RANGE = (-14.0, 6.0)
+KL_METHODS = ("auto", "closed", "mc", "upper_bound")
+
+
+@dataclass(frozen=True)
+class GaussianMixtureEmbedding:
+    """p(z|x) for a batch of images; float32 or float64.
+
+    Args:
+        mu: (..., B, C, D) component means.
+        logvar: (..., B, C, D) log variances, or None for a point embedding (then C = 1).
+
+    Raises:
+        ValueError: fewer than three dimensions, C or D of 0, shapes that differ, a point with several components.
+        TypeError: not floating.
+    """
+
+    mu: Tensor
+    logvar: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mu.ndim < 3 or 0 in self.mu.shape[-2:]:
+            raise ValueError(f"mu: (..., B, C, D) with C, D >= 1 was expected, got {tuple(self.mu.shape)}")
+        if not self.mu.is_floating_point():
+            raise TypeError(f"mu: floating was expected, got {self.mu.dtype}")
+        if self.logvar is None and self.components != 1:
+            raise ValueError(f"a point embedding has one component, mu has {self.components}")
+        if self.logvar is not None and self.logvar.shape != self.mu.shape:
+            raise ValueError(f"logvar: shape {tuple(self.mu.shape)} was expected, got {tuple(self.logvar.shape)}")
+
+    @property
+    def components(self) -> int:
+        """C."""
+        return self.mu.shape[-2]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.mu.shape[-1]
+
+    @property
+    def is_point(self) -> bool:
+        """No variance: every sample is the mean."""
+        return self.logvar is None
+
+    def __len__(self) -> int:
+        return self.mu.shape[-3]
+
+    def __getitem__(self, index) -> GaussianMixtureEmbedding:
+        """Images `index` of an unstacked embedding (B, C, D)."""
+        return GaussianMixtureEmbedding(self.mu[index], None if self.is_point else self.logvar[index])
+
+    def to(self, *args) -> GaussianMixtureEmbedding:
+        """As `Tensor.to`."""
+        return GaussianMixtureEmbedding(self.mu.to(*args), None if self.is_point else self.logvar.to(*args))
+
+    def variance(self) -> Tensor:
+        """(..., B, C, D); zeros for a point."""
+        return torch.zeros_like(self.mu) if self.is_point else self.logvar.exp()
+
+    def mean(self) -> Tensor:
+        """(..., B, D) of the mixture."""
+        return self.mu.mean(-2)
+
+    def covariance(self) -> Tensor:
+        """(..., B, D, D) of the mixture: within components plus between them."""
+        spread = self.mu - self.mu.mean(-2, keepdim=True)  # (..., B, C, D)
+        between = spread.transpose(-1, -2) @ spread / self.components
+        return between + torch.diag_embed(self.variance().mean(-2))
+
+    def sample(self, samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Stratified reparametrised samples: K / C from each component, z = mu + exp(logvar / 2) * noise.
+
+        Args:
+            samples: K; a point embedding repeats its mean K times.
+            generator: of the noise, on the device of mu.
+            noise: (..., B, K, D) standard normals instead of drawn ones.
+
+        Returns:
+            (..., B, K, D); the samples of one component lie side by side.
+
+        Raises:
+            ValueError: K < 1 or K not a multiple of C.
+        """
+        check_samples(samples, self.components)
+        per_component = samples // self.components
+        mu = self.mu.repeat_interleave(per_component, dim=-2)  # (..., B, K, D)
+        if self.is_point:
+            return mu
+        if noise is None:
+            noise = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+        return mu + (self.logvar / 2).exp().repeat_interleave(per_component, dim=-2) * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of the mixture: z (..., B, K, D) -> (..., B, K). ValueError for a point embedding."""
+        if self.is_point:
+            raise ValueError("a point embedding has no density")
+        mu, logvar = self.mu.unsqueeze(-3), self.logvar.unsqueeze(-3)  # (..., B, 1, C, D)
+        squares = (z.unsqueeze(-2) - mu).square() * (-logvar).exp()
+        per_component = -0.5 * (squares + logvar + math.log(2 * math.pi)).sum(-1)  # (..., B, K, C)
+        return per_component.logsumexp(-1) - math.log(self.components)
+
+    def kl(self, method: str = "auto", z: Tensor | None = None) -> Tensor:
+        """KL(p(z|x) || N(0, I)) in nats, (..., B); 0 for a point embedding.
+
+        Args:
+            method: "closed" for one Gaussian; "mc" the mean over `z` of log p(z|x) - log N(z; 0, I), unbiased for
+                stratified samples; "upper_bound" the mean KL of the components (equal where they coincide);
+                "auto" closed where C = 1, else mc.
+            z: (..., B, K, D) samples of this embedding, for mc.
+
+        Raises:
+            ValueError: unknown method, closed with C > 1, mc without z.
+        """
+        if method not in KL_METHODS:
+            raise ValueError(f"method: one of {', '.join(KL_METHODS)} was expected, got {method!r}")
+        if method == "auto":
+            method = "closed" if self.components == 1 else "mc"
+        if method == "closed" and self.components != 1:
+            raise ValueError(f"a mixture of {self.components} has no closed-form KL; use mc or upper_bound")
+        if self.is_point:
+            return self.mu.new_zeros(self.mu.shape[:-2])
+        if method == "mc":
+            if z is None:
+                raise ValueError("method mc needs samples z")
+            prior = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)  # (..., B, K)
+            return (self.log_prob(z) - prior).mean(-1)
+        per_component = 0.5 * (self.mu.square() + self.logvar.exp() - 1 - self.logvar).sum(-1)  # (..., B, C)
+        return per_component.mean(-1)
+
+
+def check_samples(samples: int, components: int) -> None:
+    """ValueError unless K >= 1 is a multiple of C."""
+    if samples < 1 or samples % components:
+        raise ValueError(f"samples: a multiple of the {components} components was expected, got K = {samples}")

@@ -1,0 +1,159 @@
+"""Scores of section 4: average precision, nearest neighbours by match probability, tau of uncertainty, calibration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+
+def average_precision(match: Tensor, scores: Tensor) -> float:
+    """Non-interpolated average precision, ties in one threshold; a constant score gives the positive rate.
+
+    Args:
+        match: (P,) bool.
+        scores: (P,) floating, higher for a likelier match.
+
+    Raises:
+        ValueError: no matching pair, scores that are NaN.
+    """
+    if not match.any():
+        raise ValueError("match: average precision needs a matching pair, there is none")
+    return float(average_precision_score(match.cpu().numpy(), scores.cpu().numpy()))
+
+
+def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Tensor | None = None) -> Tensor:
+    """Majority vote of the k gallery images that match a query best.
+
+    Neighbour ties go to the lower gallery index; vote ties to the larger summed match probability, then to the smaller
+    class.
+
+    Args:
+        match_prob: (Q, G).
+        gallery_labels: (G,) integers.
+        k: neighbours.
+        own: (Q,) gallery index of each query's own image, which is left out.
+
+    Returns:
+        (Q,) labels.
+
+    Raises:
+        ValueError: k outside 1 .. gallery images.
+    """
+    available = match_prob.shape[1] - (own is not None)
+    if not 1 <= k <= available:
+        raise ValueError(f"k: 1 to {available} gallery images were expected, got {k}")
+    if own is not None:
+        match_prob = match_prob.scatter(1, own[:, None], -1.0)
+    scores, neighbours = match_prob.sort(dim=1, descending=True, stable=True)
+    scores, neighbours = scores[:, :k], neighbours[:, :k]
+    classes, which = gallery_labels.unique(return_inverse=True)
+    votes = torch.zeros(len(scores), len(classes), dtype=torch.float64, device=scores.device)
+    support = votes.scatter_add(1, which[neighbours], scores.double())
+    votes = votes.scatter_add(1, which[neighbours], torch.ones_like(scores, dtype=torch.float64))
+    support[votes < votes.amax(1, keepdim=True)] = -1
+    return classes[support.argmax(1)]  # argmax takes the first: the smaller class
+
+
+def knn_accuracy(
+    match_prob: Tensor, query_labels: Tensor, gallery_labels: Tensor, k: int = 5, own: Tensor | None = None
+) -> float:
+    """Share of queries whose vote is right; arguments as in `knn_predict`."""
+    return float((knn_predict(match_prob, gallery_labels, k, own) == query_labels).double().mean())
+
+
+class BinnedCorrelation(NamedTuple):
+    """Kendall's tau between uncertainty and performance over bins, in the paper's sense: positive = worse if unsure.
+
+    NaN where one of the two is constant (print n/a, not 0).
+    """
+
+    tau: float
+    bin_x: np.ndarray  # (bins,) mean uncertainty
+    bin_y: np.ndarray  # (bins,) performance
+    p_value: float  # one-sided, by permutation of the bins
+    dropped: int  # bins without a matching pair
+
+
+def binned_correlation(
+    uncertainty: Tensor,
+    performance: Tensor,
+    bins: int = 20,
+    match: Tensor | None = None,
+    permutations: int = 9999,
+) -> BinnedCorrelation:
+    """Sort by uncertainty into bins of equal count; minus tau-b between their uncertainty and their performance.
+
+    Args:
+        uncertainty: (n,) eta.
+        performance: (n,) correctness, averaged per bin; or match scores, if `match` is given: then the performance of a
+            bin is its average precision.
+        bins: number of bins.
+        match: (n,) bool.
+        permutations: of the p-value.
+
+    Raises:
+        ValueError: fewer values than bins, lengths that differ.
+    """
+    if not len(uncertainty) == len(performance) >= bins:
+        raise ValueError(f"at least {bins} values of each were expected, got {len(uncertainty)}, {len(performance)}")
+    order = np.argsort(uncertainty.cpu().numpy(), kind="stable")
+    x, y = [], []
+    for part in np.array_split(order, bins):
+        if match is not None and not match[part].any():
+            continue
+        values = performance[part]
+        x.append(float(uncertainty[part].double().mean()))
+        y.append(float(values.double().mean()) if match is None else average_precision(match[part], values))
+    x, y = np.array(x), np.array(y)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return BinnedCorrelation(float("nan"), x, y, float("nan"), bins - len(x))
+    return BinnedCorrelation(
+        -float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), bins - len(x)
+    )
+
+
+def _p_value(x: np.ndarray, y: np.ndarray, permutations: int) -> float:
+    """Chance of as negative a sum of concordances under a random assignment of bins."""
+    sign_x, sign_y = (np.sign(v[:, None] - v) for v in (x, y))
+    rng = np.random.default_rng(0)
+    shuffled = rng.permuted(np.tile(np.arange(len(x)), (permutations, 1)), axis=1)  # (R, n)
+    sums = np.einsum("ij,rij->r", sign_x, sign_y[shuffled[:, :, None], shuffled[:, None]])
+    return float((1 + (sums <= (sign_x * sign_y).sum()).sum()) / (1 + permutations))
+
+
+class Calibration(NamedTuple):
+    """Reliability of p(m) in equal-width bins; empty bins hold NaN and weight 0."""
+
+    error: float  # expected calibration error
+    confidence: np.ndarray  # (bins,) mean p(m)
+    frequency: np.ndarray  # (bins,) share of matches
+    weight: np.ndarray  # (bins,) share of pairs
+
+
+def expected_calibration_error(match_prob: Tensor, match: Tensor, bins: int = 15) -> Calibration:
+    """Weighted mean of |share of matches - mean p(m)| over equal-width bins of p(m) in [0, 1].
+
+    Args:
+        match_prob: (P,) in [0, 1].
+        match: (P,) bool.
+        bins: number of bins.
+
+    Raises:
+        ValueError: probabilities outside [0, 1] or NaN.
+    """
+    p, truth = match_prob.double().cpu().numpy(), match.double().cpu().numpy()
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"match_prob: [0, 1] was expected, got {p.min():g} to {p.max():g}")
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence = np.bincount(which, p, bins) / count
+        frequency = np.bincount(which, truth, bins) / count
+    weight = count / len(p)
+    gap = np.nan_to_num(np.abs(confidence - frequency))
+    return Calibration(float((weight * gap).sum()), confidence, frequency, weight)

@@ -1,0 +1,150 @@
+"""Every setting of a run, with its unit and default; nothing here needs torch, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that decides how a model is trained."""
+
+    method: str = "mog"
+    """mog (hedged), point (same loss, no variance, one sample) or contrastive (classical loss on points)"""
+    components: int = 1
+    """C, Gaussians per image (mog)"""
+    dim: int = 2
+    """D, dimension of the embedding"""
+    architecture: str = "lenet"
+    """lenet or mlp"""
+    hidden: tuple[int, ...] = (120,)
+    """units of the fully connected layers"""
+    pool: int = 1
+    """images are averaged over pool x pool pixels (mlp)"""
+    batch_norm: bool = False
+    """after convolutions and hidden layer (lenet)"""
+    logvar_bias: float = -2.0
+    """initial log variance"""
+    beta: float = 1e-4
+    """weight of the KL term"""
+    samples: int = 8
+    """K, samples per image"""
+    objective: str = "log_mean"
+    """log_mean or mean_log"""
+    kl: str = "auto"
+    """auto, closed, mc or upper_bound"""
+    margin: float = 1.0
+    """of the classical loss"""
+    occlusion_p: float = 0.2
+    """probability of an occluder per digit while training"""
+    steps: int = 100_000
+    """optimizer steps"""
+    batch: int = 128
+    """images per step, half of them partners"""
+    pairs: int = 256
+    """at most so many matching pairs of a batch, and as many others"""
+    lr: float = 1e-3
+    """initial learning rate"""
+    lr_final: float = 1e-5
+    """at the end of the cosine"""
+    match_lr: float = 3.0
+    """a and b learn at this multiple of the rate"""
+
+    def __post_init__(self) -> None:
+        if self.method not in ("mog", "point", "contrastive"):
+            raise ValueError(f"method: mog, point or contrastive was expected, got {self.method!r}")
+        if self.is_point and self.components != 1:
+            raise ValueError(f"components: a point embedding has one, got {self.components}")
+        if not self.beta >= 0:
+            raise ValueError(f"beta: >= 0 was expected, got {self.beta}")
+        if self.components < 1 or self.dim < 1 or self.samples < 1 or self.samples % self.components:
+            raise ValueError(
+                f"components, dim >= 1 and samples a multiple of components were expected, got components = "
+                f"{self.components}, dim = {self.dim}, samples = {self.samples}"
+            )
+        if self.batch < 4 or self.batch % 2 or self.steps < 1 or self.pairs < 1:
+            raise ValueError(
+                f"even batch >= 4, steps >= 1, pairs >= 1 were expected, got {self.batch}, {self.steps}, {self.pairs}"
+            )
+        if not 0 <= self.occlusion_p <= 1:
+            raise ValueError(f"occlusion_p: in [0, 1] was expected, got {self.occlusion_p}")
+
+    @property
+    def is_point(self) -> bool:
+        """No variance."""
+        return self.method != "mog"
+
+    def shape(self) -> tuple:
+        """Trainings of equal shape can be stacked: all but beta and occlusion_p."""
+        return tuple(value for name, value in asdict(self).items() if name not in ("beta", "occlusion_p"))
+
+    def encoder_options(self, num_digits: int, tile: int) -> dict[str, Any]:
+        """Arguments of `build_encoder`."""
+        options = dict(architecture=self.architecture, num_digits=num_digits, tile=tile, dim=self.dim)
+        options |= dict(components=self.components, point=self.is_point, logvar_bias=self.logvar_bias)
+        if self.architecture == "mlp":
+            return options | dict(hidden=list(self.hidden), pool=self.pool)
+        return options | dict(hidden=self.hidden[0], batch_norm=self.batch_norm)
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """Everything a table file may set."""
+
+    report: str = "verification"
+    """what is measured: a function of reports.py, or dataset"""
+    dataset: str = "mnist"
+    """mnist (under the data root) or digits (scikit-learn's)"""
+    num_digits: int = 2
+    """N"""
+    gap: str = "number"
+    """number or instance"""
+    split: str = "test_seen"
+    """test_seen, test_unseen, or test for gap instance"""
+    total_train: int = 100_000
+    """images to aim at for training"""
+    total_test: int = 10_000
+    """images to aim at in each test split"""
+    min_per_number: int = 100
+    """images per number below which numbers are dropped"""
+    test_images: int = 10_000
+    """at most so many are embedded"""
+    test_pairs: int = 10_000
+    """verification pairs, half of them matching"""
+    queries: int = 10_000
+    """images that are identified among the others"""
+    estimator: str = "auto"
+    """quadrature, mc, or auto"""
+    eval_samples: int = 8
+    """K of mc"""
+    at: int = 0
+    """report the model as it is after so many steps; 0: at the end"""
+
+    def training(self) -> Training:
+        """The part that decides about the weights."""
+        return Training(**{f.name: getattr(self, f.name) for f in fields(Training)})
+
+    def data(self) -> tuple:
+        """Arguments of the training and test sets; those of the standard tables stand for no arguments."""
+        sizes = {name: getattr(self, name) for name in ("total_train", "total_test", "min_per_number")}
+        standard = all(getattr(Settings, name) == value for name, value in sizes.items())
+        return self.dataset, self.num_digits, self.gap, () if standard else tuple(sizes.items())
+
+
+DIGITS = dict(dataset="digits", num_digits=1, gap="instance", total_train=1080, total_test=450, min_per_number=10)
+MLP = dict(architecture="mlp", beta=1e-3, occlusion_p=0.5)
+SCALES: dict[str, dict[str, Any]] = {
+    "smoke": DIGITS | MLP | dict(hidden=(128, 64), lr=3e-3, steps=60, batch=16),
+    "embedded": DIGITS | MLP | dict(hidden=(128, 64), lr=3e-3, steps=1500, batch=64),
+    "mnist": MLP | dict(hidden=(256, 128), pool=2, lr=2e-3, steps=2500),
+    "paper": {},
+}
+"""Defaults of `train`, as in the tables of that scale."""
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/hib-ndigit-mnist."""
+    return Path(os.environ.get("DATA_ROOT", Path.home() / ".cache" / "hib-ndigit-mnist"))

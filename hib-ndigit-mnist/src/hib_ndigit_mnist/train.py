@@ -1,0 +1,365 @@
+"""The training loop: several models in one process, everything resident on the device, exactly resumable.
+
+A step is a pure function of the parameters and of numbers drawn beforehand: uniforms choose images, occluders and
+pairs, normals make the samples. They are drawn per model, a chunk of steps at once, so that a model's course does not
+depend on its neighbours in the stack, on CUDA the whole step is one graph, and every rank of a distributed run sees the
+same global batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from hib_ndigit_mnist.data import NDigitSet
+from hib_ndigit_mnist.hedging import LossOutput, MatchProbability, vib_objective
+from hib_ndigit_mnist.models import Encoder, ModelStack, build_encoder, to_unit
+from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
+from hib_ndigit_mnist.pair_nll import DISTANCE_EPS
+from hib_ndigit_mnist.pairs import ClassIndex, Pairs, balanced_pairs, two_streams
+from hib_ndigit_mnist.settings import Training
+from shared_utils.logging import get_logger, progress
+
+logger = get_logger("hib-ndigit-mnist")
+
+CHUNK = 50  # steps whose random numbers are drawn at once
+GRAPH_WARMUP = 3  # eager steps before a CUDA graph is captured
+COLLAPSED = 0.02  # coefficient of variation of sigma over a batch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained model on the CPU and its diagnostics, one entry per logged step."""
+
+    encoder: Encoder
+    match: MatchProbability
+    history: dict[str, list[float]] = field(default_factory=dict)
+
+
+Visit = Callable[[int, list[Trained]], list[Any]]
+
+
+def train(
+    data: NDigitSet,
+    trainings: Sequence[Training],
+    seeds: Sequence[int],
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    graph: bool = True,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 5000,
+    visit_at: Sequence[int] = (),
+    visit: Visit | None = None,
+) -> tuple[list[Trained], list[list[Any]]]:
+    """Train one model per seed, all of them stacked; the same call gives the same models, interrupted or not.
+
+    Under torchrun the images of every batch are shared out over the ranks, and the loss is that of all pairs of the
+    whole batch: `batch` and `lr` mean the same on 1 and on N processes.
+
+    Args:
+        data: training images.
+        trainings: one per model, of equal `shape()`.
+        seeds: one per model: of its weights and of all its random numbers.
+        device: "auto", "cpu" or "cuda".
+        precision: of Fabric; default bf16-mixed on CUDA (the encoder; everything behind it stays float32), else
+            32-true.
+        graph: on CUDA, replay the step as a CUDA graph (single process).
+        checkpoint: file to resume from and to save to.
+        checkpoint_every: steps between saves, rounded up to whole chunks.
+        visit_at: steps after which `visit` is called.
+        visit: (step, models so far) -> anything made of plain values, one per model.
+
+    Returns:
+        The models, and for each visit its results.
+
+    Raises:
+        ValueError: no models, trainings that cannot be stacked, a batch the ranks cannot share, a checkpoint of another
+            run.
+        KeyboardInterrupt: after the state was saved, if there is a checkpoint file.
+    """
+    if not trainings or len(trainings) != len(seeds):
+        raise ValueError(f"a training and a seed per model were expected, got {len(trainings)}, {len(seeds)}")
+    if len({training.shape() for training in trainings}) > 1:
+        raise ValueError("trainings: only beta and occlusion_p may differ within a stack")
+    run = _Run(data, trainings, seeds, device, precision, graph)
+    state = _Progress(checkpoint, _identity(data, trainings, seeds, visit_at))
+    state.resume(run)
+    steps = trainings[0].steps
+    with _deferred_interrupt() as interrupted, progress() as bar:
+        task = bar.add_task(f"train {len(seeds)} x {trainings[0].method}", total=steps, completed=run.step)
+        while run.step < steps:
+            stop = min([s for s in (*visit_at, steps) if s > run.step])
+            run.chunk(min(CHUNK, stop - run.step))
+            bar.update(task, completed=run.step)
+            if visit and run.step in visit_at:
+                state.visits.append(visit(run.step, run.models()))
+            if checkpoint and (run.step == steps or run.step // checkpoint_every > state.saved // checkpoint_every):
+                state.save(run)
+            if interrupted():
+                if checkpoint:
+                    state.save(run)
+                    logger.info("step %d is saved in %s; the same command goes on from there", run.step, checkpoint)
+                raise KeyboardInterrupt
+    return run.models(), state.visits
+
+
+class _Run:
+    """The stack, its optimizer and its random streams between two chunks."""
+
+    def __init__(self, data, trainings, seeds, device, precision, graph):
+        self.fabric = _fabric(device, precision)
+        self.training, self.step, self.history = trainings[0], 0, []
+        self.data = data.to(self.fabric.device)
+        self.index = ClassIndex(self.data.labels)
+        options = self.training.encoder_options(data.num_digits, data.tile)
+        self.stack = ModelStack([_new_encoder(options, seed) for seed in seeds])
+        cuda = self.fabric.device.type == "cuda"
+        groups = [{"params": list(self.stack.weights)}, {"params": list(self.stack.match.parameters())}]
+        for group in groups:
+            group["lr"] = torch.tensor(0.0, device=self.fabric.device) if cuda else 0.0
+        optimizer = torch.optim.Adam(groups, fused=True, capturable=cuda)
+        self.module, self.optimizer = self.fabric.setup(self.stack, optimizer)
+        self.generators = [torch.Generator(self.fabric.device).manual_seed(seed) for seed in seeds]
+
+        def per_model(name: str) -> Tensor:
+            return torch.tensor([getattr(each, name) for each in trainings], device=self.fabric.device)
+
+        self.beta, self.occlusion_p = per_model("beta"), per_model("occlusion_p")
+        self.graph = _Graph(self._step) if cuda and graph and self.fabric.world_size == 1 else None
+        if self.training.batch % self.fabric.world_size:
+            raise ValueError(f"batch: {self.training.batch} images cannot be shared by {self.fabric.world_size} ranks")
+
+    def chunk(self, steps: int) -> None:
+        """Take `steps` steps with fresh random numbers; log the last one."""
+        uniform, normal = self._draw(steps)
+        for i in range(steps):
+            for group, factor in zip(self.optimizer.param_groups, (1.0, self.training.match_lr), strict=True):
+                rate = learning_rate(self.training, self.step) * factor
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+            out, sigma = (self.graph or self._step)(uniform[i], normal[i])
+            self.step += 1
+        self.history.append((self.step, _diagnostics(out, sigma)))
+
+    def _draw(self, steps: int) -> tuple[Tensor, Tensor]:
+        t, device = self.training, self.fabric.device
+        wide = t.batch * (1 + 4 * self.data.num_digits) + t.batch * (t.batch - 1) // 2
+        samples = 0 if t.is_point else t.samples
+        uniform = [torch.rand(steps, wide, generator=g, device=device) for g in self.generators]
+        normal = [torch.randn(steps, t.batch, samples, t.dim, generator=g, device=device) for g in self.generators]
+        return torch.stack(uniform, 1), torch.stack(normal, 1)  # (steps, M, ...)
+
+    def _step(self, uniform: Tensor, normal: Tensor) -> tuple[LossOutput, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        images, labels, keys = self._batch(uniform)
+        embedding = self.stack.embedding(self._encode(images))
+        pairs = balanced_pairs(labels, keys, self.training.pairs)
+        out = self._loss(embedding, normal, pairs)
+        self.fabric.backward(out.loss.sum())
+        self.optimizer.step()
+        return out, (embedding.variance().detach().sqrt()).mean((-2, -1))
+
+    def _batch(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Random numbers (M, ...) -> images (M, B, 1, H, W) in [0, 1], labels (M, B), pair keys (M, pairs)."""
+        b, n = self.training.batch, self.data.num_digits
+        choice, occluders, keys = uniform.split([b, 4 * b * n, uniform.shape[1] - b * (1 + 4 * n)], 1)
+        rows = two_streams(self.index, len(self.data), choice.unflatten(1, (2, b // 2)))  # (M, B)
+        tiles = self.data.digits[self.data.image_ids[rows]]  # (M, B, N, h, h)
+        p = self.occlusion_p[:, None, None]
+        info = draw_occlusion(occluders.unflatten(1, (b, n, 4)), p, self.data.tile)
+        return to_unit(join_tiles(tiles.masked_fill(info.hidden(self.data.tile), 0))), self.data.labels[rows], keys
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Outputs of the whole batch; each rank encodes its share, gradients flow back to the rank they belong to."""
+        ranks = self.fabric.world_size
+        if ranks == 1:
+            return self.module(images)
+        mine = images.chunk(ranks, 1)[self.fabric.global_rank]
+        gathered = self.fabric.all_gather(self.module(mine), sync_grads=True)  # (ranks, M, B / ranks, ...)
+        return gathered.movedim(0, 1).flatten(1, 2)
+
+    def _loss(self, embedding, normal: Tensor, pairs: Pairs) -> LossOutput:
+        if self.training.method == "contrastive":
+            return _classical(embedding.mu[..., 0, :], pairs, self.training.margin, self.stack.match)
+        z = embedding.sample(1 if self.training.is_point else self.training.samples, noise=normal)
+        return vib_objective(
+            embedding, z, pairs, self.stack.match, self.beta, self.training.objective, self.training.kl
+        )
+
+    def models(self) -> list[Trained]:
+        """Copies on the CPU, with the history so far."""
+        steps = [step for step, _ in self.history]
+        logged = torch.stack([values for _, values in self.history]).cpu()  # (entries, quantities, M)
+        result = []
+        for number in range(len(self.stack)):
+            history = dict(zip(DIAGNOSTICS, logged[:, :, number].T.tolist(), strict=True))
+            _warn_if_collapsed(history["sigma_variation"], self.training, number)
+            result.append(Trained(*self.stack.model(number), {"step": steps} | history))
+        return result
+
+
+DIAGNOSTICS = (*LossOutput._fields, "sigma", "sigma_min", "sigma_max", "sigma_variation")
+
+
+def _diagnostics(out: LossOutput, sigma: Tensor) -> Tensor:
+    """(quantities, M): the loss and its parts, and sigma over the batch (M, B)."""
+    mean = sigma.mean(1)
+    spread = [mean, sigma.amin(1), sigma.amax(1), sigma.std(1) / mean.clamp_min(1e-12)]
+    return torch.stack([value.detach().float() for value in (*out, *spread)]).clone()
+
+
+def _warn_if_collapsed(variation: list[float], training: Training, number: int) -> None:
+    late = variation[len(variation) // 2 :]
+    if not training.is_point and training.steps > 2 * CHUNK and max(late) < COLLAPSED:
+        logger.warning(
+            "model %d: sigma is nearly the same for all images (variation %.1f %%): the variance has collapsed; "
+            "a larger beta, more occlusion or a larger logvar_bias may help",
+            number,
+            100 * max(late),
+        )
+
+
+def _classical(z: Tensor, pairs: Pairs, margin: float, match: MatchProbability) -> LossOutput:
+    """Equation 1 on stacked points z (M, B, D), with the pairs and weights of the soft loss."""
+    left, right = (z.gather(1, i[..., None].expand(-1, -1, z.shape[2])) for i in (pairs.first, pairs.second))
+    squares = (left - right).square().sum(-1)
+    apart = (margin - (squares + DISTANCE_EPS).sqrt()).clamp_min(0).square()
+    terms = torch.where(pairs.match, squares, apart) * pairs.weight
+    positive, negative = (terms * pairs.match).sum(1), (terms * ~pairs.match).sum(1)
+    idle = 0.0 * (match.a_raw + match.b)  # a and b take no part: they are fitted afterwards
+    return LossOutput(positive + negative + idle, 2 * positive, 2 * negative, idle, match.a, match.b)
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Cosine from lr to lr_final."""
+    share = (1 + math.cos(math.pi * step / training.steps)) / 2
+    return training.lr_final + (training.lr - training.lr_final) * share
+
+
+class _Graph:
+    """Replays a step as one CUDA graph. The first calls run eagerly, on the side stream that capturing asks for."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Any]):
+        self.step, self.calls, self.graph = step, 0, None
+
+    def __call__(self, uniform: Tensor, normal: Tensor) -> Any:
+        if self.calls < GRAPH_WARMUP:
+            self.calls += 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                outputs = self.step(uniform, normal)
+            torch.cuda.current_stream().wait_stream(side)
+            return outputs
+        if self.graph is None:
+            self.inputs = uniform.clone(), normal.clone()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.step(*self.inputs)
+        for static, given in zip(self.inputs, (uniform, normal), strict=True):
+            static.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def _fabric(device: str, precision: str | None) -> Fabric:
+    accelerator = "gpu" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if precision is None:
+        ampere = accelerator == "gpu" and torch.cuda.is_bf16_supported()
+        precision = "bf16-mixed" if ampere else "32-true"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=ranks // local,
+        strategy="ddp" if ranks > 1 else "auto",
+        precision=precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _new_encoder(options: dict[str, Any], seed: int) -> Encoder:
+    """Weights that depend on the seed alone; the global random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_encoder(**options)
+
+
+def _identity(
+    data: NDigitSet, trainings: Sequence[Training], seeds: Sequence[int], visit_at: Sequence[int]
+) -> dict[str, Any]:
+    plain = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(t).items()} for t in trainings]
+    return {"trainings": plain, "seeds": list(seeds), "data": data.fingerprint(), "visit_at": list(visit_at)}
+
+
+class _Progress:
+    """The checkpoint file: written to a temporary name and renamed, so that a kill leaves the old one or the new."""
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]):
+        self.path, self.identity, self.saved, self.visits = path, identity, 0, []
+
+    def save(self, run: _Run) -> None:
+        self.saved = run.step
+        if run.fabric.global_rank:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        state = {"identity": self.identity, "step": run.step, "visits": self.visits, "history": run.history}
+        state |= {"stack": run.stack.state_dict(), "optimizer": run.optimizer.state_dict()}
+        torch.save(state | {"generators": [g.get_state() for g in run.generators]}, temporary)
+        os.replace(temporary, self.path)
+
+    def resume(self, run: _Run) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        state = load_file(self.path)
+        if state.get("identity") != self.identity:
+            raise ValueError(f"{self.path}: checkpoint of another run; delete it or name another file")
+        run.step = self.saved = state["step"]
+        self.visits = state["visits"]
+        run.history = [(step, values.to(run.fabric.device)) for step, values in state["history"]]
+        run.stack.load_state_dict(state["stack"])
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        run.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # stays where the graph looks for it
+        for generator, saved in zip(run.generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+
+
+@contextmanager
+def _deferred_interrupt():
+    """Ctrl-C ends the run after the chunk it falls into, so that a whole state can be saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen = []
+    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """`torch.load` with weights_only; ValueError naming the file where that fails."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error

@@ -1,0 +1,227 @@
+"""Single models and a user's own images: what the verbs train, eval, embed, inspect and data do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.table import Table as Grid
+from torch import Tensor
+
+from hib_ndigit_mnist.data import NDigitSet, ndigit_sets, read_mnist
+from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
+from hib_ndigit_mnist.evaluate import CONDITIONS, PAIR_TOLERANCE, Evaluation, TestSet, embed, fit_match
+from hib_ndigit_mnist.hedging import MatchProbability
+from hib_ndigit_mnist.models import Encoder, build_encoder
+from hib_ndigit_mnist.settings import Settings
+from hib_ndigit_mnist.train import load_file, train
+from shared_utils.logging import console, get_logger, rank
+
+logger = get_logger("hib-ndigit-mnist")
+
+GALLERY = 2000  # clean training images that a model file keeps, embedded, so that `inspect` can name numbers
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+# ---- a model as a file ----
+
+
+def train_to_file(
+    settings: Settings, output: Path, seed: int, data_root: Path, device: str, checkpoint_every: int
+) -> None:
+    """Train one model and write weights, settings and a gallery of embedded training images.
+
+    Raises:
+        ValueError, FileNotFoundError: settings that make no sense, data that is not there.
+    """
+    sets = _sets(settings, data_root)
+    training, checkpoint = settings.training(), output.with_name(output.name + ".checkpoint")
+    (model,), _ = train(
+        sets["train"], [training], [seed], device=device, checkpoint=checkpoint, checkpoint_every=checkpoint_every
+    )
+    if rank():
+        return
+    match = model.match
+    if training.method == "contrastive":
+        match = fit_match(model.encoder, sets["train"], training.occlusion_p)
+    rows = torch.linspace(0, len(sets["train"]) - 1, min(GALLERY, len(sets["train"]))).long()
+    gallery = embed(model.encoder, sets["train"].images(rows)).to(torch.float32)
+    plain = {f.name: list(v) if isinstance(v := getattr(settings, f.name), tuple) else v for f in fields(Settings)}
+    state = {"settings": plain, "tile": sets["train"].tile, "seed": seed, "history": model.history}
+    state |= {"encoder": model.encoder.state_dict(), "match": match.state_dict()}
+    state |= {"gallery": {"mu": gallery.mu, "logvar": gallery.logvar, "labels": sets["train"].labels[rows]}}
+    temporary = output.with_name(output.name + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, output)
+    checkpoint.unlink(missing_ok=True)
+    logger.info("%s: loss %.4f after %d steps", output, model.history["loss"][-1], training.steps)
+
+
+class LoadedModel:
+    """A model written by `train_to_file`: encoder and match in eval mode on the CPU, settings, gallery.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one of another kind.
+    """
+
+    def __init__(self, path: Path):
+        state = load_file(path)
+        try:
+            given = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+            self.settings = Settings(**given)
+            options = self.settings.encoder_options(self.settings.num_digits, state["tile"])
+            self.encoder: Encoder = build_encoder(**options)
+            self.match = MatchProbability()
+            self.encoder.load_state_dict(state["encoder"])
+            self.match.load_state_dict(state["match"])
+            gallery = state["gallery"]
+            self.gallery = GaussianMixtureEmbedding(gallery["mu"], gallery["logvar"])
+            self.gallery_labels: Tensor = gallery["labels"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: no model of this package ({str(error).splitlines()[0]})") from error
+        self.encoder.eval()
+
+
+def evaluate_file(
+    path: Path,
+    split: str | None,
+    conditions: Sequence[str],
+    data_root: Path,
+    device: str,
+    sizes: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, float]:
+    """All scores of a model file on its data set; `sizes` go to `TestSet.of`, `options` to `Evaluation`."""
+    for condition in conditions:
+        if condition not in CONDITIONS:
+            raise ValueError(f"conditions: {' or '.join(CONDITIONS)} were expected, got {condition!r}")
+    model = LoadedModel(path)
+    sets = _sets(model.settings, data_root)
+    splits = [name for name in sets if name != "train"]
+    split = split or splits[0]
+    if split not in splits:
+        raise ValueError(f"split: one of {', '.join(splits)} was expected, got {split!r}")
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    encoder = model.encoder.to("cuda" if on_cuda else "cpu")
+    evaluation = Evaluation(encoder, model.match, TestSet.of(sets[split], **sizes), **options)
+    scores = evaluation.verification() | evaluation.identification() | evaluation.calibration()
+    if not encoder.point:
+        scores |= evaluation.uncertainty() | evaluation.spread()
+    unwanted = [condition for condition in CONDITIONS if condition not in conditions]
+    return {name: value for name, value in scores.items() if not any(word in name for word in unwanted)}
+
+
+# ---- a user's own images ----
+
+
+def read_images(path: Path, shape: tuple[int, int, int], invert: bool = False) -> Tensor:
+    """Images of a file or folder, resized to (1, H, W): (n, 1, H, W) uint8.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no image in it, an unreadable image, an array of another shape or type.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such image or folder")
+    if path.suffix in (".npy", ".npz"):
+        return _read_array(path, shape)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
+    images = []
+    for file in files:
+        try:
+            grey = Image.open(file).convert("L").resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{file}: cannot be read as an image ({error})") from error
+        images.append(np.asarray(grey))
+    stacked = torch.from_numpy(np.stack(images)[:, None])
+    return 255 - stacked if invert else stacked
+
+
+def _read_array(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        array = loaded["images"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read as an array of images ({error})") from error
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[1:] != shape[1:]:
+        found = f"{array.shape} {array.dtype}"
+        raise ValueError(f"{path}: uint8 (n, {shape[1]}, {shape[2]}) was expected, got {found}")
+    return torch.from_numpy(array[:, None])
+
+
+def embed_to_file(model_path: Path, images: Path, out: Path) -> None:
+    """Write mu (n, C, D), logvar (n, C, D; left out for points) and eta (n,) as .npz."""
+    model = LoadedModel(model_path)
+    embedding = embed(model.encoder, read_images(images, model.encoder.shape))
+    arrays = {"mu": embedding.mu.numpy(), "eta": _eta(model, embedding).numpy()}
+    if not embedding.is_point:
+        arrays["logvar"] = embedding.logvar.numpy()
+    np.savez(out, **arrays)
+    logger.info("%d images in %s", len(embedding), out)
+
+
+def inspect_image(model_path: Path, image: Path, invert: bool, top: int) -> dict[str, Any]:
+    """Gaussians and eta of one image, and the numbers with the highest mean match probability."""
+    model = LoadedModel(model_path)
+    pixels = read_images(image, model.encoder.shape, invert)
+    if len(pixels) != 1:
+        raise ValueError(f"{image}: one image was expected, got {len(pixels)}")
+    embedding = embed(model.encoder, pixels)
+    match_prob = model.match.pairwise(embedding, model.gallery.to(torch.float64), method="quadrature")[0]
+    numbers, which = model.gallery_labels.unique(return_inverse=True)
+    mean = torch.zeros(len(numbers), dtype=match_prob.dtype).index_add_(0, which, match_prob) / which.bincount()
+    best = mean.argsort(descending=True)[:top]
+    width = model.settings.num_digits
+    return {
+        "eta": round(float(_eta(model, embedding)[0]), 4),
+        "mu": embedding.mu[0].tolist(),
+        "sigma": embedding.variance()[0].sqrt().tolist(),
+        "match": {f"{int(numbers[i]):0{width}d}": round(float(mean[i]), 4) for i in best},
+    }
+
+
+def _eta(model: LoadedModel, embedding: GaussianMixtureEmbedding) -> Tensor:
+    return model.match.self_mismatch(embedding, method="quadrature", tolerance=PAIR_TOLERANCE)
+
+
+# ---- data ----
+
+
+def list_data(data_root: Path) -> None:
+    """Print what is needed and what is there."""
+    try:
+        read_mnist(data_root)
+        found = "yes, verified"
+    except (FileNotFoundError, ValueError) as error:
+        found = f"no ({error})"
+    grid = Grid("data", "scale", "size", "found", "where")
+    grid.add_row("scikit-learn digits", "smoke, embedded", "1 MB", "yes", "ships with scikit-learn")
+    grid.add_row("MNIST", "mnist, paper", "53 MB", found, f"{data_root} (--data-root or DATA_ROOT)")
+    grid.add_row("N-digit MNIST", "mnist, paper", "2 MB", "yes", "index tables, in this package; made from MNIST")
+    console().print(grid)
+    if found.startswith("no"):
+        logger.info("hib-ndigit-mnist data --download fetches MNIST into %s", data_root)
+
+
+def export(data_root: Path, out: Path, num_digits: int, gap: str, standard: bool, seed: int) -> None:
+    """Write every split as <split>.npz with images (n, 28, 28 N) uint8 and labels (n,) int64."""
+    sets = ndigit_sets("mnist", num_digits, gap, data_root, standard=standard, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for split, data in sets.items():
+        images = data.images(torch.arange(len(data)))[:, 0].numpy()
+        np.savez(out / f"{split}.npz", images=images, labels=data.labels.numpy())
+        logger.info("%s: %d images of %d numbers", out / f"{split}.npz", len(data), len(data.labels.unique()))
+
+
+def _sets(settings: Settings, data_root: Path) -> dict[str, NDigitSet]:
+    name, num_digits, gap, sizes = settings.data()
+    return ndigit_sets(name, num_digits, gap, data_root, **dict(sizes))
