@@ -149,8 +149,8 @@ def _print(found: dict) -> None:
     for case in found.get("imagenet", ()):
         seconds = ", ".join(f"contours {name} {value:.0f} s" for name, value in case["seconds"].items())
         console().print(
-            f"50,000 maps (ImageNet test) from {case['side']} x {case['side']} on {case['cores']} cores, extrapolated from "
-            f"{case['maps']}: {seconds} (to reach: under 120 s)"
+            f"50,000 maps (ImageNet test) from {case['side']} x {case['side']} on {case['cores']} cores, "
+            f"extrapolated from {case['maps']}: {seconds} (to reach: under 120 s)"
         )
 
 
