@@ -262,7 +262,7 @@ def read_mask(metadata: Metadata, image_id: str, root: Path, side: int = CROP) -
 
 def to_input(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32, normalised by ImageNet's mean and deviation."""
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
+    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1).float() / 255
     return (tensor - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 

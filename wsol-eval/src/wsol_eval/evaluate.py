@@ -13,13 +13,14 @@ from torch import Tensor
 from wsol_eval.data import CROP, Batch, Source, read_mask
 from wsol_eval.localization import BoxLocalization, BoxResult
 from wsol_eval.metadata import Metadata
-from wsol_eval.models import WSOLNetwork
 from wsol_eval.pixels import PixelAP, PixelResult
 from wsol_eval.scoremaps import ScoreMaps, center_gaussian, resize_normalize
 from wsol_eval.sweep import Convention
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+    from wsol_eval.models import WSOLNetwork
 
 WORKERS = 2  # threads that score boxes while the device computes the next batch
 

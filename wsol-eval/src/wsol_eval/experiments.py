@@ -24,7 +24,7 @@ from wsol_eval.localization import BoxLocalization
 from wsol_eval.metadata import Metadata, read_metadata
 from wsol_eval.models import WSOLNetwork
 from wsol_eval.recipe import Recipe
-from wsol_eval.scenes import CLASSES, Scenes, make_split
+from wsol_eval.scenes import CLASSES, TEST_SCENES, TRAIN_SCENES, Scenes, make_split
 from wsol_eval.scoremaps import center_gaussian, resize_normalize
 from wsol_eval.train import fit, make_fabric
 
@@ -32,7 +32,6 @@ PROJECT = Path(__file__).parents[2]
 PACKAGES = ("numpy", "numba", "torchvision")
 FIXTURES = Path(__file__).parent / "fixtures"
 SCENES = ("scenes", "scenes-ill-posed")
-TRAIN_SCENES, TEST_SCENES = 800, 300
 SHOWN = 4  # test images whose score maps are kept for the qualitative figure
 
 

@@ -60,7 +60,7 @@ def threshold_curves(known: dict[str, Table], log: RunLog) -> Figure:
         left.plot(0.4, published[f"{name}, tau=0.4"], color=f"C{number}", marker="o", linestyle="none", label=name)
     for name, style in (("FSL, best tau", "-"), ("Best WSOL, best tau", "--"), ("Center, best tau", ":")):
         left.axhline(published[name], color="0.4", linestyle=style, label=name.split(",")[0])
-    left.set(title="published: ImageNet, ResNet50 (read by eye, ±0.4)", xlim=(0, 1))
+    left.set(title="published: ImageNet, ResNet50 (read by eye, ±0.4)", xlim=(0, 0.5))
     curves = _details(known["table-8"], log)
     for number, name in enumerate(WITH_FSL):
         taus = np.array(next(iter(curves[name].values()))["taus"])
@@ -78,7 +78,8 @@ def threshold_curves(known: dict[str, Table], log: RunLog) -> Figure:
     for panel in (left, right):
         panel.set(xlabel="threshold tau", ylabel="GT-known accuracy at IoU 50 (%)", ylim=(0, 103))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, loc="upper left" if panel is right else "lower right")
+    left.legend(fontsize=7, loc="lower right")
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

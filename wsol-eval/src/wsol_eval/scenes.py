@@ -16,6 +16,7 @@ from torch import Tensor
 
 SIDE = 32
 CLASSES = 8
+TRAIN_SCENES, TEST_SCENES = 800, 300
 CENTRE_SD = 4.5  # pixels
 MAJOR = (5.0, 8.5)  # semi-axis in pixels
 MINOR = (0.55, 0.8)  # of the major one

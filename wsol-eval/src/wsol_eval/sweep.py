@@ -51,9 +51,9 @@ def check_maps(maps: np.ndarray | Tensor, name: str = "score_maps") -> np.ndarra
 
 
 def as_tensor(maps: np.ndarray | Tensor, name: str) -> Tensor:
-    """Floating or uint8 maps as a tensor without a copy. TypeError for anything else."""
+    """Floating or uint8 maps as a tensor, without a copy where possible. TypeError for anything else."""
     if isinstance(maps, np.ndarray) and maps.dtype.kind in "fu":
-        maps = torch.from_numpy(np.ascontiguousarray(maps))
+        maps = torch.from_numpy(np.require(maps, requirements=["C", "W"]))
     if not isinstance(maps, Tensor) or not (maps.is_floating_point() or maps.dtype == torch.uint8):
         kind = getattr(maps, "dtype", type(maps).__name__)
         raise TypeError(f"{name}: a floating array or tensor in [0, 1], or uint8 levels, was expected, got {kind}")

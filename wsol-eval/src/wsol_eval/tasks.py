@@ -1,4 +1,7 @@
-"""What the command line does with a user's own data: score maps, train, evaluate, search. Not tied to any table."""
+"""What the command line does with a user's own data: score maps, train, evaluate, search. Not tied to any table.
+
+Training is imported where it is needed: scoring maps does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,11 @@ from rich.table import Table as Grid
 from shared_utils.logging import console
 from wsol_eval.data import FolderSource, SceneSource, Source, WSOLDataset
 from wsol_eval.evaluate import Report, evaluate, score_maps
-from wsol_eval.experiments import TEST_SCENES, TRAIN_SCENES
 from wsol_eval.intervals import Interval, bootstrap, paired
 from wsol_eval.metadata import Metadata, read_metadata
-from wsol_eval.protocol import Ledger, run_in_folder
 from wsol_eval.recipe import Recipe
-from wsol_eval.scenes import CLASSES, make_split
+from wsol_eval.scenes import CLASSES, TEST_SCENES, TRAIN_SCENES, make_split
 from wsol_eval.scoremaps import ScoreMaps
-from wsol_eval.train import fit, load_trained, make_fabric
 
 if TYPE_CHECKING:
     from wsol_eval import cli
@@ -53,6 +53,8 @@ def source_of(on: cli.OnData, split: str) -> Source:
 
 def train(recipe: Recipe, on: cli.OnData, output: Path, checkpoint_every: int, compile_model: bool) -> None:
     """Train one model; fsl is fitted on train-fullsup, the others on train-weaksup."""
+    from wsol_eval.train import fit, make_fabric
+
     fabric = make_fabric(on.device, on.devices)
     source = source_of(on, "val" if recipe.method == "fsl" else "train")
     fit(recipe, source, on.seed, fabric, output, checkpoint_every, compile_model)
@@ -60,6 +62,8 @@ def train(recipe: Recipe, on: cli.OnData, output: Path, checkpoint_every: int, c
 
 def evaluate_checkpoint(command: cli.Eval) -> dict[str, Any]:
     """Everything measured of a checkpoint on a split."""
+    from wsol_eval.train import load_trained, make_fabric
+
     source = source_of(command.on, command.split)
     network, recipe = load_trained(command.checkpoint, source.num_classes)
     fabric = make_fabric(command.on.device, command.on.devices)
@@ -71,6 +75,9 @@ def evaluate_checkpoint(command: cli.Eval) -> dict[str, Any]:
 
 def search(command: cli.Search) -> dict[str, Any]:
     """The protocol of one method; the ledger's counts stand beside the result."""
+    from wsol_eval.protocol import Ledger, run_in_folder
+    from wsol_eval.train import make_fabric
+
     on = command.on
     sources = {split: source_of(on, split) for split in ("train", "val", "test")}
     options = (

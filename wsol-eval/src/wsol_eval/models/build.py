@@ -84,8 +84,10 @@ def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
         state = torch.load(pretrained, map_location="cpu", weights_only=True)
     rename = {"vgg16": vgg.rename, "inception_v3": inception.rename, "resnet50": resnet.rename}[arch]
     try:
-        unexpected = network.load_state_dict(rename(state, network), strict=False).unexpected_keys
+        renamed = rename(state, network)
+        unexpected = network.load_state_dict(renamed, strict=False).unexpected_keys
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({error})") from error
-    if unexpected:
-        raise ValueError(f"{pretrained}: no weights of torchvision's {arch} (unexpected {unexpected[0]})")
+    if unexpected or not renamed:
+        reason = f"unexpected {unexpected[0]}" if unexpected else "none of its names"
+        raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({reason})")
