@@ -220,9 +220,12 @@ class Eval:
     """Of the written maps."""
 
     def __call__(self) -> None:
+        from shared_utils.logging import rank
         from wsol_eval.tasks import evaluate_checkpoint
 
-        print(json.dumps(evaluate_checkpoint(self), indent=2))
+        result = evaluate_checkpoint(self)
+        if rank() == 0:
+            print(json.dumps(result, indent=2))
 
 
 @dataclass
@@ -243,9 +246,12 @@ class Search:
     """Step between thresholds."""
 
     def __call__(self) -> None:
+        from shared_utils.logging import rank
         from wsol_eval.tasks import search
 
-        print(json.dumps(search(self), indent=2))
+        result = search(self)
+        if rank() == 0:
+            print(json.dumps(result, indent=2))
 
 
 @dataclass

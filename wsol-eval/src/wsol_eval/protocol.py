@@ -98,10 +98,11 @@ class Ledger:
 
     Args:
         path: JSON lines, appended to; None keeps everything in memory.
+        writes: False on all ranks but one: they read the file, and remember what is added.
     """
 
-    def __init__(self, path: Path | None = None):
-        self.path = path
+    def __init__(self, path: Path | None = None, writes: bool = True):
+        self.path, self.writes = path, writes
         self.entries: list[dict] = []
         if path is not None and path.exists():
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -114,7 +115,7 @@ class Ledger:
         """Append an entry; on disk before this returns."""
         entry = {"kind": kind, **facts}
         self.entries.append(entry)
-        if self.path is not None:
+        if self.path is not None and self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size
             with open(self.path, "ab") as file:
@@ -195,7 +196,7 @@ def search(
             value = _judge(replace(base, **drawn), trial, train, val, fabric, criterion, interval)
             facts = {"method": base.method, "seed": seed, "trial": trial, "hyperparameters": drawn}
             known = [ledger.add("trial", **facts, criterion=criterion, value=value, uses=1, images=len(val))]
-            if ledger.path is not None:
+            if ledger.path is not None and ledger.writes:
                 logger.info("%s trial %d of %d: %s %s", base.method, trial + 1, trials, criterion, value)
         values.append(known[0]["value"])
     if all(value is None for value in values):
@@ -296,7 +297,8 @@ def run_in_folder(
     Returns:
         The search, and the ledger's entry of the report on test.
     """
-    ledger = Ledger(folder / "ledger.jsonl")
+    ledger = Ledger(folder / "ledger.jsonl", writes=fabric.is_global_zero)
+    fabric.barrier()  # nobody writes before all have read
     name = f"{base.method}-{base.arch}"
 
     def path(trial: int) -> Path:
