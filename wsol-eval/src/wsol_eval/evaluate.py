@@ -15,7 +15,7 @@ from wsol_eval.localization import BoxLocalization, BoxResult
 from wsol_eval.metadata import Metadata
 from wsol_eval.pixels import PixelAP, PixelResult
 from wsol_eval.scoremaps import ScoreMaps, center_gaussian, resize_normalize
-from wsol_eval.sweep import Convention
+from wsol_eval.sweep import Convention, check_maps
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -94,8 +94,9 @@ class Evaluator:
             self.right += [each.sum() for each in flags]
         else:
             self.classified = False
+        levels = check_maps(maps) if self.boxes else None  # once for both, on the device: bytes are copied, not floats
         for metric in self.boxes or ():
-            metric.update(maps, batch.boxes, *flags, image_ids=batch.image_ids)
+            metric.update(levels, batch.boxes, *flags, image_ids=batch.image_ids)
         if self.pixels is not None:
             self.pixels.update(maps, batch.masks, batch.image_ids)
         self.n += len(batch.labels)

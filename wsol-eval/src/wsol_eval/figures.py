@@ -53,7 +53,8 @@ def _details(table: Table, log: RunLog) -> dict[str, dict[int, dict]]:
 def threshold_curves(known: dict[str, Table], log: RunLog) -> Figure:
     """Figure 1: accuracy against tau, the paper's on ImageNet and ours on the scenes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    published = {row.name: row.published["gt_known_accuracy"] for row in known["figure-1"].rows if row.published}
+    rows = [row for row in known["figure-1"].rows if row.published]
+    published = {row.name.removeprefix("ImageNet: "): row.published["gt_known_accuracy"] for row in rows}
     points = [(float(name.split("=")[1]), value) for name, value in published.items() if name.startswith("CAM, tau=")]
     left.plot(*np.array(points).T, color="C0", marker="o", label="CAM")
     for number, name in enumerate(("HaS", "ACoL", "SPG"), 1):
