@@ -126,3 +126,24 @@ def test_histogram_equals_numpy_on_and_beside_the_edges(seed, interval, kind):
     for backend in ("numba", "torch"):
         found = score_histogram(torch.from_numpy(scores), torch.from_numpy(masks), interval, backend)
         np.testing.assert_array_equal(found, slow)
+
+
+def test_without_numba_the_fallbacks_answer(monkeypatch):
+    from wsol_eval import BoxLocalization, PixelAP, pixels, sweep
+    from wsol_eval.bench import make_maps
+
+    maps, boxes = make_maps(14, 2)
+    masks = np.zeros(maps.shape, np.uint8)
+    masks[:, 50:150, 50:150] = 1
+
+    def answers():
+        metric, average = BoxLocalization(cam_curve_interval=0.1), PixelAP(0.1)
+        metric.update(maps, boxes)
+        average.update(maps, masks)
+        found = sorted(map(tuple, boxes_at_threshold(maps[0], 0.5).tolist()))
+        return metric.compute().curve.tolist(), average.compute().pxap, found
+
+    fast = answers()
+    monkeypatch.setattr(sweep, "tree", None)
+    monkeypatch.setattr(pixels, "njit", None)
+    assert answers() == fast
