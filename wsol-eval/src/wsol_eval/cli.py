@@ -244,6 +244,8 @@ class Search:
     """What a trial is judged by."""
     cam_curve_interval: float = 0.001
     """Step between thresholds."""
+    fsl_validation: Literal["split", "none"] = "split"
+    """fsl: split holds 20 % of train-fullsup out (journal version), none holds nothing out (conference version)."""
 
     def __call__(self) -> None:
         from shared_utils.logging import rank

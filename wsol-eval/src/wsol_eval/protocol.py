@@ -278,6 +278,7 @@ def run_in_folder(
     folder: Path,
     criterion: str,
     interval: float = 0.001,
+    fsl_validation: FslValidation = "split",
 ) -> tuple[Search, dict[str, Any]]:
     """The whole protocol of one method, to be killed and started again at will.
 
@@ -293,6 +294,7 @@ def run_in_folder(
         folder: created where missing.
         criterion: what a trial is judged by.
         interval: step between thresholds.
+        fsl_validation: see `search_fsl`.
 
     Returns:
         The search, and the ledger's entry of the report on test.
@@ -305,7 +307,8 @@ def run_in_folder(
         return folder / f"{name}-trial-{trial}.pt"
 
     if base.method == "fsl":
-        found, network = search_fsl(base, space, trials, seed, sources["val"], fabric, ledger, criterion, interval)
+        options = (sources["val"], fabric, ledger, criterion, interval, fsl_validation)
+        found, network = search_fsl(base, space, trials, seed, *options)
     else:
 
         def train(recipe: Recipe, trial: int) -> WSOLNetwork:

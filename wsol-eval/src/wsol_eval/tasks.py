@@ -86,6 +86,7 @@ def search(command: cli.Search) -> dict[str, Any]:
         command.output,
         command.criterion,
         command.cam_curve_interval,
+        command.fsl_validation,
     )
     found, entry = run_in_folder(command.recipe, command.space, command.trials, on.seed, *options)
     ledger = Ledger(command.output / "ledger.jsonl")
