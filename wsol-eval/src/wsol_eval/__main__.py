@@ -1,0 +1,5 @@
+"""`python -m wsol_eval`."""
+
+from wsol_eval.cli import main
+
+main()

@@ -1,0 +1,370 @@
+"""Images as batches for training and evaluation: folders with metadata, or scenes that live on the device.
+
+The order of an epoch and the augmentation of an image depend on the seed, the epoch and the image alone: on one
+process or several, with any number of workers, after a resume in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from wsol_eval.metadata import Metadata, read_metadata
+from wsol_eval.pixels import merge_masks
+from wsol_eval.scenes import CLASSES, SIDE, Scenes
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = logging.getLogger("wsol-eval")
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIZED, CROP = 256, 224
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images for evaluation, with their ground truth in pixels of the score map."""
+
+    images: Tensor
+    labels: Tensor
+    image_ids: list[str]
+    boxes: list[np.ndarray] | None
+    masks: np.ndarray | None
+
+
+class Source(Protocol):
+    """What training and evaluation need of a split."""
+
+    num_classes: int
+    resolution: int
+    has_masks: bool
+    has_boxes: bool
+
+    def __len__(self) -> int: ...
+
+    def training(self, batch_size: int, seed: int, epoch: int, first: int, fabric: Fabric, dense: bool) -> Iterator:
+        """Batches (images, labels) from number `first` on; with `dense` targets (B, H, W) in place of labels."""
+
+    def evaluation(self, batch_size: int, fabric: Fabric) -> Iterator[Batch]:
+        """Each image once, over all ranks."""
+
+    def subset(self, chosen: np.ndarray) -> Source:
+        """The images of these indices."""
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, rank: int, ranks: int) -> list[np.ndarray]:
+    """Indices of this rank's share of each global batch; a last batch too small for all ranks is left out."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    parts = [order[begin : begin + batch_size] for begin in range(0, count, batch_size)]
+    return [part[rank::ranks] for part in parts if len(part) >= ranks]
+
+
+def num_batches(count: int, batch_size: int, ranks: int) -> int:
+    """Length of `epoch_batches`."""
+    return count // batch_size + (count % batch_size >= ranks)
+
+
+class SceneSource:
+    """Scenes, copied to the device once. Training on dense targets flips them; labels would change by a flip."""
+
+    num_classes, resolution, has_masks, has_boxes = CLASSES, SIDE, True, True
+
+    def __init__(self, scenes: Scenes, name: str = "scene"):
+        self.scenes, self.name = scenes, name
+        self._here: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.scenes.boxes)
+
+    def _resident(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if self._here is None or self._here[0].device != device:
+            parts = (self.scenes.images, self.scenes.labels, torch.from_numpy(_filled(self.scenes)))
+            self._here = tuple(part.to(device) for part in parts)
+        return self._here
+
+    def training(self, batch_size: int, seed: int, epoch: int, first: int, fabric: Fabric, dense: bool) -> Iterator:
+        images, labels, targets = self._resident(fabric.device)
+        rank, ranks = fabric.global_rank, fabric.world_size
+        for number, chosen in enumerate(epoch_batches(len(self), batch_size, seed, epoch, rank, ranks)):
+            if number < first:
+                continue
+            index = torch.from_numpy(chosen).to(fabric.device)
+            if not dense:
+                yield images[index], labels[index]
+                continue
+            x, y = images[index], targets[index]
+            for axis, flip in zip((-1, -2), np.random.default_rng([seed, epoch, number]).random(2) < 0.5, strict=True):
+                if flip:
+                    x, y = x.flip(axis), y.flip(axis)
+            yield x, y
+
+    def evaluation(self, batch_size: int, fabric: Fabric) -> Iterator[Batch]:
+        images, labels, _ = self._resident(fabric.device)
+        mine = np.arange(len(self))[fabric.global_rank :: fabric.world_size]
+        for begin in range(0, len(mine), batch_size):
+            chosen = mine[begin : begin + batch_size]
+            names = [f"{self.name} {i}" for i in chosen]
+            boxes = [self.scenes.boxes[i] for i in chosen]
+            yield Batch(images[chosen], labels[chosen], names, boxes, self.scenes.masks[chosen])
+
+    def subset(self, chosen: np.ndarray) -> SceneSource:
+        return SceneSource(self.scenes[chosen], self.name)
+
+
+def _filled(scenes: Scenes) -> np.ndarray:
+    """FSL's targets on box data: every pixel of the box is foreground, (N, H, W) uint8."""
+    targets = np.zeros_like(scenes.masks)
+    for target, boxes in zip(targets, scenes.boxes, strict=True):
+        for x0, y0, x1, y1 in boxes:
+            target[y0 : y1 + 1, x0 : x1 + 1] = 1
+    return targets
+
+
+class WSOLDataset(Dataset):
+    """Images of a split with labels: (image (3, 224, 224) float32, label, image id).
+
+    Args:
+        data_root: folder that the image ids are relative to.
+        metadata_root: folder with one folder of metadata per split.
+        split: train (train-weaksup), val (train-fullsup) or test.
+        full_supervision_per_class: of val, only so many images per class.
+        sample_seed: of that choice alone; it does not follow the training seed.
+        proxy: the smaller training set of image_ids_proxy.txt.
+        cache: folder for 256 x 256 copies of the images, so that each is decoded once.
+        skip_broken: leave unreadable images out, with a warning, instead of ending.
+
+    Raises:
+        FileNotFoundError, ValueError: missing or malformed metadata.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path,
+        metadata_root: str | Path,
+        split: str,
+        *,
+        full_supervision_per_class: int | None = None,
+        sample_seed: int = 0,
+        proxy: bool = False,
+        cache: str | Path | None = None,
+        skip_broken: bool = False,
+    ):
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split: train, val or test was expected, got {split!r}")
+        self.data_root, self.split, self.skip_broken = Path(data_root), split, skip_broken
+        self.metadata: Metadata = read_metadata(Path(metadata_root) / split)
+        self.image_ids = self.metadata.image_ids
+        if proxy and split == "train":
+            if not self.metadata.proxy_ids:
+                raise FileNotFoundError(f"{Path(metadata_root) / split / 'image_ids_proxy.txt'}: no proxy set")
+            self.image_ids = self.metadata.proxy_ids
+        if full_supervision_per_class and split == "val":
+            self.image_ids = self.metadata.sample(full_supervision_per_class, sample_seed)
+        self._cache = None
+        if cache is not None:
+            name = f"{split}-{hashlib.sha256(chr(10).join(self.image_ids).encode()).hexdigest()[:12]}"
+            self._cache = ImageCache(Path(cache) / name, len(self.image_ids))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        """The image as evaluation sees it: 224 x 224, normalised."""
+        return (
+            to_input(self.load(index, CROP)),
+            self.metadata.class_labels[self.image_ids[index]],
+            self.image_ids[index],
+        )
+
+    def load(self, index: int, side: int) -> np.ndarray:
+        """An image as (side, side, 3) uint8, aspect ignored. ValueError naming a broken file."""
+        if self._cache is not None and side == RESIZED:
+            return self._cache.get(index, lambda: self._decode(index, side))
+        return self._decode(index, side)
+
+    def mask(self, index: int, side: int = CROP) -> np.ndarray:
+        """Foreground 1, background 0, ignored 255: (side, side) uint8."""
+        return read_mask(self.metadata, self.image_ids[index], self.data_root, side)
+
+    def _decode(self, index: int, side: int) -> np.ndarray:
+        from PIL import Image
+
+        path = self.data_root / self.image_ids[index]
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path}: no such image; `wsol-eval data verify` lists all that are missing"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: the image cannot be read ({error})") from error
+
+
+class ImageCache:
+    """Resized images in one file; a second one says which are there."""
+
+    def __init__(self, folder: Path, count: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._images = _memmap(folder / "images.u8", (count, RESIZED, RESIZED, 3))
+        self._there = _memmap(folder / "there.u8", (count,))
+
+    def get(self, index: int, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The image, decoded and stored when it is asked for first."""
+        if not self._there[index]:
+            self._images[index] = decode()
+            self._there[index] = 1  # after the pixels: a kill in between leaves it to be decoded again
+        return np.array(self._images[index])
+
+
+def _memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
+
+
+def load_mask(path: str | Path, side: int = CROP) -> np.ndarray:
+    """A mask image as (side, side) bool: nearest resize (pixel floor(i * size / side)), then grey > 0.5.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no image.
+    """
+    from PIL import Image
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such mask")
+    try:
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L"))
+    except OSError as error:
+        raise ValueError(f"{path}: the mask cannot be read ({error})") from error
+    rows, columns = (np.arange(side) * extent // side for extent in grey.shape)
+    return grey[rows][:, columns] > 0
+
+
+def read_mask(metadata: Metadata, image_id: str, root: Path, side: int = CROP) -> np.ndarray:
+    """All instances of an image in one mask, see `merge_masks`. KeyError for an image without masks."""
+    if image_id not in metadata.masks:
+        raise KeyError(f"image {image_id!r} has no mask in the metadata")
+    paths, ignore = metadata.masks[image_id]
+    instances = [load_mask(Path(root) / path, side) for path in paths]
+    return merge_masks(instances, load_mask(Path(root) / ignore, side) if ignore else None)
+
+
+def to_input(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32, normalised by ImageNet's mean and deviation."""
+    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1).float() / 255
+    return (tensor - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
+class FolderSource:
+    """A `WSOLDataset` as batches, decoded by worker processes.
+
+    Args:
+        dataset: the split.
+        num_workers: processes that decode.
+    """
+
+    resolution = CROP
+
+    def __init__(self, dataset: WSOLDataset, num_workers: int = 4, chosen: np.ndarray | None = None):
+        self.dataset, self.num_workers = dataset, num_workers
+        self.chosen = np.arange(len(dataset)) if chosen is None else chosen
+        self.num_classes = dataset.metadata.num_classes
+        self.has_masks, self.has_boxes = bool(dataset.metadata.masks), bool(dataset.metadata.boxes)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def training(self, batch_size: int, seed: int, epoch: int, first: int, fabric: Fabric, dense: bool) -> Iterator:
+        batches = epoch_batches(len(self), batch_size, seed, epoch, fabric.global_rank, fabric.world_size)
+        sample = partial(self._augmented, seed=seed, epoch=epoch, dense=dense)
+        for images, labels in self._loader(sample, batches[first:], fabric):
+            yield images.to(fabric.device, non_blocking=True), labels.to(fabric.device, non_blocking=True)
+
+    def evaluation(self, batch_size: int, fabric: Fabric) -> Iterator[Batch]:
+        mine = np.arange(len(self))[fabric.global_rank :: fabric.world_size]
+        batches = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
+        for images, labels, places in self._loader(self._plain, batches, fabric):
+            names = [self.dataset.image_ids[place] for place in places.tolist()]
+            boxes = masks = None
+            if self.has_boxes:
+                boxes = [self.dataset.metadata.boxes_at(name, self.resolution) for name in names]
+            if self.has_masks:
+                masks = np.stack([self.dataset.mask(place) for place in places.tolist()])
+            yield Batch(images.to(fabric.device, non_blocking=True), labels.to(fabric.device), names, boxes, masks)
+
+    def _plain(self, place: int) -> tuple[Tensor, int, int]:
+        image, label, _ = self.dataset[place]
+        return image, label, place
+
+    def _augmented(self, place: int, seed: int, epoch: int, dense: bool) -> tuple[Tensor, int | Tensor]:
+        """256 x 256, random crop 224, random flip; dense targets take the same crop and flip."""
+        rng = np.random.default_rng([seed, epoch, place])
+        top, left = rng.integers(0, RESIZED - CROP + 1, 2)
+        step = -1 if rng.random() < 0.5 else 1
+
+        def augment(array: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(array[top : top + CROP, left : left + CROP][:, ::step])
+
+        image = to_input(augment(self.dataset.load(place, RESIZED)))
+        if dense:
+            return image, torch.from_numpy(augment(self._target(place)))
+        return image, self.dataset.metadata.class_labels[self.dataset.image_ids[place]]
+
+    def _target(self, place: int) -> np.ndarray:
+        """The mask, or else the boxes filled as foreground: (256, 256) uint8."""
+        if self.has_masks:
+            return self.dataset.mask(place, RESIZED)
+        target = np.zeros((RESIZED, RESIZED), np.uint8)
+        for x0, y0, x1, y1 in self.dataset.metadata.boxes_at(self.dataset.image_ids[place], RESIZED):
+            target[y0 : y1 + 1, x0 : x1 + 1] = 1
+        return target
+
+    def subset(self, chosen: np.ndarray) -> FolderSource:
+        return FolderSource(self.dataset, self.num_workers, self.chosen[chosen])
+
+    def _loader(self, sample: Callable[[int], tuple], batches: list[np.ndarray], fabric: Fabric) -> Iterator:
+        loader = DataLoader(
+            _View(self, sample),
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=self.num_workers,
+            pin_memory=fabric.device.type == "cuda",
+            collate_fn=collate,
+            prefetch_factor=4 if self.num_workers else None,
+        )
+        return (batch for batch in loader if batch is not None)
+
+
+def collate(samples: list[tuple | None]) -> list[Tensor] | None:
+    """Samples stacked; None stands for a broken image that is left out, or for a batch of nothing else."""
+    kept = [sample for sample in samples if sample is not None]
+    return torch.utils.data.default_collate(kept) if kept else None
+
+
+class _View(Dataset):
+    """Index of the source -> what `sample` makes of that image; None for a broken one that is to be left out."""
+
+    def __init__(self, source: FolderSource, sample: Callable[[int], tuple]):
+        self.source, self.sample = source, sample
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple | None:
+        try:
+            return self.sample(int(self.source.chosen[index]))
+        except ValueError as error:
+            if not self.source.dataset.skip_broken:
+                raise
+            logger.warning("left out: %s", error)
+            return None

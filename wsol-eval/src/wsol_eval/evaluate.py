@@ -1,0 +1,228 @@
+"""The paper's evaluation of a model, of the centre baseline, or of score maps on disk: one report with every number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsol_eval.data import CROP, Batch, Source, read_mask
+from wsol_eval.localization import BoxLocalization, BoxResult
+from wsol_eval.metadata import Metadata
+from wsol_eval.pixels import PixelAP, PixelResult
+from wsol_eval.scoremaps import ScoreMaps, center_gaussian, resize_normalize
+from wsol_eval.sweep import Convention, check_maps
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from wsol_eval.models import WSOLNetwork
+
+WORKERS = 2  # threads that score boxes while the device computes the next batch
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything measured on one split; percentages."""
+
+    all: BoxResult | None
+    """every contour: MaxBoxAccV2"""
+    largest: BoxResult | None
+    """the largest contour: MaxBoxAcc"""
+    pixels: PixelResult | None
+    """PxAP"""
+    top1_accuracy: float | None
+    top5_accuracy: float | None
+    n: int
+
+    def metrics(self) -> dict[str, float]:
+        """The main numbers by name; those that the ground truth does not allow are absent."""
+        found: dict[str, float] = {}
+        if self.all is not None:
+            found |= {"max_box_acc_v2": self.all.max_box_acc_v2, "max_box_acc": self.largest.max_box_acc[0.5]}
+            found |= {f"v2_iou{round(100 * delta)}": value for delta, value in self.all.max_box_acc.items()}
+        if self.pixels is not None:
+            found |= {"pxap": self.pixels.pxap, "pxap_constant_map": self.pixels.foreground}
+        if self.top1_accuracy is not None:
+            found |= {"top1_accuracy": self.top1_accuracy, "top5_accuracy": self.top5_accuracy}
+        if self.all is not None and self.all.top1_curve is not None:
+            found |= {"top1_loc": self.largest.top1_loc[0.5], "top5_loc": self.largest.top5_loc[0.5]}
+        return found
+
+    def details(self, curve_step: float = 0.05) -> dict[str, Any]:
+        """Thresholds and thinned curves for figures."""
+        if self.all is None:
+            return {"n": self.n}
+        stride = max(1, round(curve_step / self.largest.taus[1]))
+        half = self.largest.iou_thresholds.index(0.5)
+        return {
+            "n": self.n,
+            "tau_star": {str(delta): tau for delta, tau in self.all.tau_star.items()},
+            "tau_star_largest": self.largest.tau_star[0.5],
+            "taus": self.largest.taus[::stride].round(6).tolist(),
+            "curve_largest_50": self.largest.curve[half, ::stride].round(4).tolist(),
+        }
+
+
+class Evaluator:
+    """Both box metrics and PxAP at once; `update` per batch, `report` at the end.
+
+    Args:
+        source: the split, for its resolution and kind of ground truth.
+        interval: step between thresholds.
+        keep_images: for bootstrap intervals.
+    """
+
+    def __init__(self, source: Source, interval: float = 0.001, keep_images: bool = False):
+        options = {"cam_curve_interval": interval, "resolution": source.resolution, "keep_images": keep_images}
+        self.boxes = None
+        if source.has_boxes:
+            self.boxes = [BoxLocalization(contours=each, workers=WORKERS, **options) for each in ("all", "largest")]
+        self.pixels = PixelAP(interval, source.resolution) if source.has_masks else None
+        self.right, self.n, self.classified = np.zeros(2, np.int64), 0, True
+
+    def update(self, batch: Batch, maps: Tensor | np.ndarray, logits: Tensor | None) -> None:
+        """Add a batch: maps (B, H, W) in [0, 1], logits (B, classes) or None."""
+        flags = (None, None)
+        if logits is not None and logits.shape[1] > 1:
+            best = logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels[:, None]  # (B, 5)
+            flags = (best[:, 0].cpu().numpy(), best.any(1).cpu().numpy())
+            self.right += [each.sum() for each in flags]
+        else:
+            self.classified = False
+        levels = check_maps(maps) if self.boxes else None  # once for both, on the device: bytes are copied, not floats
+        for metric in self.boxes or ():
+            metric.update(levels, batch.boxes, *flags, image_ids=batch.image_ids)
+        if self.pixels is not None:
+            self.pixels.update(maps, batch.masks, batch.image_ids)
+        self.n += len(batch.labels)
+
+    def report(self, fabric: Fabric | None = None) -> Report:
+        """The report over all batches, and over all ranks of `fabric`."""
+        metrics = [*(self.boxes or ()), *([self.pixels] if self.pixels is not None else [])]
+        totals = torch.tensor([self.n, *self.right])
+        if fabric is not None and fabric.world_size > 1:
+            totals = fabric.all_reduce(totals, reduce_op="sum")
+            for metric in metrics:
+                metric.reduce(fabric)
+        n, *right = totals.tolist()
+        results = [metric.compute() for metric in self.boxes or ()] or [None, None]
+        shares = [100 * each / n for each in right] if self.classified else [None, None]
+        return Report(*results, self.pixels.compute() if self.pixels is not None else None, *shares, n)
+
+
+def evaluate(
+    network: WSOLNetwork,
+    source: Source,
+    fabric: Fabric,
+    interval: float = 0.001,
+    batch_size: int = 128,
+    keep_images: bool = False,
+    store: ScoreMaps | None = None,
+) -> Report:
+    """Score maps of the true class and logits from one forward pass, resized, normalised and measured.
+
+    Boxes are scored in threads while the device works on the next batch. Ground-truth classes choose the maps
+    (GT-known), as in the paper.
+
+    Args:
+        network: in eval mode.
+        source: the split.
+        fabric: device and ranks; every image counts once.
+        interval: step between thresholds.
+        batch_size: images per forward pass and rank.
+        keep_images: for bootstrap intervals.
+        store: also write the maps there.
+    """
+    evaluator = Evaluator(source, interval, keep_images)
+    network = network.to(fabric.device)
+    for batch in source.evaluation(batch_size, fabric):
+        with torch.no_grad(), fabric.autocast():
+            logits, maps = network.predict(batch.images, batch.labels)
+        maps = resize_normalize(maps, source.resolution)
+        evaluator.update(batch, maps, logits)
+        if store is not None:
+            store.write(batch.image_ids, maps)
+    return evaluator.report(fabric)
+
+
+def evaluate_center(source: Source, fabric: Fabric, interval: float = 0.001, keep_images: bool = False) -> Report:
+    """The centre baseline: the same Gaussian for every image."""
+    evaluator = Evaluator(source, interval, keep_images)
+    gaussian = center_gaussian(source.resolution)
+    for batch in source.evaluation(256, fabric):
+        evaluator.update(batch, np.broadcast_to(gaussian, (len(batch.labels), *gaussian.shape)), None)
+    return evaluator.report(fabric)
+
+
+def score_maps(
+    store: ScoreMaps,
+    metadata: Metadata,
+    *,
+    interval: float = 0.001,
+    native: bool = False,
+    convention: Convention = "reference",
+    keep_images: bool = False,
+    predictions: dict[str, list[int]] | None = None,
+    mask_root: Path | None = None,
+    workers: int = 2,
+) -> Report:
+    """A report on score maps on disk.
+
+    Args:
+        store: one map per image of the split.
+        metadata: of the split, with boxes or masks.
+        interval: step between thresholds.
+        native: maps of any size are accepted, and boxes are moved to each map's own size; else 224 x 224 is needed.
+        convention: see `BoxLocalization`.
+        keep_images: for bootstrap intervals.
+        predictions: classes of each image, best first, for top-1 and top-5.
+        mask_root: folder that mask paths are relative to.
+        workers: threads.
+
+    Raises:
+        FileNotFoundError: an image without a map, a mask that is not there.
+        KeyError: an image without boxes or predictions.
+        ValueError: a damaged map, or one of the wrong size.
+    """
+    options = {"cam_curve_interval": interval, "box_convention": convention, "keep_images": keep_images}
+    options |= {"resolution": "native" if native else CROP, "workers": workers}
+    boxes = [BoxLocalization(contours=each, **options) for each in ("all", "largest")] if metadata.boxes else []
+    pixels = PixelAP(interval, CROP) if metadata.masks else None
+    right = np.zeros(2, np.int64)
+    for begin in range(0, len(metadata.image_ids), 64):
+        names = metadata.image_ids[begin : begin + 64]
+        maps = [store.read(name) for name in names]
+        if not native:
+            for name, each in zip(names, maps, strict=True):
+                if each.shape != (CROP, CROP):
+                    raise ValueError(f"{name}: a map of {CROP} x {CROP} was expected, got {each.shape}; see --native")
+            maps = np.stack(maps)
+        flags = _flags_of(names, metadata, predictions)
+        for metric in boxes:
+            known = [metadata.boxes_at(name, each.shape) for name, each in zip(names, maps, strict=True)]
+            metric.update(maps, known, *flags, image_ids=names)
+        if pixels is not None:
+            pixels.update(maps, np.stack([read_mask(metadata, name, mask_root) for name in names]), names)
+        if flags[0] is not None:
+            right += [each.sum() for each in flags]
+    n = len(metadata.image_ids)
+    shares = (None, None) if predictions is None else (100 * right / n).tolist()
+    results = [metric.compute() for metric in boxes] or [None, None]
+    return Report(*results, pixels.compute() if pixels is not None else None, *shares, n)
+
+
+def _flags_of(names: list[str], metadata: Metadata, predictions: dict[str, list[int]] | None) -> tuple:
+    """Whether the right class is first, and among the first five, for each image; None without predictions."""
+    if predictions is None:
+        return None, None
+    missing = [name for name in names if name not in predictions]
+    if missing:
+        raise KeyError(f"image {missing[0]!r} has no prediction")
+    truth = [metadata.class_labels[name] for name in names]
+    first = np.array([predictions[name][0] == label for name, label in zip(names, truth, strict=True)])
+    return first, np.array([label in predictions[name][:5] for name, label in zip(names, truth, strict=True)])

@@ -1,0 +1,93 @@
+"""`build_model`, and pretrained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wsol_eval.models import inception, resnet, small, vgg
+from wsol_eval.models.network import WSOLNetwork
+
+ARCHITECTURES = ("vgg16", "inception_v3", "resnet50", "small")
+METHODS = ("cam", "has", "acol", "spg", "adl", "cutmix", "fsl")  # has and cutmix train the network of cam
+MAP_SIZES = {"small": (4, 8)}
+DEFAULTS = {
+    "acol_threshold": 0.6,
+    "adl_drop_rate": 0.75,
+    "adl_threshold": 0.9,
+    "spg": ((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)),
+}
+PRETRAINED = {"vgg16": "VGG16_Weights", "inception_v3": "Inception_V3_Weights", "resnet50": "ResNet50_Weights"}
+
+
+def build_model(
+    arch: str, method: str, num_classes: int, feature_map: int = 14, pretrained: str | Path | None = None, **hp
+) -> WSOLNetwork:
+    """A classifier with score maps.
+
+    Args:
+        arch: vgg16, inception_v3, resnet50 (224 x 224 images), or small (32 x 32).
+        method: cam, has, acol, spg, adl, cutmix or fsl.
+        num_classes: of the logits; fsl has none.
+        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); 4 or 8 for small.
+        pretrained: None; "imagenet" for torchvision's ImageNet weights (downloaded, checked by hash); or a file with
+            such a state dict.
+        hp: acol_threshold, adl_drop_rate, adl_threshold, spg ((high, low) of B2, B1 and C).
+
+    Raises:
+        ValueError: an unknown name, or weights of another network.
+        FileNotFoundError: no such file of weights.
+    """
+    for what, value, valid in (
+        ("arch", arch, ARCHITECTURES),
+        ("method", method, METHODS),
+        ("feature_map", feature_map, MAP_SIZES.get(arch, (14, 28))),
+        *(("hyperparameter", name, tuple(DEFAULTS)) for name in hp),
+    ):
+        if value not in valid:
+            raise ValueError(f"{what}: one of {', '.join(map(str, valid))} was expected, got {value!r}")
+    builder = {"vgg16": vgg.vgg16, "inception_v3": inception.inception_v3, "resnet50": resnet.resnet50}
+    network = builder.get(arch, small.small)(method, num_classes, feature_map, DEFAULTS | hp)
+    he = arch == "small" or (arch == "vgg16" and method != "acol" and method != "spg")
+    for module in network.modules():
+        _initialize(module, he)
+    if pretrained is not None:
+        _load(network, arch, pretrained)
+    return network
+
+
+def _initialize(module: nn.Module, he: bool) -> None:
+    """He or Xavier for convolutions, N(0, .01) for linear layers, zero biases."""
+    if isinstance(module, nn.Conv2d):
+        if he:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0, 0.01)
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
+    if arch not in PRETRAINED:
+        raise ValueError(f"pretrained: {arch} has no pretrained weights")
+    if pretrained == "imagenet":
+        import torchvision.models
+
+        state = getattr(torchvision.models, PRETRAINED[arch]).IMAGENET1K_V1.get_state_dict(check_hash=True)
+    elif not Path(pretrained).is_file():
+        raise FileNotFoundError(f"{pretrained}: no such file; torchvision's {PRETRAINED[arch]} state dict is expected")
+    else:
+        state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    rename = {"vgg16": vgg.rename, "inception_v3": inception.rename, "resnet50": resnet.rename}[arch]
+    try:
+        renamed = rename(state, network)
+        unexpected = network.load_state_dict(renamed, strict=False).unexpected_keys
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({error})") from error
+    if unexpected or not renamed:
+        reason = f"unexpected {unexpected[0]}" if unexpected else "none of its names"
+        raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({reason})")

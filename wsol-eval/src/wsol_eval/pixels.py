@@ -1,0 +1,210 @@
+"""PxAP: pixel-wise average precision, all pixels of a split pooled (the paper's section 4), by exact binning.
+
+Precision and recall need only how many foreground and background pixels have a score in each bin between thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsol_eval.streaming import Streaming
+from wsol_eval.sweep import as_tensor, check_range, thresholds
+
+try:
+    from numba import njit
+except ImportError:  # torch gives the same counts
+    njit = None
+
+IGNORED = 255
+BLOCK = 4096  # pixels
+
+
+@dataclass(frozen=True)
+class PixelResult:
+    """PxAP in percent, and the curve behind it from high thresholds to low ones."""
+
+    pxap: float
+    precision: np.ndarray
+    """(T + 2,) NaN where no pixel has been counted yet."""
+    recall: np.ndarray
+    """(T + 2,)"""
+    taus: np.ndarray
+    """(T + 2,) lower edges of the bins, from high to low."""
+    n: int
+    """Images."""
+    foreground: float
+    """Share of foreground among the pixels that count, in percent: the PxAP of a constant map."""
+
+
+def merge_masks(instances: Sequence[np.ndarray], ignore: np.ndarray | None = None) -> np.ndarray:
+    """One mask of an image: 1 where any instance is, else 255 where it is to be ignored, else 0; (H, W) uint8."""
+    foreground = np.any(np.stack([np.asarray(each, bool) for each in instances]), axis=0)
+    mask = foreground.astype(np.uint8)
+    if ignore is not None:
+        mask[np.asarray(ignore, bool) & ~foreground] = IGNORED
+    return mask
+
+
+def bin_edges(interval: float) -> np.ndarray:
+    """Thresholds, then 1, 2, 3: a score of exactly 1 has its own bin."""
+    return np.append(thresholds(interval), [1.0, 2.0, 3.0])
+
+
+def _place(scores, masks, interval, bins, cells):
+    """Cell of each pixel: its bin, plus `bins` for foreground and twice that for ignored ones.
+
+    A division gives the bin or a neighbour; np.arange's edges are the products k * interval, which decide. No branch:
+    the loop becomes vector instructions.
+    """
+    inverse, last = 1.0 / interval, np.int32(bins - 3)
+    for i in range(len(cells)):
+        score = np.float64(scores[i])
+        k = np.int32(score * inverse)
+        k -= np.int32(np.float64(k) * interval > score)
+        k += np.int32(np.float64(k + np.int32(1)) * interval <= score)
+        k = min(k, last) + np.int32(score >= 1.0)
+        cells[i] = k + np.int32(min(masks[i], np.uint8(2))) * np.int32(bins)
+
+
+def _tally(cells, counts):
+    """Count cells in four tables in turn, so that equal neighbours do not wait for each other."""
+    four = np.uint64(4)
+    for i in range(np.uint64(len(cells)) // four):
+        j = np.uint64(i) * four
+        counts[0, cells[j]] += 1
+        counts[1, cells[j + np.uint64(1)]] += 1
+        counts[2, cells[j + np.uint64(2)]] += 1
+        counts[3, cells[j + np.uint64(3)]] += 1
+    for j in range(len(cells) // 4 * 4, len(cells)):
+        counts[0, cells[j]] += 1
+
+
+def _count_pixels(scores, masks, interval, bins):
+    """(3, bins) int64: background, foreground, ignored."""
+    counts, cells = np.zeros((4, 3 * bins), np.int64), np.empty(BLOCK, np.uint32)
+    for begin in range(0, len(scores), BLOCK):
+        part = cells[: min(BLOCK, len(scores) - begin)]
+        _place(scores[begin : begin + BLOCK], masks[begin : begin + BLOCK], interval, bins, part)
+        _tally(part, counts)
+    return counts.sum(0).reshape(3, bins)
+
+
+if njit is not None:
+    _place, _tally = (njit(cache=True, nogil=True, error_model="numpy")(kernel) for kernel in (_place, _tally))
+    _count_pixels = njit(cache=True, nogil=True)(_count_pixels)
+
+
+def score_histogram(scores: Tensor, masks: Tensor, interval: float, backend: str | None = None) -> np.ndarray:
+    """How many background and foreground pixels lie in each bin.
+
+    Args:
+        scores: (...) floating in [0, 1], on any device; compared with the edges in float64.
+        masks: (...) uint8, 0, 1 or 255 (not counted), on the same device.
+        interval: of `bin_edges`.
+        backend: "numba" or "torch"; default numba on the CPU. Both give the same.
+
+    Returns:
+        (2, len(edges) - 1) int64: background, foreground.
+    """
+    edges = bin_edges(interval)
+    if (backend or ("numba" if njit and scores.device.type == "cpu" else "torch")) == "numba":
+        if scores.dtype not in (torch.float32, torch.float64):
+            scores = scores.double()
+        return _count_pixels(scores.ravel().numpy(), masks.ravel().numpy(), interval, len(edges) - 1)[:2]
+    counted = masks != IGNORED
+    boundaries = torch.from_numpy(edges).to(scores.device)
+    bins = torch.bucketize(scores[counted].double(), boundaries, right=True) - 1
+    index = bins + (len(edges) - 1) * masks[counted].long()
+    return torch.bincount(index, minlength=2 * (len(edges) - 1)).reshape(2, -1).cpu().numpy()
+
+
+class PixelAP(Streaming):
+    """Streaming PxAP: `update` with maps and masks, `merge` with another one, `compute` a `PixelResult`.
+
+    Args:
+        cam_curve_interval: width of the bins.
+        resolution: side or (height, width) that maps must have; None accepts every size.
+    """
+
+    def __init__(self, cam_curve_interval: float = 0.001, resolution: int | tuple[int, int] | None = None):
+        self.interval = cam_curve_interval
+        self.edges = bin_edges(cam_curve_interval)
+        self.resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._counts = np.zeros((2, len(self.edges) - 1), np.int64)
+        self._n = 0
+        self._ids: dict[str, None] = {}
+
+    def update(
+        self,
+        score_maps: np.ndarray | Tensor,
+        masks: np.ndarray | Tensor,
+        image_ids: Sequence[str] | None = None,
+    ) -> None:
+        """Add images.
+
+        Args:
+            score_maps: (N, H, W) floating in [0, 1].
+            masks: (N, H, W) uint8 of 0, 1 and 255, as `merge_masks` makes them.
+            image_ids: N names; one that comes twice is an error.
+
+        Raises:
+            TypeError: maps or masks of another kind.
+            ValueError: NaN, values outside the range, shapes that differ, an id that was there before.
+        """
+        scores = as_tensor(score_maps, "score_maps")
+        if scores.dtype == torch.uint8:
+            raise TypeError("score_maps: PxAP is computed on floating maps, got uint8")
+        masks = as_tensor(masks, "masks").to(scores.device)
+        if masks.dtype != torch.uint8:
+            raise TypeError(f"masks: uint8 was expected, got {masks.dtype}")
+        if scores.ndim != 3 or scores.shape != masks.shape:
+            found = f"{tuple(scores.shape)} and {tuple(masks.shape)}"
+            raise ValueError(f"score_maps and masks: one shape (N, H, W) was expected, got {found}")
+        if self.resolution is not None and tuple(scores.shape[1:]) != self.resolution:
+            raise ValueError(f"score_maps: maps of {self.resolution} were expected, got {tuple(scores.shape[1:])}")
+        check_range(scores, "score_maps")
+        if ((masks > 1) & (masks != IGNORED)).any():
+            raise ValueError("masks: 0, 1 and 255 were expected, got other values")
+        self.check_new(image_ids or ())
+        self._ids |= dict.fromkeys(image_ids or ())
+        self._counts += score_histogram(scores, masks, self.interval)
+        self._n += len(scores)
+
+    def compute(self) -> PixelResult:
+        """The result over all images so far. RuntimeError when there is no foreground pixel."""
+        background, foreground = self._counts[:, ::-1]  # from high scores to low ones
+        if not foreground.sum():
+            raise RuntimeError("no foreground pixel was added: PxAP is not defined")
+        tp, fp = foreground.cumsum(), background.cumsum()
+        with np.errstate(invalid="ignore"):
+            precision, recall = tp / (tp + fp), tp / tp[-1]
+        steps = np.diff(recall) * precision[1:]
+        pxap = 100 * float(steps[(tp + fp)[1:] > 0].sum())
+        share = 100 * float(tp[-1] / (tp[-1] + fp[-1]))
+        return PixelResult(pxap, precision, recall, self.edges[-2::-1], self._n, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and ids, as tensors and plain values that torch.load(weights_only=True) accepts."""
+        counts = torch.from_numpy(self._counts.copy())
+        return {"interval": self.interval, "counts": counts, "n": self._n, "image_ids": list(self._ids)}
+
+    def load_state_dict(self, state: dict[str, Any], add: bool = False) -> None:
+        """Take over a state, or add it to this one. ValueError for another interval or known ids."""
+        if state["interval"] != self.interval:
+            raise ValueError(f"a state with interval {self.interval} was expected, got {state['interval']}")
+        if not add:
+            self.reset()
+        self.check_new(state["image_ids"])
+        self._counts += state["counts"].numpy()
+        self._n += state["n"]
+        self._ids |= dict.fromkeys(state["image_ids"])

@@ -1,0 +1,53 @@
+"""The settings of one training, apart from the code that uses them: the command line reads it without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained; the defaults are the reference's for CUB."""
+
+    arch: str = "vgg16"
+    """vgg16, inception_v3, resnet50 or small"""
+    method: str = "cam"
+    """cam, has, acol, spg, adl, cutmix or fsl"""
+    feature_map: int = 14
+    """side of the score map before resizing: 14 or 28 (small: 4 or 8)"""
+    lr: float = 1e-3
+    """learning rate of the pretrained layers"""
+    lr_classifier_ratio: float = 10.0
+    """new layers learn so many times faster"""
+    momentum: float = 0.9
+    """of SGD, Nesterov"""
+    weight_decay: float = 5e-4
+    """the reference's users take 1e-4 for resnet50"""
+    epochs: int = 50
+    """passes over the training set"""
+    lr_decay_frequency: int = 15
+    """epochs; the learning rate falls to a tenth at the start of every so-manieth epoch, counted from 1"""
+    batch_size: int = 32
+    """over all ranks"""
+    has_grid_size: int = 56
+    """HaS: side of a hidden patch in pixels"""
+    has_drop_rate: float = 0.5
+    """HaS: probability that a patch is hidden"""
+    acol_threshold: float = 0.6
+    """ACoL: what the first classifier's map reaches is erased"""
+    adl_drop_rate: float = 0.75
+    """ADL: probability of the drop mask"""
+    adl_threshold: float = 0.9
+    """ADL: attention below this share of its maximum is kept"""
+    spg: tuple[tuple[float, float], ...] = ((0.7, 0.01), (0.5, 0.05), (0.7, 0.1))
+    """SPG: (high, low) for B2, B1 and C"""
+    cutmix_beta: float = 1.0
+    """CutMix: both parameters of the Beta distribution"""
+    cutmix_prob: float = 1.0
+    """CutMix: probability per batch"""
+    pretrained: str | None = None
+    """"imagenet", or a file with torchvision's state dict"""
+
+    def learning_rate(self, epoch: int) -> float:
+        """Factor of `lr` in an epoch counted from 0: the first phase has one epoch less than the others."""
+        return 0.1 ** ((epoch + 1) // self.lr_decay_frequency)

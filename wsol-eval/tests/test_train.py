@@ -1,0 +1,185 @@
+"""Training: the schedule, every method, kill and resume, two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wsol_eval.data import SceneSource
+from wsol_eval.evaluate import evaluate
+from wsol_eval.methods.cutmix import mix
+from wsol_eval.methods.has import hide_patches
+from wsol_eval.models import METHODS, build_model
+from wsol_eval.recipe import Recipe
+from wsol_eval.scenes import make_split
+from wsol_eval.train import Diverged, fit, load_trained, make_fabric
+
+HERE = Path(__file__).parent
+RECIPE = Recipe(arch="small", feature_map=8, lr=0.02, epochs=2, lr_decay_frequency=2, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    torch.set_num_threads(1)
+    return make_fabric("cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return {name: SceneSource(make_split(name, 48, 1), name) for name in ("train", "val", "test")}
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def test_learning_rate_falls_at_the_start_of_every_third_epoch():
+    rates = [replace(RECIPE, lr_decay_frequency=3).learning_rate(epoch) for epoch in range(7)]
+    np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [4, 8])
+def test_every_method_trains_and_draws_maps(scenes, fabric, method, size):
+    recipe = replace(RECIPE, method=method, feature_map=size, has_grid_size=8)
+    network = fit(recipe, scenes["train"], 0, fabric)
+    torch.manual_seed(0)
+    start = build_model("small", method, 8, size)
+    assert not torch.equal(weights(network), weights(start)) and torch.isfinite(weights(network)).all()
+    logits, maps = network.predict(scenes["test"].scenes.images, scenes["test"].scenes.labels)
+    assert maps.shape == (48, size, size) and maps.std((1, 2)).min() > 0
+    assert logits.shape == ((48, 1, size, size) if method == "fsl" else (48, 8))
+    report = evaluate(network, scenes["test"], fabric, 0.05)
+    assert report.n == 48 and report.pixels.n == 48
+    assert (report.top1_accuracy is None) == (method == "fsl")
+
+
+def test_map_of_a_linear_head_is_the_mean_of_weighted_features(scenes):
+    network = build_model("vgg16", "cam", 8, 14).eval()
+    images, labels = torch.rand(2, 3, 64, 64), torch.tensor([3, 5])
+    outputs = network(images)
+    for i, label in enumerate(labels):
+        slow = (network.head.fc.weight[label][:, None, None] * outputs["features"][i]).mean(0)
+        torch.testing.assert_close(network.score_map(images, labels)[i], slow)
+
+
+def test_maps_follow_the_given_class_not_the_predicted_one(scenes):
+    network = build_model("small", "cam", 8, 8).eval()
+    images = scenes["test"].scenes.images[:4]
+    one, other = (network.score_map(images, torch.full((4,), label)) for label in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_hidden_patches_are_squares_of_the_grid():
+    torch.manual_seed(0)
+    hidden = hide_patches(torch.ones(400, 3, 20, 24), 8, 0.3)
+    blocks = hidden[:, :, :16].reshape(400, 3, 2, 8, 3, 8)
+    assert ((blocks == 0).all((3, 5)) | (blocks == 1).all((3, 5))).all()
+    assert (hidden[:, 0] == hidden[:, 1]).all() and abs((blocks == 0).float().mean() - 0.3) < 0.03
+
+
+def test_mixed_images_and_their_share():
+    rng, images = np.random.RandomState(0), torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
+    for _ in range(20):
+        mixed, others, share = mix(images, torch.arange(8), 1.0, 1.0, rng)
+        pasted = (mixed == others.float().reshape(8, 1, 1, 1)) & (mixed != images)
+        moved = others != torch.arange(8)
+        assert torch.allclose(pasted[moved].float().mean((1, 2, 3)), torch.tensor(1 - share))
+    assert mix(images, torch.arange(8), 1.0, 0.0, rng)[2] == 1.0
+
+
+def test_diverging_is_an_error_of_its_own(scenes, fabric):
+    with pytest.raises(Diverged, match="epoch 1: the loss is nan"):
+        fit(replace(RECIPE, lr=1e6), scenes["train"], 0, fabric)
+
+
+def run(*words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=HERE, env=environment
+    )  # fmt: skip
+
+
+def test_killed_training_ends_bit_equal(scenes, fabric, tmp_path):
+    recipe = replace(RECIPE, method="cutmix")
+    straight = fit(recipe, scenes["train"], 3, fabric)
+    assert run("resumable.py", "fit", tmp_path, 3).returncode == -signal.SIGKILL  # after a save within epoch 2
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 1)
+    resumed = fit(recipe, scenes["train"], 3, fabric, tmp_path / "model.pt", checkpoint_every=2)
+    assert torch.equal(weights(resumed), weights(straight))
+    loaded, found = load_trained(tmp_path / "model.pt", 8)
+    assert torch.equal(weights(loaded), weights(straight)) and found == recipe
+
+
+def test_checkpoints_that_do_not_fit_are_refused(scenes, fabric, tmp_path):
+    path = tmp_path / "model.pt"
+    fit(replace(RECIPE, epochs=1), scenes["train"], 0, fabric, path)
+    with pytest.raises(ValueError, match=r"model\.pt: checkpoint of another run \(other epochs\)"):
+        fit(RECIPE, scenes["train"], 0, fabric, path)
+    with pytest.raises(ValueError, match=r"no checkpoint of 9 classes"):
+        load_trained(path, 9)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"model\.pt: no checkpoint can be read"):
+        load_trained(path, 8)
+    with pytest.raises(FileNotFoundError):
+        load_trained(tmp_path / "none.pt", 8)
+
+
+def test_two_processes_train_and_measure_as_one(scenes, fabric, tmp_path):
+    words = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29517)
+    done = run(*words, "two_ranks.py", tmp_path / "weights.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    assert found["equal"] and found["n"] == 31
+    alone = fit(RECIPE, scenes["train"], 3, fabric)
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), atol=1e-5, rtol=1e-4)
+    report = evaluate(alone, SceneSource(make_split("test", 31, 1)), fabric, 0.05)
+    assert report.metrics()["max_box_acc_v2"] == pytest.approx(found["metrics"]["max_box_acc_v2"], abs=4)
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet50", "inception_v3"])
+@pytest.mark.parametrize("method", ["cam", "spg"])
+def test_pretrained_weights_of_torchvision_fit(arch, method, tmp_path):
+    import torchvision
+
+    with torch.device("meta"):
+        options = {"init_weights": False} if arch == "inception_v3" else {}
+        theirs = getattr(torchvision.models, arch)(weights=None, **options).state_dict()
+    state = {name: torch.full(value.shape, 0.5).to(value.dtype) for name, value in theirs.items()}
+    torch.save(state, tmp_path / "weights.pth")
+    network = build_model(arch, method, 5, 28, pretrained=tmp_path / "weights.pth")
+    filled = sum((p == 0.5).all().item() for p in network.parameters())
+    wanted = {"vgg16": 26, "resnet50": 159, "inception_v3": 210}[arch]
+    assert filled == wanted
+    with pytest.raises(ValueError, match=f"no weights of torchvision's {arch}"):
+        torch.save({"a": torch.ones(1)}, tmp_path / "weights.pth")
+        build_model(arch, method, 5, 28, pretrained=tmp_path / "weights.pth")
+
+
+def test_unknown_names_are_refused():
+    for options in (("vgg19", "cam"), ("vgg16", "gradcam")):
+        with pytest.raises(ValueError, match="was expected"):
+            build_model(*options, 10)
+    with pytest.raises(ValueError, match="feature_map: one of 14, 28"):
+        build_model("vgg16", "cam", 10, 7)
+    with pytest.raises(ValueError, match="hyperparameter"):
+        build_model("vgg16", "cam", 10, 14, erase=0.5)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        build_model("vgg16", "cam", 10, 14, pretrained="none.pth")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_trains(scenes, method):
+    fabric = make_fabric("cuda")
+    network = fit(replace(RECIPE, method=method, has_grid_size=8), scenes["train"], 0, fabric)
+    assert weights(network).is_cuda and evaluate(network, scenes["test"], fabric, 0.05).n == 48

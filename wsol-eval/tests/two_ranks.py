@@ -1,0 +1,23 @@
+"""Run by torchrun from test_train.py: two ranks train and evaluate; rank 0 prints what they agree on."""
+
+import json
+import sys
+
+import torch
+
+from wsol_eval.data import SceneSource
+from wsol_eval.evaluate import evaluate
+from wsol_eval.recipe import Recipe
+from wsol_eval.scenes import make_split
+from wsol_eval.train import fit, make_fabric
+
+torch.set_num_threads(1)
+fabric = make_fabric("cpu", devices=2)
+recipe = Recipe(arch="small", feature_map=8, lr=0.02, epochs=2, lr_decay_frequency=2, batch_size=16)
+network = fit(recipe, SceneSource(make_split("train", 48, 1)), 3, fabric)
+report = evaluate(network, SceneSource(make_split("test", 31, 1)), fabric, 0.05, batch_size=4)
+weights = torch.cat([p.detach().flatten() for p in network.parameters()])
+both = fabric.all_gather(weights)
+if fabric.is_global_zero:
+    torch.save(weights, sys.argv[1])
+    print(json.dumps({"equal": bool((both[0] == both[1]).all()), "n": report.n, "metrics": report.metrics()}))
