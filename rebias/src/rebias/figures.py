@@ -126,11 +126,13 @@ def _cluster_matrices(table: Table, scale: str, found: dict[str, list[dict]]) ->
         image = panel.imshow(100 * matrix, vmin=50, vmax=100, cmap="viridis")
         for (y, x), value in np.ndenumerate(matrix):
             if np.isfinite(value):
-                panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="white")
+                colour = "black" if value > 0.8 else "white"
+                panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
         panel.set_xticks(range(len(columns)), columns, rotation=45, fontsize=8)
         panel.set_yticks(range(len(classes)), classes, fontsize=8)
         panel.set_title(f"{name}: mean of cells {100 * np.nanmean(matrix):.1f} %", fontsize=9)
     figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.8)
+    figure.suptitle("Accuracy by class and texture cluster" + ("" if found else " (ours: not measured)"), fontsize=10)
     return figure
 
 

@@ -6,6 +6,7 @@ A step sees images and targets only; bias labels never get here.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,7 +31,7 @@ from rebias.settings import Settings
 Parts = dict[str, Tensor]
 
 
-class Method:
+class Method(ABC):
     """What every method has.
 
     Attributes:
@@ -67,9 +68,9 @@ class Method:
         """A step of the epochs that come before training proper."""
         raise ValueError(f"{self.settings.method} has nothing to pre-train; set pretrain_epochs to 0")
 
+    @abstractmethod
     def step(self, images: Tensor, targets: Tensor) -> Parts:
         """One training step; returns detached parts of the losses."""
-        raise TypeError(f"{type(self).__name__} defines no step")
 
 
 class Vanilla(Method):
