@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from rebias import cli, experiments
+from rebias.data.inventory import inventory
 from rebias.evaluate import group_accuracy, group_summary, top1_accuracy, unbiased_accuracy_clusters
 from rebias.experiments import build_method, evaluate_checkpoint, execute, tables, train_and_evaluate
 from rebias.settings import PRESETS, Settings
@@ -66,6 +66,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from rebias.experiments import build_method
+from rebias.data.inventory import inventory
 from rebias.evaluate import predict
 from rebias.settings import PRESETS
 from rebias.tasks import TASKS
@@ -308,5 +309,8 @@ def test_mistakes_end_with_one_line(words, code, message):
 
 def test_data_lists_what_is_missing(tmp_path, capsys):
     cli.Data(tmp_path, preview=tmp_path / "p.png")()
-    assert "rebias data --download" in textwrap.dedent(capsys.readouterr().out).replace("\n", " ")
-    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert "MNIST" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 1000
+    missing = {row[0]: row[-1] for row in inventory(tmp_path) if row[4] == "no"}
+    assert missing["MNIST"] == "rebias data --download" and len(missing) == 7
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    assert "MNIST" not in {row[0] for row in inventory(tmp_path) if row[4] == "no"}

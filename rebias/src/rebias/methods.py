@@ -61,7 +61,7 @@ class Method(ABC):
         self.fabric.backward(loss)
         self.optimizers[name].step()
 
-    def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  most methods need none
         """Called before every epoch with a share of the training batches."""
 
     def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
