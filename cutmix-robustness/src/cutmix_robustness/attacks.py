@@ -1,0 +1,105 @@
+"""White-box attacks of the evaluation and of adversarial training: FGSM and PGD in the L-infinity ball."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 8 / 255
+
+
+def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each sample's own cross-entropy with respect to its pixels, shape of the images, float32 or better.
+
+    The sum over the batch is differentiated, so that no sample's gradient shrinks with the batch's size. Dtypes below
+    float32 are refused: a softmax saturated in half precision gives zero gradients and pretends robustness.
+    """
+    images = images.detach().requires_grad_(True)
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        logits = model(images)
+        if logits.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"attacks need logits in float32 or float64, got {logits.dtype}")
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return torch.autograd.grad(loss, images)[0]
+
+
+def fgsm(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, epsilon: float = EPSILON, clip: bool = True
+) -> Tensor:
+    """x + epsilon * sign(gradient of the cross-entropy) (section 4.3 of 1905.04899), clipped to [0, 1] (ours).
+
+    Args:
+        model: images in [0, 1] to logits, normalisation inside, in evaluation mode.
+        images: (N, C, H, W) float in [0, 1].
+        labels: (N,) int64.
+        epsilon: step in pixel units.
+        clip: keep the result in [0, 1].
+
+    Raises:
+        ValueError: images outside [0, 1].
+        TypeError: logits in half precision.
+    """
+    check_range(images)
+    attacked = images + epsilon * input_gradient(model, images, labels).sign()
+    return attacked.clamp(0, 1) if clip else attacked
+
+
+def pgd(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float = EPSILON,
+    steps: int = 10,
+    step_size: float = 2 / 255,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Signed gradient steps, each projected to the epsilon ball and then to [0, 1].
+
+    Args:
+        model: as in `fgsm`.
+        images: (N, C, H, W) float in [0, 1].
+        labels: (N,) int64.
+        epsilon: radius of the ball in pixel units.
+        steps: number of steps.
+        step_size: of each, in pixel units.
+        random_start: start at a uniform point of the ball, clipped to [0, 1], instead of the image.
+        generator: of the start, on the CPU, one draw per pixel.
+
+    Raises:
+        ValueError: images outside [0, 1].
+        TypeError: logits in half precision.
+    """
+    check_range(images)
+    start = images
+    if random_start:
+        noise = torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)
+        start = (images + epsilon * (2 * noise - 1)).clamp(0, 1)
+    return pgd_from(model, images, labels, start, epsilon, steps, step_size)
+
+
+def pgd_from(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    epsilon: float,
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """`pgd` from a given start (N, C, H, W)."""
+    attacked = start
+    for _ in range(steps):
+        attacked = attacked + step_size * input_gradient(model, attacked, labels).sign()
+        attacked = torch.minimum(torch.maximum(attacked, images - epsilon), images + epsilon).clamp(0, 1)
+    return attacked.detach()
+
+
+def check_range(images: Tensor) -> None:
+    """ValueError for images outside [0, 1] or that are not numbers."""
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must lie in [0, 1], got {low.item():.4g} .. {high.item():.4g}")

@@ -1,0 +1,49 @@
+"""Mean corruption error over 15 corruptions x 5 severities (2003.03879, section 3; ImageNet-C's definition)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+GROUPS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+ALEXNET_ERROR = {  # mean over severities on ImageNet-C, as AugMix's evaluation has them
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.92264,
+    "defocus_blur": 0.81988, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.79836,
+    "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
+    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.71784, "jpeg_compression": 0.6065,
+}  # fmt: skip
+
+
+def mean_corruption_error(
+    errors: np.ndarray, normalize: str | None = None, dataset: str = "imagenet"
+) -> dict[str, float]:
+    """Mean over the 15 corruptions of each one's mean error over severities, and the means of the four groups.
+
+    Args:
+        errors: (15, 5) error rates in the order of `GROUPS`; any unit without normalisation.
+        normalize: None, or "alexnet": each corruption's error over AlexNet's on ImageNet-C. Then `errors` are
+            fractions, and so is the result.
+        dataset: "imagenet", or "cifar", for which no AlexNet errors exist.
+
+    Returns:
+        `mean`, `noise`, `blur`, `weather`, `digital`.
+
+    Raises:
+        ValueError: another shape, NaN, an unknown normalisation, or AlexNet's for CIFAR.
+    """
+    errors = np.asarray(errors, float)
+    if errors.shape != (15, 5) or np.isnan(errors).any():
+        raise ValueError(f"errors must be (15, 5) without NaN (the four extra corruptions apart), got {errors.shape}")
+    if normalize not in (None, "alexnet"):
+        raise ValueError(f"normalize must be None or 'alexnet', got {normalize!r}")
+    if normalize and dataset != "imagenet":
+        raise ValueError(f"normalize='alexnet' exists for ImageNet-C alone, not for {dataset}: use None")
+    each = dict(zip(ALEXNET_ERROR, errors.mean(1), strict=True))
+    if normalize:
+        each = {name: error / ALEXNET_ERROR[name] for name, error in each.items()}
+    groups = {group: float(np.mean([each[name] for name in names])) for group, names in GROUPS.items()}
+    return {"mean": float(np.mean(list(each.values()))), **groups}

@@ -1,0 +1,124 @@
+"""Mixup, and mixing inside the network: Manifold Mixup and Feature CutMix (rivals in 1905.04899, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cutmix_robustness.cutmix import CutMix, MixedBatch, check_batch, check_mixing, partners, sample_lam, unmixed
+
+
+class Mixup:
+    """x~ = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha), the same for the labels.
+
+    Args:
+        alpha: of the Beta distribution.
+        prob: probability to mix: of the whole batch, or of each sample.
+        mode: "batch" (one lam) or "sample".
+        partner: "permute", "roll" or "flip", as in `CutMix`.
+        generator: CPU generator of all draws; None: torch's default.
+
+    Raises:
+        ValueError: a value out of its range; on calling, integer images.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        prob: float = 1.0,
+        mode: str = "batch",
+        partner: str = "permute",
+        generator: torch.Generator | None = None,
+    ):
+        check_mixing(alpha, prob, mode, partner)
+        self.alpha, self.prob, self.mode, self.partner, self.generator = alpha, prob, mode, partner, generator
+
+    def __call__(self, images: Tensor, labels: Tensor) -> MixedBatch:
+        """Mix (N, C, H, W) float images and (N,) or (N, K) labels; the input is left as it is."""
+        check_batch(images, labels)
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floating point to be averaged, got {images.dtype}")
+        n = len(images)
+        draws = torch.rand(n if self.mode == "sample" else 1, 2, dtype=torch.float64, generator=self.generator)
+        perm = partners(n, self.partner, self.generator).to(images.device)
+        lam = torch.where(draws[:, 0] < self.prob, sample_lam(draws[:, 1], self.alpha), 1.0)
+        lam = lam.float().expand(n).to(images.device)
+        mixed = torch.lerp(images[perm], images, lam.to(images.dtype)[:, None, None, None])
+        boxes = torch.zeros(n, 4, dtype=torch.int64, device=images.device)
+        return MixedBatch(mixed, labels, labels[perm], lam, boxes, perm)
+
+
+class ManifoldMix(nn.Module):
+    """Mix the batch at one point of the network, drawn anew for every batch among the input and the given modules.
+
+    Point 0 is the image; the others are the outputs of submodules, for the networks of this package bn1, layer1,
+    layer2 and layer3 (feature CutMix: its box is drawn at that point's resolution).
+
+    Args:
+        network: its submodules' outputs are mixed.
+        points: names of submodules; `only` counts them from 1.
+        mix: a `Mixup` (Manifold Mixup) or a `CutMix` (Feature CutMix); its generator draws the point as well.
+        only: mix always at this point instead of a random one (figure 3 of the paper).
+
+    Raises:
+        ValueError: a point that the network lacks.
+    """
+
+    def __init__(self, network: nn.Module, points: tuple[str, ...], mix: Callable, only: int | None = None):
+        super().__init__()
+        known = dict(network.named_modules())
+        for name in points:
+            if name not in known:
+                raise ValueError(f"the network has no submodule {name!r} to mix at")
+        if only is not None and not 0 <= only <= len(points):
+            raise ValueError(f"only must lie in 0 .. {len(points)}, got {only}")
+        self.network, self.mix, self.n_points, self.only = network, mix, len(points) + 1, only
+        self._point, self._labels, self._mixed = 0, None, None
+        for number, name in enumerate(points, 1):
+            known[name].register_forward_hook(self._hook(number))
+
+    def _hook(self, number: int) -> Callable:
+        def replace_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            if self._labels is None or self._point != number:
+                return None
+            self._mixed = self.mix(output, self._labels)
+            return self._mixed.images
+
+        return replace_output
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, MixedBatch]:
+        """Logits (N, K) of the mixed pass, and the mixed batch, whose `images` are those of the point."""
+        self._point = (
+            int(torch.randint(self.n_points, (), generator=self.mix.generator)) if self.only is None else self.only
+        )
+        self._labels, self._mixed = labels, None
+        try:
+            if self._point == 0:
+                self._mixed = self.mix(images, labels)
+                images = self._mixed.images
+            logits = self.network(images)
+            return logits, self._mixed or unmixed(images, labels)
+        finally:
+            self._labels = self._mixed = None
+
+
+class MixupCutMix:
+    """One of the two for each batch.
+
+    Args:
+        mixup: used with probability 1 - switch_prob.
+        cutmix: used with probability switch_prob; its generator decides.
+        switch_prob: see above.
+    """
+
+    def __init__(self, mixup: Mixup, cutmix: CutMix, switch_prob: float = 0.5):
+        if not 0 <= switch_prob <= 1:
+            raise ValueError(f"switch_prob must lie in [0, 1], got {switch_prob}")
+        self.mixup, self.cutmix, self.switch_prob, self.generator = mixup, cutmix, switch_prob, cutmix.generator
+
+    def __call__(self, images: Tensor, labels: Tensor) -> MixedBatch:
+        """Mix (N, C, H, W) float images and their labels."""
+        cut = torch.rand((), dtype=torch.float64, generator=self.generator) < self.switch_prob
+        return (self.cutmix if cut else self.mixup)(images, labels)

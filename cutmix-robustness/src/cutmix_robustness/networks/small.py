@@ -1,0 +1,51 @@
+"""The network of the embedded experiment: 18 thousand parameters for 16 x 16 images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutmix_robustness.networks.blocks import branch_regularizers
+
+
+def _layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class SmallNet(nn.Module):
+    """Five 3 x 3 convolutions with batch norm; the two that keep their shape can be residual branches to be dropped.
+
+    Args:
+        num_classes: K.
+        branch: none, stochdepth, shakedrop or dropblock, on the third and the fifth layer, with a shortcut around them
+            for stochdepth and shakedrop.
+        branch_rate: see `branch_regularizers`.
+    """
+
+    points = ("conv1", "layer1", "layer2", "layer3")
+
+    def __init__(self, num_classes: int = 15, branch: str = "none", branch_rate: float = 0.5):
+        super().__init__()
+        self.conv1 = _layer(3, 8, 1)
+        self.layer1 = _layer(8, 16, 2)
+        self.layer2 = _layer(16, 16, 1)
+        self.layer3 = _layer(16, 32, 2)
+        self.layer4 = _layer(32, 32, 1)
+        self.branches = nn.ModuleList(branch_regularizers(branch, 2, branch_rate, block_size=2))
+        self.residual = branch in ("stochdepth", "shakedrop")
+        self.fc = nn.Linear(32, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Last feature maps (N, 32, H / 4, W / 4)."""
+        x = self.layer1(self.conv1(x))
+        x = self._branch(x, self.layer2, self.branches[0])
+        return self._branch(self.layer3(x), self.layer4, self.branches[1])
+
+    def _branch(self, x: Tensor, layer: nn.Module, regularizer: nn.Module) -> Tensor:
+        out = regularizer(layer(x))
+        return x + out if self.residual else out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) to logits (N, K)."""
+        return self.fc(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))

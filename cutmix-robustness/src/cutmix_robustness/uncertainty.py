@@ -1,0 +1,123 @@
+"""Calibration of the confidence, and detection of inputs from outside the training distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TPR = 0.95
+
+
+def confidence(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Largest softmax probability and its class, (N,) each, in float64: half precision would tie at 1.0."""
+    top, label = torch.softmax(logits.double(), 1).max(1)
+    return top.cpu().numpy(), label.cpu().numpy()
+
+
+def confidence_bins(conf: np.ndarray, bins: int) -> np.ndarray:
+    """Bin (k / bins, (k + 1) / bins] of each confidence; 0 belongs to the first, 1 to the last."""
+    edges = np.linspace(0, 1, bins + 1)
+    return np.clip(np.searchsorted(edges, conf, side="left") - 1, 0, bins - 1)
+
+
+def calibration_error(conf: np.ndarray, correct: np.ndarray, bins: int = 15, norm: str = "l1") -> float:
+    """Expected (l1), root mean square (l2) or maximum (max) calibration error over equal-width bins.
+
+    Args:
+        conf: (N,) confidence of the predicted class, in [0, 1].
+        correct: (N,) whether the prediction is right.
+        bins: number of bins; 15, or 20 as in the tables of 2003.03879.
+        norm: how the gaps between confidence and accuracy are summed.
+
+    Raises:
+        ValueError: empty input, NaN or confidences outside [0, 1], other lengths, an unknown norm.
+    """
+    conf, correct = _checked(conf, correct)
+    index = confidence_bins(conf, bins)
+    count = np.bincount(index, minlength=bins)
+    gap = np.abs(np.bincount(index, conf, bins) - np.bincount(index, correct, bins))
+    gap = gap[count > 0] / count[count > 0]
+    return _norm(gap, count[count > 0] / len(conf), norm)
+
+
+def adaptive_calibration_error(conf: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error over bins of equal mass (stable order among ties)."""
+    conf, correct = _checked(conf, correct)
+    groups = [group for group in np.array_split(np.argsort(conf, kind="stable"), bins) if len(group)]
+    gap = np.array([abs(conf[group].mean() - correct[group].mean()) for group in groups])
+    return _norm(gap, np.array([len(group) for group in groups]) / len(conf), "l1")
+
+
+def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """All calibration metrics of (N, K) logits and (N,) labels: errors and confidence in %, NLL and Brier as they are."""
+    probabilities = torch.softmax(logits.double(), 1)
+    conf, predicted = confidence(logits)
+    correct = predicted == labels.cpu().numpy()
+    nll = torch.nn.functional.cross_entropy(logits.double(), labels)
+    target = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return {
+        "ece": 100 * calibration_error(conf, correct, 15),
+        "ece20": 100 * calibration_error(conf, correct, 20),
+        "max_calibration_error": 100 * calibration_error(conf, correct, 15, "max"),
+        "adaptive_ece": 100 * adaptive_calibration_error(conf, correct),
+        "nll": nll.item(),
+        "brier": (probabilities - target).square().sum(1).mean().item(),
+        "mean_confidence": 100 * float(conf.mean()),
+    }
+
+
+def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]:
+    """How well a score tells known inputs (positive, higher) from unknown ones (appendix E of 1905.04899).
+
+    Args:
+        score_in: (N,) scores of known inputs.
+        score_out: (M,) scores of unknown ones.
+
+    Returns:
+        Fractions: `auroc` (ties count half), `tnr95` at the largest threshold with a true positive rate of 95 % or more,
+        `detection_accuracy` = max over thresholds of (TPR + TNR) / 2, `aupr_in`, `aupr_out`.
+
+    Raises:
+        ValueError: an empty array, or NaN.
+    """
+    score_in, score_out = np.asarray(score_in, float).ravel(), np.asarray(score_out, float).ravel()
+    for name, score in (("score_in", score_in), ("score_out", score_out)):
+        if len(score) == 0 or np.isnan(score).any():
+            raise ValueError(f"{name} must hold at least one score and no NaN, got {len(score)} scores")
+    thresholds = np.append(np.unique(np.concatenate([score_in, score_out])), np.inf)
+    sorted_in, sorted_out = np.sort(score_in), np.sort(score_out)
+    tpr = 1 - np.searchsorted(sorted_in, thresholds, side="left") / len(score_in)  # P(score_in >= t)
+    tnr = np.searchsorted(sorted_out, thresholds, side="left") / len(score_out)  # P(score_out < t)
+    return {
+        "auroc": float(-np.trapezoid(tpr, 1 - tnr)),
+        "tnr95": float(tnr[np.flatnonzero(tpr >= TPR)[-1]]),
+        "detection_accuracy": float(((tpr + tnr) / 2).max()),
+        "aupr_in": _average_precision(score_in, score_out),
+        "aupr_out": _average_precision(-score_out, -score_in),
+    }
+
+
+def _average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
+    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
+    hits = len(positive) - np.searchsorted(np.sort(positive), thresholds, side="left")
+    alarms = len(negative) - np.searchsorted(np.sort(negative), thresholds, side="left")
+    recall = hits / len(positive)
+    return float((np.diff(recall, prepend=0) * hits / (hits + alarms)).sum())
+
+
+def _checked(conf: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    conf, correct = np.asarray(conf, float), np.asarray(correct, float)
+    if conf.ndim != 1 or conf.shape != correct.shape or len(conf) == 0:
+        raise ValueError(f"conf and correct must be (N,), N > 0, got shapes {conf.shape} and {correct.shape}")
+    if not ((conf >= 0) & (conf <= 1)).all():
+        raise ValueError("conf must lie in [0, 1] and hold no NaN")
+    return conf, correct
+
+
+def _norm(gap: np.ndarray, weight: np.ndarray, norm: str) -> float:
+    if norm == "max":
+        return float(gap.max())
+    if norm not in ("l1", "l2"):
+        raise ValueError(f"norm must be l1, l2 or max, got {norm!r}")
+    return float((weight * gap).sum()) if norm == "l1" else float(np.sqrt((weight * gap**2).sum()))
