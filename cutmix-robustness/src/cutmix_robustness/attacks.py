@@ -29,7 +29,7 @@ def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Te
 def fgsm(
     model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, epsilon: float = EPSILON, clip: bool = True
 ) -> Tensor:
-    """x + epsilon * sign(gradient of the cross-entropy) (section 4.3 of 1905.04899), clipped to [0, 1] (ours).
+    """X + epsilon * sign(gradient of the cross-entropy) (section 4.3 of 1905.04899), clipped to [0, 1] (ours).
 
     Args:
         model: images in [0, 1] to logits, normalisation inside, in evaluation mode.

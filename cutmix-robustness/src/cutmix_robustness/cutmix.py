@@ -46,7 +46,7 @@ class MixedBatch:
     perm: Tensor
 
     def soft_targets(self, num_classes: int) -> Tensor:
-        """lam * y_A + (1 - lam) * y_B as (N, num_classes) float32."""
+        """Lam * y_A + (1 - lam) * y_B as (N, num_classes) float32."""
         a, b = (
             (F.one_hot(target, num_classes) if target.ndim == 1 else target).float()
             for target in (self.target_a, self.target_b)
@@ -107,7 +107,7 @@ def cutmix_box(height: int, width: int, lam: Tensor, center: Tensor, rounding: s
 
 
 def _box(size: Tensor, side: Tensor, center: Tensor, rounding: str) -> Tensor:
-    """size (2,), side (n, 2) or (2,), center (n, 2), all as (y, x)."""
+    """Size (2,), side (n, 2) or (2,), center (n, 2), all as (y, x)."""
     half = side.trunc().div(2, rounding_mode="floor") if rounding == "reference" else side / 2
     edges = torch.stack([center - half, center + half], 1)  # (n, 2, 2)
     return edges.clamp(torch.zeros_like(size), size).round().long().flatten(1)

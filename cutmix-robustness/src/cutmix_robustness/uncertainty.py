@@ -50,7 +50,7 @@ def adaptive_calibration_error(conf: np.ndarray, correct: np.ndarray, bins: int 
 
 
 def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """All calibration metrics of (N, K) logits and (N,) labels: errors and confidence in %, NLL and Brier as they are."""
+    """All calibration metrics of (N, K) logits and (N,) labels: errors and confidence in %, NLL and Brier plain."""
     probabilities = torch.softmax(logits.double(), 1)
     conf, predicted = confidence(logits)
     correct = predicted == labels.cpu().numpy()
@@ -75,7 +75,7 @@ def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]
         score_out: (M,) scores of unknown ones.
 
     Returns:
-        Fractions: `auroc` (ties count half), `tnr95` at the largest threshold with a true positive rate of 95 % or more,
+        Fractions: `auroc` (ties count half), `tnr95` at the largest threshold of a true positive rate >= 95 %,
         `detection_accuracy` = max over thresholds of (TPR + TNR) / 2, `aupr_in`, `aupr_out`.
 
     Raises:

@@ -9,7 +9,7 @@ from cutmix_robustness.networks.blocks import branch_regularizers, initialise
 
 
 class PyramidBlock(nn.Module):
-    """BN-conv-BN-ReLU-conv-BN without ReLU after the addition; as a bottleneck 1x1, 3x3 and 1x1 to four times the width.
+    """BN-conv-BN-ReLU-conv-BN, no ReLU after the addition; as a bottleneck 1x1, 3x3 and 1x1 to four times the width.
 
     The shortcut is the identity, or a 2 x 2 average, padded with zero channels.
     """
