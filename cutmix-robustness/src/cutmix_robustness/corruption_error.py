@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-GROUPS = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
+from cutmix_robustness.corruptions import GROUPS
+
 ALEXNET_ERROR = {  # mean over severities on ImageNet-C, as AugMix's evaluation has them
     "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.92264,
     "defocus_blur": 0.81988, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.79836,
@@ -24,7 +20,7 @@ def mean_corruption_error(
     """Mean over the 15 corruptions of each one's mean error over severities, and the means of the four groups.
 
     Args:
-        errors: (15, 5) error rates in the order of `GROUPS`; any unit without normalisation.
+        errors: (15, 5) error rates in the order of `CORRUPTIONS`; any unit without normalisation.
         normalize: None, or "alexnet": each corruption's error over AlexNet's on ImageNet-C. Then `errors` are
             fractions, and so is the result.
         dataset: "imagenet", or "cifar", for which no AlexNet errors exist.

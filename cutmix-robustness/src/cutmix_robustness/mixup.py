@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cutmix_robustness.cutmix import CutMix, MixedBatch, check_batch, check_mixing, partners, sample_lam, unmixed
+from cutmix_robustness.cutmix import CutMix, MixedBatch, check_batch, check_mixing, partners, sample_lam
 
 
 class Mixup:
@@ -50,31 +50,39 @@ class Mixup:
         return MixedBatch(mixed, labels, labels[perm], lam, boxes, perm)
 
 
-class ManifoldMix(nn.Module):
+class ManifoldMix:
     """Mix the batch at one point of the network, drawn anew for every batch among the input and the given modules.
 
-    Point 0 is the image; the others are the outputs of submodules, for the networks of this package bn1, layer1,
-    layer2 and layer3 (feature CutMix: its box is drawn at that point's resolution).
+    Point 0 is the image; the others are the outputs of submodules, for the networks of this package those named by
+    `network.points` (after the first convolution, layer1, layer2 and layer3). Feature CutMix draws its box at that
+    point's resolution.
 
     Args:
         network: its submodules' outputs are mixed.
         points: names of submodules; `only` counts them from 1.
         mix: a `Mixup` (Manifold Mixup) or a `CutMix` (Feature CutMix); its generator draws the point as well.
         only: mix always at this point instead of a random one (figure 3 of the paper).
+        forward: images to logits, where the network is called through a wrapper; None: the network itself.
 
     Raises:
         ValueError: a point that the network lacks.
     """
 
-    def __init__(self, network: nn.Module, points: tuple[str, ...], mix: Callable, only: int | None = None):
-        super().__init__()
+    def __init__(
+        self,
+        network: nn.Module,
+        points: tuple[str, ...],
+        mix: Mixup | CutMix,
+        only: int | None = None,
+        forward: Callable[[Tensor], Tensor] | None = None,
+    ):
         known = dict(network.named_modules())
         for name in points:
             if name not in known:
                 raise ValueError(f"the network has no submodule {name!r} to mix at")
         if only is not None and not 0 <= only <= len(points):
             raise ValueError(f"only must lie in 0 .. {len(points)}, got {only}")
-        self.network, self.mix, self.n_points, self.only = network, mix, len(points) + 1, only
+        self.mix, self.n_points, self.only, self.forward = mix, len(points) + 1, only, forward or network
         self._point, self._labels, self._mixed = 0, None, None
         for number, name in enumerate(points, 1):
             known[name].register_forward_hook(self._hook(number))
@@ -88,18 +96,17 @@ class ManifoldMix(nn.Module):
 
         return replace_output
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, MixedBatch]:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, MixedBatch]:
         """Logits (N, K) of the mixed pass, and the mixed batch, whose `images` are those of the point."""
-        self._point = (
-            int(torch.randint(self.n_points, (), generator=self.mix.generator)) if self.only is None else self.only
-        )
-        self._labels, self._mixed = labels, None
+        self._point = self.only
+        if self.only is None:
+            self._point = int(torch.randint(self.n_points, (), generator=self.mix.generator))
+        if self._point == 0:
+            batch = self.mix(images, labels)
+            return self.forward(batch.images), batch
+        self._labels = labels
         try:
-            if self._point == 0:
-                self._mixed = self.mix(images, labels)
-                images = self._mixed.images
-            logits = self.network(images)
-            return logits, self._mixed or unmixed(images, labels)
+            return self.forward(images), self._mixed
         finally:
             self._labels = self._mixed = None
 

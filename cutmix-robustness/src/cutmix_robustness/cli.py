@@ -1,0 +1,294 @@
+"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cutmix_robustness.settings import PRESETS
+
+PROGRAM = "cutmix-robustness"
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/cutmix-robustness."""
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
+
+
+@dataclass
+class Run:
+    """Run what is missing of the papers' tables (into runs/) and print published | ours | yours."""
+
+    tables: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Table ids such as table-5; none means all that have the scale."""
+    scale: str = "embedded"
+    """smoke, embedded, cifar10-jpeg or paper."""
+    rows: tuple[str, ...] = ()
+    """Only these rows."""
+    seeds: tuple[int, ...] = ()
+    """Instead of the table's seeds."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data sets are."""
+    jobs: int = 0
+    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    force: bool = False
+    """Run again what is there already."""
+    dry_run: bool = False
+    """List the missing runs and their expected cost only."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness import experiments
+        from shared_utils.report import print_table
+        from shared_utils.runlog import RunLog
+
+        known = {table.id: table for table in experiments.tables()}
+        for name in self.tables:
+            if name not in known:
+                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
+        if not chosen:
+            raise usage(f"no table has a scale {self.scale!r}")
+        if self.dry_run:
+            return _list_missing(chosen, self)
+        yours = experiments.run_tables(
+            chosen, self.scale, self.data_root, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
+        )
+        for table in chosen:
+            print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
+
+
+def _list_missing(chosen: list, options: Run) -> None:
+    from rich.table import Table as Grid
+
+    from cutmix_robustness.experiments import PROJECT
+    from shared_utils.logging import console
+    from shared_utils.runlog import RunLog
+
+    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
+    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
+    for table in chosen:
+        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
+        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
+        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
+        total += seconds
+        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
+    grid.add_row("all", "", f"{total:.0f}")
+    console().print(grid)
+
+
+@dataclass
+class Train:
+    """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
+
+    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    output: Path = Path("cutmix-robustness.pt")
+    """Checkpoint; `cutmix-robustness eval` reads it."""
+    seed: int = 0
+    """Of weights, order, augmentation and mixing."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data set is."""
+    device: str = "auto"
+    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    checkpoint_every: int = 1000
+    """Steps between saves."""
+    compile: bool = False
+    """torch.compile the network."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness.data.benchmark import open_benchmark
+        from cutmix_robustness.experiments import train_and_evaluate
+        from cutmix_robustness.train import make_fabric
+
+        fabric = make_fabric(self.device, self.precision)
+        benchmark = open_benchmark(self.settings, self.seed, self.data_root, fabric.device)
+        _, outcome = train_and_evaluate(
+            self.settings,
+            self.seed,
+            benchmark,
+            self.data_root,
+            fabric,
+            self.output,
+            self.checkpoint_every,
+            self.compile,
+        )
+        if fabric.global_rank == 0:
+            print(json.dumps(outcome.metrics, indent=2))
+
+
+@dataclass
+class Eval:
+    """Evaluate a checkpoint of `train`: clean, robust and uncertain in one JSON object on stdout."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """File written by `cutmix-robustness train`."""
+    suites: tuple[str, ...] = ()
+    """Among clean, calibration, occlusion, fgsm, pgd, corruption, ood, in_between, localization; none: the run's."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data set is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness.experiments import evaluate_checkpoint
+        from cutmix_robustness.settings import SUITES
+
+        for suite in self.suites:
+            if suite not in SUITES:
+                raise usage(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+        metrics = evaluate_checkpoint(self.checkpoint, self.data_root, self.device, self.suites)
+        print(json.dumps(metrics, indent=2))
+
+
+@dataclass
+class Corrupt:
+    """Corrupt images: a file or folder into PNG files, or a CIFAR test set into the .npy files of CIFAR-C."""
+
+    source: tyro.conf.Positional[str]
+    """An image, a folder of images, or cifar10, cifar100 or cifar10-jpeg."""
+    output: tyro.conf.Positional[Path]
+    """Folder to write to."""
+    names: tuple[str, ...] = ()
+    """Corruptions; none: all 19."""
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Severities of image files, 1 .. 5; a CIFAR set always gets all five."""
+    scale: Literal["cifar", "imagenet"] = "imagenet"
+    """Severity table of image files."""
+    seed: int = 0
+    """Of all draws."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where a CIFAR test set is."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+        from cutmix_robustness.data import cifar, corrupted
+
+        names = self.names or (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
+        if self.source in ("cifar10", "cifar100", "cifar10-jpeg"):
+            _, test, _ = cifar.load(self.source, self.data_root, "none", "cpu")
+            corrupted.write_cifar_c(test, self.output, names, self.seed)
+        else:
+            corrupted.write_images(Path(self.source), self.output, names, self.severities, self.scale, self.seed)
+
+
+@dataclass
+class Data:
+    """What is needed, where it is looked for, and what is there."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where to look."""
+    download: Literal["cifar10", "cifar100", "svhn", "voc"] | None = None
+    """Fetch this one through torchvision, which checks its hash."""
+
+    def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from cutmix_robustness.data.inventory import fetch, inventory
+        from shared_utils.logging import console
+
+        if self.download:
+            fetch(self.download, self.data_root)
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
+
+
+@dataclass
+class Tables:
+    """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness import experiments
+        from cutmix_robustness.figures import draw_all
+        from shared_utils.report import results_page
+
+        results = experiments.PROJECT / "results"
+        draw_all(experiments.tables(), results)
+        page = results_page(PROGRAM, experiments.tables(), results, f"{PROGRAM} run")
+        (results / "RESULTS.md").write_text(page)
+
+
+@dataclass
+class Record:
+    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness.experiments import PROJECT
+        from shared_utils.logging import get_logger
+        from shared_utils.runlog import RunLog, record
+
+        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
+        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
+        get_logger(PROGRAM).info("%d runs recorded", record(moves, PROJECT))
+        Tables()()
+
+
+@dataclass
+class Bench:
+    """Speed: CutMix against timm and torchvision, corruptions against imagecorruptions, training against plain eager."""
+
+    repeats: int = 9
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
+
+    def __call__(self) -> None:
+        from cutmix_robustness.bench import run
+
+        run(self.repeats, self.threads)
+
+
+def usage(message: str) -> SystemExit:
+    """Wrong usage: the message on stderr, exit code 2."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+VERBS = {
+    "run": Run, "train": Train, "eval": Eval, "corrupt": Corrupt, "data": Data,
+    "tables": Tables, "record": Record, "bench": Bench,
+}  # fmt: skip
+
+FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        verbs = {name: _call(kind) for name, kind in VERBS.items()}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
+    except KeyboardInterrupt:
+        print(
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+        )
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        sys.exit(2 if known else 1)
+
+
+def _call(kind: type):
+    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+        command()
+
+    act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]
+    act.__doc__ = kind.__doc__
+    return act
+
+
+if __name__ == "__main__":
+    main()

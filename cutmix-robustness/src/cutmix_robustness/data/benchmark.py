@@ -1,0 +1,97 @@
+"""What a model of a data set is trained and judged on, by the data set's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cutmix_robustness.data import cifar, imagenet, ood, twowave
+from cutmix_robustness.data.corrupted import corrupted_source
+from cutmix_robustness.data.sources import ImageFiles, ResidentImages, image_folder
+from cutmix_robustness.settings import Settings
+
+Source = ResidentImages | ImageFiles
+
+
+@dataclass
+class Benchmark:
+    """Training and test images and what the suites need besides.
+
+    Attributes:
+        train: training set.
+        test: test set; the suites derive everything else from it.
+        num_classes: K.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+        corruption_scale: "cifar" or "imagenet": which severities.
+        stored_corruptions: folder of CIFAR-C or ImageNet-C, read where it is there; else corruptions are generated.
+        unknown: opens the sets of unknown inputs, by name.
+        boxes: (n_i, 4) true boxes of every test image as (x0, y0, x1, y1) on the 224 x 224 crop.
+    """
+
+    train: Source
+    test: Source
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    corruption_scale: str = "cifar"
+    stored_corruptions: Path | None = None
+    unknown: Callable[[], dict[str, Source]] = field(default=dict)
+    boxes: list[np.ndarray] | None = None
+
+    def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Source:
+        """A corrupted copy of (the first images of) the test set."""
+        return corrupted_source(source, name, severity, self.corruption_scale, self.stored_corruptions, seed)
+
+
+def open_benchmark(settings: Settings, seed: int, data_root: Path, device: torch.device | str = "cpu") -> Benchmark:
+    """The data set of the settings.
+
+    Raises:
+        FileNotFoundError: a data set that is missing, with what to do.
+    """
+    augment = settings.augment
+    if settings.dataset == "twowave":
+        return _twowave(seed, device)
+    if settings.dataset in ("cifar10", "cifar100", "cifar10-jpeg"):
+        train, test, classes = cifar.load(settings.dataset, data_root, augment, device, settings.train_images)
+        stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(settings.dataset)
+        return Benchmark(
+            train, test, classes, cifar.MEAN, cifar.STD, "cifar", data_root / stored if stored else None,
+            lambda: ood.open_sets(data_root, device, settings.dataset == "cifar10-jpeg"),
+        )  # fmt: skip
+    if settings.dataset == "cub":
+        train, test, boxes = imagenet.load_cub(data_root / "CUB_200_2011", augment, device)
+        return Benchmark(train, test, 200, imagenet.MEAN, imagenet.STD, "imagenet", boxes=boxes)
+    if settings.dataset == "imagenet":
+        train, test = imagenet.load(data_root / "imagenet", augment, device)
+        boxes = None
+        if "localization" in settings.suites:
+            boxes = imagenet.val_boxes(data_root / "imagenet", test.paths)
+        return Benchmark(
+            train, test, 1000, imagenet.MEAN, imagenet.STD, "imagenet", data_root / "imagenet-c", boxes=boxes
+        )
+    paths, labels, classes = image_folder(data_root / "train")
+    test_paths, test_labels, test_classes = image_folder(data_root / "test")
+    if classes != test_classes:
+        raise ValueError(f"{data_root}: train and test have other class folders")
+    train = ImageFiles(paths, labels, "image folder, train", augment, device)
+    test = ImageFiles(test_paths, test_labels, "image folder, test", "none", device)
+    return Benchmark(train, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
+
+
+def _twowave(seed: int, device: torch.device | str) -> Benchmark:
+    """500 training and 1,000 test images; unknown inputs: noise, unseen classes, background alone."""
+
+    def draw(n: int, part: int, waves: str = "known") -> ResidentImages:
+        return twowave.twowave(n, 4 * seed + part, waves).to(device)
+
+    def unknown() -> dict[str, ResidentImages]:
+        noise = ood.noise_sets(1000, twowave.SIDE, seed, device)
+        return noise | {"unseen_classes": draw(1000, 2, "unseen"), "background": draw(1000, 3, "none")}
+
+    return Benchmark(draw(500, 0), draw(1000, 1), twowave.CLASSES, twowave.MEAN, twowave.STD, "cifar", None, unknown)

@@ -1,0 +1,89 @@
+"""ImageNet and CUB-200-2011 as image files, with the boxes of the localization protocol."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cutmix_robustness.data.sources import ImageFiles, image_folder
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load(root: Path, augment: str, device: torch.device | str) -> tuple[ImageFiles, ImageFiles]:
+    """Training and validation set of root/train/<wnid>/ and root/val/<wnid>/; wnids in alphabetical order.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: the two have other classes.
+    """
+    (paths, labels, classes), (val_paths, val_labels, val_classes) = (image_folder(root / p) for p in ("train", "val"))
+    if classes != val_classes:
+        raise ValueError(f"{root}: train has {len(classes)} class folders and val {len(val_classes)}, or other ones")
+    train = ImageFiles(paths, labels, "ImageNet, train", augment, device)
+    return train, ImageFiles(val_paths, val_labels, "ImageNet, val", _test_transform(augment), device)
+
+
+def _test_transform(augment: str) -> str:
+    return "wsol-test" if augment == "wsol" else "none"
+
+
+def val_boxes(root: Path, paths: list[Path]) -> list[np.ndarray]:
+    """Boxes of the validation images on the 224 x 224 centre crop, from root/val_boxes/<image>.xml.
+
+    Raises:
+        FileNotFoundError: an annotation is missing.
+    """
+    found = []
+    for path in paths:
+        annotation = root / "val_boxes" / f"{path.stem}.xml"
+        if not annotation.is_file():
+            raise FileNotFoundError(f"{annotation}: no annotation for {path.name} (ILSVRC's validation boxes)")
+        tree = ElementTree.parse(annotation).getroot()
+        width, height = (int(tree.findtext(f"size/{name}")) for name in ("width", "height"))
+        boxes = [
+            [int(each.findtext(f"bndbox/{name}")) for name in ("xmin", "ymin", "xmax", "ymax")]
+            for each in tree.findall("object")
+        ]
+        found.append(on_crop(np.array(boxes, float), width, height))
+    return found
+
+
+def on_crop(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(n, 4) boxes of a width x height image after resizing it to 256 x 256 and cropping the central 224 x 224."""
+    scaled = boxes * np.array([256 / width, 256 / height] * 2) - 16
+    return scaled.clip(0, 224)
+
+
+def load_cub(root: Path, augment: str, device: torch.device | str) -> tuple[ImageFiles, ImageFiles, list[np.ndarray]]:
+    """Training set, test set and the test images' boxes of CUB_200_2011, by its own text files.
+
+    Raises:
+        FileNotFoundError: one of the text files or images is missing.
+    """
+    columns = {}
+    for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes"):
+        path = root / f"{name}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; unpack CUB_200_2011.tgz below the data root")
+        columns[name] = [line.split()[1:] for line in path.read_text().splitlines()]
+    paths = [root / "images" / name for (name,) in columns["images"]]
+    labels = torch.tensor([int(label) - 1 for (label,) in columns["image_class_labels"]])
+    train = torch.tensor([part == "1" for (part,) in columns["train_test_split"]])
+    sets = []
+    for part, index, transform in (
+        ("train", train.nonzero()[:, 0], augment),
+        ("test", (~train).nonzero()[:, 0], _test_transform(augment)),
+    ):
+        chosen = [paths[i] for i in index.tolist()]
+        sets.append(ImageFiles(chosen, labels[index], f"CUB-200-2011, {part}", transform, device))
+    boxes = []
+    for i in (~train).nonzero()[:, 0].tolist():
+        x, y, width, height = map(float, columns["bounding_boxes"][i])
+        with Image.open(paths[i]) as image:
+            boxes.append(on_crop(np.array([[x, y, x + width, y + height]]), *image.size))
+    return *sets, boxes

@@ -1,0 +1,221 @@
+"""Where images come from: tensors that live on the device, or files that workers read.
+
+Both hand out uint8 batches. A training batch's augmentation is drawn from generators seeded by (seed, epoch, batch or
+image), so that it depends on neither the number of workers or ranks nor on where a killed run was continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+RESIDENT_BATCH, FILES_BATCH = 500, 250  # images of an evaluation step
+TRANSFORMS = {
+    "imagenet": [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)],
+    "wsol": [v2.Resize((256, 256)), v2.RandomCrop(224), v2.RandomHorizontalFlip()],
+    "none": [v2.Resize(256), v2.CenterCrop(224)],
+    "cropped": [v2.CenterCrop(224)],
+    "wsol-test": [v2.Resize((256, 256)), v2.CenterCrop(224)],
+}
+
+
+def generator_for(*key: int | str) -> torch.Generator:
+    """A CPU generator that the key (seed, epoch, batch, ...) decides."""
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def index_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Every full global batch of an epoch, in an order that seed and epoch decide; ValueError if there is none."""
+    if n < batch_size:
+        raise ValueError(f"{n} training images hold no full batch of {batch_size}")
+    order = torch.randperm(n, generator=generator_for(seed, epoch))
+    return [batch for batch in order.split(batch_size) if len(batch) == batch_size]
+
+
+class ResidentImages:
+    """Small images as uint8 on the device, cropped and flipped there.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64.
+        name: for the run record.
+        augment: "none" or "crop-flip".
+        device: where they live.
+
+    Raises:
+        ValueError: other shapes, dtypes or lengths.
+    """
+
+    whole_batches = True  # every rank sees the global batch, and mixes it before it takes its share
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        name: str,
+        augment: str = "none",
+        device: torch.device | str = "cpu",
+    ):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be ({len(images)},) int64, got {tuple(labels.shape)} {labels.dtype}")
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.name, self.augment = name, augment
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, start: int, rank: int, world: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number, images (B, 3, H, W) uint8, labels (B,)) of an epoch's global batches from `start` on."""
+        for number, index in list(enumerate(index_batches(len(self), batch_size, seed, epoch)))[start:]:
+            index = index.to(self.images.device)
+            images = self.images[index]
+            if self.augment == "crop-flip":
+                images = crop_and_flip(images, generator_for(seed, epoch, number, 1))
+            yield number, images, self.labels[index]
+
+    def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number, images (B, 3, H, W) uint8, labels (B,)) in order, every world-th batch from rank on."""
+        parts = list(zip(self.images.split(RESIDENT_BATCH), self.labels.split(RESIDENT_BATCH), strict=True))
+        yield from ((number, *parts[number]) for number in range(rank, len(parts), world))
+
+    def to(self, device: torch.device | str) -> ResidentImages:
+        """A copy on a device."""
+        return ResidentImages(self.images, self.labels, self.name, self.augment, device)
+
+    def select(self, index: Tensor) -> ResidentImages:
+        """Some of the images, without augmentation."""
+        return ResidentImages(self.images[index], self.labels[index], self.name, device=self.images.device)
+
+    def record(self) -> dict:
+        """Name, shape and checksum, for the run record."""
+        content = hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes())
+        return {"name": self.name, "shape": list(self.images.shape), "sha256": content.hexdigest()[:16]}
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Random crop of the zero-padded images and horizontal flip, one draw per image: (B, 3, H, W) to the same."""
+    n, _, height, width = images.shape
+    top, left = torch.randint(2 * padding + 1, (2, n), generator=generator).to(images.device)
+    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
+    padded = F.pad(images, [padding] * 4)
+    sample, channel = torch.arange(n, device=images.device), torch.arange(3, device=images.device)
+    return padded[
+        sample[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
+
+
+class ImageFiles:
+    """Labelled image files read by worker processes.
+
+    Args:
+        paths: of the files.
+        labels: (N,) int64.
+        name: for the run record.
+        augment: a key of `TRANSFORMS`.
+        device: where batches go.
+        num_workers: reading processes.
+
+    Raises:
+        FileNotFoundError: files that are missing, with their number and the first one's name.
+        ValueError: no image at all; on reading, an image that cannot be decoded, by name.
+    """
+
+    whole_batches = False  # a rank reads its own share only
+
+    def __init__(
+        self,
+        paths: list[Path],
+        labels: Tensor,
+        name: str,
+        augment: str = "none",
+        device: torch.device | str = "cpu",
+        num_workers: int = 8,
+    ):
+        if not paths:
+            raise ValueError(f"{name} holds no image")
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} of {len(paths)} images of {name} are missing, first {missing[0]}")
+        self.paths, self.labels, self.name, self.augment = paths, labels, name, augment
+        self.device, self.num_workers = torch.device(device), num_workers
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, start: int, rank: int, world: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number, images (B / world, 3, 224, 224) uint8, labels) of this rank's share of every batch."""
+        batches = index_batches(len(self), batch_size, seed, epoch)[start:]
+        loaded = self._load([batch[rank::world].tolist() for batch in batches], seed, epoch)
+        yield from ((number, images, labels) for number, (images, labels) in enumerate(loaded, start))
+
+    def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number, images (B, 3, 224, 224) uint8, labels (B,)) in order, every world-th batch from rank on."""
+        parts = torch.arange(len(self)).split(FILES_BATCH)[rank::world]
+        loaded = self._load([part.tolist() for part in parts], 0, 0)
+        yield from ((rank + world * i, images, labels) for i, (images, labels) in enumerate(loaded))
+
+    def select(self, index: Tensor) -> ImageFiles:
+        """Some of the images."""
+        paths = [self.paths[i] for i in index.tolist()]
+        return ImageFiles(paths, self.labels[index], self.name, self.augment, self.device, self.num_workers)
+
+    def _load(self, batches: list[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        cuda = self.device.type == "cuda"
+        reader = _Reader(self.paths, self.augment, seed, epoch)
+        for images, index in DataLoader(reader, batch_sampler=batches, num_workers=self.num_workers, pin_memory=cuda):
+            yield images.to(self.device, non_blocking=True), self.labels[index].to(self.device, non_blocking=True)
+
+    def record(self) -> dict:
+        """Name, number of images and checksum of the file names and labels, for the run record."""
+        lines = "\n".join(f"{path.name} {label}" for path, label in zip(self.paths, self.labels.tolist(), strict=True))
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
+        return {"name": self.name, "images": len(self), "sha256": digest}
+
+
+class _Reader(Dataset):
+    def __init__(self, paths: list[Path], augment: str, seed: int, epoch: int):
+        self.paths, self.seed, self.epoch = paths, seed, epoch
+        self.transform = v2.Compose([v2.ToImage(), *TRANSFORMS[augment]])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.paths[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError) as error:  # what Pillow raises on damaged bytes
+            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator_for(self.seed, self.epoch, index).initial_seed())
+            return self.transform(image), index
+
+
+def image_folder(root: Path) -> tuple[list[Path], Tensor, list[str]]:
+    """Files, labels and class names of a folder with one folder per class, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: no such folder, or none below it.
+    """
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if not classes:
+        raise FileNotFoundError(f"{root}: no folder with one folder of images per class")
+    paths = [path for name in classes for path in sorted((root / name).iterdir()) if path.is_file()]
+    labels = torch.tensor([classes.index(path.parent.name) for path in paths], dtype=torch.int64)
+    return paths, labels, classes

@@ -1,0 +1,273 @@
+"""One model, every column: clean, occluded, attacked, corrupted, between classes, from outside, and where it looks.
+
+Everything is computed in float32 (confidences in float64) on a model in evaluation mode. Under several processes each
+takes its share of the batches and every image counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from cutmix_robustness.attacks import fgsm, input_gradient, pgd
+from cutmix_robustness.corruption_error import mean_corruption_error
+from cutmix_robustness.corruptions import CORRUPTIONS
+from cutmix_robustness.data.benchmark import Benchmark
+from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator_for
+from cutmix_robustness.localization import class_activation_map, localization_accuracy
+from cutmix_robustness.networks import Classifier
+from cutmix_robustness.occlusion import in_between, occlude
+from cutmix_robustness.uncertainty import calibration, confidence, ood_metrics
+
+TENTHS = [tenth / 10 for tenth in range(11)]
+
+
+@dataclass
+class Evaluation:
+    """What a suite measured: single numbers, and curves or matrices for the figures."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
+
+
+def collect(
+    source: ResidentImages | ImageFiles, measure: Callable[[Tensor, Tensor], dict[str, Tensor]], fabric: Fabric
+) -> dict[str, Tensor]:
+    """Map batches and concatenate what comes back, in the order of the source, over all processes.
+
+    Args:
+        source: of uint8 images.
+        measure: images (B, 3, H, W) in [0, 1] and labels (B,) to tensors of leading dimension B.
+        fabric: processes.
+
+    Returns:
+        The same names, (N, ...) on the CPU.
+    """
+    parts = {}
+    for number, images, labels in source.batches(fabric.global_rank, fabric.world_size):
+        images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+        parts[number] = {name: value.detach().cpu() for name, value in measure(images, labels).items()}
+    if fabric.world_size > 1:
+        everyone: list[dict] = [{} for _ in range(fabric.world_size)]
+        dist.all_gather_object(everyone, parts)
+        parts = {number: part for share in everyone for number, part in share.items()}
+    ordered = [parts[number] for number in sorted(parts)]
+    return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
+
+
+def logits_of(model: Classifier, source: ResidentImages | ImageFiles, fabric: Fabric) -> tuple[Tensor, Tensor]:
+    """(N, K) logits and (N,) labels of a source, on the CPU."""
+    with torch.no_grad():
+        found = collect(source, lambda images, labels: {"logits": model(images), "labels": labels}, fabric)
+    return found["logits"], found["labels"]
+
+
+def top1_error(model: Classifier, source: ResidentImages | ImageFiles, fabric: Fabric) -> float:
+    """In %; leaves the model in training mode."""
+    logits, labels = logits_of(model.eval(), source, fabric)
+    model.train()
+    return _error(logits.argmax(1) == labels)
+
+
+def _error(right: Tensor) -> float:
+    return 100 - 100 * right.double().mean().item()
+
+
+class Evaluator:
+    """The suites, on one model and one benchmark.
+
+    Args:
+        model: images in [0, 1] to logits.
+        benchmark: test set, corruptions, unknown inputs, boxes.
+        fabric: device and processes.
+        severities: of the corruptions.
+        probe_images: only the first so many test images for PGD, corruptions and pairs; 0: all.
+        seed: of pairs, random starts and corruptions that are generated here.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        benchmark: Benchmark,
+        fabric: Fabric,
+        severities: Sequence[int] = (1, 2, 3, 4, 5),
+        probe_images: int = 0,
+        seed: int = 0,
+    ):
+        self.model, self.benchmark, self.fabric = model.eval(), benchmark, fabric
+        self.severities, self.seed = severities, seed
+        test = benchmark.test
+        self.probes = test.select(torch.arange(min(probe_images, len(test)))) if probe_images else test
+        self.logits, self.labels = logits_of(model, test, fabric)
+
+    def run(self, suites: Sequence[str]) -> Evaluation:
+        """Metrics and details of the suites, in the order given."""
+        total = Evaluation()
+        for name in suites:
+            part = getattr(self, name)()
+            total.metrics |= part.metrics
+            total.details |= part.details
+        return total
+
+    def clean(self) -> Evaluation:
+        """Top-1 and, from six classes on, top-5 error."""
+        error = _error(self.logits.argmax(1) == self.labels)
+        metrics = {"top1_error": error, "top1_accuracy": 100 - error}
+        if self.logits.shape[1] > 5:
+            metrics["top5_error"] = _error((self.logits.topk(5).indices == self.labels[:, None]).any(1))
+        return Evaluation(metrics)
+
+    def calibration(self) -> Evaluation:
+        """Calibration errors, NLL, Brier score and mean confidence."""
+        return Evaluation(calibration(self.logits, self.labels))
+
+    def occlusion(self) -> Evaluation:
+        """Error under a centred hole and under its complement, at eleven sizes (figure 5a)."""
+        side = self._side()
+        sizes = [round(tenth * side) for tenth in TENTHS]
+        mean = self.model.mean.flatten()
+        metrics, details = {}, {}
+        for where in ("center", "boundary"):
+
+            def measure(images: Tensor, labels: Tensor, where: str = where) -> dict[str, Tensor]:
+                right = [self.model(occlude(images, size, where, mean)).argmax(1) == labels for size in sizes]
+                return {"right": torch.stack(right, 1)}
+
+            errors = self._curve(self.benchmark.test, measure)
+            metrics[f"{where}_occlusion_error"] = errors[5]
+            metrics[f"{where}_occlusion_area"] = float(np.trapezoid(errors, dx=0.1))
+            details[f"{where}_occlusion"] = errors
+        return Evaluation(metrics, details)
+
+    def _side(self) -> int:
+        _, images, _ = next(iter(self.benchmark.test.batches()))
+        return min(images.shape[2:])
+
+    def _curve(self, source, measure: Callable) -> list[float]:
+        with torch.no_grad():
+            right = collect(source, measure, self.fabric)["right"]
+        return [round(100 - 100 * value, 3) for value in right.double().mean(0).tolist()]
+
+    def fgsm(self) -> Evaluation:
+        """Accuracy under FGSM, 8/255, and the share of images whose gradient is zero (a sign of masking)."""
+
+        def measure(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            flat = input_gradient(self.model, images, labels).flatten(1).abs().amax(1) == 0
+            return {"right": self.model(fgsm(self.model, images, labels)).argmax(1) == labels, "flat": flat}
+
+        found = collect(self.benchmark.test, measure, self.fabric)
+        error = _error(found["right"])
+        zero = 100 * found["flat"].double().mean().item()
+        return Evaluation({"fgsm_accuracy": 100 - error, "fgsm_error": error, "zero_gradients": zero})
+
+    def pgd(self) -> Evaluation:
+        """Accuracy under ten steps of PGD, 8/255, from a random start."""
+        generator = generator_for(self.seed, self.fabric.global_rank, 4)
+
+        def measure(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            attacked = pgd(self.model, images, labels, generator=generator)
+            return {"right": self.model(attacked).argmax(1) == labels}
+
+        return Evaluation({"pgd_accuracy": 100 - _error(collect(self.probes, measure, self.fabric)["right"])})
+
+    def corruption(self) -> Evaluation:
+        """Errors under the 15 corruptions, their mean and group means; on ImageNet over AlexNet's errors as well."""
+        errors = np.array([[self._corrupted_error(name, each) for each in self.severities] for name in CORRUPTIONS])
+        spread = np.repeat(errors.mean(1, keepdims=True), 5, 1)  # (15, 5): the mean over the severities measured
+        summary = mean_corruption_error(spread)
+        metrics = {"corruption_error": summary.pop("mean")}
+        metrics |= {f"{group}_error": value for group, value in summary.items()}
+        if self.benchmark.corruption_scale == "imagenet":
+            relative = mean_corruption_error(spread / 100, "alexnet")
+            metrics["mce"] = 100 * relative.pop("mean")
+            metrics |= {f"{group}_ce": 100 * value for group, value in relative.items()}
+        return Evaluation(metrics, {"corruption_errors": errors.round(3).tolist()})
+
+    def _corrupted_error(self, name: str, severity: int) -> float:
+        source = self.benchmark.corrupted(self.probes, name, severity, self.seed)
+        logits, labels = logits_of(self.model, source, self.fabric)
+        return _error(logits.argmax(1) == labels)
+
+    def ood(self) -> Evaluation:
+        """Detection of unknown inputs by the maximum softmax probability: per set, and their mean (Table 12, A2)."""
+        known = confidence(self.logits)[0]
+        found = {}
+        for name, source in self.benchmark.unknown().items():
+            found[name] = ood_metrics(known, confidence(logits_of(self.model, source, self.fabric)[0])[0])
+        metrics = {}
+        for key in ("auroc", "tnr95", "detection_accuracy"):
+            for name, values in found.items():
+                metrics[f"{name}_{key}"] = 100 * values[key]
+            metrics[f"ood_{key}"] = 100 * float(np.mean([values[key] for values in found.values()]))
+        metrics["ood_detection_error"] = 100 - metrics["ood_detection_accuracy"]
+        return Evaluation(metrics)
+
+    def in_between(self) -> Evaluation:
+        """Images between random pairs: how often neither class is predicted, and their top-1 error (figure 5b)."""
+        pairs = self.probes.select(torch.randperm(len(self.probes), generator=generator_for(self.seed, 5)))
+        metrics, details = {}, {}
+        for kind in ("mixup", "cutmix"):
+
+            def measure(images: Tensor, labels: Tensor, kind: str = kind) -> dict[str, Tensor]:
+                other, other_labels = images.roll(1, 0), labels.roll(1)
+                right = []
+                for ratio in TENTHS:
+                    predicted = self.model(in_between(images, other, ratio, kind)).argmax(1)
+                    right.append((predicted == labels) | (predicted == other_labels))
+                return {"right": torch.stack(right, 1), "distinct": labels != other_labels}
+
+            with torch.no_grad():
+                found = collect(pairs, measure, self.fabric)
+            right, distinct = found["right"].double(), found["distinct"]
+            neither = (100 - 100 * right.mean(0)).tolist()
+            metrics[f"neither_{kind}"] = neither[5]
+            metrics[f"neither_{kind}_distinct"] = _error(right[distinct, 5]) if distinct.any() else 0.0
+            details[f"in_between_{kind}"] = [round(value, 3) for value in neither]
+        return Evaluation(metrics, details)
+
+    def localization(self) -> Evaluation:
+        """Boxes around the class activation map of the predicted class (Table 9)."""
+
+        def measure(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            network = self.model.network
+            features = network.features((images - self.model.mean) / self.model.std)
+            predicted = network.fc(features.mean((2, 3))).argmax(1)
+            cam = class_activation_map(features, network.fc.weight, predicted)
+            cam = F.interpolate(cam[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+            return {"cam": cam.half(), "right": predicted == labels}
+
+        if self.benchmark.boxes is None:
+            raise ValueError(f"{self.benchmark.test.name} has no boxes, the suite localization needs them")
+        with torch.no_grad():
+            found = collect(self.benchmark.test, measure, self.fabric)
+        cams = found["cam"].float().numpy()
+        return Evaluation(localization_accuracy(cams, found["right"].numpy(), self.benchmark.boxes))
+
+
+def evaluate(
+    models: dict[str, Classifier],
+    suites: Sequence[str],
+    benchmark: Benchmark,
+    fabric: Fabric | None = None,
+    **options,
+) -> pd.DataFrame:
+    """One row per model with every column of the suites.
+
+    Args:
+        models: name to classifier (images in [0, 1] to logits), on the fabric's device.
+        suites: among clean, calibration, occlusion, fgsm, pgd, corruption, ood, in_between, localization.
+        benchmark: from `open_benchmark`, or your own sources.
+        fabric: device and processes; None: one process on the CPU.
+        options: further arguments of `Evaluator`.
+    """
+    fabric = fabric or Fabric(accelerator="cpu", devices=1)
+    rows = {name: Evaluator(model, benchmark, fabric, **options).run(suites).metrics for name, model in models.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,188 @@
+"""From the settings of a table's row to the outcome of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+
+from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
+from cutmix_robustness.data.ood import outliers
+from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.evaluate import Evaluator, top1_error
+from cutmix_robustness.networks import NETWORKS, Classifier
+from cutmix_robustness.recipe import Recipe
+from cutmix_robustness.settings import Settings
+from cutmix_robustness.train import fit, load_checkpoint, load_network, make_fabric
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.seeding import seed_everything
+from shared_utils.tables import Table, load_tables, settings_hash
+
+PROJECT = Path(__file__).parents[2]
+PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
+AVERAGED = (  # Table 4 of 2003.03879
+    "top1_error", "fgsm_error", "center_occlusion_error", "noise_ce", "blur_ce", "weather_ce", "digital_ce",
+)  # fmt: skip
+WITH_BRANCHES = ("small", "resnet", "wrn", "pyramidnet", "resnext")
+
+
+def tables() -> list[Table]:
+    """All table files, checked against the settings."""
+    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def run_tables(
+    chosen: Sequence[Table],
+    scale: str,
+    data_root: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+) -> RunLog:
+    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    run_missing(
+        "cutmix-robustness",
+        runs,
+        log,
+        partial(execute, data_root=data_root),
+        repository=PROJECT,
+        packages=PACKAGES,
+        force=force,
+        jobs=jobs,
+    )
+    return log
+
+
+def execute(settings: dict, seed: int, *, data_root: Path) -> Outcome:
+    """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+    resolved = Settings(**settings)
+    if resolved.task == "captioning":
+        raise ValueError("image captioning (NIC on COCO, Table A1) is not part of this project")
+    if resolved.task == "properties":
+        return measure_properties(resolved, seed)
+    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+    if resolved.task == "detection":
+        from cutmix_robustness.detection import train_and_measure
+
+        outcome = train_and_measure(resolved, seed, data_root, _fabric(), checkpoint)
+    else:
+        benchmark = open_benchmark(resolved, seed, data_root, _fabric().device)
+        _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return outcome
+
+
+def train_and_evaluate(
+    settings: Settings,
+    seed: int,
+    benchmark: Benchmark,
+    data_root: Path,
+    fabric: Fabric,
+    checkpoint: Path | None,
+    checkpoint_every: int = 1000,
+    compile: bool = False,
+) -> tuple[Classifier, Outcome]:
+    """Train from scratch (or on from the checkpoint) and evaluate the last epoch; the best is reported beside it."""
+    model = build_classifier(settings, benchmark, seed)
+    if settings.initial_weights:
+        path = data_root / settings.initial_weights
+        load_network(model, load_checkpoint(path)["network"], str(path), keep_head=False)
+    side_images = None
+    if settings.outliers != "none":
+        side = benchmark.train.images.shape[-1]
+        side_images = outliers(settings.outliers, data_root, side, seed, fabric.device)
+    curve = fit(
+        model,
+        settings,
+        benchmark.train,
+        seed,
+        fabric,
+        outliers=side_images,
+        test_error=lambda model: top1_error(model, benchmark.test, fabric),
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        compile=compile,
+    )
+    evaluator = Evaluator(model, benchmark, fabric, settings.severities, settings.probe_images, seed)
+    found = evaluator.run(settings.suites)
+    errors = {point["epoch"]: point["test_error"] for point in curve if "test_error" in point}
+    found.metrics |= {"best_top1_error": min(errors.values()), "parameters_millions": count_parameters(model) / 1e6}
+    if "mce" in found.metrics:
+        found.metrics["average_error"] = sum(found.metrics[name] for name in AVERAGED) / len(AVERAGED)
+    found.details["test_errors"] = {str(epoch): round(error, 3) for epoch, error in errors.items()}
+    found.details["train"] = {name: round(value, 4) for name, value in curve[-1].items()}
+    dataset = {"train": benchmark.train.record(), "test": benchmark.test.record()}
+    return model, Outcome(found.metrics, found.details, dataset)
+
+
+def build_classifier(settings: Settings, benchmark: Benchmark, seed: int) -> Classifier:
+    """Fresh weights from the seed.
+
+    Raises:
+        ValueError: an unknown network, or a branch regularizer on a network without residual branches.
+    """
+    if settings.network not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {settings.network!r}")
+    options = {"num_classes": benchmark.num_classes}
+    if settings.branch != "none":
+        if not settings.network.startswith(WITH_BRANCHES):
+            raise ValueError(f"{settings.network} has no residual branches for {settings.branch}")
+        options |= {"branch": settings.branch, "branch_rate": settings.branch_rate}
+    seed_everything(seed)
+    return Classifier(NETWORKS[settings.network](**options), benchmark.mean, benchmark.std)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Trainable numbers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def evaluate_checkpoint(path: Path, data_root: Path, device: str, suites: Sequence[str]) -> dict[str, float]:
+    """Metrics of a checkpoint that `train` wrote. ValueError where it is damaged or of another network."""
+    content = load_checkpoint(path)
+    settings = Settings(**content["run"]["settings"])
+    fabric = make_fabric(device)
+    benchmark = open_benchmark(settings, content["run"]["seed"], data_root, fabric.device)
+    model = build_classifier(settings, benchmark, content["run"]["seed"])
+    load_network(model, content["network"], str(path))
+    model.to(fabric.device, memory_format=torch.channels_last)
+    seed = content["run"]["seed"]
+    evaluator = Evaluator(model, benchmark, fabric, settings.severities, settings.probe_images, seed)
+    return evaluator.run(suites or settings.suites).metrics
+
+
+def measure_properties(settings: Settings, seed: int) -> Outcome:
+    """Table 2 by measurement: image i holds the value i + 1 everywhere, so that every pixel shows where it came from."""
+    n, side = 64, 32
+    model = Classifier(torch.nn.Identity(), (0.0,) * 3, (1.0,) * 3)
+    recipe = Recipe(settings, model, torch.nn.Identity())
+    recipe.generator.manual_seed(generator_for(seed).initial_seed())
+    images = torch.arange(1.0, n + 1)[:, None, None, None].expand(n, 3, side, side).contiguous()
+    images = recipe.cutout(images) if recipe.cutout else images
+    own = torch.arange(1.0, n + 1)[:, None, None]
+    partner = 0.0
+    if recipe.mix is not None:
+        batch = recipe.mix(images, torch.arange(n))
+        images, partner = batch.images, 100 * (1 - batch.lam.double().mean().item())
+    pixels = images[:, 0]
+    blank, foreign = pixels == 0, (pixels - pixels.round()).abs().lt(1e-6) & (pixels != own)
+    return Outcome(
+        {
+            "informative_pixels": 100 - 100 * blank.double().mean().item(),
+            "dropped_pixels": 100 * foreign.double().mean().item(),
+            "partner_label": partner,
+        }
+    )
+
+
+@lru_cache(maxsize=1)
+def _fabric() -> Fabric:
+    return make_fabric()

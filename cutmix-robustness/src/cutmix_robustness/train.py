@@ -1,0 +1,201 @@
+"""The training loop: any recipe, any data set, one or many processes, killed at any instant and continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator_for
+from cutmix_robustness.networks import Classifier
+from cutmix_robustness.recipe import Recipe
+from cutmix_robustness.settings import Settings
+from shared_utils.logging import get_logger
+
+logger = get_logger("cutmix-robustness")
+
+
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """Fabric on one process, or on all that torchrun or Slurm started (DDP, batch statistics per GPU as the paper).
+
+    Args:
+        device: auto (CUDA where there is one), cpu or cuda.
+        precision: auto (bf16-mixed on CUDA, fp16 with a scaler before Ampere, 32-true on CPU) or one of Fabric's.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "32-true"
+        if device == "cuda":
+            precision = "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+    strategy = "ddp" if world > 1 else "auto"
+    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric.launch()
+    return fabric
+
+
+def build_optimizer(settings: Settings, model: Classifier) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum 0.9, or Adam, weight decay on all parameters; fused on CUDA."""
+    head = list(model.network.fc.parameters())
+    ids = {id(parameter) for parameter in head}
+    body = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    groups = [{"params": body, "base_lr": settings.lr}, {"params": head, "base_lr": settings.head_lr or settings.lr}]
+    fused = next(model.parameters()).is_cuda
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    return torch.optim.SGD(
+        groups, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay, fused=fused
+    )
+
+
+def fit(
+    model: Classifier,
+    settings: Settings,
+    data: ResidentImages | ImageFiles,
+    seed: int,
+    fabric: Fabric,
+    *,
+    outliers: ResidentImages | None = None,
+    test_error: Callable[[Classifier], float] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 1000,
+    compile: bool = False,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> list[dict]:
+    """Train in place; the same arguments give the same weights on a CPU, killed and started again or not.
+
+    Args:
+        model: on the CPU or on the fabric's device.
+        settings: of the run.
+        data: training set.
+        seed: of order, augmentation and mixing.
+        fabric: device, precision and processes.
+        outliers: see `Recipe`.
+        test_error: measured every `settings.eval_every` epochs and after the last; joins the curve.
+        checkpoint: file to resume from and to save to; of another run it is refused.
+        checkpoint_every: steps between saves; the end of training saves as well.
+        compile: torch.compile the classifier.
+        before_step: called with the number of steps done.
+
+    Returns:
+        The training curve: per epoch the means of `loss` and `mixed_accuracy`, and `test_error` where measured.
+
+    Raises:
+        ValueError: no full batch, a batch that the ranks cannot share, a checkpoint that is damaged or of another run.
+        RuntimeError: the loss became NaN or infinite.
+    """
+    s, rank, world = settings, fabric.global_rank, fabric.world_size
+    if s.batch_size % world:
+        raise ValueError(f"a global batch of {s.batch_size} cannot be shared by {world} ranks")
+    model.to(fabric.device, memory_format=torch.channels_last)
+    if compile:
+        model.compile()
+    optimizer = build_optimizer(s, model)
+    run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
+    state = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
+    if checkpoint is not None and checkpoint.exists():
+        state = _resume(checkpoint, run, model, optimizer)
+        logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    recipe = Recipe(s, model, wrapped, outliers)
+    share = (rank, world) if data.whole_batches else (0, 1)
+    steps = len(data) // s.batch_size
+
+    for epoch in range(state["epoch"], s.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * 0.1 ** sum(epoch >= milestone for milestone in s.milestones)
+        model.train()
+        for number, images, labels in data.train_batches(s.batch_size, seed, epoch, state["step"], rank, world):
+            before_step(state["total"])
+            torch.manual_seed(generator_for(seed, epoch, number, 3, rank).initial_seed())
+            progress = epoch / max(1, s.epochs - 1)
+            loss, statistics = recipe.loss(images, labels, (seed, epoch, number), progress, share)
+            optimizer.zero_grad(set_to_none=True)
+            fabric.backward(loss)
+            optimizer.step()
+            for name, value in statistics.items():
+                state["sums"][name] = state["sums"].get(name, 0) + value.double()
+            state |= {"step": number + 1, "total": state["total"] + 1}
+            if checkpoint is not None and state["total"] % checkpoint_every == 0:
+                _save(checkpoint, run, state, model, optimizer, fabric)
+        point = {name: (fabric.all_reduce(total) / steps).item() for name, total in state["sums"].items()}
+        if not all(math.isfinite(value) for value in point.values()):
+            raise RuntimeError(f"epoch {epoch + 1}: the loss is NaN or infinite: {point}")
+        last = epoch + 1 == s.epochs
+        if test_error is not None and (last or (s.eval_every and (epoch + 1) % s.eval_every == 0)):
+            point["test_error"] = test_error(model)
+        state |= {"epoch": epoch + 1, "step": 0, "curve": [*state["curve"], {"epoch": epoch + 1} | point], "sums": {}}
+    if checkpoint is not None:
+        _save(checkpoint, run, state, model, optimizer, fabric)
+    return state["curve"]
+
+
+def _save(path: Path, run: dict, state: dict, model: Classifier, optimizer, fabric: Fabric) -> None:
+    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
+    if fabric.global_rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        content = {"run": run, "state": state, "network": model.network.state_dict()}
+        torch.save(content | {"optimizer": optimizer.state_dict()}, temporary)
+        os.replace(temporary, path)
+    fabric.barrier()
+
+
+def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Optimizer) -> dict:
+    content = load_checkpoint(path)
+    if content["run"] != run:
+        theirs = content["run"]
+        differing = [name for name in run["settings"] if run["settings"][name] != theirs["settings"].get(name)]
+        differing += [name for name in ("seed", "data") if run[name] != theirs[name]]
+        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
+    model.network.load_state_dict(content["network"])
+    optimizer.load_state_dict(content["optimizer"])
+    device = next(model.parameters()).device
+    sums = {name: value.to(device) for name, value in content["state"]["sums"].items()}
+    return content["state"] | {"sums": sums}
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint written by `fit`, on the CPU and with weights_only. ValueError where it is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["run"]["settings"], content["network"]
+    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+    return content
+
+
+def load_network(model: Classifier, weights: dict[str, Tensor], where: str, keep_head: bool = True) -> None:
+    """Load a network's state dict; a `module.` in front of its names is dropped.
+
+    Args:
+        model: whose network is filled.
+        weights: names to tensors.
+        where: file name for the message.
+        keep_head: also load the linear layer; else it stays as initialised.
+
+    Raises:
+        ValueError: names or shapes of another network, with the first one that differs.
+    """
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    own = model.network.state_dict()
+    if not keep_head:
+        weights = weights | {name: value for name, value in own.items() if name.startswith("fc.")}
+    for name in sorted(own.keys() ^ weights.keys()):
+        raise ValueError(f"{where}: weights of another network: {name} is {'missing' if name in own else 'unknown'}")
+    for name, value in own.items():
+        if value.shape != weights[name].shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(value.shape)}")
+    model.network.load_state_dict(weights)
