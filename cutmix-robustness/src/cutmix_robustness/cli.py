@@ -234,7 +234,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed: CutMix against timm and torchvision, corruptions against imagecorruptions, training against plain eager."""
+    """Speed: mixing against timm and torchvision, corruptions against imagecorruptions, training against eager."""
 
     repeats: int = 9
     """Measurements per contender, taken in turn."""

@@ -61,13 +61,14 @@ def _halve(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600) -> nn.Module:
+def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **options) -> nn.Module:
     """A torchvision detector for VOC's 20 classes.
 
     Args:
         kind: "faster-rcnn" (feature pyramid on layers 1 to 4) or "ssd" (300 x 300).
         resnet: ResNet-50 of this package.
         min_size: of Faster R-CNN's images, in pixels.
+        options: further arguments of torchvision's FasterRCNN.
     """
     if kind == "ssd":
         anchors = DefaultBoxGenerator(
@@ -77,7 +78,7 @@ def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600) -> nn
         return SSD(SsdBackbone(resnet), anchors, (300, 300), len(CLASSES) + 1)
     layers = {f"layer{number}": str(number - 1) for number in range(1, 5)}
     backbone = BackboneWithFPN(resnet, layers, [256, 512, 1024, 2048], 256)
-    return FasterRCNN(backbone, len(CLASSES) + 1, min_size=min_size, max_size=1000)
+    return FasterRCNN(backbone, len(CLASSES) + 1, min_size=min_size, max_size=1000, **options)
 
 
 def train_and_measure(

@@ -121,5 +121,5 @@ class ShakeDrop(nn.Module):
         if not self.training:
             return residual * self.survival
         gate, alpha, beta = torch.rand(3, device=residual.device, dtype=residual.dtype)
-        gate, alpha = (gate < self.survival).to(residual.dtype), 2 * alpha - 1
-        return _Shake.apply(residual, gate + alpha - gate * alpha, gate + beta - gate * beta)
+        kept = gate < self.survival  # b = 1: both factors are 1; b = 0: alpha and beta
+        return _Shake.apply(residual, torch.where(kept, 1, 2 * alpha - 1), torch.where(kept, 1, beta))

@@ -160,7 +160,7 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, suites: Sequen
 
 
 def measure_properties(settings: Settings, seed: int) -> Outcome:
-    """Table 2 by measurement: image i holds the value i + 1 everywhere, so that every pixel shows where it came from."""
+    """Table 2 by measurement: image i holds i + 1 everywhere, so that every pixel shows where it came from."""
     n, side = 64, 32
     model = Classifier(torch.nn.Identity(), (0.0,) * 3, (1.0,) * 3)
     recipe = Recipe(settings, model, torch.nn.Identity())

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cutmix_robustness.cutmix import MODES, PARTNERS, ROUNDINGS, VARIANTS
-
 SUITES = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption", "ood", "in_between", "localization")
 DATASETS = ("twowave", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
 CHOICES = {
     "dataset": DATASETS,
     "mix": ("none", "cutmix", "mixup", "mixup+cutmix", "manifold-mixup", "feature-cutmix"),
-    "mode": MODES,
-    "partner": PARTNERS,
-    "rounding": ROUNDINGS,
-    "variant": VARIANTS,
     "branch": ("none", "stochdepth", "shakedrop", "dropblock"),
     "adversarial": ("none", "training", "logit-pairing"),
     "outliers": ("none", "svhn", "gan", "uniform"),

@@ -10,17 +10,19 @@ from cutmix_robustness.data.cifar import JPEG_ARCHIVE
 from cutmix_robustness.data.ood import FOLDERS
 
 FETCH = "cutmix-robustness data --download {}"
+CORRUPTED = "its authors' archive, or `corrupt`; else generated"
+ODIN = "the archive of ODIN's authors, by hand"
 SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("CIFAR-10", "paper", "163 MB", "", "cifar-10-batches-py", FETCH.format("cifar10")),
     ("CIFAR-100", "paper", "161 MB", "", "cifar-100-python", FETCH.format("cifar100")),
-    ("CIFAR-10 (JPEG)", "cifar10-jpeg", "62 MB", "", JPEG_ARCHIVE, "a zip of train/<class>/*.jpg and test/<class>/*.jpg"),
-    ("CIFAR-10-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-10-C", "its authors' archive, or `corrupt cifar10`; else generated"),
-    ("CIFAR-100-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-100-C", "its authors' archive, or `corrupt cifar100`; else generated"),
-    *((f"unknown inputs: {name}", "paper", "", "", f"ood/{place}", "ODIN's archive, by hand") for name, place in FOLDERS.items()),
+    ("CIFAR-10 (JPEG)", "cifar10-jpeg", "62 MB", "", JPEG_ARCHIVE, "a zip of train/<class>/*.jpg, test/..."),
+    ("CIFAR-10-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-10-C", CORRUPTED),
+    ("CIFAR-100-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-100-C", CORRUPTED),
+    *((f"unknown inputs: {name}", "paper", "", "", f"ood/{place}", ODIN) for name, place in FOLDERS.items()),
     ("SVHN", "paper", "182 MB", "non-commercial", "train_32x32.mat", FETCH.format("svhn")),
-    ("GAN samples", "paper", "", "", "gan-samples", "a folder of your own samples (Table R1, one row)"),
-    ("ImageNet (ILSVRC 2012)", "paper", "150 GB", "research only", "imagenet", "image-net.org: train/<wnid>/, val/<wnid>/"),
-    ("ImageNet validation boxes", "paper", "", "research only", "imagenet/val_boxes", "image-net.org: <image>.xml"),
+    ("GAN samples", "paper", "", "", "gan-samples", "a folder of your own (one row of Table R1)"),
+    ("ImageNet (ILSVRC 2012)", "paper", "150 GB", "research only", "imagenet", "by hand: train/<wnid>/, val/<wnid>/"),
+    ("ImageNet validation boxes", "paper", "", "", "imagenet/val_boxes", "by hand: <image>.xml"),
     ("ImageNet-C", "paper", "75 GB", "CC BY 4.0", "imagenet-c", "its authors' archive; else generated"),
     ("CUB-200-2011", "paper", "1.1 GB", "non-commercial", "CUB_200_2011", "its authors' archive, by hand"),
     ("Pascal VOC 2007, 2012", "paper", "2.8 GB", "", "VOCdevkit", FETCH.format("voc")),

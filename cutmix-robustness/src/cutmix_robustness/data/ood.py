@@ -18,6 +18,7 @@ FOLDERS = {  # the names of the archives that ODIN's authors published
     "lsun_resize": "LSUN_resize",
     "isun": "iSUN",
 }
+NOISE_IMAGES = 10_000
 EXTENSIONS = {".png", ".jpg", ".jpeg"}
 
 
@@ -45,7 +46,7 @@ def open_sets(data_root: Path, device: torch.device | str, noise_only: bool = Fa
     """
     images = {} if noise_only else FOLDERS
     sets = {name: folder_of_images(data_root / "ood" / folder, name, device) for name, folder in images.items()}
-    return sets | noise_sets(10_000, 32, 0, device)
+    return sets | noise_sets(NOISE_IMAGES, 32, 0, device)
 
 
 def folder_of_images(folder: Path, name: str, device: torch.device | str) -> ResidentImages:
@@ -75,7 +76,7 @@ def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.dev
         FileNotFoundError: they are missing, with what to do.
     """
     if kind == "uniform":
-        return noise_sets(10_000, side, seed + 1, device)["uniform"]
+        return noise_sets(NOISE_IMAGES, side, seed + 1, device)["uniform"]
     if kind == "gan":
         return folder_of_images(data_root / "gan-samples", "GAN samples", device)
     try:

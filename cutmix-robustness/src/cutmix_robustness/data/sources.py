@@ -7,7 +7,7 @@ image), so that it depends on neither the number of workers or ranks nor on wher
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch

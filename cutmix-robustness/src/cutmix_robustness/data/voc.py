@@ -90,14 +90,14 @@ def mean_average_precision(found: list[dict[str, np.ndarray]], true: list[dict[s
 
     Args:
         found: per image `boxes` (n, 4) as (x0, y0, x1, y1), `labels` (n,), `scores` (n,).
-        true: per image `boxes`, `labels`, and `difficult` (n,) bool; finding a difficult object neither helps nor hurts.
+        true: per image `boxes`, `labels`, `difficult` (n,) bool; finding a difficult object neither helps nor hurts.
 
     Raises:
         ValueError: lists of other lengths, or no object at all.
     """
     if len(found) != len(true):
         raise ValueError(f"found holds {len(found)} images, true {len(true)}")
-    labels = sorted({int(label) for each in true for label, hard in zip(each["labels"], each["difficult"]) if not hard})
+    labels = sorted({int(label) for each in true for label in each["labels"][~each["difficult"]]})
     if not labels:
         raise ValueError("true holds no object that is not difficult")
     return 100 * float(np.mean([_average_precision(found, true, label) for label in labels]))

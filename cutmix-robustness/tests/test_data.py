@@ -1,0 +1,328 @@
+"""The papers' data sets on small files of the same formats, each through a whole run."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cutmix_robustness import detection, experiments
+from cutmix_robustness.corruption_error import ALEXNET_ERROR
+from cutmix_robustness.corruptions import CORRUPTIONS, corrupt
+from cutmix_robustness.data import cifar, corrupted, imagenet, ood, sources, voc
+from cutmix_robustness.data.benchmark import open_benchmark
+from cutmix_robustness.data.inventory import inventory
+from cutmix_robustness.experiments import execute
+from cutmix_robustness.networks import NETWORKS, SmallNet, resnet_imagenet
+from cutmix_robustness.settings import PRESETS, Settings
+from cutmix_robustness.train import make_fabric
+
+ONE_EPOCH = {"epochs": 1, "network": "resnet20", "milestones": (), "eval_every": 0}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path):
+    """Checkpoints below the test's folder, images read without further processes."""
+    monkeypatch.setattr(experiments, "PROJECT", tmp_path / "project")
+    defaults = sources.ImageFiles.__init__.__defaults__
+    monkeypatch.setattr(sources.ImageFiles.__init__, "__defaults__", (*defaults[:-1], 0))
+    monkeypatch.setattr(detection, "_workers", lambda: 0)
+    monkeypatch.setattr(ood, "NOISE_IMAGES", 50)
+
+
+def settings_of(preset, **changes):
+    return {name: value for name, value in vars(replace(PRESETS[preset], **{**ONE_EPOCH, **changes})).items()}
+
+
+def write_ood(root, save_picture):
+    for folder in ood.FOLDERS.values():
+        for number in range(3):
+            save_picture(root / "ood" / folder / "test" / f"{number}.png", number, 36, 36)
+
+
+def test_a_whole_run_on_cifar100(tmp_path, write_cifar, save_picture):
+    write_cifar(tmp_path, "cifar100", n_train=200, n_test=100)
+    write_ood(tmp_path, save_picture)
+    chosen = settings_of("cifar100-cutmix", batch_size=50, severities=(1,), probe_images=20)
+    outcome = execute(chosen, 0, data_root=tmp_path)
+    sets = [f"{name}_auroc" for name in (*ood.FOLDERS, "uniform", "gaussian")]
+    assert {"top1_error", "best_top1_error", "ece20", "corruption_error", "nll", *sets} <= outcome.metrics.keys()
+    assert outcome.metrics["ood_auroc"] == pytest.approx(np.mean([outcome.metrics[name] for name in sets]))
+    assert outcome.dataset["train"]["shape"] == [200, 3, 32, 32] and outcome.metrics["parameters_millions"] < 0.4
+    assert not list((tmp_path / "project" / "runs" / "checkpoints").glob("*"))
+
+
+def test_cifar10_and_its_recompressed_copy(tmp_path, write_cifar, write_jpeg_archive):
+    write_cifar(tmp_path, "cifar10", n_train=50, n_test=20)
+    train, test, classes = cifar.load("cifar10", tmp_path, "crop-flip", "cpu")
+    assert (len(train), len(test), classes) == (50, 20, 10) and train.augment == "crop-flip" != test.augment
+    write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE)
+    train, test, _ = cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
+    assert train.name == "CIFAR-10 (JPEG), train" and train.labels.tolist() == [0] * 4 + [1] * 4
+    few, _, _ = cifar.load("cifar10-jpeg", tmp_path, "none", "cpu", train_images=20)
+    assert few.labels.tolist() == [0, 0, 1, 1]
+    outcome = execute(settings_of("cifar10-jpeg", batch_size=4, probe_images=4), 0, data_root=tmp_path)
+    assert "uniform_auroc" in outcome.metrics and "isun_auroc" not in outcome.metrics
+
+
+def test_missing_or_damaged_sets_are_named(tmp_path, write_jpeg_archive, write_cifar):
+    with pytest.raises(FileNotFoundError, match="data --download cifar100"):
+        cifar.load("cifar100", tmp_path, "none", "cpu")
+    with pytest.raises(FileNotFoundError, match=r"cifar10-imagefolder.zip: no such archive"):
+        cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
+    write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE, side=30)
+    with pytest.raises(ValueError, match="train/airplane/0000.jpg cannot be read as a 32 x 32 image"):
+        cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
+    with pytest.raises(FileNotFoundError, match="data --download svhn"):
+        ood.outliers("svhn", tmp_path, 32, 0, "cpu")
+    with pytest.raises(FileNotFoundError, match="gan-samples: holds no image"):
+        ood.outliers("gan", tmp_path, 32, 0, "cpu")
+    with pytest.raises(FileNotFoundError, match="lacks Pascal VOC"):
+        voc.VocImages(tmp_path, voc.TEST)
+    with pytest.raises(FileNotFoundError, match="images.txt: missing"):
+        imagenet.load_cub(tmp_path, "wsol", "cpu")
+    with pytest.raises(FileNotFoundError, match="no folder with one folder of images per class"):
+        imagenet.load(tmp_path / "imagenet", "imagenet", "cpu")
+
+
+def test_a_broken_image_is_named(tmp_path, write_image_folder):
+    write_image_folder(tmp_path, ["a", "b"])
+    paths, labels, _ = sources.image_folder(tmp_path)
+    paths[2].write_bytes(b"no image")
+    data = sources.ImageFiles(paths, labels, "x")
+    with pytest.raises(ValueError, match="ILSVRC_1_0.JPEG: cannot be read as an image"):
+        list(data.batches())
+    paths[2].unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 4 images of x are missing, first .*ILSVRC_1_0"):
+        sources.ImageFiles(paths, labels, "x")
+    with pytest.raises(ValueError, match="x holds no image"):
+        sources.ImageFiles([], labels, "x")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="broken.png: cannot be read as an image"):
+        ood.folder_of_images(tmp_path, "x", "cpu")
+
+
+def test_training_crops_do_not_depend_on_workers_or_resuming(tmp_path, write_image_folder):
+    write_image_folder(tmp_path, ["a", "b"], per_class=4)
+    paths, labels, _ = sources.image_folder(tmp_path)
+    plain, workers = (sources.ImageFiles(paths, labels, "x", "imagenet", num_workers=n) for n in (0, 2))
+    whole = list(plain.train_batches(4, 1, 3, 0, 0, 1))
+    again = list(workers.train_batches(4, 1, 3, 0, 0, 1))
+    resumed = list(plain.train_batches(4, 1, 3, 1, 0, 1))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(whole, again, strict=True))
+    assert resumed[0][0] == 1 and torch.equal(resumed[0][1], whole[1][1])
+    share = [list(plain.train_batches(4, 1, 3, 0, rank, 2)) for rank in (0, 1)]
+    assert torch.equal(share[1][0][1], whole[0][1][1::2]) and torch.equal(share[0][0][2], whole[0][2][::2])
+
+
+def write_imagenet(root, write_image_folder, classes=("n01", "n02")):
+    write_image_folder(root / "imagenet" / "train", classes, 4)
+    write_image_folder(root / "imagenet" / "val", classes, 2)
+    boxes = root / "imagenet" / "val_boxes"
+    boxes.mkdir()
+    box = "<object><bndbox><xmin>5</xmin><ymin>4</ymin><xmax>30</xmax><ymax>35</ymax></bndbox></object>"
+    for path in (root / "imagenet" / "val").rglob("*.JPEG"):
+        size = "<size><width>48</width><height>40</height></size>"
+        (boxes / f"{path.stem}.xml").write_text(f"<annotation>{size}{box}{box}</annotation>")
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "resnet50", SmallNet)
+    monkeypatch.setitem(NETWORKS, "resnet50-dense", SmallNet)
+
+
+def test_a_whole_run_on_imagenet(tmp_path, write_image_folder, small_network):
+    write_imagenet(tmp_path, write_image_folder)
+    changes = {"network": "resnet50", "batch_size": 4, "severities": (5,), "probe_images": 2}
+    outcome = execute(settings_of("imagenet-cutmix", **changes), 0, data_root=tmp_path)
+    averaged = [outcome.metrics[name] for name in experiments.AVERAGED]
+    assert outcome.metrics["average_error"] == pytest.approx(sum(averaged) / 7) and outcome.metrics["mce"] > 0
+    weighted = 3 * outcome.metrics["noise_ce"] + 4 * sum(
+        outcome.metrics[f"{g}_ce"] for g in ("blur", "weather", "digital")
+    )
+    assert outcome.metrics["mce"] == pytest.approx(weighted / 15)
+    located = execute(
+        settings_of(
+            "imagenet", network="resnet50-dense", augment="wsol", batch_size=4, suites=("clean", "localization")
+        ),
+        0,
+        data_root=tmp_path,
+    )
+    assert 0 <= located.metrics["localization_accuracy"] <= located.metrics["gt_known_localization"] <= 100
+    (tmp_path / "imagenet" / "val_boxes" / "ILSVRC_1_0.xml").unlink()
+    with pytest.raises(FileNotFoundError, match="no annotation for ILSVRC_1_0.JPEG"):
+        open_benchmark(Settings(dataset="imagenet", suites=("localization",)), 0, tmp_path)
+
+
+def test_stored_corruptions_are_read(tmp_path, write_image_folder, write_cifar):
+    write_imagenet(tmp_path, write_image_folder)
+    _, test = imagenet.load(tmp_path / "imagenet", "imagenet", "cpu")
+    for path in test.paths:
+        target = tmp_path / "imagenet-c" / "fog" / "3" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((224, 224, 3), 77, np.uint8)).save(target)
+    found = corrupted.corrupted_source(test, "fog", 3, "imagenet", tmp_path / "imagenet-c", 0)
+    ((_, images, labels),) = found.batches()
+    assert (images == 77).all() and torch.equal(labels, test.labels)
+    write_cifar(tmp_path, "cifar10", n_train=50, n_test=20)
+    _, test, _ = cifar.load("cifar10", tmp_path, "none", "cpu")
+    corrupted.write_cifar_c(test, tmp_path / "CIFAR-10-C", ("fog", "contrast"))
+    stored = np.load(tmp_path / "CIFAR-10-C" / "fog.npy")
+    assert stored.shape == (100, 32, 32, 3) and stored.dtype == np.uint8
+    assert np.load(tmp_path / "CIFAR-10-C" / "labels.npy").tolist() == 5 * test.labels.tolist()
+    for severity in (1, 4):
+        read, made = (
+            next(corrupted.corrupted_source(test, "fog", severity, "cifar", folder, 0).batches())[1]
+            for folder in (tmp_path / "CIFAR-10-C", tmp_path / "nowhere")
+        )
+        assert torch.equal(read, made)
+    first = corrupted.corrupted_source(test.select(torch.arange(5)), "contrast", 2, "cifar", tmp_path / "CIFAR-10-C", 0)
+    assert torch.equal(next(first.batches())[1], corrupt(test.images[:5], "contrast", 2, "cifar"))
+    with pytest.raises(FileNotFoundError, match="snow.npy: missing"):
+        corrupted.corrupted_source(test, "snow", 1, "cifar", tmp_path / "CIFAR-10-C", 0)
+    np.save(tmp_path / "CIFAR-10-C" / "snow.npy", np.zeros((7, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"snow.npy: expected \(5 n, 32, 32, 3\) uint8"):
+        corrupted.corrupted_source(test, "snow", 1, "cifar", tmp_path / "CIFAR-10-C", 0)
+
+
+def test_a_whole_run_on_cub(tmp_path, save_picture, small_network):
+    root = tmp_path / "CUB_200_2011"
+    names = [f"{number:03d}.Bird/{i}.jpg" for number in (1, 2) for i in range(4)]
+    for number, name in enumerate(names):
+        save_picture(root / "images" / name, number, 100, 80)
+    lines = {
+        "images": names,
+        "image_class_labels": [name[2] for name in names],
+        "train_test_split": ["1" if "0.jpg" not in name else "0" for name in names],
+        "bounding_boxes": ["10.0 20.0 40.0 50.0"] * len(names),
+    }
+    for file, content in lines.items():
+        (root / f"{file}.txt").write_text("".join(f"{i + 1} {line}\n" for i, line in enumerate(content)))
+    train, test, boxes = imagenet.load_cub(root, "wsol", "cpu")
+    assert (len(train), len(test)) == (6, 2) and test.labels.tolist() == [0, 1]
+    expected = np.array([[10 * 256 / 80, 20 * 2.56, 50 * 256 / 80, 70 * 2.56]]) - 16
+    np.testing.assert_allclose(boxes[0], expected)
+    chosen = settings_of("cifar100", dataset="cub", network="resnet50-dense", augment="wsol", batch_size=3, lr=0.001,
+                         head_lr=0.01, suites=("clean", "localization"))  # fmt: skip
+    assert "gt_known_localization" in execute(chosen, 0, data_root=tmp_path).metrics
+
+
+def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, small_network):
+    for part in ("train", "test"):
+        write_image_folder(tmp_path / part, ["cat", "dog", "owl"], 2)
+    outcome = execute(settings_of("image-folder", network="resnet50", batch_size=4), 0, data_root=tmp_path)
+    assert {"top1_error", "ece", "fgsm_accuracy", "pgd_accuracy"} <= outcome.metrics.keys()
+    assert "top5_error" not in outcome.metrics
+    (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(ValueError, match="train and test have other class folders"):
+        open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
+
+
+def write_voc(root, save_picture, n=4):
+    for year, parts in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
+        base = root / "VOCdevkit" / f"VOC{year}"
+        for part in parts:
+            names = [f"{part}{i}" for i in range(n)]
+            (base / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+            (base / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(names) + "\n")
+            for i, name in enumerate(names):
+                save_picture(base / "JPEGImages" / f"{name}.jpg", i, 60, 80)
+                (base / "Annotations").mkdir(exist_ok=True)
+                corners = "<xmin>8</xmin><ymin>5</ymin><xmax>50</xmax><ymax>40</ymax>"
+                objects = "".join(
+                    f"<object><name>{kind}</name><difficult>{hard}</difficult><bndbox>{corners}</bndbox></object>"
+                    for kind, hard in (("dog", 0), ("cat", 1))
+                )
+                (base / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+
+
+def normalised_resnet():
+    """Fresh weights with batch norm statistics that fit them: the detectors keep these."""
+    torch.manual_seed(0)
+    network = resnet_imagenet()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, 64, 64))
+    return network
+
+
+@pytest.mark.parametrize("detector", ["faster-rcnn", "ssd"])
+def test_a_whole_run_of_detection(tmp_path, save_picture, monkeypatch, detector):
+    write_voc(tmp_path, save_picture)
+    (tmp_path / "weights").mkdir()
+    content = {"run": {"settings": {}}, "network": normalised_resnet().state_dict()}
+    torch.save(content, tmp_path / "weights" / "r.pt")
+    build = detection.build_detector
+    few = {
+        "min_size": 64,
+        "rpn_post_nms_top_n_train": 20,
+        "rpn_post_nms_top_n_test": 20,
+        "box_batch_size_per_image": 16,
+    }
+    monkeypatch.setattr(detection, "build_detector", lambda kind, resnet: build(kind, resnet, **few))
+    chosen = {"task": "detection", "network": "resnet50", "detector": detector, "steps": 3, "batch_size": 2, "lr": 1e-5,
+              "milestones": (2,), "initial_weights": "weights/r.pt"}  # fmt: skip
+    data = voc.VocImages(tmp_path, voc.TRAIN, detector, 0)
+    assert len(data) == 8 and data[0][1]["labels"].tolist() in ([12], [])  # difficult objects are left out
+    test = voc.VocImages(tmp_path, voc.TEST)
+    assert test[0][1]["difficult"].tolist() == [False, True] and test[0][1]["boxes"].tolist()[0] == [8, 5, 50, 40]
+    outcome = execute(chosen, 0, data_root=tmp_path)
+    assert 0 <= outcome.metrics["voc07_map"] <= 100
+
+
+def test_a_stopped_detection_run_goes_on_from_its_step(tmp_path, save_picture):
+    write_voc(tmp_path, save_picture, n=2)
+    data = voc.VocImages(tmp_path, voc.TRAIN, "ssd", 0)
+
+    def train(path, stop=None):
+        detector = detection.build_detector("ssd", normalised_resnet())
+        settings = Settings(task="detection", steps=3, batch_size=2, lr=1e-5)
+        seen = []
+        real = torch.save
+
+        def save(content, target):
+            seen.append(content["step"])
+            real(content, target)
+            if content["step"] == stop:
+                raise KeyboardInterrupt
+
+        detection.torch.save = save
+        try:
+            detection.fit_detector(detector, settings, data, 0, make_fabric("cpu"), path, every=1)
+        except KeyboardInterrupt:
+            (path.with_name(path.name + ".tmp")).rename(path)
+        finally:
+            detection.torch.save = real
+        return seen
+
+    assert train(tmp_path / "c.pt", stop=2) == [1, 2] and train(tmp_path / "c.pt") == [3]
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 3
+
+
+def test_inventory_says_what_to_do(tmp_path):
+    missing = {row[0]: row[-1] for row in inventory(tmp_path) if row[4] == "no"}
+    assert missing["CIFAR-100"] == "cutmix-robustness data --download cifar100" and len(missing) == 18
+    (tmp_path / "cifar-100-python").mkdir()
+    assert "CIFAR-100" not in {row[0] for row in inventory(tmp_path) if row[4] == "no"}
+
+
+def test_corrupting_files(tmp_path, save_picture):
+    save_picture(tmp_path / "in" / "sub" / "a.jpg", 1, 50, 70)
+    save_picture(tmp_path / "in" / "b.png", 2, 40, 40)
+    written = corrupted.write_images(tmp_path / "in", tmp_path / "out", ("fog", "pixelate"), (1, 5), "imagenet", 0)
+    assert written == 8 and Image.open(tmp_path / "out" / "fog" / "5" / "sub" / "a.png").size == (70, 50)
+    first = np.array(Image.open(tmp_path / "out" / "fog" / "1" / "b.png"))
+    corrupted.write_images(tmp_path / "in" / "b.png", tmp_path / "again", ("fog",), (1,), "imagenet", 0)
+    assert np.array_equal(first, np.array(Image.open(tmp_path / "again" / "fog" / "1" / "b.png")))
+    with pytest.raises(FileNotFoundError, match="no such image or folder"):
+        corrupted.write_images(tmp_path / "none", tmp_path / "out", ("fog",), (1,), "imagenet", 0)
+    with pytest.raises(ValueError, match="severity"):
+        corrupted.write_images(tmp_path / "in", tmp_path / "out", ("fog",), (6,), "imagenet", 0)
+
+
+def test_the_order_of_corruptions_is_that_of_mce():
+    assert list(CORRUPTIONS) == list(ALEXNET_ERROR)

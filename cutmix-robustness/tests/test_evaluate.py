@@ -1,0 +1,306 @@
+"""The suites against plain loops, the detector's pieces, and what is refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from cutmix_robustness import (
+    CORRUPTIONS,
+    Classifier,
+    adaptive_calibration_error,
+    calibration_error,
+    corrupt,
+    evaluate,
+    fgsm,
+    in_between,
+    mean_corruption_error,
+    occlude,
+    ood_metrics,
+    pgd,
+)
+from cutmix_robustness.attacks import input_gradient
+from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
+from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.data.twowave import MEAN, STD
+from cutmix_robustness.data.voc import mean_average_precision
+from cutmix_robustness.evaluate import Evaluator
+from cutmix_robustness.experiments import build_classifier, execute, measure_properties
+from cutmix_robustness.localization import box_iou, cam_box, class_activation_map, localization_accuracy
+from cutmix_robustness.networks import SmallNet
+from cutmix_robustness.settings import PRESETS, Settings
+from cutmix_robustness.train import fit, make_fabric
+
+FABRIC = make_fabric("cpu")
+SETTINGS = replace(PRESETS["twowave"], epochs=12, milestones=(9,))
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return open_benchmark(SETTINGS, 3, None)
+
+
+@pytest.fixture(scope="module")
+def model(benchmark):
+    model = build_classifier(SETTINGS, benchmark, 3)
+    fit(model, SETTINGS, benchmark.train, 3, FABRIC)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def evaluator(model, benchmark):
+    return Evaluator(model, benchmark, FABRIC, severities=(2, 5), probe_images=200, seed=3)
+
+
+def images_of(benchmark, n=None):
+    return benchmark.test.images[:n].float() / 255, benchmark.test.labels[:n]
+
+
+def error(model, images, labels):
+    with torch.no_grad():
+        return 100 - 100 * (model(images).argmax(1) == labels).double().mean().item()
+
+
+def test_clean_and_occluded(model, benchmark, evaluator):
+    images, labels = images_of(benchmark)
+    clean = evaluator.clean().metrics
+    assert clean["top1_error"] == pytest.approx(error(model, images, labels)) and clean["top1_error"] < 60
+    assert clean["top5_error"] < clean["top1_error"]
+    found = evaluator.occlusion()
+    sizes = [0, 2, 3, 5, 6, 8, 10, 11, 13, 14, 16]
+    expected = [error(model, occlude(images, size, "center", model.mean.flatten()), labels) for size in sizes]
+    assert found.details["center_occlusion"] == pytest.approx(expected, abs=0.01)
+    assert found.metrics["center_occlusion_error"] == pytest.approx(expected[5], abs=0.01)
+    assert found.details["boundary_occlusion"][10] == found.details["center_occlusion"][0]
+    assert found.details["boundary_occlusion"][0] == found.details["center_occlusion"][10]
+    area = sum((a + b) / 20 for a, b in zip(expected, expected[1:], strict=False))
+    assert found.metrics["center_occlusion_area"] == pytest.approx(area, abs=0.01)
+
+
+def test_attacked(model, benchmark, evaluator):
+    images, labels = images_of(benchmark)
+    fgsm_metrics, pgd_accuracy = evaluator.fgsm().metrics, evaluator.pgd().metrics["pgd_accuracy"]
+    assert fgsm_metrics["fgsm_error"] == pytest.approx(error(model, fgsm(model, images, labels), labels), abs=0.11)
+    assert fgsm_metrics["fgsm_accuracy"] == 100 - fgsm_metrics["fgsm_error"] and fgsm_metrics["zero_gradients"] == 0
+    assert pgd_accuracy < fgsm_metrics["fgsm_accuracy"] < 100 - evaluator.clean().metrics["top1_error"]
+
+
+def test_corrupted(model, benchmark, evaluator):
+    found = evaluator.corruption()
+    assert np.array(found.details["corruption_errors"]).shape == (15, 2)
+    _, labels = images_of(benchmark, 200)
+    order = CORRUPTIONS.index("contrast")
+    corrupted = corrupt(benchmark.test.images[:200], "contrast", 5, "cifar", generator=torch.Generator())
+    expected = error(model, corrupted.float() / 255, labels)
+    assert found.details["corruption_errors"][order][1] == pytest.approx(expected, abs=0.01)
+    mean = np.mean(found.details["corruption_errors"])
+    assert found.metrics["corruption_error"] == pytest.approx(mean, abs=0.01) and "mce" not in found.metrics
+
+
+def test_between_two(model, benchmark, evaluator):
+    found = evaluator.in_between()
+    order = torch.randperm(200, generator=generator_for(3, 5))
+    images, labels = images_of(benchmark, 200)
+    a, la = images[order], labels[order]
+    b, lb = a.roll(1, 0), la.roll(1)
+    for kind in ("mixup", "cutmix"):
+        predicted = model(in_between(a, b, 0.5, kind)).argmax(1)
+        neither = 100 * ((predicted != la) & (predicted != lb)).double().mean().item()
+        assert found.metrics[f"neither_{kind}"] == pytest.approx(neither)
+        assert found.details[f"in_between_{kind}"][0] == pytest.approx(error_either(model, a, la, lb), abs=0.01)
+    assert found.metrics["neither_mixup_distinct"] >= found.metrics["neither_mixup"] * 0.9
+
+
+def error_either(model, images, labels, others):
+    predicted = model(images).argmax(1)
+    return 100 * ((predicted != labels) & (predicted != others)).double().mean().item()
+
+
+def test_unknown(evaluator):
+    metrics = evaluator.ood().metrics
+    sets = ("uniform", "gaussian", "unseen_classes", "background")
+    assert metrics["ood_auroc"] == pytest.approx(np.mean([metrics[f"{name}_auroc"] for name in sets]))
+    assert metrics["ood_detection_error"] == pytest.approx(100 - metrics["ood_detection_accuracy"])
+    assert metrics["ood_auroc"] > 55
+
+
+def test_evaluate_gives_a_row_per_model(model, benchmark):
+    untrained = Classifier(SmallNet(15), MEAN, STD)
+    frame = evaluate({"trained": model, "untrained": untrained}, ("clean", "calibration", "fgsm"), benchmark)
+    assert list(frame.index) == ["trained", "untrained"] and {"top1_error", "ece", "fgsm_accuracy"} <= set(frame)
+    assert frame.loc["trained", "top1_error"] < frame.loc["untrained", "top1_error"] and not frame.isna().any().any()
+
+
+def test_localization_finds_the_object():
+    """A network whose feature map is the red channel: boxes around red squares."""
+
+    class Red(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(1, 2)
+            self.fc.weight.data = torch.tensor([[-1.0], [1.0]])
+            self.fc.bias.data = torch.tensor([0.01, 0.0])
+
+        def features(self, x):
+            return torch.nn.functional.max_pool2d(x[:, :1], 4)
+
+        def forward(self, x):
+            return self.fc(self.features(x).mean((2, 3)))
+
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    images[0, 0, 8:24, 4:20] = 255
+    images[1, 0, 16:32, 16:32] = 255
+    from cutmix_robustness.data.sources import ResidentImages
+
+    data = ResidentImages(images, torch.tensor([1, 1, 0]), "squares")
+    boxes = [np.array([[4, 8, 20, 24]]), np.array([[0, 0, 8, 8], [16, 16, 32, 32]]), np.array([[0, 0, 4, 4]])]
+    model = Classifier(Red(), (0.0,) * 3, (1.0,) * 3)
+    found = Evaluator(model, Benchmark(data, data, 2, MEAN, STD, boxes=boxes), FABRIC).localization().metrics
+    assert found == {"localization_accuracy": pytest.approx(200 / 3), "gt_known_localization": pytest.approx(200 / 3)}
+    with pytest.raises(ValueError, match="squares has no boxes"):
+        Evaluator(model, Benchmark(data, data, 2, MEAN, STD), FABRIC).localization()
+
+
+def test_boxes():
+    cam = np.zeros((8, 10), np.float32)
+    assert cam_box(cam) == (0, 0, 0, 0)
+    cam[1:3, 1:3], cam[5:8, 4:9] = 1.0, 0.2
+    assert cam_box(cam) == (4, 5, 9, 8) and cam_box(cam, sigma=0.3) == (1, 1, 3, 3)
+    assert box_iou([0, 0, 2, 2], [1, 1, 3, 3]) == pytest.approx(1 / 7) and box_iou([0, 0, 1, 1], [2, 2, 3, 3]) == 0
+    assert localization_accuracy([cam], [True], [np.array([[4, 5, 9, 7]])]) == {
+        "localization_accuracy": 100.0, "gt_known_localization": 100.0,
+    }  # fmt: skip
+    assert localization_accuracy([cam], [False], [np.array([[4, 5, 9, 8]])])["localization_accuracy"] == 0
+    features, weight = torch.rand(2, 3, 4, 4), torch.randn(5, 3)
+    maps = class_activation_map(features, weight, torch.tensor([4, 0]))
+    expected = (features * weight[[4, 0]][:, :, None, None]).sum(1).clamp(min=0)
+    torch.testing.assert_close(maps, expected)
+
+
+scores = st.lists(st.integers(0, 12).map(lambda v: v / 12), min_size=1, max_size=40)
+
+
+@settings(max_examples=80, deadline=None)
+@given(known=scores, unknown=scores)
+def test_ood_metrics_against_all_thresholds(known, unknown):
+    ours = ood_metrics(known, unknown)
+    a, b = np.array(known), np.array(unknown)
+    thresholds = [*sorted({*known, *unknown}), np.inf]
+    tpr, tnr = ([(a >= t).mean() for t in thresholds], [(b < t).mean() for t in thresholds])
+    assert ours["detection_accuracy"] == pytest.approx(max((x + y) / 2 for x, y in zip(tpr, tnr, strict=True)))
+    largest = max(i for i, rate in enumerate(tpr) if rate >= 0.95)
+    assert ours["tnr95"] == pytest.approx(tnr[largest])
+    labels = [1] * len(known) + [0] * len(unknown)
+    assert ours["auroc"] == pytest.approx(roc_auc_score(labels, known + unknown))
+    assert ours["aupr_in"] == pytest.approx(average_precision_score(labels, known + unknown))
+    turned = average_precision_score([1 - each for each in labels], [-each for each in known + unknown])
+    assert ours["aupr_out"] == pytest.approx(turned)
+
+
+@settings(max_examples=60, deadline=None)
+@given(conf=scores, bins=st.sampled_from([1, 4, 12, 15]), seed=st.integers(0, 99))
+def test_calibration_error_bin_by_bin(conf, bins, seed):
+    conf, correct = np.array(conf), np.random.default_rng(seed).random(len(conf)) < 0.5
+    total, worst = 0.0, 0.0
+    for k in range(bins):
+        low, high = np.linspace(0, 1, bins + 1)[k : k + 2]
+        inside = (conf > low) & (conf <= high) | ((conf == 0) & (k == 0))
+        if inside.any():
+            gap = abs(conf[inside].mean() - correct[inside].mean())
+            total, worst = total + inside.mean() * gap, max(worst, gap)
+    assert calibration_error(conf, correct, bins) == pytest.approx(total, abs=1e-12)
+    assert calibration_error(conf, correct, bins, "max") == pytest.approx(worst, abs=1e-12)
+    assert 0 <= adaptive_calibration_error(conf, correct, bins) <= 1
+
+
+def test_confidence_of_exactly_one_is_in_the_last_bin():
+    assert calibration_error([1.0, 1.0], [1, 0], 10) == 0.5 and calibration_error([1.0], [1], 10) == 0
+    logits = torch.tensor([[200.0, 0, 0], [200.0, 0, 0]])
+    from cutmix_robustness.uncertainty import calibration
+
+    assert calibration(logits, torch.tensor([0, 1]))["ece"] == 50
+
+
+def test_gradients_do_not_depend_on_the_batch(model, benchmark):
+    images, labels = images_of(benchmark, 6)
+    whole = input_gradient(model, images, labels)
+    single = torch.cat([input_gradient(model, images[i : i + 1], labels[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-6)
+    attacked = pgd(model, images, labels, generator=torch.Generator().manual_seed(0))
+    assert (attacked - images).abs().max() <= 8 / 255 + 1e-6 and attacked.min() >= 0 and attacked.max() <= 1
+    assert torch.equal(attacked, pgd(model, images, labels, generator=torch.Generator().manual_seed(0)))
+
+
+def test_mean_average_precision_by_hand():
+    box = np.array([[0, 0, 10, 10.0]])
+    far = np.array([[20, 20, 30, 30.0]])
+    one, easy, hard = np.array([1]), np.array([False]), np.array([True])
+    true = [
+        {"boxes": box, "labels": one, "difficult": easy},
+        {"boxes": box, "labels": one, "difficult": easy},
+        {"boxes": box, "labels": one, "difficult": hard},
+    ]
+
+    def found(*items):
+        boxes, scores = zip(*items, strict=True)
+        return {"boxes": np.concatenate(boxes), "labels": np.ones(len(items), int), "scores": np.array(scores)}
+
+    nothing = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int), "scores": np.zeros(0)}
+    perfect = [found((box, 0.9)), found((box, 0.8)), found((box, 0.95))]  # the difficult one does not count
+    assert mean_average_precision(perfect, true) == pytest.approx(100)
+    half = [found((box, 0.9)), nothing, nothing]
+    assert mean_average_precision(half, true) == pytest.approx(100 * 6 / 11)  # recalls 0, .1, .., .5
+    doubled = [found((box, 0.9), (box, 0.85)), found((box, 0.8)), nothing]  # the second hit is a false one
+    assert mean_average_precision(doubled, true) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+    assert mean_average_precision([found((far, 0.9)), nothing, nothing], true) == 0
+    with pytest.raises(ValueError, match="found holds 1 images, true 3"):
+        mean_average_precision([nothing], true)
+    with pytest.raises(ValueError, match="no object that is not difficult"):
+        mean_average_precision([nothing], true[2:])
+
+
+def test_properties_of_table_2():
+    cutmix = measure_properties(Settings(task="properties", mix="cutmix", mode="sample"), 1).metrics
+    assert cutmix["informative_pixels"] == 100 and 20 < cutmix["dropped_pixels"] < 40
+    assert 0 <= cutmix["partner_label"] - cutmix["dropped_pixels"] < 5  # an image may be its own partner
+    cutout = measure_properties(Settings(task="properties", cutout=16), 1).metrics
+    assert cutout["informative_pixels"] < 90 and cutout["partner_label"] == 0
+    mixup = measure_properties(Settings(task="properties", mix="mixup"), 1).metrics
+    assert mixup["informative_pixels"] == 100 and mixup["dropped_pixels"] == 0 and mixup["partner_label"] > 0
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fgsm(lambda x: x, torch.full((1, 3, 2, 2), 1.1), torch.zeros(1)), r"images must lie in \[0, 1\]"),
+        (lambda: pgd(lambda x: x, torch.full((1, 3, 2, 2), -0.1), torch.zeros(1)), r"images must lie in \[0, 1\]"),
+        (lambda: fgsm(lambda x: x, torch.full((1, 3, 2, 2), torch.nan), torch.zeros(1)), "images must lie in"),
+        (lambda: occlude(torch.rand(1, 3, 4, 4), 5), "size must lie in 0 .. 4, got 5"),
+        (lambda: occlude(torch.rand(3, 4, 4), 2), "images must be 4-D"),
+        (lambda: occlude(torch.rand(1, 3, 4, 4), 2, "corner"), "where must be center or boundary"),
+        (lambda: in_between(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5), 0.5, "mixup"), "images_b must have shape"),
+        (lambda: in_between(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), 1.5, "mixup"), "ratio must lie in"),
+        (lambda: in_between(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), 0.5, "x"), "kind must be mixup or cutmix"),
+        (lambda: ood_metrics([], [0.1]), "score_in must hold at least one score"),
+        (lambda: ood_metrics([0.1], [float("nan")]), "score_out must hold .* no NaN"),
+        (lambda: calibration_error([1.2], [1]), r"conf must lie in \[0, 1\]"),
+        (lambda: calibration_error([], []), r"conf and correct must be \(N,\), N > 0"),
+        (lambda: calibration_error([0.5], [1], norm="l3"), "norm must be l1, l2 or max"),
+        (lambda: mean_corruption_error(np.zeros((19, 5))), r"errors must be \(15, 5\)"),
+        (lambda: mean_corruption_error(np.zeros((15, 5)), "alexnet", "cifar"), "exists for ImageNet-C alone"),
+        (lambda: mean_corruption_error(np.zeros((15, 5)), "resnet"), "normalize must be None or 'alexnet'"),
+        (lambda: execute({"task": "captioning"}, 0, data_root=None), "captioning .* is not part of this project"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_attacks_refuse_half_precision():
+    with pytest.raises(TypeError, match="float32 or float64, got torch.bfloat16"):
+        fgsm(lambda x: x.flatten(1).bfloat16(), torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.int64))
