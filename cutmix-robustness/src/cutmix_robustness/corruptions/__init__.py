@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blur, digital, frost, noise, weather
-from .pixels import to_unit, truncate
-from .severities import SEVERITIES
-from .streams import SampleStreams
+from cutmix_robustness.corruptions. import blur, digital, frost, noise, weather
+from cutmix_robustness.corruptions.pixels import to_unit, truncate
+from cutmix_robustness.corruptions.severities import SEVERITIES
+from cutmix_robustness.corruptions.streams import SampleStreams
 
 __all__ = ["CORRUPTIONS", "EXTRA_CORRUPTIONS", "GROUPS", "SEVERITIES", "corrupt"]
 
@@ -30,7 +30,8 @@ GROUPS = {
 CORRUPTIONS = tuple(name for names in GROUPS.values() for name in names)  # in the order of mCE
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # never part of mCE
 
-_CHUNK = 2**20  # values worked on at once on a CPU, so that the intermediate results stay in its caches
+_CPU_CHUNK = 2**19  # values worked on at once: about what a core's caches hold
+_DEVICE_CHUNK = 2**25  # the same on an accelerator, for its memory: 222 images of 224 x 224
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ def corrupt(
     """Corrupt a batch of images as CIFAR-C and ImageNet-C do.
 
     Randomness belongs to the image: each has a 64-bit seed, and the same image with the same seed is corrupted alike in
-    any batch, worker, rank and on any device (on another device up to rounding, one grey level). Results are clipped
-    and rounded down to 8 bits. Two of the 19 differ from the published data: frost uses procedural textures unless
-    given the photographs, and motion_blur and snow at scale "cifar" blur as the package `imagecorruptions` does, not
-    as ImageMagick.
+    any batch, worker and rank, and up to rounding on any device. Results are clipped and rounded down to 8 bits.
+
+    Three of the 19 differ from the published data: frost uses procedural textures unless given the photographs, and
+    motion_blur and snow at scale "cifar" blur as the package `imagecorruptions` does, not as ImageMagick.
 
     Args:
         images: (N, 3, H, W) uint8, RGB, any size and device, contiguous or channels_last. Never modified.
@@ -102,13 +103,14 @@ def corrupt(
     corruption, extra = _REGISTRY[name], {}
     if name == "frost":
         extra["textures"] = _textures(frost_textures, scale, images)
-    per_chunk = len(images) if images.is_cuda else max(1, _CHUNK // images[0].numel())
+    per_chunk = max(1, (_CPU_CHUNK if images.device.type == "cpu" else _DEVICE_CHUNK) // images[0].numel())
     out = torch.empty_like(images)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         for part, part_seeds, result in zip(*(t.split(per_chunk) for t in (images, seeds, out)), strict=True):
-            x = to_unit(part.contiguous())
-            draws = corruption.draw(SampleStreams(part_seeds), x, constants) if corruption.draw else None
-            result.copy_(truncate(corruption.apply(x, constants, draws, **extra)))
+            part = part.contiguous()
+            draws = corruption.draw(SampleStreams(part_seeds), part, constants) if corruption.draw else None
+            corrupted = corruption.apply(part, constants, draws, **extra)
+            result.copy_(truncate(corrupted) if corrupted.is_floating_point() else corrupted)
     return out
 
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import convolve, gaussian_filter, gaussian_matrix
-from .pixels import to_levels, truncate
-from .streams import SampleStreams
+from cutmix_robustness.corruptions.linear import convolve, gaussian_filter, gaussian_matrix
+from cutmix_robustness.corruptions.pixels import runs, to_unit, truncate
+from cutmix_robustness.corruptions.streams import SampleStreams
 
 
-def gaussian_blur(x: Tensor, sigma: float, draws: None = None) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: float, draws: None = None) -> Tensor:
     """Gaussian filter cut off at 4 sigma, borders repeated: float64."""
-    return smooth(to_levels(x).double() / 255, sigma)
+    return smooth(images.double() / 255, sigma)
 
 
 def smooth(x: Tensor, sigma: float) -> Tensor:
@@ -23,43 +23,46 @@ def smooth(x: Tensor, sigma: float) -> Tensor:
     return gaussian_filter(x, (sigma, sigma), truncate=4, border="nearest")
 
 
-def defocus_blur(x: Tensor, severity: tuple[float, float], draws: None = None) -> Tensor:
+def defocus_blur(images: Tensor, severity: tuple[float, float], draws: None = None) -> Tensor:
     """Average over a disk whose edge is smoothed by a small Gaussian."""
     radius, sigma = severity
     reach, smoothing = (8, 1) if radius <= 8 else (int(radius), 2)
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=x.device)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=images.device)
     disk = (offsets**2 + offsets[:, None] ** 2 <= radius**2).double()
-    edge = gaussian_matrix(len(offsets), sigma, smoothing, "mirror", x.device)
-    return convolve(x, (edge @ (disk / disk.sum()) @ edge.T)[None], border="mirror")
+    edge = gaussian_matrix(len(offsets), sigma, smoothing, "mirror", images.device)
+    return convolve(to_unit(images), edge @ (disk / disk.sum()) @ edge.T, border="mirror")
 
 
-def motion_kernels(radius: int, sigma: float, angles: Tensor, size: tuple[int, int]) -> Tensor:
-    """Kernels of a motion along `angles` (N,) in degrees: (N, K, K), K = 4 * radius + 1.
-
-    A step i = 0 .. 2 * radius lies at distance i along the line, rounded to whole pixels, with the weight of a half
-    Gaussian. Steps from the first one that leaves an image of `size` (H, W) on are dropped, without renormalising.
-    """
-    steps = torch.arange(2 * radius + 1, dtype=torch.float64, device=angles.device)
-    weights = torch.exp(-(steps**2) / (2 * sigma**2))
-    radians = torch.deg2rad(angles.double())[:, None]
-    dy = -torch.ceil(steps * torch.sin(radians) - 0.5).long()  # (N, 2 * radius + 1)
-    dx = -torch.ceil(steps * torch.cos(radians) - 0.5).long()
-    inside = ((dy.abs() < size[0]) & (dx.abs() < size[1])).long().cumprod(1)
-    side = 4 * radius + 1
-    kernels = torch.zeros(len(angles), side * side, dtype=torch.float64, device=angles.device)
-    kernels.scatter_add_(1, (dy + 2 * radius) * side + dx + 2 * radius, weights / weights.sum() * inside)
-    return kernels.view(-1, side, side)
-
-
-def draw_motion_angle(streams: SampleStreams, x: Tensor, severity: tuple[int, float]) -> Tensor:
+def draw_motion_angle(streams: SampleStreams, images: Tensor, severity: tuple[int, float]) -> Tensor:
     """One angle per image in [-45, 45) degrees: (N,)."""
     return streams.uniform(low=-45, high=45)
 
 
-def motion_blur(x: Tensor, severity: tuple[int, float], angles: Tensor) -> Tensor:
-    """Sum of shifted images along a line, borders repeated."""
-    radius, sigma = severity
-    return convolve(x, motion_kernels(radius, sigma, angles, x.shape[2:]), border="nearest")
+def motion_blur(images: Tensor, severity: tuple[int, float], angles: Tensor) -> Tensor:
+    """Sum of shifted images along a line."""
+    return move(to_unit(images), severity, angles)
+
+
+def move(x: Tensor, severity: tuple[int, float], angles: Tensor) -> Tensor:
+    """The filter of `motion_blur` on any (N, C, H, W), along `angles` (N,) in degrees, borders repeated.
+
+    Step i = 0 .. 2 * radius lies at distance i along the line, rounded to whole pixels, with the weight of a half
+    Gaussian. Steps from the first one that leaves the image on are dropped, without renormalising.
+    """
+    (radius, sigma), (height, width) = severity, x.shape[2:]
+    steps = torch.arange(2 * radius + 1, dtype=torch.float64, device=x.device)
+    radians = torch.deg2rad(angles.double())[:, None]
+    dy = -torch.ceil(steps * torch.sin(radians) - 0.5).long()  # (N, 2 * radius + 1)
+    dx = -torch.ceil(steps * torch.cos(radians) - 0.5).long()
+    weights = torch.exp(-(steps**2) / (2 * sigma**2))
+    weights = (weights / weights.sum() * ((dy.abs() < height) & (dx.abs() < width)).cumprod(1)).float()
+    padded = F.pad(x, [2 * radius] * 4, mode="replicate")
+    rows = torch.arange(padded[..., 0].numel(), device=x.device).view(padded.shape[:3])
+    starts = rows[:, :, 2 * radius : 2 * radius + height] * padded.shape[3] + 2 * radius  # (N, C, H)
+    total = torch.zeros_like(x)
+    for shift, weight in zip((dy * padded.shape[3] + dx).T, weights.T, strict=True):
+        total.addcmul_(runs(padded, starts - shift[:, None, None], width), weight[:, None, None, None])
+    return total
 
 
 def clipped_zoom(x: Tensor, factor: float) -> Tensor:
@@ -72,27 +75,30 @@ def clipped_zoom(x: Tensor, factor: float) -> Tensor:
     return F.interpolate(crop, size=size, mode="bilinear", align_corners=True)[:, :, :height, :width]
 
 
-def zoom_blur(x: Tensor, factors: tuple[float, ...], draws: None = None) -> Tensor:
+def zoom_blur(images: Tensor, factors: tuple[float, ...], draws: None = None) -> Tensor:
     """Mean of the image and its enlargements (the list of factors starts at 1, so the image counts twice)."""
+    x = to_unit(images)
     total = x.clone()
     for factor in factors:
         total += clipped_zoom(x, factor)
     return total / (len(factors) + 1)
 
 
-def draw_glass_moves(streams: SampleStreams, x: Tensor, severity: tuple[float, int, int]) -> Tensor:
+def draw_glass_moves(streams: SampleStreams, images: Tensor, severity: tuple[float, int, int]) -> list[Tensor]:
     """Where each scanned pixel looks in each pass, as dy * W + dx, both in -delta .. delta - 1.
 
-    Shape (N, passes, H - 2 * delta, W - 2 * delta), the pixel scanned first in front.
+    One tensor (N, H - 2 * delta, W - 2 * delta) per pass, the pixel scanned first in front.
     """
     _, delta, passes = severity
-    height, width = (max(n - 2 * delta, 0) for n in x.shape[2:])
-    moves = torch.arange(-delta, delta, device=x.device)
-    moves = (moves[:, None] * x.shape[3] + moves).flatten()
-    return moves[streams.integers(len(moves), passes, height, width)]
+    height, width = (max(n - 2 * delta, 0) for n in images.shape[2:])
+    moves = torch.arange(-delta, delta, device=images.device)
+    moves = (moves[:, None] * images.shape[3] + moves).flatten()
+    joint = streams.integers(len(moves) ** passes, height, width)  # the moves of all passes in one number, at most 4096
+    tables = torch.cartesian_prod(*[moves] * passes).view(-1, passes).T.contiguous()
+    return [table.index_select(0, joint.flatten()).view_as(joint) for table in tables]
 
 
-def glass_sources(moves: Tensor, size: tuple[int, int], delta: int) -> Tensor:
+def glass_sources(moves: list[Tensor], size: tuple[int, int], delta: int) -> Tensor:
     """Which pixel of the image each pixel ends up showing: moves as drawn -> (N, H * W) flat indices.
 
     The benchmark scans the image from pixel (H - delta, W - delta) back to (delta + 1, delta + 1) and gives each pixel
@@ -100,28 +106,24 @@ def glass_sources(moves: Tensor, size: tuple[int, int], delta: int) -> Tensor:
     one array, so the other pixel keeps its value.) A pixel that looks at one scanned before it in the same pass thus
     follows that one's look, and so on. Instead of scanning, all these chains are followed at once by pointer doubling.
     """
-    batch, (height, width) = len(moves), size
+    batch, (height, width) = len(moves[0]), size
+    count = batch * height * width
     inner = (slice(None), slice(delta + 1, height - delta + 1), slice(delta + 1, width - delta + 1))
-    pixels = torch.arange(batch * height * width, device=moves.device)
-    scanned = torch.zeros(batch, height, width, dtype=torch.bool, device=moves.device)
-    scanned[inner] = True
-    sources = pixels
-    for moves_of_pass in moves.flip(2, 3).unbind(1):
-        look = pixels.clone()
-        look.view_as(scanned)[inner] += moves_of_pass
-        chained = (look > pixels) & scanned.take(look)
-        follow = torch.where(chained, look, ~look)  # ~i, a negative number: pixel i before the pass, the end of a chain
-        open_ = chained.nonzero().squeeze(1)
-        while len(open_):
-            follow[open_] = ahead = follow[follow[open_]]
-            open_ = open_[ahead >= 0]
-        sources = sources[~follow]
-    return sources.view(batch, -1) % (height * width)
+    sources = pixels = torch.arange(count, device=moves[0].device)
+    for moves_of_pass in moves:
+        nodes = torch.arange(2 * count, device=pixels.device)  # each pixel after the pass, then each before it: an end
+        follow = nodes[:count]
+        follow.view(batch, height, width)[inner] += moves_of_pass.flip(1, 2)
+        follow += count * (follow <= pixels)  # only a look ahead meets a pixel that was scanned before
+        while (follow < count).any():
+            follow.copy_(nodes.index_select(0, follow))
+        sources = sources.index_select(0, follow - count)
+    return sources.view(batch, -1) - pixels.view(batch, -1)[:, :1]
 
 
-def glass_blur(x: Tensor, severity: tuple[float, int, int], moves: Tensor) -> Tensor:
+def glass_blur(images: Tensor, severity: tuple[float, int, int], moves: list[Tensor]) -> Tensor:
     """Gaussian blur, rounding down to 8 bits, pixels replaced by near ones, Gaussian blur."""
     sigma, delta, _ = severity
-    blurred = truncate(gaussian_blur(x, sigma)).flatten(2)
-    sources = glass_sources(moves, x.shape[2:], delta)[:, None].expand(-1, x.shape[1], -1)
-    return smooth(blurred.gather(2, sources).view_as(x) / 255, sigma)
+    blurred = truncate(gaussian_blur(images, sigma)).flatten(2)
+    sources = glass_sources(moves, images.shape[2:], delta)[:, None].expand(-1, images.shape[1], -1)
+    return smooth(blurred.gather(2, sources).view_as(images).double() / 255, sigma)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
-from .linear import gaussian_filter
-from .pixels import to_levels, to_unit
-from .streams import SampleStreams
+from cutmix_robustness.corruptions.linear import gaussian_filter
+from cutmix_robustness.corruptions.pixels import to_unit
+from cutmix_robustness.corruptions.streams import SampleStreams
 
 
-def contrast(x: Tensor, factor: float, draws: None = None) -> Tensor:
+def contrast(images: Tensor, factor: float, draws: None = None) -> Tensor:
     """Move towards the mean of each channel of each image."""
+    x = to_unit(images)
     mean = x.mean((2, 3), keepdim=True, dtype=torch.float64).float()
     return (x - mean) * factor + mean
 
 
-def saturate(x: Tensor, severity: tuple[float, float], draws: None = None) -> Tensor:
+def saturate(images: Tensor, severity: tuple[float, float], draws: None = None) -> Tensor:
     """Change S of HSV to S * factor + offset, hue and value kept; the hue of grey counts as red."""
     factor, offset = severity
+    x = to_unit(images)
     value = x.amax(1, keepdim=True)
     below = value - x  # a channel is value * (1 - saturation * share), share = below / max(below)
     depth = below.amax(1, keepdim=True)
@@ -29,16 +34,17 @@ def saturate(x: Tensor, severity: tuple[float, float], draws: None = None) -> Te
     return value * (1 - (saturation * factor + offset).clamp(0, 1) * share)
 
 
-def draw_elastic(streams: SampleStreams, x: Tensor, severity: tuple) -> tuple[Tensor, Tensor, Tensor]:
+def draw_elastic(streams: SampleStreams, images: Tensor, severity: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """All in [-1, 1): jitter of three points (N, 3, 2), displacements along x and along y (N, H, W) each."""
-    height, width = x.shape[2:]
+    height, width = images.shape[2:]
     return tuple(streams.uniform(*shape, low=-1, high=1) for shape in ((3, 2), (height, width), (height, width)))
 
 
-def elastic_transform(x: Tensor, severity: tuple, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def elastic_transform(images: Tensor, severity: tuple, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """A random affine map (CIFAR-C only), then a smooth random displacement, both linearly interpolated."""
     displacement, sigma, jitter, relative = severity
     points, along_x, along_y = draws
+    x = to_unit(images)
     height, width = x.shape[2:]
     if jitter:
         x = _sample(x, *_affine_positions(jitter * points, (height, width)), border="mirror")
@@ -81,33 +87,34 @@ def _sample(x: Tensor, columns: Tensor, rows: Tensor, border: str) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=border == "mirror")
 
 
-def pixelate(x: Tensor, share: float, draws: None = None) -> Tensor:
-    """Box-average to int(share * size) pixels per axis and repeat back; each axis rounds to 8 bits."""
-    height, width = x.shape[2:]
+def pixelate(images: Tensor, share: float, draws: None = None) -> Tensor:
+    """Box-average to int(share * size) pixels per axis, each axis rounded to 8 bits, and repeat back: uint8."""
+    height, width = images.shape[2:]
     small_h, small_w = max(int(height * share), 1), max(int(width * share), 1)
-    small = _box_means(to_levels(x), small_w)
-    small = _box_means(small.transpose(2, 3), small_h).transpose(2, 3)
-    rows, columns = (
-        ((torch.arange(n, device=x.device, dtype=torch.float64) + 0.5) * m / n).long()
-        for n, m in ((height, small_h), (width, small_w))
-    )
-    return small.div_(255)[:, :, rows][..., columns]
+    planes = images.flatten(0, 1).float()
+    columns, rows = (_windows(*counts, images.device) for counts in ((width, small_w), (height, small_h)))
+    small = (torch.bmm(planes, columns.T.expand(len(planes), -1, -1)) / columns.sum(1) + 0.5).floor_()
+    small = (torch.bmm(rows.expand(len(planes), -1, -1), small) / rows.sum(1, keepdim=True) + 0.5).byte()
+    for axis, size, count in ((2, width, small_w), (1, height, small_h)):
+        nearest = ((torch.arange(size, dtype=torch.float64, device=images.device) + 0.5) * count / size).long()
+        small = small.index_select(axis, nearest)
+    return small.view_as(images)
 
 
-def _box_means(x: Tensor, count: int) -> Tensor:
-    """Rounded means over `count` equal windows of the last axis; a pixel belongs to a window that holds its centre."""
-    size = x.shape[-1]
-    edges = (torch.arange(count + 1, dtype=torch.float64, device=x.device) * (size / count) + 0.5).long()
-    starts, lengths = edges[:-1], edges.diff()
-    total = x[..., starts]
-    for step in range(1, int(lengths.max())):
-        inside = lengths > step
-        total += x[..., (starts + step).clamp(max=size - 1)] * inside
-    return (total / lengths + 0.5).floor_()
+def _windows(size: int, count: int, device: torch.device) -> Tensor:
+    """Which pixels of an axis make up which of `count` equal windows, by their centres: (count, size) of 0 and 1."""
+    edges = (torch.arange(count + 1, dtype=torch.float64, device=device) * (size / count) + 0.5).long()[:, None]
+    pixels = torch.arange(size, device=device)
+    return ((pixels >= edges[:-1]) & (pixels < edges[1:])).float()
 
 
-def jpeg_compression(x: Tensor, quality: int, draws: None = None) -> Tensor:
-    """Encode and decode on the CPU, image by image."""
-    images = to_levels(x).byte().cpu()
-    decoded = decode_jpeg(encode_jpeg(list(images), quality=quality))
-    return to_unit(torch.stack(decoded)).to(x.device)
+def jpeg_compression(images: Tensor, quality: int, draws: None = None) -> Tensor:
+    """Encode and decode on the CPU, image by image: uint8."""
+    decoded = np.stack([_jpeg(image, quality) for image in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()])
+    return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device)
+
+
+def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:  # (H, W, 3) uint8
+    file = BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file, formats=("JPEG",)))

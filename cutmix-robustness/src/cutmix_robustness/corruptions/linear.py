@@ -1,4 +1,4 @@
-"""Linear filters: separable ones as a matrix per axis, the others by FFT.
+"""Linear filters: separable ones as matrix products along an axis, the others by FFT.
 
 A border is one of "nearest" (a|abc|c), "reflect" (ba|abc|cb) and "mirror" (cb|abc|ba); images may be smaller than the
 filter.
@@ -6,9 +6,13 @@ filter.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
+
+_BLOCK = 56  # of 224 rows: small enough to skip most zeros of the band, large enough for the product to run at speed
 
 
 def _fold(index: Tensor, size: int, border: str) -> Tensor:  # any integer index -> 0 .. size - 1
@@ -19,46 +23,54 @@ def _fold(index: Tensor, size: int, border: str) -> Tensor:  # any integer index
     return torch.minimum(index, 2 * size - 1 - edge_once - index)
 
 
+@lru_cache(maxsize=16)
 def gaussian_matrix(size: int, sigma: float, radius: int, border: str, device: torch.device) -> Tensor:
-    """The matrix of a Gaussian filter of 2 * radius + 1 taps along an axis: (size, size) float64."""
-    if sigma == 0:
-        return torch.eye(size, dtype=torch.float64, device=device)
+    """A Gaussian filter of 2 * radius + 1 taps along an axis as a matrix: (size, size) float64."""
     offsets = torch.arange(-radius, radius + 1, device=device)
     weights = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
     rows = torch.arange(size, device=device)[:, None].expand(-1, len(offsets))
-    taps = _fold(rows + offsets, size, border)
     matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
-    return matrix.index_put_((rows, taps), (weights / weights.sum()).expand_as(rows), accumulate=True)
+    taps = (weights / weights.sum()).expand_as(rows)
+    return matrix.index_put_((rows, _fold(rows + offsets, size, border)), taps, accumulate=True)
 
 
-def apply_separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a matrix along each axis: (N, C, H, W), (H', H), (W', W) -> (N, C, H', W') float64.
+def filter_axis(x: Tensor, axis: int, matrix: Tensor, reach: int) -> Tensor:
+    """Multiply axis 2 or 3 of (N, C, H, W) by a matrix whose entries lie within `reach` of its diagonal: float64.
 
-    One product per channel, never one over the folded batch, so that the rounding does not depend on N.
+    It goes in blocks of rows, to skip the zeros, and each channel of each image by itself, so that the rounding does
+    not depend on N.
     """
+    size = len(matrix)
     planes = x.double().flatten(0, 1)
-    rows, columns = (matrix.expand(len(planes), -1, -1) for matrix in (rows, columns.T))
-    return torch.bmm(torch.bmm(rows, planes), columns).unflatten(0, x.shape[:2])
+    blocks = []
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        first, last = max(start - reach, 0), min(stop + reach, size)
+        part = planes.narrow(axis - 1, first, last - first)
+        rows = matrix[start:stop, first:last].expand(len(part), -1, -1)
+        blocks.append(torch.bmm(rows, part) if axis == 2 else torch.bmm(part, rows.transpose(1, 2)))
+    return torch.cat(blocks, axis - 1).unflatten(0, x.shape[:2])
 
 
 def gaussian_filter(x: Tensor, sigma: tuple[float, float], truncate: float, border: str) -> Tensor:
-    """Gaussian filter of (N, C, H, W), sigma per axis, cut off at `truncate` sigma."""
-    rows, columns = (
-        gaussian_matrix(size, s, int(truncate * s + 0.5), border, x.device)
-        for size, s in zip(x.shape[2:], sigma, strict=True)
-    )
-    return apply_separable(x, rows, columns)
+    """Gaussian filter of (N, C, H, W), sigma per axis, cut off at `truncate` sigma: float64."""
+    for axis, s in zip((2, 3), sigma, strict=True):
+        radius = int(truncate * s + 0.5)
+        if radius > 0:
+            x = filter_axis(x, axis, gaussian_matrix(x.shape[axis], s, radius, border, x.device), radius)
+    return x.double()
 
 
-def convolve(x: Tensor, kernels: Tensor, border: str) -> Tensor:
-    """Convolve with any kernel: (N, C, H, W) with (1 or N, K, K), K odd -> (N, C, H, W).
+def convolve(x: Tensor, kernel: Tensor, border: str) -> Tensor:
+    """Convolve (N, C, H, W) with any kernel (K, K), K odd: float32.
 
-    The kernel's middle is offset 0; weight at offset d multiplies the pixel d before the output pixel.
+    The FFT runs in float64: its last bits depend on N, and those of float32 would show.
     """
     height, width = x.shape[2:]
-    reach = kernels.shape[-1] // 2
+    reach = len(kernel) // 2
     rows, columns = (_fold(torch.arange(-reach, n + reach, device=x.device), n, border) for n in (height, width))
     size = [next_fast_len(n + 2 * reach, real=True) for n in (height, width)]
-    spectrum = torch.fft.rfft2(x[:, :, rows][..., columns], s=size)
-    spectrum *= torch.fft.rfft2(kernels.to(x.dtype), s=size)[:, None]
-    return torch.fft.irfft2(spectrum, s=size)[..., 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
+    spectrum = torch.fft.rfft2(x.index_select(2, rows).index_select(3, columns).double(), s=size)
+    spectrum *= torch.fft.rfft2(kernel.double(), s=size)
+    result = torch.fft.irfft2(spectrum, s=size)
+    return result[..., 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width].float()

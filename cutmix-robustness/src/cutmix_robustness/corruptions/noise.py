@@ -1,7 +1,8 @@
 """Noise: gaussian, shot, impulse, speckle.
 
-As in the other modules of this package, `draw_x(streams, x, severity)` draws what is random and `x(x, severity, draws)`
-computes the corrupted image from it, on float32 images (N, 3, H, W) in [0, 1]; the caller clips.
+As in the other modules of this package, `draw_x(streams, images, severity)` draws what is random, and
+`x(images, severity, draws)` computes the corrupted images from it: uint8 (N, 3, H, W) -> floating point in [0, 1], not
+yet clipped, or uint8.
 """
 
 from __future__ import annotations
@@ -11,46 +12,47 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .pixels import to_levels
-from .streams import SampleStreams
+from cutmix_robustness.corruptions.pixels import to_unit
+from cutmix_robustness.corruptions.streams import SampleStreams
 
 
-def draw_normal(streams: SampleStreams, x: Tensor, severity: float) -> Tensor:
+def draw_normal(streams: SampleStreams, images: Tensor, severity: float) -> Tensor:
     """One standard normal number per value: (N, 3, H, W)."""
-    return streams.normal(*x.shape[1:])
+    return streams.normal(*images.shape[1:])
 
 
-def gaussian_noise(x: Tensor, sigma: float, noise: Tensor) -> Tensor:
+def gaussian_noise(images: Tensor, sigma: float, noise: Tensor) -> Tensor:
     """Additive noise: x + sigma * noise."""
-    return x + sigma * noise
+    return to_unit(images).add_(noise, alpha=sigma)
 
 
-def speckle_noise(x: Tensor, sigma: float, noise: Tensor) -> Tensor:
+def speckle_noise(images: Tensor, sigma: float, noise: Tensor) -> Tensor:
     """Multiplicative noise: x + sigma * x * noise."""
+    x = to_unit(images)
     return x + sigma * x * noise
 
 
-def draw_uniform(streams: SampleStreams, x: Tensor, severity: float) -> Tensor:
+def draw_uniform(streams: SampleStreams, images: Tensor, severity: float) -> Tensor:
     """One uniform number in [0, 1) per value: (N, 3, H, W)."""
-    return streams.uniform(*x.shape[1:])
+    return streams.uniform(*images.shape[1:])
 
 
-def impulse_noise(x: Tensor, amount: float, u: Tensor) -> Tensor:
+def impulse_noise(images: Tensor, amount: float, u: Tensor) -> Tensor:
     """Salt and pepper: a share `amount` of the values becomes 0 or 1, half each, each channel by itself."""
-    return x.masked_fill(u < amount, 0).masked_fill_(u < amount / 2, 1)
+    return to_unit(images).masked_fill_(u < amount, 0).masked_fill_(u < amount / 2, 1)
 
 
-def draw_photons(streams: SampleStreams, x: Tensor, photons: float) -> Tensor:
-    """Poisson counts with mean x * photons: (N, 3, H, W) float32."""
-    accept, alias = (table.to(x.device) for table in _poisson_tables(photons))
+def draw_photons(streams: SampleStreams, images: Tensor, photons: float) -> Tensor:
+    """Poisson counts with mean images / 255 * photons: (N, 3, H, W) float32."""
+    accept, alias = (table.to(images.device) for table in _poisson_tables(photons))
     columns = accept.shape[1]
-    u = streams.uniform(*x.shape[1:]).mul_(columns)
+    u = streams.uniform(*images.shape[1:]).mul_(columns)
     column = u.long()
-    cell = to_levels(x).long().mul_(columns).add_(column)
+    cell = images.long().mul_(columns).add_(column)
     return torch.where(u - column < accept.take(cell), column.float(), alias.take(cell))
 
 
-def shot_noise(x: Tensor, photons: float, counts: Tensor) -> Tensor:
+def shot_noise(images: Tensor, photons: float, counts: Tensor) -> Tensor:
     """Photon noise: Poisson counts over the count of a white pixel."""
     return counts / photons
 

@@ -1,4 +1,4 @@
-"""Between 8-bit images and floating-point ones in [0, 1]."""
+"""From 8-bit images to floating-point ones in [0, 1] and back."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-def to_levels(x: Tensor) -> Tensor:
-    """Undo `to_unit`: whole numbers 0 .. 255, float32."""
-    return (x * 255).round_()
+def runs(source: Tensor, starts: Tensor, width: int) -> Tensor:
+    """Rows of `width` consecutive values of a contiguous tensor from any flat positions: (*starts.shape, width)."""
+    overlapping = source.as_strided((source.numel() - width + 1, width), (1, 1))
+    return overlapping.index_select(0, starts.flatten()).view(*starts.shape, width)
 
 
 def truncate(x: Tensor) -> Tensor:
-    """Clip to [0, 1] and round down to whole grey levels, as the benchmark does; the dtype is kept.
+    """Clip to [0, 1] and round down to whole grey levels, as the benchmark does: uint8.
 
     The benchmark computes in float64, where the rounding of a filter can lower a flat area by one level. That is
     reproduced in float64; in float32 a value within 1/512 level of a whole one counts as that.
     """
-    levels = x.clamp(0, 1) * 255
-    return (levels.add_(_SLACK) if x.dtype == torch.float32 else levels).floor_()
+    levels = x.clamp(0, 1).mul_(255)
+    return (levels.add_(_SLACK) if x.dtype == torch.float32 else levels).to(torch.uint8)

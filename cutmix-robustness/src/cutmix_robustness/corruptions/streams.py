@@ -51,11 +51,11 @@ class SampleStreams:
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers in [low, high): (N, *shape) float32."""
-        return self._unit(math.prod(shape)).mul_(high - low).add_(low).reshape(-1, *shape)
+        return self._unit(math.prod(shape)).mul_(high - low).add_(low).reshape(len(self.keys), *shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Uniform integers in 0 .. high - 1: (N, *shape) int64."""
-        return self._unit(math.prod(shape)).mul_(high).long().reshape(-1, *shape)
+        return self._unit(math.prod(shape)).mul_(high).long().reshape(len(self.keys), *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers by the Box-Muller transform: (N, *shape) float32."""
@@ -64,4 +64,4 @@ class SampleStreams:
         u, v = self._unit(2 * half).split(half, dim=1)
         radius = (1 - u).log_().mul_(-2).sqrt_()
         angle = v * (2 * math.pi)
-        return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :count].reshape(-1, *shape)
+        return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :count].reshape(len(self.keys), *shape)

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blur import clipped_zoom, motion_blur, smooth
-from .streams import SampleStreams
+from cutmix_robustness.corruptions.blur import clipped_zoom, move, smooth
+from cutmix_robustness.corruptions.pixels import to_unit
+from cutmix_robustness.corruptions.streams import SampleStreams
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
 _MUD = (63 / 255, 42 / 255, 20 / 255)
@@ -19,28 +20,28 @@ def _colour(rgb: tuple[float, float, float], like: Tensor) -> Tensor:  # (3, 1, 
     return torch.tensor(rgb, device=like.device)[:, None, None]
 
 
-def draw_snow(streams: SampleStreams, x: Tensor, severity: tuple) -> tuple[Tensor, Tensor]:
+def draw_snow(streams: SampleStreams, images: Tensor, severity: tuple) -> tuple[Tensor, Tensor]:
     """The flakes as standard normal numbers (N, H, W), and an angle in [-135, -45) degrees (N,)."""
-    return streams.normal(*x.shape[2:]), streams.uniform(low=-135, high=-45)
+    return streams.normal(*images.shape[2:]), streams.uniform(low=-135, high=-45)
 
 
-def snow(x: Tensor, severity: tuple, draws: tuple[Tensor, Tensor]) -> Tensor:
+def snow(images: Tensor, severity: tuple, draws: tuple[Tensor, Tensor]) -> Tensor:
     """Whiten the image and add a layer of motion-blurred flakes and the same layer rotated by 180 degrees.
 
     The motion blur is that of `motion_blur`; the generation script of CIFAR-C used ImageMagick's.
     """
     mean, sigma, zoom, threshold, radius, motion_sigma, keep = severity
-    noise, angles = draws
+    x, (noise, angles) = to_unit(images), draws
     layer = clipped_zoom((mean + sigma * noise)[:, None], zoom)
     layer = layer.masked_fill(layer < threshold, 0).clamp(0, 1)
-    layer = (motion_blur(layer, (radius, motion_sigma), angles) * 255).round_().div_(255)
+    layer = (move(layer, (radius, motion_sigma), angles) * 255).round_().div_(255)
     grey = (x * _colour(_LUMA, x)).sum(1, keepdim=True)
     return keep * x + (1 - keep) * torch.maximum(x, grey * 1.5 + 0.5) + layer + layer.flip(2, 3)
 
 
-def draw_fog(streams: SampleStreams, x: Tensor, severity: tuple[float, float]) -> list[Tensor]:
+def draw_fog(streams: SampleStreams, images: Tensor, severity: tuple[float, float]) -> list[Tensor]:
     """The roughness of each level of the plasma, coarse to fine: (N, 3, S, S) in [-1, 1), S = 1, 2, 4, ..."""
-    levels = (max(x.shape[2:]) - 1).bit_length()
+    levels = max((max(images.shape[2:]) - 1).bit_length(), 1)
     return [streams.uniform(3, 2**level, 2**level, low=-1, high=1) for level in range(levels)]
 
 
@@ -66,29 +67,31 @@ def plasma(roughness: list[Tensor], decay: float) -> Tensor:
     return corners / corners.amax((1, 2), keepdim=True)
 
 
-def fog(x: Tensor, severity: tuple[float, float], roughness: list[Tensor]) -> Tensor:
+def fog(images: Tensor, severity: tuple[float, float], roughness: list[Tensor]) -> Tensor:
     """Add clouds and scale back to the brightest value of the image."""
-    strength, decay = severity
+    x, (strength, decay) = to_unit(images), severity
     brightest = x.amax((1, 2, 3), keepdim=True)
     clouds = plasma(roughness, decay)[:, None, : x.shape[2], : x.shape[3]]
     return (x + strength * clouds) * brightest / (brightest + strength)
 
 
-def brightness(x: Tensor, offset: float, draws: None = None) -> Tensor:
+def brightness(images: Tensor, offset: float, draws: None = None) -> Tensor:
     """Raise V of HSV; hue and saturation stay, so all three channels scale alike and black becomes grey."""
+    x = to_unit(images)
     value = x.amax(1, keepdim=True)
     raised = (value + offset).clamp(max=1)
     return torch.where(value > 0, x * (raised / value), raised)
 
 
-def draw_spatter(streams: SampleStreams, x: Tensor, severity: tuple) -> Tensor:
+def draw_spatter(streams: SampleStreams, images: Tensor, severity: tuple) -> Tensor:
     """Liquid as standard normal numbers: (N, H, W)."""
-    return streams.normal(*x.shape[2:])
+    return streams.normal(*images.shape[2:])
 
 
-def spatter(x: Tensor, severity: tuple, noise: Tensor) -> Tensor:
+def spatter(images: Tensor, severity: tuple, noise: Tensor) -> Tensor:
     """Drops of water (severities 1 to 3) or mud (4 and 5)."""
     mean, sigma, smoothing, threshold, strength, mud = severity
+    x = to_unit(images)
     liquid = smooth((mean + sigma * noise)[:, None], smoothing)
     liquid = liquid.masked_fill(liquid < threshold, 0)
     if mud:
