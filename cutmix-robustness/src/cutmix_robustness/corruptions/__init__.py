@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutmix_robustness.corruptions. import blur, digital, frost, noise, weather
+from cutmix_robustness.corruptions import blur, digital, frost, noise, weather
 from cutmix_robustness.corruptions.pixels import to_unit, truncate
 from cutmix_robustness.corruptions.severities import SEVERITIES
 from cutmix_robustness.corruptions.streams import SampleStreams
