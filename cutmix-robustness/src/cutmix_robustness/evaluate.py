@@ -39,13 +39,13 @@ class Evaluation:
 
 
 def collect(
-    source: ResidentImages | ImageFiles, measure: Callable[[Tensor, Tensor], dict[str, Tensor]], fabric: Fabric
+    source: ResidentImages | ImageFiles, measure: Callable[[Tensor, Tensor, int], dict[str, Tensor]], fabric: Fabric
 ) -> dict[str, Tensor]:
     """Map batches and concatenate what comes back, in the order of the source, over all processes.
 
     Args:
         source: of uint8 images.
-        measure: images (B, 3, H, W) in [0, 1] and labels (B,) to tensors of leading dimension B.
+        measure: images (B, 3, H, W) in [0, 1], labels (B,) and the batch's number to tensors of leading dimension B.
         fabric: processes.
 
     Returns:
@@ -54,7 +54,7 @@ def collect(
     parts = {}
     for number, images, labels in source.batches(fabric.global_rank, fabric.world_size):
         images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-        parts[number] = {name: value.detach().cpu() for name, value in measure(images, labels).items()}
+        parts[number] = {name: value.detach().cpu() for name, value in measure(images, labels, number).items()}
     if fabric.world_size > 1:
         everyone: list[dict] = [{} for _ in range(fabric.world_size)]
         dist.all_gather_object(everyone, parts)
@@ -66,7 +66,7 @@ def collect(
 def logits_of(model: Classifier, source: ResidentImages | ImageFiles, fabric: Fabric) -> tuple[Tensor, Tensor]:
     """(N, K) logits and (N,) labels of a source, on the CPU."""
     with torch.no_grad():
-        found = collect(source, lambda images, labels: {"logits": model(images), "labels": labels}, fabric)
+        found = collect(source, lambda images, labels, _: {"logits": model(images), "labels": labels}, fabric)
     return found["logits"], found["labels"]
 
 
@@ -137,7 +137,7 @@ class Evaluator:
         metrics, details = {}, {}
         for where in ("center", "boundary"):
 
-            def measure(images: Tensor, labels: Tensor, where: str = where) -> dict[str, Tensor]:
+            def measure(images: Tensor, labels: Tensor, _: int, where: str = where) -> dict[str, Tensor]:
                 right = [self.model(occlude(images, size, where, mean)).argmax(1) == labels for size in sizes]
                 return {"right": torch.stack(right, 1)}
 
@@ -159,7 +159,7 @@ class Evaluator:
     def fgsm(self) -> Evaluation:
         """Accuracy under FGSM, 8/255, and the share of images whose gradient is zero (a sign of masking)."""
 
-        def measure(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
             flat = input_gradient(self.model, images, labels).flatten(1).abs().amax(1) == 0
             return {"right": self.model(fgsm(self.model, images, labels)).argmax(1) == labels, "flat": flat}
 
@@ -170,10 +170,9 @@ class Evaluator:
 
     def pgd(self) -> Evaluation:
         """Accuracy under ten steps of PGD, 8/255, from a random start."""
-        generator = generator_for(self.seed, self.fabric.global_rank, 4)
 
-        def measure(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            attacked = pgd(self.model, images, labels, generator=generator)
+        def measure(images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
+            attacked = pgd(self.model, images, labels, generator=generator_for(self.seed, number, 4))
             return {"right": self.model(attacked).argmax(1) == labels}
 
         return Evaluation({"pgd_accuracy": 100 - _error(collect(self.probes, measure, self.fabric)["right"])})
@@ -216,7 +215,7 @@ class Evaluator:
         metrics, details = {}, {}
         for kind in ("mixup", "cutmix"):
 
-            def measure(images: Tensor, labels: Tensor, kind: str = kind) -> dict[str, Tensor]:
+            def measure(images: Tensor, labels: Tensor, _: int, kind: str = kind) -> dict[str, Tensor]:
                 other, other_labels = images.roll(1, 0), labels.roll(1)
                 right = []
                 for ratio in TENTHS:
@@ -236,7 +235,7 @@ class Evaluator:
     def localization(self) -> Evaluation:
         """Boxes around the class activation map of the predicted class (Table 9)."""
 
-        def measure(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
             network = self.model.network
             features = network.features((images - self.model.mean) / self.model.std)
             predicted = network.fc(features.mean((2, 3))).argmax(1)

@@ -179,6 +179,11 @@ def photographs(side: int = 224):
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
+def _picture(image) -> np.ndarray:
+    """(3, H, W) tensor to what matplotlib shows."""
+    return image.permute(1, 2, 0).numpy()
+
+
 def draw_methods() -> plt.Figure:
     """The pair A, B under Mixup, Cutout and CutMix, and one CutMix batch of TwoWave with its label weights."""
     import torch
@@ -200,7 +205,7 @@ def draw_methods() -> plt.Figure:
     figure = plt.figure(figsize=(11, 7), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     for (title, image), panel in zip(shown, top.subplots(1, 5), strict=True):
-        panel.imshow(image.permute(1, 2, 0))
+        panel.imshow(_picture(image))
         panel.set_title(title, fontsize=9)
         panel.axis("off")
     batch = twowave(8, seed=0).images
@@ -208,9 +213,9 @@ def draw_methods() -> plt.Figure:
     bottom.suptitle("A batch of TwoWave (above) and after CutMix with a box per sample (below)", fontsize=10)
     panels = bottom.subplots(2, 8)
     for number in range(8):
-        panels[0][number].imshow(batch[number].permute(1, 2, 0))
+        panels[0][number].imshow(_picture(batch[number]))
         panels[0][number].set_title(f"{number}", fontsize=9)
-        panels[1][number].imshow(mixed.images[number].permute(1, 2, 0))
+        panels[1][number].imshow(_picture(mixed.images[number]))
         top_y, left_x, bottom_y, right_x = mixed.boxes[number].tolist()
         edge = plt.Rectangle((left_x - 0.5, top_y - 0.5), right_x - left_x, bottom_y - top_y, fill=False, ec="w", lw=2)
         panels[1][number].add_patch(edge)
@@ -232,7 +237,7 @@ def draw_corruptions() -> plt.Figure:
         shown.append((name.replace("_", " "), corrupt(image, name, 3, "imagenet", generator=generator_for(name))))
     figure, axes = plt.subplots(4, 5, figsize=(10, 8.6), layout="constrained")
     for (title, picture), panel in zip(shown, axes.flat, strict=True):
-        panel.imshow(picture[0].permute(1, 2, 0))
+        panel.imshow(_picture(picture[0]))
         panel.set_title(title, fontsize=10)
         panel.axis("off")
     return figure

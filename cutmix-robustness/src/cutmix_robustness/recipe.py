@@ -63,7 +63,7 @@ class Recipe:
         self,
         images: Tensor,
         labels: Tensor,
-        draw: tuple[int, int, int],
+        draw: tuple[int, ...],
         progress: float = 0.0,
         share: tuple[int, int] = (0, 1),
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,7 +72,7 @@ class Recipe:
         Args:
             images: (B, 3, H, W) uint8.
             labels: (B,) int64.
-            draw: seed, epoch and number of the batch, which decide every draw.
+            draw: seed, epoch and number of the batch (and the rank, of a batch of its own), which decide every draw.
             progress: share of the training done, for scheduled CutMix.
             share: rank and world size, where the batch is the global one and this rank is to train on its share.
 

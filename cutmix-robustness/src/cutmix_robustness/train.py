@@ -107,7 +107,7 @@ def fit(
         logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
     wrapped, optimizer = fabric.setup(model, optimizer)
     recipe = Recipe(s, model, wrapped, outliers)
-    share = (rank, world) if data.whole_batches else (0, 1)
+    share, own = ((rank, world), ()) if data.whole_batches else ((0, 1), (rank,))  # own: mixed within the rank
     steps = len(data) // s.batch_size
 
     for epoch in range(state["epoch"], s.epochs):
@@ -118,7 +118,7 @@ def fit(
             before_step(state["total"])
             torch.manual_seed(generator_for(seed, epoch, number, 3, rank).initial_seed())
             progress = epoch / max(1, s.epochs - 1)
-            loss, statistics = recipe.loss(images, labels, (seed, epoch, number), progress, share)
+            loss, statistics = recipe.loss(images, labels, (seed, epoch, number, *own), progress, share)
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(loss)
             optimizer.step()
