@@ -28,7 +28,7 @@ from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
 from cutmix_robustness.data.sources import generator_for
 from cutmix_robustness.data.twowave import MEAN, STD
 from cutmix_robustness.data.voc import mean_average_precision
-from cutmix_robustness.evaluate import Evaluator
+from cutmix_robustness.evaluation import Evaluator
 from cutmix_robustness.experiments import build_classifier, execute, measure_properties
 from cutmix_robustness.localization import box_iou, cam_box, class_activation_map, localization_accuracy
 from cutmix_robustness.networks import SmallNet

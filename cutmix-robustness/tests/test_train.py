@@ -151,7 +151,7 @@ from dataclasses import replace
 import torch
 from cutmix_robustness.data.benchmark import open_benchmark
 from cutmix_robustness.data.twowave import MEAN, STD, twowave
-from cutmix_robustness.evaluate import Evaluator
+from cutmix_robustness.evaluation import Evaluator
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.settings import PRESETS
 from cutmix_robustness.train import fit, make_fabric

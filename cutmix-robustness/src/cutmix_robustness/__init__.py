@@ -11,7 +11,7 @@ _MODULES = {
     "corruptions": ("CORRUPTIONS", "EXTRA_CORRUPTIONS", "corrupt"),
     "cutmix": ("CutMix", "MixedBatch", "cutmix_box", "mixed_cross_entropy", "sample_boxes"),
     "dropout": ("Cutout", "DropBlock2d", "ShakeDrop", "StochasticDepth"),
-    "evaluate": ("evaluate",),
+    "evaluation": ("evaluate",),
     "localization": ("cam_box", "class_activation_map", "localization_accuracy"),
     "mixup": ("ManifoldMix", "Mixup", "MixupCutMix"),
     "networks": ("Classifier", "WideResNet", "pyramidnet", "resnet_cifar", "resnet_imagenet"),

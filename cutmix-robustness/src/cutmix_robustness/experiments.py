@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
 from cutmix_robustness.data.ood import outliers
 from cutmix_robustness.data.sources import generator_for
-from cutmix_robustness.evaluate import Evaluator, top1_error
+from cutmix_robustness.evaluation import Evaluator, top1_error
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
