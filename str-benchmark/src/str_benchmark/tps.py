@@ -74,7 +74,7 @@ class ThinPlateSpline(nn.Module):
         if C_prime.ndim != 3 or C_prime.shape[1:] != (self.num_fiducial, 2):
             raise ValueError(f"C_prime: expected (B, {self.num_fiducial}, 2), got {tuple(C_prime.shape)}")
         with torch.autocast(C_prime.device.type, enabled=False):  # r^2 ln r and the solve need float32
-            padded = F.pad(C_prime.float(), (0, 0, 0, 3))  # (B, F+3, 2)
+            padded = F.pad(C_prime.to(self.P_hat.dtype), (0, 0, 0, 3))  # (B, F+3, 2)
             transform = self.inv_delta_C @ padded  # T, (B, F+3, 2)
             return (self.P_hat @ transform).reshape(-1, *self.size, 2)
 
@@ -84,4 +84,6 @@ class ThinPlateSpline(nn.Module):
         Base points as C' are not an exact identity: P lies on pixel centres, while align_corners puts -1 and 1 on the
         outer ones. The public checkpoints were trained so.
         """
-        return F.grid_sample(images, self(C_prime).to(images.dtype), padding_mode="border", align_corners=True)
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.to(self.P_hat.dtype)
+            return F.grid_sample(images, self(C_prime), padding_mode="border", align_corners=True)

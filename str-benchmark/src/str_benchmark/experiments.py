@@ -1,0 +1,260 @@
+"""From the settings of a table's row to the outcome of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from str_benchmark.aggregate import failures_of_runs, mean_of_runs
+from str_benchmark.data import names
+from str_benchmark.data.lmdb_store import LMDBDataset
+from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData
+from str_benchmark.data.rendered import RENDERED, rendered_lmdb
+from str_benchmark.data.sets import open_set
+from str_benchmark.evaluate import evaluate, latency_ms
+from str_benchmark.metrics import total_accuracy
+from str_benchmark.models import Recognizer, build_model, count_parameters
+from str_benchmark.models.cost import gflops
+from str_benchmark.models.inference import for_inference
+from str_benchmark.settings import Settings
+from str_benchmark.train import fit, load_checkpoint, make_fabric
+from shared_utils.logging import get_logger
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.seeding import seed_everything
+from shared_utils.tables import Table, load_tables, settings_hash
+
+logger = get_logger("str-benchmark")
+
+PROJECT = Path(__file__).parents[2]
+PACKAGES = ("torchvision", "lightning", "numpy", "pillow", "lmdb")
+AGGREGATES = {"mean": mean_of_runs, "failures": failures_of_runs}
+
+
+def tables() -> list[Table]:
+    """All table files, checked against the settings."""
+    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def run_tables(
+    chosen: Sequence[Table],
+    scale: str,
+    data_root: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+    workers: int = 0,
+    skip_broken: bool = False,
+) -> RunLog:
+    """Run what runs/<scale>.jsonl lacks of the tables; those computed from other runs come last."""
+    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    combined = [run for run in runs if run.settings.get("measure") in AGGREGATES]
+    common = {"repository": PROJECT, "packages": PACKAGES, "force": force}
+    act = partial(execute, data_root=data_root, workers=workers, skip_broken=skip_broken)
+    run_missing("str-benchmark", [run for run in runs if run not in combined], log, act, jobs=jobs, **common)
+    logs = [RunLog(PROJECT / folder / f"{scale}.jsonl") for folder in ("results", "runs")]
+    run_missing("str-benchmark", combined, log, partial(_combine, scale=scale, logs=logs), **common)
+    return log
+
+
+def execute(settings: dict, seed: int, *, data_root: Path, workers: int = 0, skip_broken: bool = False) -> Outcome:
+    """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+    resolved = Settings(**settings)
+    if resolved.measure == "cost":
+        return _cost(resolved, seed)
+    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+    source = Source(data_root, workers, skip_broken)
+    _, outcome = train_and_evaluate(resolved, seed, source, _fabric(), checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return outcome
+
+
+def _combine(settings: dict, seed: int, *, scale: str, logs: list[RunLog]) -> Outcome:
+    resolved = Settings(**settings)
+    table = next((table for table in tables() if table.id == resolved.of[0]), None)
+    if table is None:
+        raise ValueError(f"of: there is no table {resolved.of[0]!r}")
+    return AGGREGATES[resolved.measure](table, scale, seed, resolved.of[1:], logs)
+
+
+class Source:
+    """Where sets come from: the renderer, the data root, or a folder; opened with what a run needs."""
+
+    def __init__(self, data_root: Path, workers: int = 0, skip_broken: bool = False):
+        self.data_root, self.workers, self.skip_broken = Path(data_root), workers, skip_broken
+
+    def open(self, name: str, **options) -> list[LMDBDataset]:
+        """The LMDBs of a set."""
+        if name in RENDERED:
+            return [LMDBDataset(rendered_lmdb(name, PROJECT / "runs" / "rendered"), **options)]
+        return open_set(name, self.data_root, **options)
+
+    def for_evaluation(self, sets: Sequence[str], s: Settings) -> dict[str, list[LMDBDataset]]:
+        """Sets by name, unfiltered, labels on the test charset; one whose name ends in ? is left out if missing."""
+        found = {}
+        for name in sets:
+            plain = name.removesuffix("?")
+            try:
+                found[plain] = self.open(plain, charset=s.test_charset, filter="off", channels=3 if s.rgb else 1)
+            except FileNotFoundError:
+                if name == plain:
+                    raise
+        return found
+
+    def for_training(self, sets: Sequence[str], s: Settings) -> tuple[list[LMDBDataset], list[int]]:
+        """Non-empty LMDBs of all sets, and which set each belongs to.
+
+        Raises:
+            ValueError: a set of which the filter leaves nothing; the message says which rule took what.
+        """
+        found, owners = [], []
+        options = {"charset": s.charset, "max_length": s.max_length, "filter": s.filter}
+        for number, name in enumerate(sets):
+            parts = self.open(name, channels=3 if s.rgb else 1, **options)
+            parts = [part.take(s.data_fraction) for part in parts]
+            for part in parts:
+                logger.info("%s: %s", part.path.name, part.report)
+            if not any(len(part) for part in parts):
+                raise ValueError(f"{name}: no sample is left for training: {parts[0].report}")
+            kept = [part for part in parts if len(part)]
+            found += kept
+            owners += [number] * len(kept)
+        return found, owners
+
+
+def train_and_evaluate(
+    s: Settings,
+    seed: int,
+    source: Source,
+    fabric: Fabric,
+    checkpoint: Path | None,
+    *,
+    checkpoint_every: int = 1000,
+    compile: bool = False,
+) -> tuple[Recognizer, Outcome]:
+    """Train from scratch (or on from the checkpoint), fine-tune where asked, and evaluate."""
+    sets = source.for_evaluation(s.evaluate, s)  # a missing set shows now, not after hours
+    seed_everything(seed)
+    model = build_model(s.config)
+    if fabric.device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    model = model.to(fabric.device)
+    validation = source.for_evaluation(s.validation, s)
+
+    def accuracy(model: Recognizer) -> float:
+        frame = evaluate(model, validation, test_charset=s.test_charset, pad=s.pad, skip_broken=source.skip_broken)[0]
+        return float(frame.correct.sum() / frame.n.sum())
+
+    curve, dataset = [], {}
+    phases = [("train", s.train, s.ratios, None)] + ([("finetune", s.finetune, None, s.finetune_epochs)] if s.finetune else [])
+    for phase, chosen, ratios, epochs in phases:
+        datasets, owners = source.for_training(chosen, s)
+        sizes = np.array([len(each) for each in datasets])
+        share = np.array(ratios)[owners] if ratios else np.ones(len(sizes))
+        of_owner = np.array([sizes[np.array(owners) == owner].sum() for owner in owners])
+        weights = (share * sizes / of_owner if ratios else sizes / sizes.sum()).tolist()
+        sampler = BalancedBatchSampler(datasets, weights, s.batch_size, seed, fabric.global_rank, fabric.world_size)
+        data = TrainingData(
+            datasets, sampler, model.tokenizer, s.max_length, s.config.img_size, fabric.device, pad=s.pad,
+            resident=s.resident, workers=source.workers, skip_broken=source.skip_broken,
+        )  # fmt: skip
+        dataset[phase] = [_describe(each) for each in datasets]
+        run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "phase": phase}
+        curve += fit(
+            model, data, s, fabric, run=run,
+            steps=s.steps if epochs is None else max(1, epochs * int(sizes.sum()) // s.batch_size),
+            validate=accuracy if validation else None,
+            checkpoint=checkpoint and (checkpoint if phase == phases[-1][0] else checkpoint.with_suffix(".base.pt")),
+            checkpoint_every=checkpoint_every, compile=compile,
+        )  # fmt: skip
+    outcome = score(model, s, sets, source.skip_broken)
+    outcome.details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
+    outcome.dataset.update(dataset)
+    return model, outcome
+
+
+def score(model: Recognizer, s: Settings, sets: dict[str, list[LMDBDataset]], skip_broken: bool = False) -> Outcome:
+    """Metrics of the tables: every set, their groups, time and parameters. Accuracies in %."""
+    frame, correct, readings = evaluate(
+        model, sets, test_charset=s.test_charset, pad=s.pad, skip_broken=skip_broken
+    )
+    counts = {row.set: (row.n, row.correct) for row in frame.itertuples()}
+    metrics = {row.set.replace("-", "_"): 100 * row.accuracy for row in frame.itertuples()}
+    groups = {
+        "total_accuracy": s.regular + s.irregular,
+        "regular_accuracy": s.regular,
+        "irregular_accuracy": s.irregular,
+        "in_distribution": names.IN_DISTRIBUTION,
+        "out_distribution": names.OUT_OF_DISTRIBUTION,
+    }
+    details = {"n": {row.set: row.n for row in frame.itertuples()}}
+    for name, parts in groups.items():
+        if parts and all(part in counts for part in parts):
+            accuracy, details["n"][name] = total_accuracy(counts, parts)
+            metrics[name] = 100 * accuracy
+    if "total_accuracy" in metrics:
+        logger.info("total accuracy %.2f %% of n = %d", metrics["total_accuracy"], details["n"]["total_accuracy"])
+    metrics["ned"] = float(np.average(frame.ned, weights=frame.n))
+    metrics["time_ms"] = latency_ms(for_inference(model))
+    metrics["params_M"] = count_parameters(model) / 1e6
+    shares = [reading.blank_share for reading in readings.values() if reading.blank_share is not None]
+    if shares:
+        metrics["blank_share"] = float(np.average(shares, weights=frame.n))
+    details["correct"] = {name: np.packbits(hits).tobytes().hex() for name, hits in correct.items()}
+    details["intervals"] = {row.set: [round(row.low, 4), round(row.high, 4)] for row in frame.itertuples()}
+    evaluated = [{"set": row.set, "n": row.n, "broken": row.broken} for row in frame.itertuples()]
+    return Outcome(metrics, details, {"evaluation": evaluated})
+
+
+def _cost(s: Settings, seed: int) -> Outcome:
+    """Parameters, FLOPs and milliseconds of a network that nobody trained."""
+    seed_everything(seed)
+    model = build_model(s.config).to(_fabric().device)
+    paper = build_model(replace(s.config, ctc_head="paper"))
+    metrics = {
+        "parameters": count_parameters(model),
+        "params_M": count_parameters(paper) / 1e6,
+        "gflops": gflops(model),
+        "time_ms": latency_ms(for_inference(model)),
+    }
+    return Outcome(metrics)
+
+
+def _describe(data: LMDBDataset) -> dict:
+    digest = hashlib.sha256(data.indices.tobytes() + str(data.path.joinpath("data.mdb").stat().st_size).encode())
+    return {"name": data.path.name, "total": data.total, "used": len(data), "sha256": digest.hexdigest()[:16]}
+
+
+def evaluate_checkpoint(path: Path, source: Source, device: str, evaluate: Sequence[str]) -> Outcome:
+    """Metrics of a checkpoint that `str-benchmark train` wrote, on its own sets or on others."""
+    model, s = load_trained(path, device)
+    chosen = tuple(evaluate) or s.evaluate
+    return score(model, s, source.for_evaluation(chosen, s), source.skip_broken)
+
+
+def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings]:
+    """Model (its best weights) and settings of a training checkpoint. ValueError where its weights do not fit."""
+    content = load_checkpoint(path)
+    s = Settings(**content["run"]["settings"])
+    model = Recognizer(s.config)
+    best = content["state"]["best"]
+    try:
+        model.load_state_dict(best["weights"] if best else content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: holds no weights of {s.config.name} ({error})") from error
+    return model.to(make_fabric(device).device).eval(), s
+
+
+@lru_cache(maxsize=1)
+def _fabric() -> Fabric:
+    return make_fabric()

@@ -1,0 +1,32 @@
+"""A recognizer made ready for reading: batch norm folded into convolutions, weights in the layout of the device."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from str_benchmark.models.recognizer import Recognizer
+
+
+def fold_batch_norm(model: Recognizer) -> Recognizer:
+    """A copy in eval mode whose convolutions have taken up the batch norm behind them: equal up to rounding.
+
+    The gated convolutions of RCNN keep theirs, as one convolution serves several batch norms there.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        children = dict(module.named_children())
+        names = list(children)
+        for name, following in zip(names, names[1:], strict=False):
+            if isinstance(children[name], nn.Conv2d) and isinstance(children[following], nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(children[name], children[following]))
+                setattr(module, following, nn.Identity())
+    return model
+
+
+def for_inference(model: Recognizer) -> Recognizer:
+    """`fold_batch_norm` with weights in channels_last."""
+    return fold_batch_norm(model).to(memory_format=torch.channels_last)
