@@ -145,10 +145,7 @@ def train_and_evaluate(
     """Train from scratch (or on from the checkpoint), fine-tune where asked, and evaluate."""
     sets = source.for_evaluation(s.evaluate, s)  # a missing set shows now, not after hours
     seed_everything(seed)
-    model = build_model(s.config)
-    if fabric.device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    model = model.to(fabric.device)
+    model = build_model(s.config).to(fabric.device, memory_format=torch.channels_last)
     validation = source.for_evaluation(s.validation, s)
 
     def accuracy(model: Recognizer) -> float:

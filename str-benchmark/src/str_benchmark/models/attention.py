@@ -42,7 +42,8 @@ class Attention(nn.Module):
                 shorter.
         """
         weights = self._rearranged()
-        state = columns.new_zeros(len(columns), self.hidden), columns.new_zeros(len(columns), self.hidden)
+        batch = columns.shape[0]  # not len(): it would fix the batch at export
+        state = columns.new_zeros(batch, self.hidden), columns.new_zeros(batch, self.hidden)
         projected = self.attention_cell.i2h(columns)  # (B, T, hidden)
         if targets is not None:
             outputs = []
@@ -51,7 +52,7 @@ class Attention(nn.Module):
                 outputs.append(state[0])
             return self.generator(torch.stack(outputs, 1))
 
-        characters = torch.full((len(columns),), GO, dtype=torch.int64, device=columns.device)
+        characters = torch.full((batch,), GO, dtype=torch.int64, device=columns.device)
         ended, logits = characters.bool(), []
         for _ in range(self.steps):
             state = self._step(columns, projected, characters, state, weights)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from str_benchmark.models.recognizer import Recognizer
+from str_benchmark.models.winograd import WinogradConv2d
 
 
 def fold_batch_norm(model: Recognizer) -> Recognizer:
@@ -28,5 +29,15 @@ def fold_batch_norm(model: Recognizer) -> Recognizer:
 
 
 def for_inference(model: Recognizer) -> Recognizer:
-    """`fold_batch_norm` with weights in channels_last."""
-    return fold_batch_norm(model).to(memory_format=torch.channels_last)
+    """The fastest form for the device the model lies on: folded, channels_last, on a CPU with Winograd convolutions.
+
+    Texts are the same; logits are equal up to rounding.
+    """
+    device = next(model.parameters()).device
+    model = fold_batch_norm(model).to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if WinogradConv2d.fits(child):
+                    setattr(module, name, WinogradConv2d(child))
+    return model

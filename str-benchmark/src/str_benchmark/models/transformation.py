@@ -38,7 +38,7 @@ class LocalizationNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.localization_fc1(self.conv(images).flatten(1))
-        return self.localization_fc2(features).reshape(len(images), -1, 2)
+        return self.localization_fc2(features).unflatten(1, (-1, 2))
 
 
 class TPSTransformation(nn.Module):
