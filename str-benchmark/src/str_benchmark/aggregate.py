@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from str_benchmark.metrics import failure_intersection
-from str_benchmark.models.config import STAGES
 from shared_utils.runlog import Outcome, RunLog, key_of
 from shared_utils.tables import Table
+from str_benchmark.config import STAGES
+from str_benchmark.metrics import failure_intersection
 
 
 def records_of(table: Table, scale: str, seed: int, rows: Sequence[str], logs: Sequence[RunLog]) -> list[dict]:
@@ -22,7 +22,9 @@ def records_of(table: Table, scale: str, seed: int, rows: Sequence[str], logs: S
     found = []
     for run in table.runs(scale, rows, [seed]):
         if run.key not in known:
-            raise ValueError(f"{table.id}, {run.row}, seed {seed} was not run yet: run {table.id} at scale {scale} first")
+            raise ValueError(
+                f"{table.id}, {run.row}, seed {seed} was not run yet: run {table.id} at scale {scale} first"
+            )
         found.append(known[run.key])
     return found
 

@@ -47,7 +47,10 @@ def ctc_beam_search(
     if not np.allclose(sums, 1, atol=1e-3):
         raise ValueError(f"log_probs: expected columns that sum to 1, got sums of {sums.min():.4g} .. {sums.max():.4g}")
     return [
-        [("".join(tokenizer.charset[k - 1] for k in prefix), score) for prefix, score in _search(image, beam, per_column)]
+        [
+            ("".join(tokenizer.charset[k - 1] for k in prefix), score)
+            for prefix, score in _search(image, beam, per_column)
+        ]
         for image in columns
     ]
 

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shared_utils.logging import get_logger
 from str_benchmark.data.images import to_input
 from str_benchmark.data.lmdb_store import LMDBDataset, load_samples
 from str_benchmark.data.sets import SETS
 from str_benchmark.metrics import bootstrap_interval, correct_words, edit_similarity, normalise
 from str_benchmark.models import Recognizer
 from str_benchmark.tokenizers import BLANK
-from shared_utils.logging import get_logger
 
 logger = get_logger("str-benchmark")
 

@@ -13,23 +13,24 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from shared_utils.logging import get_logger
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.seeding import seed_everything
+from shared_utils.tables import Table, load_tables, settings_hash
 from str_benchmark.aggregate import failures_of_runs, mean_of_runs
 from str_benchmark.data import names
 from str_benchmark.data.lmdb_store import LMDBDataset
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
 from str_benchmark.data.sets import open_set
-from str_benchmark.evaluate import evaluate, latency_ms
+from str_benchmark.evaluate import Reading, evaluate, latency_ms
 from str_benchmark.metrics import total_accuracy
-from str_benchmark.models import Recognizer, build_model, count_parameters
+from str_benchmark.models import Recognizer, STRConfig, build_model, count_parameters
 from str_benchmark.models.cost import gflops
 from str_benchmark.models.inference import for_inference
+from str_benchmark.models.pretrained import load_pretrained
 from str_benchmark.settings import Settings
 from str_benchmark.train import fit, load_checkpoint, make_fabric
-from shared_utils.logging import get_logger
-from shared_utils.runlog import Outcome, RunLog, run_missing
-from shared_utils.seeding import seed_everything
-from shared_utils.tables import Table, load_tables, settings_hash
 
 logger = get_logger("str-benchmark")
 
@@ -153,7 +154,9 @@ def train_and_evaluate(
         return float(frame.correct.sum() / frame.n.sum())
 
     curve, dataset = [], {}
-    phases = [("train", s.train, s.ratios, None)] + ([("finetune", s.finetune, None, s.finetune_epochs)] if s.finetune else [])
+    phases = [("train", s.train, s.ratios, None)] + (
+        [("finetune", s.finetune, None, s.finetune_epochs)] if s.finetune else []
+    )
     for phase, chosen, ratios, epochs in phases:
         datasets, owners = source.for_training(chosen, s)
         sizes = np.array([len(each) for each in datasets])
@@ -182,9 +185,7 @@ def train_and_evaluate(
 
 def score(model: Recognizer, s: Settings, sets: dict[str, list[LMDBDataset]], skip_broken: bool = False) -> Outcome:
     """Metrics of the tables: every set, their groups, time and parameters. Accuracies in %."""
-    frame, correct, readings = evaluate(
-        model, sets, test_charset=s.test_charset, pad=s.pad, skip_broken=skip_broken
-    )
+    frame, correct, readings = evaluate(model, sets, test_charset=s.test_charset, pad=s.pad, skip_broken=skip_broken)
     counts = {row.set: (row.n, row.correct) for row in frame.itertuples()}
     metrics = {row.set.replace("-", "_"): 100 * row.accuracy for row in frame.itertuples()}
     groups = {
@@ -207,23 +208,27 @@ def score(model: Recognizer, s: Settings, sets: dict[str, list[LMDBDataset]], sk
     shares = [reading.blank_share for reading in readings.values() if reading.blank_share is not None]
     if shares:
         metrics["blank_share"] = float(np.average(shares, weights=frame.n))
+    details["read"] = {name: _first_words(reading) for name, reading in readings.items()}
     details["correct"] = {name: np.packbits(hits).tobytes().hex() for name, hits in correct.items()}
     details["intervals"] = {row.set: [round(row.low, 4), round(row.high, 4)] for row in frame.itertuples()}
     evaluated = [{"set": row.set, "n": row.n, "broken": row.broken} for row in frame.itertuples()]
     return Outcome(metrics, details, {"evaluation": evaluated})
 
 
+def _first_words(reading: Reading, n: int = 4) -> list[tuple[str, float]]:
+    """Texts and confidences of a set's first images, for the sheet."""
+    return [(text, round(p, 3)) for text, p in zip(reading.texts[:n], reading.confidences[:n], strict=True)]
+
+
 def _cost(s: Settings, seed: int) -> Outcome:
     """Parameters, FLOPs and milliseconds of a network that nobody trained."""
     seed_everything(seed)
-    model = build_model(s.config).to(_fabric().device)
-    paper = build_model(replace(s.config, ctc_head="paper"))
-    metrics = {
-        "parameters": count_parameters(model),
-        "params_M": count_parameters(paper) / 1e6,
-        "gflops": gflops(model),
-        "time_ms": latency_ms(for_inference(model)),
-    }
+    model = Recognizer(s.config).to(_fabric().device)
+    parameters = count_parameters(model)
+    released, printed = (Recognizer(replace(s.config, feat="RCNN", ctc_head=head)) for head in ("released", "paper"))
+    as_printed = parameters - count_parameters(released) + count_parameters(printed)
+    time_ms = latency_ms(for_inference(model), repeats=5, warmup=2)
+    metrics = {"params_M": as_printed / 1e6, "parameters": parameters, "gflops": gflops(model), "time_ms": time_ms}
     return Outcome(metrics)
 
 
@@ -250,6 +255,15 @@ def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings
     except RuntimeError as error:
         raise ValueError(f"{path}: holds no weights of {s.config.name} ({error})") from error
     return model.to(make_fabric(device).device).eval(), s
+
+
+def load_any(path: Path, model: str, charset: str, device: str) -> tuple[Recognizer, bool]:
+    """A training checkpoint, or with a model name a public one; and whether its images are padded."""
+    if model:
+        loaded = load_pretrained(path, STRConfig.from_name(model, charset=charset)).model
+        return loaded.to(make_fabric(device).device), False
+    trained, settings = load_trained(path, device)
+    return trained, settings.pad
 
 
 @lru_cache(maxsize=1)

@@ -46,13 +46,13 @@ def font_files(fonts: str | Path) -> list[Path]:
 
 
 def random_words(n: int, alphabet: str, lengths: tuple[int, int], rng: np.random.Generator) -> list[str]:
-    """n words of lengths (from, to) inclusive, characters drawn evenly."""
+    """N words of lengths (from, to) inclusive, characters drawn evenly."""
     counts = rng.integers(lengths[0], lengths[1] + 1, n)
     return ["".join(rng.choice(list(alphabet), count)) for count in counts]
 
 
 def render_words(
-    words: Sequence[str], seed: int, fonts: str | Path = "all", warp: str = "none"
+    words: Sequence[str], seed: int | Sequence[int], fonts: str | Path = "all", warp: str = "none"
 ) -> tuple[list[np.ndarray], list[str]]:
     """One gray image per word.
 
@@ -142,4 +142,6 @@ def _perspective(mask: Image.Image, rng: np.random.Generator) -> Image.Image:
     for (u, v), (x, y) in zip(corners, targets, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         values += [u, v]
-    return mask.transform(mask.size, Image.Transform.PERSPECTIVE, np.linalg.solve(rows, values), Image.Resampling.BILINEAR)
+    return mask.transform(
+        mask.size, Image.Transform.PERSPECTIVE, np.linalg.solve(rows, values), Image.Resampling.BILINEAR
+    )

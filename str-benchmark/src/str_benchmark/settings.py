@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from str_benchmark.config import STRConfig
 from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
-from str_benchmark.models.config import STRConfig
 
 MEASURES = ("accuracy", "cost", "mean", "failures")
 OPTIMIZERS = ("adadelta", "adamw")
@@ -54,7 +54,7 @@ class Settings:
     """sets that choose the weights kept; none: the last weights are kept"""
     val_every: int = 2000
     """steps between validations"""
-    evaluate: tuple[str, ...] = EVALUATION_NAMES
+    evaluate: tuple[str, ...] = (*EVALUATION_NAMES, "COCO_Text?")
     """evaluation sets; a name that ends in ? may be missing"""
     regular: tuple[str, ...] = REGULAR
     """sets of the regular accuracy"""
@@ -95,7 +95,7 @@ class Settings:
         for name in ("batch_size", "steps", "val_every", "finetune_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        self.config  # noqa: B018: its own checks
+        _ = self.config  # for its own checks
 
     @property
     def config(self) -> STRConfig:
@@ -120,7 +120,7 @@ DIGITS = Settings(
     localization_channel=16, num_fiducial=10, train=("A", "B"), validation=(), resident=True,
     evaluate=("test-sans-upright", "test-serif-upright", "test-sans-rotated", "test-serif-rotated"),
     regular=("test-sans-upright", "test-serif-upright"), irregular=("test-sans-rotated", "test-serif-rotated"),
-    optimizer="adamw", lr=2e-3, schedule="onecycle", batch_size=48, steps=500,
+    optimizer="adamw", lr=2e-3, schedule="onecycle", batch_size=48, steps=800,
 )  # fmt: skip
 WORDS = replace(
     DIGITS, charset="36", max_length=7, width=100, output_channel=64, hidden_size=64, localization_channel=32,
@@ -130,7 +130,8 @@ WORDS = replace(
     batch_size=128, steps=1500,
 )  # fmt: skip
 TINY = replace(
-    DIGITS, output_channel=16, hidden_size=16, train=("tiny",), ratios=(1.0,), evaluate=("test-tiny",),
-    regular=("test-tiny",), irregular=(), batch_size=8, steps=6,
+    DIGITS, output_channel=16, hidden_size=16, train=("tiny",), ratios=(1.0,),
+    evaluate=("test-tiny", "test-tiny-curve"), regular=("test-tiny",), irregular=("test-tiny-curve",),
+    batch_size=8, steps=6,
 )  # fmt: skip
 PRESETS = {"paper": PAPER, "digits": DIGITS, "words": WORDS, "tiny": TINY}

@@ -135,7 +135,9 @@ class AttnTokenizer(_Tokenizer):
     def char_confidences(self, probs: Tensor) -> list[list[float]]:
         """For each text of `decode` the probability of every character."""
         best, indices = probs.detach().float().cpu().max(-1)
-        return [[row[t] for t in self._steps(steps)] for row, steps in zip(best.tolist(), indices.tolist(), strict=True)]
+        return [
+            [row[t] for t in self._steps(steps)] for row, steps in zip(best.tolist(), indices.tolist(), strict=True)
+        ]
 
 
 def make_tokenizer(pred: str, charset: str) -> CTCTokenizer | AttnTokenizer:

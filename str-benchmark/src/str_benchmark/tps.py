@@ -70,7 +70,7 @@ class ThinPlateSpline(nn.Module):
         self.register_buffer("P_hat", lifted(pixel_centres(*size), points).float(), persistent=False)
 
     def forward(self, C_prime: Tensor) -> Tensor:  # noqa: N803
-        """Grid (B, height, width, 2) float32 for `grid_sample`, from fiducial points C' (B, F, 2) of the input image."""
+        """Grid (B, height, width, 2) float32 for `grid_sample`, from fiducial points C' (B, F, 2) of the input."""
         if C_prime.ndim != 3 or C_prime.shape[1:] != (self.num_fiducial, 2):
             raise ValueError(f"C_prime: expected (B, {self.num_fiducial}, 2), got {tuple(C_prime.shape)}")
         with torch.autocast(C_prime.device.type, enabled=False):  # r^2 ln r and the solve need float32

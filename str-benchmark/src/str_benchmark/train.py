@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from shared_utils.logging import get_logger, progress
+from shared_utils.seeding import restore_rng_state, rng_state
 from str_benchmark.data.mixture import TrainingData
 from str_benchmark.models import Recognizer
 from str_benchmark.settings import Settings
-from shared_utils.logging import get_logger, progress
-from shared_utils.seeding import restore_rng_state, rng_state
 
 logger = get_logger("str-benchmark")
 
@@ -222,5 +222,7 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["model"], content["state"]["step"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a training checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(
+            f"{path}: cannot be read as a training checkpoint ({reason}); delete it to start again"
+        ) from error
     return content

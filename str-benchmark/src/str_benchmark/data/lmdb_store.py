@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from shared_utils.logging import get_logger
 from str_benchmark.data import images
 from str_benchmark.data.filters import FilterReport, LabelFilter
-from shared_utils.logging import get_logger
 
 logger = get_logger("str-benchmark")
 

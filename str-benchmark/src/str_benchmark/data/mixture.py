@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shared_utils.logging import get_logger
 from str_benchmark.data.images import to_input
 from str_benchmark.data.lmdb_store import LMDBDataset, Loaded, load_samples
 from str_benchmark.tokenizers import AttnTokenizer, CTCTokenizer
-from shared_utils.logging import get_logger
 
 logger = get_logger("str-benchmark")
 
@@ -161,7 +161,7 @@ class TrainingData:
         return loaded.pixels.to(self.device), ids.to(self.device), lengths
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches start .. stop-1: images (B, C, H, W) float32, ids (B, ...) int64 on the device, lengths on the CPU."""
+        """Batches start .. stop-1: images (B, C, H, W) float32 and ids int64 on the device, lengths on the CPU."""
         if self.resident is not None:
             for step in range(start, stop):
                 self.sampler.step = step + 1

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from str_benchmark.data.lmdb_store import write_lmdb
-from str_benchmark.render import random_words, render_words
+from str_benchmark.render import WARPS, random_words, render_words
 
 ALNUM = string.digits + string.ascii_lowercase
 CHUNK = 500
@@ -41,7 +41,7 @@ RENDERED = {
     "test-serif-upright": Rendered(500, (("serif", "none"),), 13),
     "test-sans-rotated": Rendered(500, (("sans", "rotate"),), 14),
     # one training set for all 24: letters and digits in every shape
-    "words": Rendered(60_000, tuple(("all", warp) for warp in ("none", "rotate", "curve", "perspective")), 3, ALNUM, (2, 7)),
+    "words": Rendered(60_000, tuple(("all", warp) for warp in WARPS), 3, ALNUM, (2, 7)),
     "test-words-none": Rendered(1000, (("all", "none"),), 21, ALNUM, (2, 7)),
     "test-words-rotate": Rendered(1000, (("all", "rotate"),), 22, ALNUM, (2, 7)),
     "test-words-curve": Rendered(1000, (("all", "curve"),), 23, ALNUM, (2, 7)),
@@ -49,6 +49,7 @@ RENDERED = {
     # for the test-suite
     "tiny": Rendered(64, (("sans", "none"), ("serif", "curve")), 4),
     "test-tiny": Rendered(32, (("sans", "none"),), 31),
+    "test-tiny-curve": Rendered(32, (("serif", "curve"),), 32),
 }  # fmt: skip
 
 

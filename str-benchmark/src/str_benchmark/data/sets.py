@@ -38,6 +38,7 @@ EVALUATION = (
 COCO_TEXT = WordSet("COCO_Text", "evaluation/COCO-Text", None, "irregular")
 SETS = {each.name: each for each in (*TRAINING, VALIDATION, *EVALUATION, COCO_TEXT)}
 
+
 def find_lmdbs(folder: Path) -> list[Path]:
     """All LMDB folders at or below a folder, sorted. FileNotFoundError where there is none."""
     found = sorted(path.parent for path in Path(folder).rglob("data.mdb"))

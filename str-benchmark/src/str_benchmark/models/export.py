@@ -17,8 +17,8 @@ OPSET = 17  # grid_sample came with 16
 def export_onnx(model: Recognizer, path: Path | str) -> None:
     """Write the reading network (batch norm folded; attention greedy, all steps) as ONNX.
 
-    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free. PyTorch's tracing exporter is
-    used: it needs the package onnx alone, and takes a second where the newer one takes ten.
+    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free. PyTorch's tracing exporter
+    is used: it needs the package onnx alone, and takes a second where the newer one takes ten.
 
     Raises:
         RuntimeError: onnx is not installed.

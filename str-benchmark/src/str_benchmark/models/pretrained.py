@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from str_benchmark.models.config import STRConfig
+from str_benchmark.config import STRConfig
 from str_benchmark.models.recognizer import Recognizer, build_model
 
 RECOMPUTED = ("Transformation.GridGenerator.inv_delta_C", "Transformation.GridGenerator.P_hat")

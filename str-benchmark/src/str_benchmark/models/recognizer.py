@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from str_benchmark.config import STRConfig
 from str_benchmark.models.attention import Attention
-from str_benchmark.models.config import STRConfig
 from str_benchmark.models.rcnn import RCNN
 from str_benchmark.models.resnet import ResNet
 from str_benchmark.models.sequence import BiLSTM

@@ -18,7 +18,9 @@ class WinogradConv2d(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
-        weight = torch.einsum("ai,ocij,bj->abco", WEIGHT_TRANSFORM, convolution.weight.detach().double(), WEIGHT_TRANSFORM)
+        weight = torch.einsum(
+            "ai,ocij,bj->abco", WEIGHT_TRANSFORM, convolution.weight.detach().double(), WEIGHT_TRANSFORM
+        )
         self.register_buffer("weight", weight.flatten(0, 1).to(convolution.weight.dtype).contiguous())  # (16, C, O)
         self.bias = convolution.bias
 

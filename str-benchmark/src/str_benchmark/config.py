@@ -51,9 +51,9 @@ class STRConfig:
     num_fiducial: int = 20
     """F of TPS"""
     localization_channel: int = 512
-    """channels of TPS's localisation network; the paper's 512 is kept at any output_channel unless set"""
+    """channels of TPS's localisation network"""
     ctc_head: str = "released"
-    """behind a BiLSTM: "released" (Linear 512-256, Linear 256-K, as the public checkpoints) or "paper" (Linear 512-K)"""
+    """behind a BiLSTM: "released" (Linear 512-256, 256-K, as the public checkpoints) or "paper" (Linear 512-K)"""
 
     def __post_init__(self):
         for stage, choices in STAGES.items():
