@@ -63,6 +63,8 @@ def _search(columns: np.ndarray, beam: int, per_column: int | None) -> list[tupl
         classes = np.argsort(column)[::-1][:per_column].tolist()
 
         def add(prefix: tuple[int, ...], blank: float = MINUS_INFINITY, char: float = MINUS_INFINITY, into=grown):
+            if blank == char == MINUS_INFINITY:
+                return  # no alignment leads there
             old = into.get(prefix, (MINUS_INFINITY, MINUS_INFINITY))
             into[prefix] = (_log_add(old[0], blank), _log_add(old[1], char))
 

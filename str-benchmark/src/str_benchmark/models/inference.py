@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import nn
@@ -19,11 +20,11 @@ def fold_batch_norm(model: Recognizer) -> Recognizer:
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
-        children = dict(module.named_children())
-        names = list(children)
-        for name, following in zip(names, names[1:], strict=False):
-            if isinstance(children[name], nn.Conv2d) and isinstance(children[following], nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(children[name], children[following]))
+        children = list(module.named_children())
+        for (name, convolution), (following, norm) in itertools.pairwise(children):
+            belongs = isinstance(module, nn.Sequential) or following == name.replace("conv", "bn")
+            if belongs and isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, following, nn.Identity())
     return model
 

@@ -69,16 +69,19 @@ def load_pretrained(path: Path | str, config: STRConfig | str, charset: str | No
     if charset is None:
         return Pretrained(model.eval(), source.charset, "")
     target = build_model(replace(source, charset=charset))
-    head = {name: value for name, value in target.state_dict().items() if value.shape != state[name].shape}
     index = target.tokenizer.specials
-    pairs = [(c, c) for c in range(index)]
     known = [character for character in target.config.charset if character in source.charset]
+    pairs = [(c, c) for c in range(index)]
     pairs += [(source.charset.index(c) + index, target.config.charset.index(c) + index) for c in known]
     old, new = (torch.tensor(each) for each in zip(*pairs, strict=True))
-    for name in _head_names(source):
-        value = target.state_dict()[name]
-        value[_at(name, source, new)] = state[name][_at(name, source, old)]
-        head[name] = value
+    head = {name: target.state_dict()[name].clone() for name in _head_names(source)}
+    for name, value in head.items():
+        if name.endswith("weight_ih"):  # columns: the context, then the characters
+            context = value.shape[1] - target.tokenizer.num_classes
+            value[:, :context] = state[name][:, :context]
+            value[:, context + new] = state[name][:, context + old]
+        else:
+            value[new] = state[name][old]
     target.load_state_dict(state | head)
     fresh = "".join(character for character in target.config.charset if character not in known)
     return Pretrained(target.eval(), "".join(known), fresh)
@@ -90,14 +93,6 @@ def _head_names(config: STRConfig) -> list[str]:
         return ["Prediction.weight", "Prediction.bias"]
     generator = ["Prediction.generator.weight", "Prediction.generator.bias"]
     return [*generator, "Prediction.attention_cell.rnn.weight_ih"]
-
-
-def _at(name: str, config: STRConfig, classes: Tensor):
-    """Where the classes lie in a parameter: rows, or columns behind the context in the attention cell."""
-    if not name.endswith("weight_ih"):
-        return classes
-    context = config.hidden_size if config.seq == "BiLSTM" else config.output_channel
-    return slice(None), classes + context
 
 
 def _check(path: Path | str, model: Recognizer, state: dict[str, Tensor]) -> None:
