@@ -44,3 +44,36 @@ def fill():
 @pytest.fixture(scope="session")
 def golden():
     return GOLDEN
+
+
+def _word_lmdb(path, labels, size=(40, 16)):
+    """A small LMDB of noise images with the given labels."""
+    from PIL import Image
+
+    from str_benchmark.data.lmdb_store import write_lmdb
+
+    rng = np.random.default_rng(len(labels))
+    write_lmdb(((Image.fromarray(rng.integers(0, 255, size[::-1], dtype=np.uint8)), label) for label in labels), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def word_lmdb():
+    return _word_lmdb
+
+
+def _released_layout(root, n=6):
+    """All sets of the paper as tiny LMDBs in the layout of the released ones."""
+    from str_benchmark.data.sets import SETS
+
+    for number, each in enumerate(SETS.values()):
+        parent = root / each.folder
+        nested = parent / "train" if each.name == "MJ" else parent  # MJ lies in several LMDBs
+        nested.parent.mkdir(parents=True, exist_ok=True)
+        _word_lmdb(nested, [f"w{number}{i}" for i in range(n)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def released_layout():
+    return _released_layout

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # it is announced to go; Pillow alone is slower and gives the same pixels
+    decode_jpeg = None
+
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 MODES = {1: "L", 3: "RGB"}
@@ -26,7 +32,7 @@ def decode(data: bytes | memoryview, channels: int = 1) -> Image.Image:
         ValueError: bytes that are no image, or a cut-off one.
     """
     try:
-        if data[:3] == JPEG_MAGIC:
+        if decode_jpeg is not None and data[:3] == JPEG_MAGIC:
             try:
                 return _decode_jpeg(data, channels)
             except RuntimeError:  # CMYK and other forms that Pillow knows
@@ -39,10 +45,8 @@ def decode(data: bytes | memoryview, channels: int = 1) -> Image.Image:
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the buffer is not writable; it is not written to
-        buffer = torch.frombuffer(data, dtype=torch.uint8)
-    pixels = decode_jpeg(buffer, ImageReadMode.UNCHANGED).numpy()  # (1 or 3, H, W)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    pixels = decode_jpeg(buffer).numpy()  # (1 or 3, H, W)
     if len(pixels) not in MODES:
         raise RuntimeError(f"{len(pixels)} channels")
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

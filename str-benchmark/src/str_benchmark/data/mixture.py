@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -73,8 +74,8 @@ class BalancedBatchSampler:
 
     def _order(self, number: int, epoch: int) -> Tensor:
         if self._orders.get(number, (None,))[0] != epoch:
-            seed = ((self.seed << 40) + (number << 32) + epoch) % (1 << 63)
-            generator = torch.Generator().manual_seed(seed)
+            seed = np.random.SeedSequence([self.seed, number, epoch]).generate_state(1)[0]  # torch keeps 32 bits
+            generator = torch.Generator().manual_seed(int(seed))
             self._orders[number] = epoch, torch.randperm(self.sizes[number], generator=generator)
         return self._orders[number][1]
 
