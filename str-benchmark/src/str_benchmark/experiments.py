@@ -76,8 +76,14 @@ def execute(settings: dict, seed: int, *, data_root: Path, workers: int = 0, ski
     checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
     source = Source(data_root, workers, skip_broken)
     _, outcome = train_and_evaluate(resolved, seed, source, _fabric(), checkpoint)
-    checkpoint.unlink(missing_ok=True)
+    for path in (checkpoint, _base(checkpoint)):
+        path.unlink(missing_ok=True)
     return outcome
+
+
+def _base(checkpoint: Path) -> Path:
+    """Checkpoint of the training that comes before fine-tuning."""
+    return checkpoint.with_suffix(".base.pt")
 
 
 def _combine(settings: dict, seed: int, *, scale: str, logs: list[RunLog]) -> Outcome:
@@ -174,7 +180,7 @@ def train_and_evaluate(
             model, data, s, fabric, run=run,
             steps=s.steps if epochs is None else max(1, epochs * int(sizes.sum()) // s.batch_size),
             validate=accuracy if validation else None,
-            checkpoint=checkpoint and (checkpoint if phase == phases[-1][0] else checkpoint.with_suffix(".base.pt")),
+            checkpoint=checkpoint and (checkpoint if phase == phases[-1][0] else _base(checkpoint)),
             checkpoint_every=checkpoint_every, compile=compile,
         )  # fmt: skip
     outcome = score(model, s, sets, source.skip_broken)
