@@ -120,7 +120,7 @@ def _published_tradeoff() -> plt.Figure:
 
 
 def _coco_text() -> plt.Figure:
-    figure, panel = plt.subplots(figsize=(6, 4.8), layout="constrained")
+    figure, panel = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
     tradeoff(panel, published("figure-19"), "time_ms", "coco_text_accuracy", "T")
     panel.set(xlabel="time (ms per image, Tesla P40)", ylabel="accuracy on COCO-Text (%)")
     figure.suptitle("Published (digitised): all 24 on COCO-Text", fontsize=11)
