@@ -21,7 +21,7 @@ from str_benchmark.data import images
 from str_benchmark.data.create import listed_images, rendered_items
 from str_benchmark.data.filters import LabelFilter, subset
 from str_benchmark.data.lmdb_store import LMDBDataset, check_file, load_samples, write_lmdb
-from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares
+from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares, lmdb_weights
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
 from str_benchmark.data.sets import SETS, inventory, locate, open_set
 from str_benchmark.render import WARPS, font_files, random_words, render_words
@@ -270,6 +270,11 @@ def test_shares_are_exact(ratios, batch):
     shares = batch_shares(ratios, batch)
     assert sum(shares) == batch
     assert all(abs(share - batch * ratio / sum(ratios)) < 1 for share, ratio in zip(shares, ratios, strict=True))
+
+
+def test_several_lmdbs_of_one_set_share_its_ratio():
+    assert lmdb_weights([6, 18, 5], [0, 0, 1], [0.5, 0.5]) == pytest.approx([0.125, 0.375, 0.5])
+    assert lmdb_weights([6, 18], [0, 1], None) == pytest.approx([0.25, 0.75])
 
 
 def test_each_set_is_used_up_before_it_comes_again():

@@ -167,7 +167,7 @@ def test_checkpoints_of_another_run_or_damaged_are_refused(tmp_path, monkeypatch
     _, outcome = train_and_evaluate(TINY, 0, source, FABRIC, path)
     model, settings = load_trained(path, "cpu")
     assert settings == TINY
-    again = experiments.evaluate_checkpoint(path, source, "cpu", ())
+    again = experiments.evaluate_checkpoint(model, settings, source)
     assert {**again.metrics, "time_ms": 0} == {**outcome.metrics, "time_ms": 0}
     with pytest.raises(ValueError, match=r"checkpoint of another run \(other lr, seed\)"):
         train_and_evaluate(replace(TINY, lr=0.1), 1, source, FABRIC, path)
@@ -194,10 +194,20 @@ def test_paper_scale_with_validation_and_fine_tuning(tmp_path, monkeypatch, rele
     named = {"IIIT_3000", "IC15_2077", "COCO_Text", "total_accuracy", "in_distribution", "out_distribution", "time_ms"}
     assert named <= outcome.metrics.keys()
     assert outcome.details["n"]["total_accuracy"] == 7 * 6 and outcome.details["n"]["in_distribution"] == 4 * 6
-    assert [point["step"] for point in outcome.details["curve"]] == [2, 4, 2, 3]
-    assert all("accuracy" in point for point in outcome.details["curve"])
+    assert [point["step"] for point in outcome.details["curve"]] == [2, 4, 3]
+    assert [("accuracy" in point) for point in outcome.details["curve"]] == [True, True, False]
     assert [part["total"] for part in outcome.dataset["train"]] == [6, 6]
     assert not list((tmp_path / "runs" / "checkpoints").glob("*.pt"))
+
+
+def test_a_public_checkpoint_is_evaluated_by_name(tmp_path, released_layout):
+    root = released_layout(tmp_path)
+    torch.save(
+        {f"module.{k}": v for k, v in build_model("None-RCNN-None-CTC").state_dict().items()}, tmp_path / "m.pth"
+    )
+    model, settings = experiments.load_any(tmp_path / "m.pth", "None-RCNN-None-CTC", device="cpu")
+    outcome = experiments.evaluate_checkpoint(model, settings, Source(root), ("CUTE_288", "SVTP_645"))
+    assert outcome.details["n"] == {"CUTE_288": 6, "SVTP_645": 6} and "total_accuracy" not in outcome.metrics
 
 
 def test_a_missing_set_shows_before_training(tmp_path, released_layout):
@@ -218,19 +228,15 @@ def test_a_filter_that_leaves_nothing_says_why(tmp_path, word_lmdb):
         Source(tmp_path).for_training((str(path),), PAPER_SMALL)
 
 
-def test_several_lmdbs_of_one_set_share_its_ratio(tmp_path, monkeypatch, released_layout, word_lmdb):
-    root = released_layout(tmp_path)
-    word_lmdb(root / "training" / "MJ" / "more", [f"m{i}" for i in range(18)])
-    seen = {}
-
-    class Spy(experiments.BalancedBatchSampler):
-        def __init__(self, datasets, ratios, *rest):
-            seen["ratios"] = ratios
-            super().__init__(datasets, ratios, *rest)
-
-    monkeypatch.setattr(experiments, "BalancedBatchSampler", Spy)
-    train_and_evaluate(replace(PAPER_SMALL, batch_size=16, validation=()), 0, Source(root), FABRIC, None)
-    assert seen["ratios"] == pytest.approx([0.5 * 18 / 24, 0.5 * 6 / 24, 0.5])
+def test_half_precision_keeps_the_decisions_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "PROJECT", tmp_path)
+    fabric = make_fabric("cpu", "bf16-mixed")
+    for name in ("TPS-VGG-BiLSTM-Attn", "TPS-RCNN-None-CTC"):
+        model, outcome = train_and_evaluate(replace(TINY, model=name), 0, Source(tmp_path), fabric, None)
+        assert outcome.details["curve"][-1]["loss"] < 20 and next(model.parameters()).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            grid = model.Transformation.GridGenerator(torch.zeros(1, 10, 2, dtype=torch.bfloat16))
+        assert grid.dtype == torch.float32
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------

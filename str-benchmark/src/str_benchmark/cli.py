@@ -153,12 +153,16 @@ class Train:
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint of `str-benchmark train`: JSON on stdout."""
+    """Evaluate a checkpoint: JSON on stdout."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File written by `str-benchmark train`."""
+    """File written by `train`, or a public .pth with --model."""
     evaluate: tuple[str, ...] = ()
-    """Sets by name, or folders with LMDBs; none: those it was trained to be tested on."""
+    """Sets by name, or folders with LMDBs; none: those it was trained to be tested on, or the paper's."""
+    model: str = ""
+    """Of a public .pth: a combination or a known name."""
+    charset: str = "36"
+    """Of a public .pth: 36, 62, 94 or the characters."""
     data_root: Path = field(default_factory=default_data_root)
     """Where evaluation/ is."""
     device: str = "auto"
@@ -167,10 +171,11 @@ class Eval:
     """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
-        from str_benchmark.experiments import Source, evaluate_checkpoint
+        from str_benchmark.experiments import Source, evaluate_checkpoint, load_any
 
         source = Source(self.data_root, skip_broken=self.skip_broken)
-        outcome = evaluate_checkpoint(self.checkpoint, source, self.device, self.evaluate)
+        loaded = load_any(self.checkpoint, self.model, self.charset, self.device)
+        outcome = evaluate_checkpoint(*loaded, source, self.evaluate)
         shown = {name: outcome.details[name] for name in ("n", "intervals")}
         print(json.dumps(outcome.metrics | shown, indent=2))
 
@@ -203,9 +208,9 @@ class Predict:
         from str_benchmark.models.inference import for_inference
         from str_benchmark.predict import image_files, predict
 
-        model, pad = load_any(self.checkpoint, self.model, self.charset, self.device)
+        model, settings = load_any(self.checkpoint, self.model, self.charset, self.device)
         files = image_files(self.images)
-        found = predict(for_inference(model), files, pad=pad, beam=self.beam, skip_broken=self.skip_broken)
+        found = predict(for_inference(model), files, pad=settings.pad, beam=self.beam, skip_broken=self.skip_broken)
         for each in found:
             line = f"{each.path}\t{each.text}\t{each.confidence:.4f}"
             print(line + ("\t" + " ".join(f"{p:.3f}" for p in each.characters) if self.characters else ""))

@@ -20,12 +20,12 @@ from shared_utils.tables import Table, load_tables, settings_hash
 from str_benchmark.aggregate import failures_of_runs, mean_of_runs
 from str_benchmark.data import names
 from str_benchmark.data.lmdb_store import LMDBDataset
-from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData
+from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, lmdb_weights
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
 from str_benchmark.data.sets import open_set
 from str_benchmark.evaluate import Reading, evaluate, latency_ms
 from str_benchmark.metrics import total_accuracy
-from str_benchmark.models import Recognizer, STRConfig, build_model, count_parameters
+from str_benchmark.models import Recognizer, build_model, count_parameters
 from str_benchmark.models.cost import gflops
 from str_benchmark.models.inference import for_inference
 from str_benchmark.models.pretrained import load_pretrained
@@ -36,6 +36,7 @@ logger = get_logger("str-benchmark")
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy", "pillow", "lmdb")
+CURVE_POINTS = 100  # of a record
 AGGREGATES = {"mean": mean_of_runs, "failures": failures_of_runs}
 
 
@@ -159,34 +160,51 @@ def train_and_evaluate(
         frame = evaluate(model, validation, test_charset=s.test_charset, pad=s.pad, skip_broken=source.skip_broken)[0]
         return float(frame.correct.sum() / frame.n.sum())
 
-    curve, dataset = [], {}
-    phases = [("train", s.train, s.ratios, None)] + (
-        [("finetune", s.finetune, None, s.finetune_epochs)] if s.finetune else []
+    mixture = _training_data(s, s.train, s.ratios, seed, source, fabric, model)
+    run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "phase": "train"}
+    options = {"checkpoint_every": checkpoint_every, "compile": compile}
+    first = checkpoint and (_base(checkpoint) if s.finetune else checkpoint)
+    curve = fit(
+        model, mixture, s, fabric, run=run, validate=accuracy if validation else None, checkpoint=first, **options
     )
-    for phase, chosen, ratios, epochs in phases:
-        datasets, owners = source.for_training(chosen, s)
-        sizes = np.array([len(each) for each in datasets])
-        share = np.array(ratios)[owners] if ratios else np.ones(len(sizes))
-        of_owner = np.array([sizes[np.array(owners) == owner].sum() for owner in owners])
-        weights = (share * sizes / of_owner if ratios else sizes / sizes.sum()).tolist()
-        sampler = BalancedBatchSampler(datasets, weights, s.batch_size, seed, fabric.global_rank, fabric.world_size)
-        data = TrainingData(
-            datasets, sampler, model.tokenizer, s.max_length, s.config.img_size, fabric.device, pad=s.pad,
-            resident=s.resident, workers=source.workers, skip_broken=source.skip_broken,
-        )  # fmt: skip
-        dataset[phase] = [_describe(each) for each in datasets]
-        run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "phase": phase}
-        curve += fit(
-            model, data, s, fabric, run=run,
-            steps=s.steps if epochs is None else max(1, epochs * int(sizes.sum()) // s.batch_size),
-            validate=accuracy if validation else None,
-            checkpoint=checkpoint and (checkpoint if phase == phases[-1][0] else _base(checkpoint)),
-            checkpoint_every=checkpoint_every, compile=compile,
-        )  # fmt: skip
+    dataset = {"train": [_describe(each) for each in mixture.datasets]}
+    if s.finetune:  # the last weights are kept: the validation set is what it trains on
+        mixture = _training_data(s, s.finetune, None, seed, source, fabric, model)
+        steps = max(1, s.finetune_epochs * sum(map(len, mixture.datasets)) // s.batch_size)
+        run = run | {"phase": "finetune"}
+        curve += fit(model, mixture, s, fabric, run=run, steps=steps, checkpoint=checkpoint, **options)
+        dataset["finetune"] = [_describe(each) for each in mixture.datasets]
     outcome = score(model, s, sets, source.skip_broken)
-    outcome.details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
+    shown = curve[:: -(-len(curve) // CURVE_POINTS)]
+    outcome.details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in shown]
     outcome.dataset.update(dataset)
     return model, outcome
+
+
+def _training_data(
+    s: Settings,
+    sets: Sequence[str],
+    ratios: Sequence[float] | None,
+    seed: int,
+    source: Source,
+    fabric: Fabric,
+    model: Recognizer,
+) -> TrainingData:
+    """Sets mixed by ratio (each shared by its LMDBs according to their size), or by size alone."""
+    datasets, owners = source.for_training(sets, s)
+    weights = lmdb_weights([len(each) for each in datasets], owners, ratios)
+    return TrainingData(
+        datasets,
+        BalancedBatchSampler(datasets, weights, s.batch_size, seed, fabric.global_rank, fabric.world_size),
+        model.tokenizer,
+        s.max_length,
+        s.config.img_size,
+        fabric.device,
+        pad=s.pad,
+        resident=s.resident,
+        workers=source.workers,
+        skip_broken=source.skip_broken,
+    )
 
 
 def score(model: Recognizer, s: Settings, sets: dict[str, list[LMDBDataset]], skip_broken: bool = False) -> Outcome:
@@ -243,13 +261,6 @@ def _describe(data: LMDBDataset) -> dict:
     return {"name": data.path.name, "total": data.total, "used": len(data), "sha256": digest.hexdigest()[:16]}
 
 
-def evaluate_checkpoint(path: Path, source: Source, device: str, evaluate: Sequence[str]) -> Outcome:
-    """Metrics of a checkpoint that `str-benchmark train` wrote, on its own sets or on others."""
-    model, s = load_trained(path, device)
-    chosen = tuple(evaluate) or s.evaluate
-    return score(model, s, source.for_evaluation(chosen, s), source.skip_broken)
-
-
 def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings]:
     """Model (its best weights) and settings of a training checkpoint. ValueError where its weights do not fit."""
     content = load_checkpoint(path)
@@ -263,13 +274,17 @@ def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings
     return model.to(make_fabric(device).device).eval(), s
 
 
-def load_any(path: Path, model: str, charset: str, device: str) -> tuple[Recognizer, bool]:
-    """A training checkpoint, or with a model name a public one; and whether its images are padded."""
-    if model:
-        loaded = load_pretrained(path, STRConfig.from_name(model, charset=charset)).model
-        return loaded.to(make_fabric(device).device), False
-    trained, settings = load_trained(path, device)
-    return trained, settings.pad
+def load_any(path: Path, model: str = "", charset: str = "36", device: str = "auto") -> tuple[Recognizer, Settings]:
+    """A training checkpoint, or with a model name a public one; with its settings."""
+    if not model:
+        return load_trained(path, device)
+    settings = Settings(model=model, charset=charset)
+    return load_pretrained(path, settings.config).model.to(make_fabric(device).device), settings
+
+
+def evaluate_checkpoint(model: Recognizer, s: Settings, source: Source, sets: Sequence[str] = ()) -> Outcome:
+    """Metrics of a loaded checkpoint, on its own sets or on others."""
+    return score(model, s, source.for_evaluation(tuple(sets) or s.evaluate, s), source.skip_broken)
 
 
 @lru_cache(maxsize=1)

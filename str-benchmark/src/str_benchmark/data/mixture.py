@@ -36,6 +36,20 @@ def batch_shares(ratios: Sequence[float], batch_size: int) -> list[int]:
     return shares
 
 
+def lmdb_weights(sizes: Sequence[int], owners: Sequence[int], ratios: Sequence[float] | None) -> list[float]:
+    """Share of each LMDB in a batch.
+
+    Args:
+        sizes: samples of each LMDB.
+        owners: which set each belongs to.
+        ratios: share of each set, divided among its LMDBs by size; None: all by size.
+    """
+    if ratios is None:
+        return [size / sum(sizes) for size in sizes]
+    whole = {owner: sum(size for size, its in zip(sizes, owners, strict=True) if its == owner) for owner in owners}
+    return [ratios[owner] * size / whole[owner] for size, owner in zip(sizes, owners, strict=True)]
+
+
 class BalancedBatchSampler:
     """An endless stream of batches with exact shares; every set is shuffled anew each time it is used up.
 
@@ -151,7 +165,8 @@ class TrainingData:
         skip_broken: bool = False,
     ):
         self.sampler, self.tokenizer, self.max_length, self.device = sampler, tokenizer, max_length, device
-        self.mixture, self.workers, self.broken = Mixture(datasets, size, pad, skip_broken), workers, 0
+        self.datasets, self.mixture = list(datasets), Mixture(datasets, size, pad, skip_broken)
+        self.workers, self.broken = workers, 0
         self.resident = [self._keep(each) for each in datasets] if resident else None
 
     def _keep(self, data: LMDBDataset) -> tuple[Tensor, Tensor, Tensor]:
