@@ -182,7 +182,7 @@ def _training_data(table: Table, scale: str, records: dict[str, list[dict]], ren
     panel.set_xticks(range(len(columns)), shown)
     panel.set(ylabel="words read (%)", ylim=(0, 105))
     panel.grid(alpha=0.3, axis="y")
-    panel.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(records))
     figure.suptitle(f"Equal numbers of training words (scale {scale}); a dot per seed", fontsize=10)
     return figure
 
