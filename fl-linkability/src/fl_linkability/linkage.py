@@ -97,7 +97,7 @@ def permuted_device_chance(
     Args:
         scores: (n_probes, n_users).
         users: (n_probes,) true user of each probe.
-        devices: (n_probes,) device of each probe, one device per user.
+        devices: (n_probes,) device of each probe; all its probes have one user.
         n: permutations.
         seed: of the permutations.
 
@@ -105,14 +105,22 @@ def permuted_device_chance(
         mean and 99 % quantile of times_chance_ap.
     """
     scores, users = _checked(scores, users, lowest=0)
-    pairs = np.unique(np.stack([devices, users]), axis=1)
-    if pairs.shape[1] != len(np.unique(users)) or pairs.shape[1] != len(np.unique(devices)):
-        raise ValueError("devices must be one per user: every probe of a user from the same device")
-    owners = pairs[1]
-    table = ap_by_group(scores, users, scores.shape[1])[np.ix_(owners, owners)]
+    names, device = np.unique(devices, return_inverse=True)
+    owner = np.zeros(len(names), dtype=int)
+    owner[device] = users
+    if (owner[device] != users).any():
+        raise ValueError("devices: the probes of a device must all have one user")
+    present = np.unique(users)
     rng = np.random.default_rng(seed)
-    draws = [table[np.arange(len(owners)), rng.permutation(len(owners))].mean() for _ in range(n)]
-    draws = np.array(draws) * len(owners)
+    if len(names) == len(present):  # one device per user: its AP for every user's scores, computed once
+        table = ap_by_group(scores, device, len(names))
+        draws = [table[owner[rng.permutation(len(names))], np.arange(len(names))].mean() for _ in range(n)]
+    else:
+        draws = []
+        for _ in range(n):
+            table = ap_by_group(scores, owner[rng.permutation(len(names))][device], scores.shape[1])
+            draws.append(np.diag(table)[present].mean())
+    draws = np.array(draws) * len(present)
     return float(draws.mean()), float(np.quantile(draws, 0.99))
 
 

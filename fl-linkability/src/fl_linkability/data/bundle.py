@@ -91,11 +91,11 @@ class UserDataset:
 
 @dataclass(frozen=True)
 class Background:
-    """Labelled images that belong to no user; `cluster` (n,) where modes were computed."""
+    """Labelled images that belong to no user; `features` (n, d) where a network has embedded them for clustering."""
 
     x: Tensor
     y: Tensor
-    cluster: np.ndarray | None = None
+    features: Tensor | None = None
 
     def __post_init__(self):
         _check_pair(self.x, self.y, "background")

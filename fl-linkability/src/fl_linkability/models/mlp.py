@@ -29,3 +29,20 @@ class MLP(nn.Module):
         """
         hidden = torch.baddbmm(params["fc1.bias"].unsqueeze(1), x.flatten(2), params["fc1.weight"].transpose(1, 2))
         return torch.baddbmm(params["fc2.bias"].unsqueeze(1), hidden.relu(), params["fc2.weight"].transpose(1, 2))
+
+
+class Head(nn.Module):
+    """One linear layer on features that a frozen network has computed."""
+
+    def __init__(self, inputs: int, classes: int):
+        super().__init__()
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, ...) to logits (n, classes)."""
+        return self.fc(x.flatten(1))
+
+    @staticmethod
+    def stacked(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        """As `MLP.stacked`."""
+        return torch.baddbmm(params["fc.bias"].unsqueeze(1), x.flatten(2), params["fc.weight"].transpose(1, 2))
