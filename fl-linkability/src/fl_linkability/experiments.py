@@ -140,6 +140,10 @@ class Experiment:
             on_round=self.on_round,
         )
 
+    @cached_property
+    def _image_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        return studies.image_scores(self.bundle, self.seed)
+
     def model(self) -> nn.Module:
         """A fresh network; its weights depend on the seed alone."""
         torch.manual_seed(self.seed)
@@ -156,7 +160,7 @@ class Experiment:
         if settings.measure == "describe":
             metrics, details = describe(self), {}
         elif settings.measure == "images":
-            metrics, details = studies.images(self.bundle, settings.set_size, self.seed)
+            metrics, details = studies.image_sets(*self._image_scores, settings.set_size, self.seed)
         elif settings.measure == "utility" and settings.learner != "federated":
             metrics, details = LEARNERS[settings.learner](self)
         else:

@@ -7,6 +7,7 @@ named by seed, purpose, round and device, so that engines, ranks and resumed run
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -174,6 +175,13 @@ class Federation:
         self.next_round, self.utility, self.faults, self.raw_norms = 0, [], [], []
         self.evaluate, self.evaluate_from, self.clients_at_once = None, 0, 0
         self.on_round = lambda finished: None
+
+    def for_client(self) -> Federation:
+        """A copy without the server's store and callbacks, to be sent to client processes."""
+        client = copy.copy(self)
+        client.store = client.evaluate = client.fabric = None
+        client.on_round = None
+        return client
 
     def rng(self, stream: str, number: int = 0, device: int = 0) -> np.random.Generator:
         """The generator of one purpose, round and device."""

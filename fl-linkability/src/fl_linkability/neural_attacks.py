@@ -38,22 +38,22 @@ def mlp_probabilities(
     w2, b2 = _layer(128, n_users, generator)
     params = [w1, b1, w2, b2]
     velocity = [torch.zeros_like(p) for p in params]
-    inputs, targets = torch.from_numpy(x).float(), torch.from_numpy(labels).long()
+    inputs, one_hot = torch.from_numpy(x).float(), F.one_hot(torch.from_numpy(labels).long(), n_users).float()
     step = 0
     for _ in range(epochs):
         order = torch.randperm(len(inputs), generator=generator)
-        kept = (torch.rand(len(inputs), 128, generator=generator) >= 0.2) / 0.8
-        for rows in order.split(batch_size):
-            hidden = torch.addmm(b1, inputs[rows], w1).relu() * kept[rows]
-            loss = F.cross_entropy(torch.addmm(b2, hidden, w2), targets[rows])
-            grads = torch.autograd.grad(loss, params)
-            with torch.no_grad():
-                torch._foreach_mul_(velocity, 0.9)
-                torch._foreach_add_(velocity, grads)
-                torch._foreach_add_(params, velocity, alpha=-0.01 / (1 + 1e-6 * step))
+        keep = (torch.rand(len(inputs), 128, generator=generator) >= 0.2) / 0.8
+        for xb, yb, kept in zip(*(part.split(batch_size) for part in (inputs[order], one_hot[order], keep)), strict=True):
+            hidden = torch.addmm(b1, xb, w1).relu_().mul_(kept)
+            # two layers' gradient by hand: a third of autograd's time at this size
+            error = torch.addmm(b2, hidden, w2).softmax(1).sub_(yb).div_(len(xb))
+            inner = (error @ w2.T).mul_(kept).mul_(hidden > 0)
+            grads = [xb.T @ inner, inner.sum(0), hidden.T @ error, error.sum(0)]
+            torch._foreach_mul_(velocity, 0.9)
+            torch._foreach_add_(velocity, grads)
+            torch._foreach_add_(params, velocity, alpha=-0.01 / (1 + 1e-6 * step))
             step += 1
 
-    @torch.no_grad()
     def probabilities(features: np.ndarray) -> np.ndarray:
         hidden = torch.addmm(b1, torch.from_numpy(features).float(), w1).relu()
         return torch.addmm(b2, hidden, w2).softmax(1).double().numpy()
@@ -65,7 +65,7 @@ def _layer(inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tenso
     """Keras's default: Glorot uniform weights (inputs, outputs), zero bias."""
     bound = (6 / (inputs + outputs)) ** 0.5
     weight = (2 * torch.rand(inputs, outputs, generator=generator) - 1) * bound
-    return weight.requires_grad_(), torch.zeros(outputs, requires_grad=True)
+    return weight, torch.zeros(outputs)
 
 
 def product_of_probabilities(probabilities: Callable[[np.ndarray], np.ndarray]) -> Pairs:

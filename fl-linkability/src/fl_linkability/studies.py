@@ -110,17 +110,31 @@ def groups(adversary: Adversary) -> tuple[dict, dict]:
     return metrics | {"log2_hit": float(np.log2(max(hit, 0.5 / len(sums))))}, {"groups": len(sums)}
 
 
-def images(bundle: FederatedBundle, set_size: int, seed: int) -> tuple[dict, dict]:
-    """Figure 10: the paper's MLP on raw pixels instead of updates; a set's score is its images' mean log-probability."""
+def image_scores(bundle: FederatedBundle, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The paper's MLP on raw pixels of the prior devices: log-probabilities (n, users) of the anonymous images, users."""
     users = bundle.users
     rows = {role: np.flatnonzero(users.device_role[users.device.numpy()] == role) for role in (PRIOR, ANONYMOUS)}
     pixels = {role: as_input(users.x[r]).flatten(1).numpy() for role, r in rows.items()}
     owner = {role: users.user[r].numpy() for role, r in rows.items()}
     probability = mlp_probabilities(pixels[PRIOR], owner[PRIOR], users.n_users, seed)
-    single = np.log(probability(pixels[ANONYMOUS]) + 1e-12)
+    return np.log(probability(pixels[ANONYMOUS]) + 1e-12), owner[ANONYMOUS]
+
+
+def image_sets(single: np.ndarray, owner: np.ndarray, set_size: int, seed: int) -> tuple[dict, dict]:
+    """Figure 10: raw images instead of updates. A set's score is the mean log-probability of its images.
+
+    Args:
+        single: (n, users) of each image, from `image_scores`.
+        owner: (n,) user of each image.
+        set_size: images per set.
+        seed: of the sets.
+
+    Raises:
+        ValueError: no user has that many images.
+    """
     scores, labels = [], []
-    for user in range(users.n_users):
-        mine = np.random.default_rng([seed, 10, user]).permutation(np.flatnonzero(owner[ANONYMOUS] == user))
+    for user in range(single.shape[1]):
+        mine = np.random.default_rng([seed, 10, user]).permutation(np.flatnonzero(owner == user))
         for start in range(0, len(mine) - set_size + 1, set_size):
             scores.append(single[mine[start : start + set_size]].mean(0))
             labels.append(user)
