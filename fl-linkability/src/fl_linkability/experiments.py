@@ -137,6 +137,7 @@ class Experiment:
             folder=self.folder,
             fabric=self.fabric,
             clients_at_once=s.clients_at_once,
+            keep=s.keep,
             on_round=self.on_round,
         )
 

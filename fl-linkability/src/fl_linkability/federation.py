@@ -102,6 +102,7 @@ def simulate(
     checkpoint_every: int = 50,
     fabric: Fabric | None = None,
     clients_at_once: int = 0,
+    keep: str = "all",
     on_round: Callable[[int], None] = lambda finished: None,
 ) -> SimulationResult:
     """Run the federation and keep all updates.
@@ -119,6 +120,7 @@ def simulate(
         checkpoint_every: rounds between saves.
         fabric: device, precision and ranks; default: the CPU.
         clients_at_once: bound on clients in one batched step (memory); 0: all of the round.
+        keep: parameters whose updates are stored: all, or beginnings of names joined by |.
         on_round: called with the number of finished rounds.
 
     Raises:
@@ -130,7 +132,7 @@ def simulate(
     torch.manual_seed(config.seed)
     fabric = fabric or make_fabric("cpu")
     model = model_fn().to(fabric.device)
-    federation = Federation(bundle, model, config, mitigation, fabric, folder, checkpoint_every)
+    federation = Federation(bundle, model, config, mitigation, fabric, folder, checkpoint_every, keep)
     federation.evaluate, federation.evaluate_from = evaluate, config.rounds - evaluate_last
     federation.clients_at_once, federation.on_round = clients_at_once, on_round
     if engine == "batched" and getattr(model, "bn", None) == "sent":
@@ -160,7 +162,7 @@ class Federation:
 
     def __init__(
         self, bundle: FederatedBundle, model: nn.Module, config: FedAvgConfig, mitigation: Mitigation | None,
-        fabric: Fabric, folder: Path | None = None, checkpoint_every: int = 50,
+        fabric: Fabric, folder: Path | None = None, checkpoint_every: int = 50, keep: str = "all",
     ):  # fmt: skip
         if config.clients_per_round > bundle.users.n_devices:
             raise ValueError(f"{config.clients_per_round} clients per round, but {bundle.users.n_devices} devices")
@@ -168,9 +170,8 @@ class Federation:
         self.mitigation = mitigation or Mitigation()
         self.like = trained_state(model)
         self.folder, self.checkpoint_every = folder, checkpoint_every
-        self.store = None
-        if fabric.global_rank == 0:
-            self.store = UpdateStore(layer_slices(self.like), folder / "updates" if folder else None)
+        self.kept, layers = kept_columns(layer_slices(self.like), keep)
+        self.store = UpdateStore(layers, folder / "updates" if folder else None) if fabric.global_rank == 0 else None
         self.run = {"config": asdict(config), "data": bundle.record(), "mitigation": self._describe_mitigation()}
         self.next_round, self.utility, self.faults, self.raw_norms = 0, [], [], []
         self.evaluate, self.evaluate_from, self.clients_at_once = None, 0, 0
@@ -283,7 +284,7 @@ class Federation:
         counts, devices = (np.array([getattr(reply, n) for reply in valid]) for n in ("n_examples", "device"))
         if self.store is not None:
             users, roles = self.users.device_user[devices], self.users.device_role[devices]
-            self.store.append(deltas, round=number, device=devices, user=users, role=roles, n_examples=counts)
+            self.store.append(deltas[:, self.kept], round=number, device=devices, user=users, role=roles, n_examples=counts)
         self.raw_norms += [reply.raw_norm for reply in valid if np.isfinite(reply.raw_norm)]
         mean = self.mitigation.aggregate(deltas, counts, self.rng("server", number))
         flat = flatten(state)
@@ -357,6 +358,20 @@ class Federation:
         restore_rng_state(content["rng"])
         logger.info("continuing after round %d from %s", self.next_round, path)
         return {name: value.to(self.fabric.device) for name, value in content["state"].items()}
+
+
+def kept_columns(
+    layers: dict[str, tuple[int, int]], keep: str
+) -> tuple[slice | np.ndarray, dict[str, tuple[int, int]]]:
+    """Which columns of an update are stored, and where each layer lies among them. ValueError where none is."""
+    if keep == "all":
+        return slice(None), layers
+    chosen = {name: span for name, span in layers.items() if name.startswith(tuple(keep.split("|")))}
+    if not chosen:
+        raise ValueError(f"keep: no parameter begins with {keep!r}; there are {', '.join(layers)}")
+    ends = np.cumsum([b - a for a, b in chosen.values()]).tolist()
+    spans = dict(zip(chosen, zip([0, *ends[:-1]], ends, strict=True), strict=True))
+    return np.concatenate([np.arange(a, b) for a, b in chosen.values()]), spans
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-DATASETS = ("digits", "mnist", "femnist", "flair", "csv")
+DATASETS = ("digits", "mnist", "femnist", "flair", "pipa", "openimages", "csv")
 MODELS = ("mlp", "mobilenet-head", "mobilenet")
 MITIGATIONS = (
     "none", "noise", "bkg-repl", "rand-aug", "mm-aug", "calibrated", "decoys", "style-jitter", "clip", "local-dp",
@@ -25,7 +25,7 @@ CHOICES = {
     "center": ("none", "leave-one-out"),
     "learner": ("federated", "central", "background", "k-nn", "chance"),
     "control": ("none", "permuted-labels", "permuted-devices"),
-    "shard": ("random", "chrono"),
+    "shard": ("random", "chrono", "given"),
 }
 
 
@@ -34,7 +34,7 @@ class Settings:
     """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
 
     dataset: str = "digits"
-    """digits, mnist, femnist (LEAF), flair, or csv (image_path,user_id,device_id,labels)"""
+    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: a table image_path,user_id,device_id,labels of yours"""
     users: int = 40
     """users; of a real data set those with the most images; 0: all"""
     images_per_device: int = 64
@@ -56,7 +56,8 @@ class Settings:
     side: int = 16
     """pixels of an image"""
     shard: str = "random"
-    """real data sets: how a user's images are cut into two devices: random, or chrono (in the order of their ids)"""
+    """real data sets: the cut of a user's images into two devices: random, chrono (in the order of their ids), or given
+    (by the device_id of the table)"""
     model: str = "mlp"
     """mlp, mobilenet-head (a linear layer on frozen features), mobilenet (all of it)"""
     hidden: int = 32
@@ -85,6 +86,8 @@ class Settings:
     """batched, loop, flower-inprocess or flower-ray"""
     clients_at_once: int = 0
     """clients in one batched step; 0: all of the round"""
+    keep: str = "all"
+    """parameters whose updates are stored: all, or beginnings of names joined by |"""
     mitigation: str = "none"
     """none, noise, bkg-repl, rand-aug, mm-aug, calibrated, decoys, style-jitter, clip, local-dp, central-dp, or two
     joined by a plus sign"""
@@ -154,8 +157,8 @@ _OURS = Settings(
     center="leave-one-out",
 )  # fmt: skip
 _PHOTOS = Settings(
-    dataset="csv", users=0, images_per_device=0, background=0, side=224, shard="chrono", model="mobilenet-head",
-    rounds=2000, clients_per_round=32, layers="fc", clusters=500,
+    dataset="csv", users=0, images_per_device=0, background=0, side=224, shard="given", model="mobilenet-head",
+    rounds=2000, clients_per_round=10, keep="fc", layers="fc", clusters=100,
 )  # fmt: skip
 PRESETS = {
     "paper-embedded": _PAPER_EMBEDDED,
@@ -164,9 +167,12 @@ PRESETS = {
     "mnist": replace(_PAPER_EMBEDDED, dataset="mnist", side=28, hidden=64, background=2000, clusters=40),
     "femnist": replace(
         _PHOTOS, dataset="femnist", users=200, images_per_device=50, side=28, model="mlp", hidden=128, layers="fc2",
-        shard="random", rounds=200, clients_per_round=40,
+        keep="all", shard="random", rounds=200, clients_per_round=40,
     ),
     "photos-head": _PHOTOS,
     "photos-full": replace(_PHOTOS, model="mobilenet", clients_at_once=16),
-    "flair": replace(_PHOTOS, dataset="flair", users=327, images_per_device=50),
+    "flair": replace(
+        _PHOTOS, dataset="flair", users=327, images_per_device=50, shard="chrono", model="mobilenet",
+        clients_at_once=16, clients_per_round=65,
+    ),
 }  # fmt: skip
