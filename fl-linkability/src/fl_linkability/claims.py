@@ -87,7 +87,9 @@ def judge(table: Table, scale: str, log: RunLog) -> list[BootstrapVerdict]:
 
 def _judge(table: Table, scale: str, claim: Claim, records: dict) -> BootstrapVerdict:
     found: dict[int, dict[str, dict]] = {}
-    for run in table.runs(scale, [name for name in claim.named_rows if _exists(table, name, scale)]):
+    seeds = sorted({key[3] for key in records if key[0] == table.id})
+    rows = [row.name for row in table.rows_at(scale) if row.name in claim.named_rows]
+    for run in table.runs(scale, rows, seeds) if seeds and rows else []:
         if run.key in records:
             found.setdefault(run.seed, {})[run.row] = records[run.key]
     complete = [rows for rows in found.values() if set(claim.named_rows) <= set(rows)]
@@ -105,10 +107,6 @@ def _judge(table: Table, scale: str, claim: Claim, records: dict) -> BootstrapVe
     else:
         verdict = "fails" if high < low_bound or low > high_bound else "undecided"
     return BootstrapVerdict(claim, verdict, float(np.mean(effects)), float(low), float(high))
-
-
-def _exists(table: Table, row: str, scale: str) -> bool:
-    return row in {each.name for each in table.rows_at(scale)}
 
 
 def _effect(table: Table, claim: Claim, rows: dict[str, tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fl_linkability.evaluate import Adversary, mean_utility, utility
 from fl_linkability.federation import FedAvgConfig, SimulationResult, simulate
 from fl_linkability.mitigations import Mitigation
 from fl_linkability.models import build_model
-from fl_linkability.settings import Settings
+from fl_linkability.settings import DATA_SETTINGS, Settings
 from fl_linkability.train import (
     LocalSGD,
     State,
@@ -114,7 +114,8 @@ class Experiment:
     @cached_property
     def bundle(self) -> FederatedBundle:
         """The data."""
-        return load_bundle(self.settings, self.seed, self.data_root, self.fabric)
+        data = replace(Settings(), **{name: getattr(self.settings, name) for name in DATA_SETTINGS})
+        return _bundle(data, self.seed, self.data_root, self.fabric)
 
     @cached_property
     def mitigation(self) -> Mitigation:
@@ -323,6 +324,12 @@ def cluster_background(background: Background, clusters: int, seed: int) -> np.n
         raise ValueError(f"clusters must lie in 1 .. {len(vectors)} (background samples), got {clusters}")
     flat = as_input(vectors).flatten(1).numpy()
     return KMeans(clusters, n_init=3, random_state=seed).fit_predict(flat)
+
+
+@lru_cache(maxsize=4)
+def _bundle(data: Settings, seed: int, data_root: Path, fabric: Fabric) -> FederatedBundle:
+    """Rows of a table that differ in other settings share one copy."""
+    return load_bundle(data, seed, data_root, fabric)
 
 
 @lru_cache(maxsize=1)

@@ -151,6 +151,10 @@ class Settings:
 MEASUREMENT = (
     "measure", "attack", "layers", "center", "aux_until", "deltas_per_user", "seen", "set_size", "learner", "control",
 )  # fmt: skip
+DATA_SETTINGS = (
+    "dataset", "users", "images_per_device", "prior_images", "alpha", "style", "skew", "drift", "iid", "background",
+    "side", "shard", "model", "pretrained",
+)  # fmt: skip
 _PAPER_EMBEDDED = Settings()
 _OURS = Settings(
     rounds=60, local_epochs=2, lr=0.1, who="both", measure="protocol", attack="centroid", layers="all",

@@ -40,10 +40,9 @@ def apply_styles(images: Tensor, styles: np.ndarray, rng: np.random.Generator) -
     """
     style = {name: torch.from_numpy(styles[:, i]).float().view(-1, 1, 1, 1) for i, name in enumerate(NAMES)}
     images = _warp(images.float(), style)
-    grown = F.max_pool2d(images, 3, 1, 1)
-    shrunk = -F.max_pool2d(-images, 3, 1, 1)
-    weight = style["stroke"].abs()
-    images = (1 - weight) * images + weight * torch.where(style["stroke"] > 0, grown, shrunk)
+    weight, sign = style["stroke"].abs(), style["stroke"].sign()
+    stroked = sign * F.max_pool2d(sign * images, 3, 1, 1)  # the minimum where the sign is negative
+    images = (1 - weight) * images + weight * stroked
     images = images.clamp(0, 1) ** style["log_gamma"].exp()
     images = style["background"] + (style["gain"] - style["background"]) * images
     noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))

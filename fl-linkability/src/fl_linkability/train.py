@@ -155,9 +155,9 @@ def train_batched(
     """
     k, n_steps, _ = rows.shape
     names = list(state)
-    params = [v.detach().expand(k, *v.shape).clone().requires_grad_() for v in state.values()]
+    params = [v.detach().expand(k, *v.shape).clone() for v in state.values()]
     velocity = [torch.zeros_like(p) for p in params] if local.momentum else None
-    forward = _stacked_forward(model)
+    gradients = _gradients(model, y)
     steps = rows.unbind(1)
     step_weights = [w.to(params[0].dtype) for w in weights.unbind(1)]
     active = weights.sum(2) > 0  # (K, S)
@@ -166,22 +166,32 @@ def train_batched(
     model.train()
     for step in range(n_steps):
         xb, yb = as_input(x[steps[step]]), y[steps[step]]
-        with autocast():
-            logits = forward(dict(zip(names, params, strict=True)), xb)
-        loss = (losses(logits.flatten(0, 1), yb.flatten(0, 1)).view(k, -1) * step_weights[step]).sum(1)  # (K,)
-        grads = torch.autograd.grad(loss.sum(), params)
-        history.append(loss.detach())
+        loss, grads = gradients(dict(zip(names, params, strict=True)), xb, yb, step_weights[step], autocast)
+        history.append(loss)
         on = active[:, step] if ragged[step] else None
-        with torch.no_grad():
-            _sgd_step(params, grads, velocity, local, on)
-    deltas = torch.cat([(p.detach() - v).flatten(1) for p, v in zip(params, state.values(), strict=True)], 1)
+        _sgd_step(params, grads, velocity, local, on)
+    deltas = torch.cat([(p - v).flatten(1) for p, v in zip(params, state.values(), strict=True)], 1)
     return deltas, torch.where(active, torch.stack(history, 1), torch.nan)
 
 
-def _stacked_forward(model: nn.Module):
-    if hasattr(model, "stacked"):
-        return model.stacked
-    return vmap(lambda params, x: functional_call(model, params, (x,)), randomness="different")
+def _gradients(model: nn.Module, y: Tensor):
+    """Losses (K,) and gradients of stacked parameters: the model's own form, or autograd over `stacked` or vmap."""
+    if hasattr(model, "stacked_gradients") and not y.is_floating_point():
+        return lambda params, x, y, weights, autocast: model.stacked_gradients(params, x, y, weights)
+    forward = getattr(model, "stacked", None)
+    forward = forward or vmap(lambda params, x: functional_call(model, params, (x,)), randomness="different")
+
+    def gradients(params, x, y, weights, autocast):
+        leaves = {name: value.requires_grad_() for name, value in params.items()}
+        with autocast():
+            logits = forward(leaves, x)
+        loss = (losses(logits.flatten(0, 1), y.flatten(0, 1)).view(weights.shape) * weights).sum(1)
+        grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        for value in leaves.values():
+            value.requires_grad_(False)
+        return loss.detach(), grads
+
+    return gradients
 
 
 def _sgd_step(params: list[Tensor], grads, velocity: list[Tensor] | None, local: LocalSGD, on: Tensor | None) -> None:

@@ -30,6 +30,32 @@ class MLP(nn.Module):
         hidden = torch.baddbmm(params["fc1.bias"].unsqueeze(1), x.flatten(2), params["fc1.weight"].transpose(1, 2))
         return torch.baddbmm(params["fc2.bias"].unsqueeze(1), hidden.relu(), params["fc2.weight"].transpose(1, 2))
 
+    @staticmethod
+    def stacked_gradients(
+        params: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Weighted cross-entropy of many clients and its gradient, written out: half of autograd's time at this size.
+
+        Args:
+            params: stacked, as in `stacked`.
+            x: (K, B, ...).
+            y: int64 (K, B).
+            weights: (K, B), the weight of each sample's loss.
+
+        Returns:
+            losses (K,) and gradients in the order of fc1.weight, fc1.bias, fc2.weight, fc2.bias.
+        """
+        x, w2 = x.flatten(2), params["fc2.weight"]
+        hidden = torch.baddbmm(params["fc1.bias"].unsqueeze(1), x, params["fc1.weight"].transpose(1, 2)).relu_()
+        log_p = torch.baddbmm(params["fc2.bias"].unsqueeze(1), hidden, w2.transpose(1, 2)).log_softmax(2)
+        target = y.unsqueeze(2)
+        loss = -(log_p.gather(2, target).squeeze(2) * weights).sum(1)
+        error = log_p.exp().scatter_add_(2, target, torch.full_like(target, -1, dtype=log_p.dtype))  # (K, B, classes)
+        error *= weights.unsqueeze(2)
+        inner = torch.bmm(error, w2).mul_(hidden > 0)  # (K, B, hidden)
+        grads = [torch.bmm(inner.transpose(1, 2), x), inner.sum(1), torch.bmm(error.transpose(1, 2), hidden), error.sum(1)]
+        return loss, grads
+
 
 class Head(nn.Module):
     """One linear layer on features that a frozen network has computed."""
