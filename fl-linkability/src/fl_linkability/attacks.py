@@ -1,5 +1,6 @@
-"""Who sent this update? Were these two sent by one user? From features alone: an attack never sees a device or user id
-of what it scores.
+"""Who sent this update? Were these two sent by one user?
+
+An attack sees features alone, never a device or user id of what it scores.
 
 `paper-*` are the paper's attacks (section 5.2); the others are ours.
 """

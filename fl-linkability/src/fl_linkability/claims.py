@@ -1,9 +1,9 @@
-"""Claims judged by a cluster bootstrap over users, beside the interval over seeds that every project of the workspace has.
+"""Claims judged by a cluster bootstrap over users, beside the interval over seeds that every project here has.
 
 A record keeps what each user contributed to a metric, or the metric for each resample of the users. Users are resampled
-within each seed, alike in all rows of a seed, so that a difference between rows stays paired; the effect is the mean over
-seeds and its interval runs from the 2.5 % to the 97.5 % quantile. Metrics that no user contributes to (accuracy on the
-population test set, ratios of them) are judged over seeds alone.
+within each seed, alike in all rows of a seed, so that a difference between rows stays paired; the effect is the mean
+over seeds and its interval runs from the 2.5 % to the 97.5 % quantile. Metrics that no user contributes to (accuracy on
+the population test set) are judged over seeds alone.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ def _times(metrics: dict, counts: np.ndarray, ap: np.ndarray) -> np.ndarray:
     return _mean(counts, ap) * np.isfinite(ap).sum()
 
 
+def _log2(values: np.ndarray, least: float) -> np.ndarray:
+    return np.log2(np.maximum(values, least))
+
+
 FROM_USERS = {
     "mAP_macro": (("ap",), lambda m, c, ap: 100 * _mean(c, ap)),
     "times_chance_ap": (("ap",), _times),
@@ -69,11 +73,10 @@ FROM_USERS = {
     "above_floor": (("ap",), lambda m, c, ap: _times(m, c, ap) - m["floor_q99"]),
     "top1": (("top1", "probes"), lambda m, c, top1, n: 100 * _mean(c, top1, n)),
     "times_chance_top1": (("top1", "probes"), lambda m, c, top1, n: _mean(c, top1, n) * m["known_users"]),
-    "log2_top1": (("top1", "probes"), lambda m, c, top1, n: np.log2(np.maximum(_mean(c, top1, n), 0.5 / n.sum()))),
-    "same_device_top1": (
-        ("same_device_top1", "same_device_probes"),
-        lambda m, c, top1, n: 100 * _mean(c, top1, n),
-    ),
+    "log2_top1": (("top1", "probes"), lambda m, c, top1, n: _log2(_mean(c, top1, n), 0.5 / np.nansum(n))),
+    "same_device_top1": (("same_device_top1", "same_device_probes"), lambda m, c, top1, n: 100 * _mean(c, top1, n)),
+    "hit": (("hit", "sums"), lambda m, c, hit, n: 100 * _mean(c, hit, n)),
+    "log2_hit": (("hit", "sums"), lambda m, c, hit, n: _log2(_mean(c, hit, n), 0.5 / np.nansum(n))),
     "user_accuracy": (("user_accuracy",), lambda m, c, accuracy: _mean(c, accuracy)),
 }
 

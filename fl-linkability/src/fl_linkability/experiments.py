@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fl_linkability.federation import FedAvgConfig, SimulationResult, simulate
 from fl_linkability.mitigations import Mitigation
 from fl_linkability.models import build_model
 from fl_linkability.settings import DATA_SETTINGS, Settings
+from fl_linkability.store import UpdateStore
 from fl_linkability.train import (
     LocalSGD,
     State,
@@ -208,6 +210,35 @@ class Experiment:
         background = self.bundle.background
         *_, state = self.central((background.x, background.y), self.settings.pretrain_epochs)
         return state
+
+
+# ---- a federation of the user's own -----------------------------------------------------------------------
+
+
+def save_settings(folder: Path, settings: Settings, seed: int) -> None:
+    """Beside the updates, so that `attack_folder` knows what they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "settings.tmp"
+    temporary.write_text(json.dumps({"settings": asdict(settings), "seed": seed}, indent=1))
+    os.replace(temporary, folder / "settings.json")
+
+
+def load_settings(folder: Path) -> tuple[Settings, int]:
+    """What `save_settings` wrote. FileNotFoundError where there is nothing."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no federation here (settings.json is missing)")
+    content = json.loads(path.read_text())
+    return Settings(**content["settings"]), content["seed"]
+
+
+def attack_folder(folder: Path, settings: Settings, seed: int) -> dict[str, float]:
+    """Metrics of an attack on the updates that a folder keeps. ValueError where the measure needs more than updates."""
+    if settings.measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {settings.measure!r}")
+    store = UpdateStore.open(folder / "updates")
+    users = int(store.column("user").max()) + 1
+    return MEASURES[settings.measure](Adversary(store, users, seed, settings))[0]
 
 
 # ---- other measurements -------------------------------------------------------------------------------------

@@ -284,7 +284,9 @@ class Federation:
         counts, devices = (np.array([getattr(reply, n) for reply in valid]) for n in ("n_examples", "device"))
         if self.store is not None:
             users, roles = self.users.device_user[devices], self.users.device_role[devices]
-            self.store.append(deltas[:, self.kept], round=number, device=devices, user=users, role=roles, n_examples=counts)
+            self.store.append(
+                deltas[:, self.kept], round=number, device=devices, user=users, role=roles, n_examples=counts
+            )
         self.raw_norms += [reply.raw_norm for reply in valid if np.isfinite(reply.raw_norm)]
         mean = self.mitigation.aggregate(deltas, counts, self.rng("server", number))
         flat = flatten(state)

@@ -1,7 +1,7 @@
 """The same federation through Flower's Message API: a ClientApp, a ServerApp and a FedAvg that records every update.
 
-Engines: `run_inprocess` calls the client app directly (no Ray), `run_ray` is flwr's own simulation. `flower_app.py` holds
-the apps for `flwr run` against a SuperLink.
+Engines: `run_inprocess` calls the client app directly (no Ray), `run_ray` is flwr's own simulation. `flower_app.py`
+holds the apps for `flwr run` against a SuperLink.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def make_client_app(federation: Federation) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        federation.fabric = federation.fabric or make_fabric()  # None where Ray has sent the app to a process of its own
+        federation.fabric = (
+            federation.fabric or make_fabric()
+        )  # None where Ray has sent the app to a process of its own
         device = int(context.node_config["partition-id"])
         number = int(message.content["config"]["server-round"]) - 1
         state = message.content["arrays"].to_torch_state_dict()

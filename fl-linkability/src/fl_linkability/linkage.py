@@ -32,14 +32,14 @@ def identification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
     present = ~np.isnan(ap)
     top1, top5 = (float(top_k_hits(scores, labels, k).mean()) for k in (1, 5))
     hot = labels[:, None] == np.arange(users)
-    both = [user for user in np.flatnonzero(present) if not hot[:, user].all()]
+    both = present & ~hot.all(0)  # AUC needs a probe of another user as well
     return {
         "top1": top1,
         "top5": top5,
         "mAP_macro": float(ap[present].mean()),
         "AP_micro": float(average_precision_score(hot.ravel(), scores.ravel())),
-        "auc_macro": float(np.mean([roc_auc_score(hot[:, user], scores[:, user]) for user in both]))
-        if both
+        "auc_macro": float(roc_auc_score(hot[:, both], scores[:, both], average="macro"))
+        if both.any()
         else float("nan"),
         "chance_top1": 1 / users,
         "chance_top5": min(5 / users, 1.0),
@@ -63,6 +63,7 @@ def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.nda
     Args:
         scores: (n, K).
         groups: (n,) in 0 .. n_groups - 1.
+        n_groups: how many there are; some may be empty.
 
     Returns:
         (K, n_groups); the diagonal is each user's AP where groups are the users. NaN for an empty group.
@@ -92,7 +93,7 @@ def _at_least(key: np.ndarray, n_keys: int, groups: np.ndarray | None = None, si
 def permuted_device_chance(
     scores: np.ndarray, users: np.ndarray, devices: np.ndarray, n: int = 200, seed: int = 0
 ) -> tuple[float, float]:
-    """The floor of times_chance_ap: users permuted over whole anonymous devices, since a device's updates rank together.
+    """The floor of times_chance_ap: users permuted over whole devices, since a device's updates rank together.
 
     Args:
         scores: (n_probes, n_users).
@@ -133,8 +134,8 @@ def matching_metrics(scores: np.ndarray, users_a: np.ndarray, users_b: np.ndarra
         users_b: (n_b,) user of each column.
 
     Returns:
-        AP, AUC, prevalence, times_prevalence, tpr_at_fpr_0p01, tpr_at_fpr_0p1 (largest TPR among ROC points with at most
-        that FPR), assignment_accuracy (of the one-to-one assignment with the largest summed score).
+        AP, AUC, prevalence, times_prevalence, tpr_at_fpr_0p01, tpr_at_fpr_0p1 (largest TPR among ROC points with at
+        most that FPR), assignment_accuracy (of the one-to-one assignment with the largest summed score).
     """
     scores = np.asarray(scores, dtype=float)
     if scores.shape != (len(users_a), len(users_b)):
@@ -194,9 +195,7 @@ def _checked(scores: np.ndarray, labels: np.ndarray, lowest: int) -> tuple[np.nd
     if labels.shape != scores.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be {scores.shape[0]} integers, got {labels.shape} of {labels.dtype}")
     if labels.min() < lowest or labels.max() >= scores.shape[1]:
-        raise ValueError(
-            f"labels must lie in {lowest} .. {scores.shape[1] - 1}, got {labels.min()} .. {labels.max()}"
-        )
+        raise ValueError(f"labels must lie in {lowest} .. {scores.shape[1] - 1}, got {labels.min()} .. {labels.max()}")
     if np.isnan(scores).any():
         raise ValueError("scores must not be NaN")
     return scores, labels

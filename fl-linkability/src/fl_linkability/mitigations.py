@@ -185,7 +185,7 @@ class LocalDP(Mitigation):
 
 
 class CentralDP(Mitigation):
-    """The server clips each update and puts noise on the mean. No protection against the server: it has the raw ones."""
+    """The server clips updates and puts noise on the mean: no protection against the server, which has the raw ones."""
 
     def __init__(self, norm: float, noise_multiplier: float, delta: float = 1e-5):
         super().__init__("both")

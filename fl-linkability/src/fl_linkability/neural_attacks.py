@@ -43,7 +43,9 @@ def mlp_probabilities(
     for _ in range(epochs):
         order = torch.randperm(len(inputs), generator=generator)
         keep = (torch.rand(len(inputs), 128, generator=generator) >= 0.2) / 0.8
-        for xb, yb, kept in zip(*(part.split(batch_size) for part in (inputs[order], one_hot[order], keep)), strict=True):
+        for xb, yb, kept in zip(
+            *(part.split(batch_size) for part in (inputs[order], one_hot[order], keep)), strict=True
+        ):
             hidden = torch.addmm(b1, xb, w1).relu_().mul_(kept)
             # two layers' gradient by hand: a third of autograd's time at this size
             error = torch.addmm(b2, hidden, w2).softmax(1).sub_(yb).div_(len(xb))
@@ -77,9 +79,7 @@ def product_of_probabilities(probabilities: Callable[[np.ndarray], np.ndarray]) 
     return score
 
 
-def siamese(
-    x: np.ndarray, users: np.ndarray, seed: int, steps: int = 800, batch_size: int = 64
-) -> Pairs:
+def siamese(x: np.ndarray, users: np.ndarray, seed: int, steps: int = 800, batch_size: int = 64) -> Pairs:
     """The paper's Siamese network: FC-128, ReLU, dropout 0.1, FC-128, ReLU; L1 distance, FC-1, BCE, RMSProp 1e-3.
 
     Args:
@@ -124,7 +124,7 @@ def siamese(
 def balanced_pairs(
     users_a: np.ndarray, users_b: np.ndarray, n: int, rng: np.random.Generator
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """n pairs of rows of one user and n of two users, drawn with replacement.
+    """Pairs of rows, n of one user and n of two users, drawn with replacement.
 
     Args:
         users_a: (n_a,) user of each row of the first set.

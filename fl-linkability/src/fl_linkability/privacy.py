@@ -18,7 +18,7 @@ def clip(delta: np.ndarray, norm: float) -> np.ndarray:
 
 
 def local_dp_sigma(epsilon: float, delta: float, sensitivity: float) -> float:
-    """Standard deviation of the classical Gaussian mechanism for one release: sensitivity * sqrt(2 ln(1.25/d)) / eps."""
+    """Standard deviation of the classical Gaussian mechanism, one release: sensitivity * sqrt(2 ln(1.25/d)) / eps."""
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, got {epsilon}")
     if not 0 < delta < 1:

@@ -1,4 +1,4 @@
-"""Everything a run may set: the federation (data, network, rounds, mitigation) and what is then measured on its updates."""
+"""Everything a run may set: the federation (data, network, rounds, mitigation), and what is measured on its updates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MITIGATIONS = (
     "central-dp",
 )  # fmt: skip
 MEASURES = (
-    "reid", "pairs", "all-pairs", "open", "open-reid", "open-matching", "stage", "images", "groups", "utility", "protocol",
-    "describe",
+    "reid", "pairs", "all-pairs", "open", "open-reid", "open-matching", "stage", "images", "groups", "utility",
+    "protocol", "describe",
 )  # fmt: skip
 CHOICES = {
     "dataset": DATASETS,
@@ -34,7 +34,7 @@ class Settings:
     """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
 
     dataset: str = "digits"
-    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: a table image_path,user_id,device_id,labels of yours"""
+    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table image_path,user_id,device_id,labels"""
     users: int = 40
     """users; of a real data set those with the most images; 0: all"""
     images_per_device: int = 64

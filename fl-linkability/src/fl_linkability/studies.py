@@ -105,13 +105,19 @@ def groups(adversary: Adversary) -> tuple[dict, dict]:
     inside = np.zeros(scores.shape, dtype=bool)
     inside[group, labels] = True
     best = scores == scores.max(1, keepdims=True)
-    hit, chance = float(((best & inside).sum(1) / best.sum(1)).mean()), float(inside.mean())
+    hits = (best & inside).sum(1) / best.sum(1)
+    hit, chance = float(hits.mean()), float(inside.mean())
     metrics = {"hit": 100 * hit, "chance": 100 * chance, "times_chance": hit / chance}
-    return metrics | {"log2_hit": float(np.log2(max(hit, 0.5 / len(sums))))}, {"groups": len(sums)}
+    metrics["log2_hit"] = float(np.log2(max(hit, 0.5 / len(sums))))
+    users = {"hit": np.zeros(adversary.n_users), "sums": np.zeros(adversary.n_users)}  # a sum counts for each sender
+    np.add.at(users["hit"], split.known[labels], hits[group])
+    np.add.at(users["sums"], split.known[labels], 1)
+    users["hit"] = [round(h / n, 4) if n else None for h, n in zip(users["hit"], users["sums"], strict=True)]
+    return metrics, {"users": users | {"sums": users["sums"].tolist()}, "groups": len(sums)}
 
 
 def image_scores(bundle: FederatedBundle, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The paper's MLP on raw pixels of the prior devices: log-probabilities (n, users) of the anonymous images, users."""
+    """The paper's MLP on raw pixels of prior devices: log-probabilities (n, users) of anonymous images, and owners."""
     users = bundle.users
     rows = {role: np.flatnonzero(users.device_role[users.device.numpy()] == role) for role in (PRIOR, ANONYMOUS)}
     pixels = {role: as_input(users.x[r]).flatten(1).numpy() for role, r in rows.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,7 +51,9 @@ def apply_styles(images: Tensor, styles: np.ndarray, rng: np.random.Generator) -
 def _warp(images: Tensor, style: dict[str, Tensor]) -> Tensor:
     angle, shear, scale = (style[name].flatten() for name in ("rotation", "shear", "scale"))
     cos, sin, zero = angle.cos() / scale, angle.sin() / scale, torch.zeros_like(angle)
-    theta = torch.stack([torch.stack([cos, cos * shear - sin, zero], 1), torch.stack([sin, sin * shear + cos, zero], 1)], 1)
+    theta = torch.stack(
+        [torch.stack([cos, cos * shear - sin, zero], 1), torch.stack([sin, sin * shear + cos, zero], 1)], 1
+    )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 

@@ -1,7 +1,7 @@
 """Local training: many clients start from the same weights and each takes its own SGD steps on its own data.
 
-`train_batched` trains many clients at once with stacked parameters; `train_one` is the plain loop over one client, which
-Flower's clients run and which the batched form is tested against.
+`train_batched` trains many clients at once with stacked parameters; `train_one` is the plain loop over one client,
+which Flower's clients run and which the batched form is tested against.
 """
 
 from __future__ import annotations

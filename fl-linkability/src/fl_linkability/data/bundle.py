@@ -73,7 +73,7 @@ class UserDataset:
         return self._rows[device]
 
     def of_device(self, device: int) -> tuple[Tensor, Tensor]:
-        """x and y of a device."""
+        """Images and labels of a device."""
         rows = self._rows[device]
         if rows[-1] - rows[0] == len(rows) - 1:  # contiguous: a view, also of a memory map
             return self.x[rows[0] : rows[-1] + 1], self.y[rows[0] : rows[-1] + 1]

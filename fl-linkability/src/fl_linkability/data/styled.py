@@ -49,9 +49,7 @@ class UserSettings:
 
     def __post_init__(self):
         if self.n_users < 2 or self.n_per_device < 1 or self.n_prior < 0:
-            raise ValueError(
-                f"need 2 users and 1 image per device or more, got {self.n_users} and {self.n_per_device}"
-            )
+            raise ValueError(f"need 2 users and 1 image per device or more, got {self.n_users} and {self.n_per_device}")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.drift <= 1:
@@ -59,7 +57,7 @@ class UserSettings:
 
 
 def make_digits_users(seed: int = 0, side: int = 16, **settings) -> FederatedBundle:
-    """Users from scikit-learn's 1,797 digits; `settings` are fields of `UserSettings` (card: 600/600/297/300 images)."""
+    """Users from scikit-learn's 1,797 digits, cut into 600, 600, 297 and 300; `settings` are those of `UserSettings`."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -71,7 +69,7 @@ def make_digits_users(seed: int = 0, side: int = 16, **settings) -> FederatedBun
 
 
 def make_mnist_users(root: Path, seed: int = 0, side: int = 28, **settings) -> FederatedBundle:
-    """Users from real MNIST (torchvision's layout below root): 20,000 images per kind of device, 2,000 in the background.
+    """Users from real MNIST (torchvision's layout below root): 20,000 images per kind of device, 2,000 as background.
 
     Raises:
         FileNotFoundError: MNIST is not below root.
@@ -112,8 +110,7 @@ def make_users(pools: Pools, settings: UserSettings, seed: int, name: str) -> Fe
     if s.iid:
         prior, anonymous = _mixed(prior, rng), _mixed(anonymous, rng)
     x, y, user, device = (
-        torch.cat([a, b])
-        for a, b in zip((*prior, 2 * prior[2]), (*anonymous, 2 * anonymous[2] + 1), strict=True)
+        torch.cat([a, b]) for a, b in zip((*prior, 2 * prior[2]), (*anonymous, 2 * anonymous[2] + 1), strict=True)
     )
     order = torch.argsort(device, stable=True)  # a device's images lie together
     users = UserDataset(x[order], y[order], user[order], device[order], check_images=not s.iid)
@@ -128,7 +125,7 @@ def make_users(pools: Pools, settings: UserSettings, seed: int, name: str) -> Fe
 
 
 def _draw(pool, styles: np.ndarray, priors: np.ndarray, n: int, styled: bool, rng) -> tuple[Tensor, Tensor, Tensor]:
-    """n images of every user with replacement: x, y, user. A class that the pool lacks cannot be drawn."""
+    """So many images of every user with replacement: x, y, user. A class that the pool lacks cannot be drawn."""
     images, labels = pool
     labels_np = labels.numpy()
     by_class = [np.flatnonzero(labels_np == c) for c in range(NUM_CLASSES)]

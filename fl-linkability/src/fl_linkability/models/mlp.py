@@ -53,7 +53,12 @@ class MLP(nn.Module):
         error = log_p.exp().scatter_add_(2, target, torch.full_like(target, -1, dtype=log_p.dtype))  # (K, B, classes)
         error *= weights.unsqueeze(2)
         inner = torch.bmm(error, w2).mul_(hidden > 0)  # (K, B, hidden)
-        grads = [torch.bmm(inner.transpose(1, 2), x), inner.sum(1), torch.bmm(error.transpose(1, 2), hidden), error.sum(1)]
+        grads = [
+            torch.bmm(inner.transpose(1, 2), x),
+            inner.sum(1),
+            torch.bmm(error.transpose(1, 2), hidden),
+            error.sum(1),
+        ]
         return loss, grads
 
 
