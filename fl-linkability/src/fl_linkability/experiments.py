@@ -128,7 +128,7 @@ class Experiment:
     def simulation(self) -> SimulationResult:
         """The federation, run once."""
         s = self.settings
-        config = FedAvgConfig(s.rounds, s.clients_per_round, self._local(s.local_epochs), self.seed)
+        config = FedAvgConfig(s.rounds, s.clients_per_round, self.local(s.local_epochs), self.seed)
         return simulate(
             self.bundle,
             self.model,
@@ -153,7 +153,8 @@ class Experiment:
         torch.manual_seed(self.seed)
         return build_model(self.settings, self.bundle).to(self.fabric.device)
 
-    def _local(self, epochs: int) -> LocalSGD:
+    def local(self, epochs: int) -> LocalSGD:
+        """A client's steps, for so many epochs."""
         s = self.settings
         return LocalSGD(epochs, s.batch_size, s.lr, s.momentum, s.weight_decay)
 
@@ -201,7 +202,7 @@ class Experiment:
         for _ in range(epochs):
             order = rng.permutation(len(x))[None]
             rows, weights = (t.to(x.device) for t in batch_table([order], [0], self.settings.batch_size))
-            delta, _ = train_batched(model, state, x, y, rows, weights, self._local(1), self.fabric.autocast)
+            delta, _ = train_batched(model, state, x, y, rows, weights, self.local(1), self.fabric.autocast)
             change = unflatten(delta[0], state)
             state = {name: value + change[name] for name, value in state.items()}
             yield state

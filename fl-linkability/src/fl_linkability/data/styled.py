@@ -57,7 +57,7 @@ class UserSettings:
 
 
 def make_digits_users(seed: int = 0, side: int = 16, **settings) -> FederatedBundle:
-    """Users from scikit-learn's 1,797 digits, cut into 600, 600, 297 and 300; `settings` are those of `UserSettings`."""
+    """Users from scikit-learn's 1,797 digits, cut into 600, 600, 297 and 300; `settings` as in `UserSettings`."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
