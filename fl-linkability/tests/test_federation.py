@@ -448,7 +448,9 @@ def test_flwr_run_against_a_superlink(bundle, tmp_path):
     def start(name, *words):
         log = open(tmp_path / f"{name}.log", "w")
         children.append(
-            subprocess.Popen([tools / words[0], *words[1:]], env=environment, stdout=log, stderr=log, start_new_session=True)
+            subprocess.Popen(
+                [tools / words[0], *words[1:]], env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         )
 
     try:

@@ -88,7 +88,9 @@ def test_clipping(case):
 def test_gaussian_mechanisms_and_accountant():
     dp = load("dp.json")
     for c in dp["local_dp_sigma"]:
-        assert privacy.local_dp_sigma(c["epsilon"], c["delta"], c["sensitivity"]) == pytest.approx(c["sigma"], rel=1e-12)
+        assert privacy.local_dp_sigma(c["epsilon"], c["delta"], c["sensitivity"]) == pytest.approx(
+            c["sigma"], rel=1e-12
+        )
     for c in dp["central_dp_sigma"]:
         found = privacy.central_dp_sigma(c["noise_multiplier"], c["clipping_norm"], c["num_sampled_clients"])
         assert found == pytest.approx(c["sigma_of_average"], rel=1e-12)

@@ -66,12 +66,12 @@ def test_floor_is_the_mean_over_permutations():
     owner = rng.permutation(5)
     device = np.repeat(np.arange(5), 6)
     scores = rng.normal(size=(30, 5))
-    mean, q99 = permuted_device_chance(scores, owner[device], 10 + device, n=4000)
+    mean, q99 = permuted_device_chance(scores, owner[device], 10 + device, n=2000)
     slow = []
-    for _ in range(2000):
+    for _ in range(600):
         labels = rng.permutation(owner)[device]
         slow.append(np.mean([average_precision_score(labels == u, scores[:, u]) for u in range(5)]) * 5)
-    assert mean == pytest.approx(np.mean(slow), abs=0.02) and q99 == pytest.approx(np.quantile(slow, 0.99), abs=0.06)
+    assert mean == pytest.approx(np.mean(slow), abs=0.05) and q99 == pytest.approx(np.quantile(slow, 0.99), abs=0.12)
     doubled = np.repeat(np.arange(10), 3)  # two devices per user take the general way
     mean, _ = permuted_device_chance(scores, np.repeat(owner, 2)[doubled], doubled, n=20)
     assert 0.8 < mean < 3

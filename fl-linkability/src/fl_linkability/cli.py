@@ -43,9 +43,9 @@ class Run:
     """List the missing runs and their expected cost only."""
 
     def __call__(self) -> None:
-        from fl_linkability import experiments
+        from fl_linkability import catalogue
 
-        known = {table.id: table for table in experiments.tables()}
+        known = {table.id: table for table in catalogue.tables()}
         for name in self.tables:
             if name not in known:
                 raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
@@ -54,6 +54,8 @@ class Run:
             raise usage(f"no table has a scale {self.scale!r}")
         if self.dry_run:
             return _list_missing(chosen, self)
+        from fl_linkability import experiments
+
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -68,7 +70,7 @@ class Run:
 
 def _print_tables(chosen: list, scale: str, yours) -> None:
     from fl_linkability import claims
-    from fl_linkability.experiments import PROJECT
+    from fl_linkability.catalogue import PROJECT
     from shared_utils.logging import console
     from shared_utils.report import print_table
     from shared_utils.runlog import RunLog
@@ -82,7 +84,7 @@ def _print_tables(chosen: list, scale: str, yours) -> None:
 def _list_missing(chosen: list, options: Run) -> None:
     from rich.table import Table as Grid
 
-    from fl_linkability.experiments import PROJECT
+    from fl_linkability.catalogue import PROJECT
     from shared_utils.logging import console
     from shared_utils.runlog import RunLog
 
@@ -200,11 +202,11 @@ class Tables:
     """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
 
     def __call__(self) -> None:
-        from fl_linkability import claims, experiments
+        from fl_linkability import catalogue, claims
         from fl_linkability.figures import draw_all
         from shared_utils.report import results_page
 
-        results, tables = experiments.PROJECT / "results", experiments.tables()
+        results, tables = catalogue.PROJECT / "results", catalogue.tables()
         draw_all(tables, results)
         page = results_page(PROGRAM, tables, results, "fl-linkability run")
         (results / "RESULTS.md").write_text(page + "\n" + claims.section(tables, results))
@@ -215,7 +217,7 @@ class Record:
     """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        from fl_linkability.experiments import PROJECT
+        from fl_linkability.catalogue import PROJECT
         from shared_utils.logging import get_logger
         from shared_utils.runlog import RunLog, record
 

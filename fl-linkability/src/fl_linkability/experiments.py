@@ -6,19 +6,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from fl_linkability import mitigations, studies
+from fl_linkability import catalogue, mitigations, studies
 from fl_linkability.data.bundle import ANONYMOUS, Background, FederatedBundle
 from fl_linkability.data.load import load_bundle
 from fl_linkability.evaluate import Adversary, mean_utility, utility
@@ -38,16 +38,13 @@ from fl_linkability.train import (
     unflatten,
 )
 from shared_utils.runlog import Outcome, RunLog, run_missing
-from shared_utils.tables import Run, Table, load_tables, settings_hash
+from shared_utils.tables import Run, Table, settings_hash
 
-PROJECT = Path(__file__).parents[2]
 PACKAGES = ("numpy", "scikit-learn", "lightning", "flwr")
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 BACKGROUND_EPOCHS = 20
-
-
-def tables() -> list[Table]:
-    """All table files, checked against the settings."""
-    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
 def run_tables(
@@ -61,14 +58,14 @@ def run_tables(
     jobs: int = 0,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(catalogue.PROJECT / "runs" / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "fl-linkability",
         runs,
         log,
         partial(execute, data_root=data_root),
-        repository=PROJECT,
+        repository=catalogue.PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
@@ -86,7 +83,7 @@ def execute(settings: Sequence[dict], seeds: Sequence[int], *, data_root: Path) 
     """All runs that share a federation (and so a seed); one that is killed goes on from runs/checkpoints."""
     resolved = [Settings(**each) for each in settings]
     run = Experiment(resolved[0], seeds[0], data_root, _fabric())
-    checkpoints = PROJECT / "runs" / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
+    checkpoints = catalogue.PROJECT / "runs" / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
     run.folder = checkpoints if resolved[0].model != "mlp" else None  # what takes seconds starts again
     outcomes = [run.measure(each) for each in resolved]
     if run.folder:

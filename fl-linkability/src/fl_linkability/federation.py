@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fl_linkability.data.bundle import ANONYMOUS, FederatedBundle
@@ -37,6 +37,9 @@ from fl_linkability.train import (
 )
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 logger = get_logger("fl_linkability")
 ENGINES = ("batched", "loop", "flower-inprocess", "flower-ray")
@@ -135,8 +138,9 @@ def simulate(
     federation = Federation(bundle, model, config, mitigation, fabric, folder, checkpoint_every, keep)
     federation.evaluate, federation.evaluate_from = evaluate, config.rounds - evaluate_last
     federation.clients_at_once, federation.on_round = clients_at_once, on_round
-    if engine == "batched" and getattr(model, "bn", None) == "sent":
-        raise ValueError('bn="sent" needs engine "loop": running statistics are not stacked')
+    bn = getattr(model, "bn", "frozen")
+    if engine == "batched" and bn != "frozen":
+        raise ValueError(f'bn="{bn}" needs engine "loop": a short batch is padded, which would enter its statistics')
     state = {k: v.to(fabric.device) for k, v in (initial or trained_state(model)).items()}
     state = federation.resume(state)
     facts = {"name": engine}

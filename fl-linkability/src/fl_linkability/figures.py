@@ -203,7 +203,7 @@ def draw_preview(path: Path) -> None:
     for user, line in enumerate(axes):
         images = [users.of_device(2 * user + half)[0][:6] for half in (0, 1)]
         for panel, image in zip(line, [image for half in images for image in half], strict=True):
-            panel.imshow(image[0], cmap="gray", vmin=0, vmax=1)
+            panel.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
             panel.axis("off")
     figure.suptitle("Digits users, one per row: prior device (left six), anonymous device (right six)", fontsize=10)
     figure.savefig(path, dpi=90)

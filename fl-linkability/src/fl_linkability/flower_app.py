@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from fl_linkability import flower  # first: it sets Flower's environment
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fl_linkability import flower  # first: it sets Flower's environment
 from fl_linkability.evaluate import utility
 from fl_linkability.experiments import Experiment, save_settings
 from fl_linkability.federation import FedAvgConfig, Federation

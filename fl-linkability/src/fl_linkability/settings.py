@@ -63,7 +63,7 @@ class Settings:
     hidden: int = 32
     """units of the mlp"""
     bn: str = "frozen"
-    """mobilenet: running statistics frozen, local (of the batch) or sent (engine loop)"""
+    """mobilenet: running statistics frozen, local (of the batch) or sent; the last two with engine loop"""
     pretrained: bool = True
     """mobilenet: start from ImageNet's weights"""
     pretrain_epochs: int = 0

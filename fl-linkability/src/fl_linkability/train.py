@@ -10,13 +10,16 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric  # imported where it is used: it takes seconds
 
 State = dict[str, Tensor]
 
@@ -45,6 +48,8 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         device: auto (CUDA where there is one), cpu or cuda.
         precision: auto (bf16-mixed on CUDA, 32-true on CPU) or one of Fabric's.
     """
+    from lightning.fabric import Fabric
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":

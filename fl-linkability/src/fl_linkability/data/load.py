@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from lightning.fabric import Fabric
+from typing import TYPE_CHECKING
 
 from fl_linkability.data.bundle import FederatedBundle
 from fl_linkability.data.styled import make_digits_users, make_mnist_users
 from fl_linkability.settings import Settings
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def load_bundle(settings: Settings, seed: int, data_root: Path, fabric: Fabric) -> FederatedBundle:

@@ -13,15 +13,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from fl_linkability.data.bundle import Background, FederatedBundle, UserDataset
 from fl_linkability.settings import Settings
 from shared_utils.logging import get_logger, progress
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 logger = get_logger("fl_linkability")
 TEST_SHARE = 0.2  # of each user's images (section 6)

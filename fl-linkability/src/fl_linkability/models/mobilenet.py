@@ -17,7 +17,7 @@ class MobileNetV2(nn.Module):
         classes: labels.
         pretrained: start from ImageNet's weights (fetched once by torchvision into its own cache).
         bn: what batch norm does in a client. frozen: running statistics as they are; local: statistics of the batch,
-            nothing kept or sent; sent: running statistics are part of the update (engine "loop" only).
+            nothing kept or sent; sent: running statistics are part of the update. The last two need engine "loop".
     """
 
     def __init__(self, classes: int, pretrained: bool = True, bn: str = "frozen"):
