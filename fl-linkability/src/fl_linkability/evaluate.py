@@ -44,7 +44,7 @@ def utility(bundle: FederatedBundle, model: nn.Module, state: State) -> dict:
     Accuracy for one class per image; for multi-label data mean AP over the classes that occur (not split by user).
     """
     x, y, user = bundle.user_test
-    score = _macro_ap if bundle.multi_label else _accuracy
+    score = _macro_ap_of if bundle.multi_label else _accuracy
     logits = predict(model, state, x)
     result = {"user": score(logits, y), "population": score(predict(model, state, bundle.test[0]), bundle.test[1])}
     if not bundle.multi_label:
@@ -58,9 +58,16 @@ def _accuracy(logits: Tensor, y: Tensor) -> float:
     return 100 * (logits.argmax(1) == y).double().mean().item()
 
 
-def _macro_ap(logits: Tensor, y: Tensor) -> float:
-    scores, present = logits.double().numpy(), (y.numpy() > 0).any(0)
-    return 100 * float(average_precision_score(y.numpy()[:, present], scores[:, present], average="macro"))
+def _macro_ap_of(logits: Tensor, y: Tensor) -> float:
+    return macro_ap(logits.double().numpy(), y.numpy())
+
+
+def macro_ap(scores: np.ndarray, y: np.ndarray) -> float:
+    """Mean AP in % over the labels (columns) that occur; NaN where none does."""
+    present = (y > 0).any(0)
+    if not present.any():
+        return float("nan")
+    return 100 * float(average_precision_score(y[:, present], scores[:, present], average="macro"))
 
 
 def mean_utility(points: list[dict]) -> tuple[dict, dict]:
@@ -110,10 +117,10 @@ class Adversary:
             probe_labels = permutation[probe_labels]
         return Split(aux, aux_labels, split.probe, probe_labels, split.known)
 
-    def scores(self, split: Split, attack: str | None = None) -> np.ndarray:
+    def scores(self, split: Split) -> np.ndarray:
         """Of the probes, for each known user."""
         f = self.features
-        return identify(f[split.aux], split.aux_labels, f[split.probe], attack or self.settings.attack, self.seed)
+        return identify(f[split.aux], split.aux_labels, f[split.probe], self.settings.attack, self.seed)
 
     def reid(self) -> tuple[dict, dict]:
         """Closed-world re-identification (Table 3) with its floor."""
@@ -153,16 +160,16 @@ class Adversary:
         scores = score(self.features[rows_a], self.features[rows_b])
         ap = 100 * float(average_precision_score(same, scores))
         user_a, user_b = (self.store.column("user")[rows] for rows in (rows_a, rows_b))
-        counts = user_resamples(self.n_users, self.seed)
         draws = []
-        for count in counts:
+        for count in user_resamples(self.n_users, self.seed):
             weight = np.where(same, count[user_a], count[user_a] * count[user_b])
             draws.append(100 * average_precision_score(same, scores, sample_weight=weight))
         return {"matching_ap": ap}, {"replicates": {"matching_ap": _rounded(draws, 2)}}
 
     def all_pairs(self) -> tuple[dict, dict]:
         """Matching every prior device with every anonymous one by the cosine of their mean features (T3)."""
-        found, scores, same = self._device_matching()
+        found, scores, users_a, users_b = self._device_matching()
+        same = users_a[:, None] == users_b
         metrics = {
             "matching_ap": 100 * found["AP"],
             "matching_auc": 100 * found["AUC"],
@@ -172,16 +179,15 @@ class Adversary:
         metrics |= {"times_prevalence": found["times_prevalence"]}
         draws = []
         for count in user_resamples(self.n_users, self.seed):
-            a, b = count[same[1]][:, None], count[same[2]]
-            weight = np.where(same[0], a + 0 * b, a * b).ravel()  # copies of one user are not new pairs of one user
-            if not weight[same[0].ravel()].any():
-                continue
-            draws.append(float(average_precision_score(same[0].ravel(), scores.ravel(), sample_weight=weight)))
+            a, b = count[users_a][:, None], count[users_b]
+            weight = np.where(same, a, a * b)  # copies of one user are no new pairs of one user
+            draws.append(average_precision_score(same.ravel(), scores.ravel(), sample_weight=weight.ravel()))
         prevalence = found["prevalence"]
         replicates = {"matching_ap": 100 * np.array(draws), "times_prevalence": np.array(draws) / prevalence}
         return metrics, {"replicates": {name: _rounded(value, 2) for name, value in replicates.items()}}
 
-    def _device_matching(self) -> tuple[dict, np.ndarray, tuple]:
+    def _device_matching(self) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+        """Metrics, cosine of every prior with every anonymous device, and the users of both."""
         role, device, user = (self.store.column(name) for name in ("role", "device", "user"))
         owner = dict(zip(device.tolist(), user.tolist(), strict=True))
         means, users = [], []
@@ -191,8 +197,7 @@ class Adversary:
             means.append(mean)
             users.append(np.array([owner[d] for d in ids.tolist()]))
         scores = cosine(*means)
-        same = users[0][:, None] == users[1]
-        return matching_metrics(scores, *users), scores, (same, *users)
+        return matching_metrics(scores, *users), scores, *users
 
     def open(self) -> tuple[dict, dict]:
         """A third of the users unknown: is the sender known, and who is it (T4)."""

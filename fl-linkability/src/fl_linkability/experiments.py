@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from sklearn.metrics import average_precision_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor, nn
 
 from fl_linkability import catalogue, mitigations, studies
 from fl_linkability.data.bundle import ANONYMOUS, Background, FederatedBundle
 from fl_linkability.data.load import load_bundle
-from fl_linkability.evaluate import Adversary, mean_utility, utility
+from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, utility
 from fl_linkability.federation import FedAvgConfig, SimulationResult, simulate
 from fl_linkability.mitigations import Mitigation
 from fl_linkability.models import build_model
@@ -40,10 +39,10 @@ from fl_linkability.train import (
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, settings_hash
 
-PACKAGES = ("numpy", "scikit-learn", "lightning", "flwr")
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+PACKAGES = ("numpy", "scikit-learn", "lightning", "flwr")
 BACKGROUND_EPOCHS = 20
 
 
@@ -178,7 +177,8 @@ class Experiment:
             more, details = MEASURES[settings.measure](adversary)
             metrics |= more
         details.setdefault("users", {}).update(users)
-        noise = getattr(self.mitigation, "std", 0.0) * np.sqrt(found.updates.dimension) / found.raw_norm
+        dimension = sum(value.numel() for value in found.final_state.values())
+        noise = getattr(self.mitigation, "std", 0.0) * np.sqrt(dimension) / found.raw_norm
         metrics |= {"noise_relative": noise, "updates": len(found.updates), "epsilon": self._epsilon(found)}
         metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
         return metrics, details | {"engine": found.engine, "faults": found.faults[:20], "n_faults": len(found.faults)}
@@ -190,10 +190,10 @@ class Experiment:
         device = found.updates.column("device")[found.updates.column("role") == ANONYMOUS]
         return self.mitigation.epsilon_of(int(np.bincount(device).max()))
 
-    def central(self, data: tuple[Tensor, Tensor], epochs: int, initial: State | None = None) -> Iterator[State]:
+    def central(self, data: tuple[Tensor, Tensor], epochs: int) -> Iterator[State]:
         """The same network and steps without a federation: its weights after each epoch over all data."""
         model = self.model()
-        state = {k: v.to(self.fabric.device) for k, v in (initial or trained_state(model)).items()}
+        state = trained_state(model)
         x, y = (part.to(self.fabric.device) for part in data)
         rng = np.random.default_rng([self.seed, 11])
         for _ in range(epochs):
@@ -261,13 +261,14 @@ def _background_only(run: Experiment) -> tuple[dict, dict]:
 
 
 def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
-    """Table 2, K-NN: ten nearest of all users' images by their pixels."""
+    """Table 2, K-NN: ten nearest of all users' images, by pixels or by the features of a frozen network."""
     users, result = run.bundle.users, {}
-    model = KNeighborsClassifier(10).fit(as_input(users.x).flatten(1), users.y)
+    model = (KNeighborsRegressor if run.bundle.multi_label else KNeighborsClassifier)(10)
+    model.fit(as_input(users.x).flatten(1).numpy(), users.y.numpy())
     for name, (x, y) in (("user", run.bundle.user_test[:2]), ("population", run.bundle.test)):
-        guess = model.predict(as_input(x).flatten(1))
-        if run.bundle.multi_label:
-            result[name] = 100 * float(average_precision_score(y, guess, average="macro"))
+        guess = model.predict(as_input(x).flatten(1).numpy())
+        if run.bundle.multi_label:  # shares of the ten that have each label
+            result[name] = macro_ap(guess, y.numpy())
         else:
             result[name] = 100 * float((guess == y.numpy()).mean())
     return mean_utility([result])[0], {}

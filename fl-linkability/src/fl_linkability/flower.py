@@ -6,7 +6,9 @@ holds the apps for `flwr run` against a SuperLink.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -20,7 +22,9 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():  # before flwr and ray are imported; what the user has set stays
     os.environ.setdefault(_name, _value)
-os.environ.setdefault("FLWR_HOME", os.path.join(tempfile.gettempdir(), f"fl-linkability-flwr-{os.getuid()}"))
+if "FLWR_HOME" not in os.environ:  # else flwr writes to ~/.flwr
+    os.environ["FLWR_HOME"] = tempfile.mkdtemp(prefix="flwr-")
+    atexit.register(shutil.rmtree, os.environ["FLWR_HOME"], ignore_errors=True)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -49,13 +53,13 @@ def make_client_app(federation: Federation) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        federation.fabric = (
-            federation.fabric or make_fabric()
-        )  # None where Ray has sent the app to a process of its own
+        if federation.fabric is None:  # Ray has sent the app to a process of its own
+            federation.fabric = make_fabric()
         device = int(context.node_config["partition-id"])
         number = int(message.content["config"]["server-round"]) - 1
         state = message.content["arrays"].to_torch_state_dict()
-        reply = federation.loop_reply(state, device, number)
+        start = {name: value.to(federation.fabric.device) for name, value in state.items()}
+        reply = federation.loop_reply(start, device, number)
         arrays = ArrayRecord(unflatten(flatten(state) + torch.from_numpy(reply.delta), state))
         metrics = {"num-examples": reply.n_examples, "partition-id": device}
         if np.isfinite(reply.raw_norm):
@@ -105,7 +109,7 @@ class RecordingFedAvg(FedAvg):
             for device in self.asked
         ]
         self.state = self.federation.finish_round(self.federation.next_round, self.state, read)
-        return ArrayRecord(self.state), MetricRecord({"updates": len(read)})
+        return _arrays(self.state), MetricRecord({"updates": len(read)})
 
     def _read(self, device: int, message: Message) -> Reply:
         if message.has_error():
@@ -123,6 +127,10 @@ class RecordingFedAvg(FedAvg):
             return Reply(device, error=f"sent wrong shapes {shapes}")
         delta = (flatten(ordered).float() - flatten(self.state).cpu()).numpy()
         return Reply(device, delta, n_examples, float(metrics.get("raw-norm", float("nan"))))
+
+
+def _arrays(state: State) -> ArrayRecord:
+    return ArrayRecord({name: value.cpu() for name, value in state.items()})
 
 
 def find_devices(grid: Grid, n_devices: int, wait: float = 120.0) -> dict[int, int]:
@@ -150,7 +158,7 @@ def run_on_grid(federation: Federation, state: State, grid: Grid) -> State:
     if left == 0:
         return state
     strategy = RecordingFedAvg(federation, state, find_devices(grid, federation.users.n_devices))
-    strategy.start(grid, ArrayRecord(state), num_rounds=left)
+    strategy.start(grid, _arrays(state), num_rounds=left)
     return strategy.state
 
 
@@ -190,9 +198,11 @@ def run_ray(federation: Federation, state: State) -> tuple[State, dict]:
     quiet_flower()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     gpus = federation.fabric.device.type == "cuda"
+    ray = tempfile.mkdtemp(prefix="ray-")  # short: sockets live there
+    atexit.register(shutil.rmtree, ray, ignore_errors=True)
     backend = {
         "client_resources": {"num_cpus": 1, "num_gpus": 1.0 / cores if gpus else 0.0},
-        "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False},
+        "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False, "_temp_dir": ray},
     }
     result: dict = {}
     run_simulation(

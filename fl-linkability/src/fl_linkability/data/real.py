@@ -177,7 +177,7 @@ def photo_bundle(
     features = None
     if s.model == "mobilenet-head":
         x, bx = (embed(images, s.pretrained, cache, fabric) for images in (x, bx))
-    elif s.mitigation.startswith("mm-aug"):
+    else:  # the modes of mm-aug are found among features
         features = embed(bx, s.pretrained, cache, fabric)
     y, by = (multi_hot(part, names) for part in (items, background))
     order = np.flatnonzero(keep)[np.argsort(device[keep], kind="stable")]
