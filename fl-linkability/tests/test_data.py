@@ -13,7 +13,7 @@ from fl_linkability.data.bundle import Background, UserDataset
 from fl_linkability.data.inventory import inventory
 from fl_linkability.data.real import Item, choose_users, decode, near_duplicates, read_table, split_devices
 from fl_linkability.data.styled import UserSettings, make_digits_users, make_mnist_users
-from fl_linkability.experiments import Experiment
+from fl_linkability.experiments import Experiment, _bundle
 from fl_linkability.federation import simulate
 from fl_linkability.settings import PRESETS
 from fl_linkability.train import make_fabric
@@ -133,8 +133,14 @@ def test_a_table_of_photos(tmp_path, write_photos, shard):
     assert bundle.background.y.tolist() == [[0, 1]] * 8
     outcome = run.measure(run.settings)
     assert 0 <= outcome.metrics["user_accuracy"] <= 100 and outcome.dataset["users"] == 3
+    _bundle.cache_clear()
     again = Experiment(photos("photos-head", shard=shard), 0, tmp_path, FABRIC).bundle  # from the cache
     assert torch.equal(again.users.x, bundle.users.x)
+    (tmp_path / "csv" / "background.csv").unlink()
+    alone = Experiment(photos("photos-head", shard=shard, mitigation="rand-aug"), 1, tmp_path, FABRIC)
+    assert len(alone.bundle.background.x) == 0
+    with pytest.raises(ValueError, match="the background is empty"):
+        alone.mitigation  # noqa: B018
 
 
 @pytest.mark.parametrize("bn, engine", [("frozen", "batched"), ("local", "loop"), ("sent", "loop")])

@@ -195,6 +195,8 @@ class Experiment:
         model = self.model()
         state = trained_state(model)
         x, y = (part.to(self.fabric.device) for part in data)
+        if len(x) == 0:
+            raise ValueError(f"{self.bundle.name}: no images to train on, the background is empty")
         rng = np.random.default_rng([self.seed, 11])
         for _ in range(epochs):
             order = rng.permutation(len(x))[None]

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from fl_linkability.data.bundle import Background, FederatedBundle, UserDataset
 from fl_linkability.settings import Settings
+from fl_linkability.train import as_input
 from shared_utils.logging import get_logger, progress
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 logger = get_logger("fl_linkability")
+FEATURES = 1280
 TEST_SHARE = 0.2  # of each user's images (section 6)
 
 
@@ -162,23 +164,20 @@ def split_devices(items: Sequence[Item], shard: str, seed: int) -> tuple[np.ndar
 def photo_bundle(
     items: Sequence[Item], background: Sequence[Item], s: Settings, seed: int, data_root: Path, fabric: Fabric
 ) -> FederatedBundle:
-    """Decode (or embed) all images and cut users into devices; near-duplicates across a user's devices are removed."""
-    if s.background and background:
-        background = list(background)[: s.background]
-    if not background:
-        background = list(items)[:1]
-        logger.warning("no background images: mitigations that need them cannot be used")
+    """Decode (or embed) all images and cut users into devices; near-duplicates across a user's devices are removed.
+
+    Without background images the background is empty, and a mitigation that needs it says so.
+    """
+    background = list(background)[: s.background or None]
     names = sorted({label for item in items for label in item.labels})
     cache = data_root / ".fl-linkability"
     x = decode([item.path for item in items], s.side, cache)
-    bx = decode([item.path for item in background], s.side, cache)
+    bx = decode([item.path for item in background], s.side, cache) if background else x[:0]
     user, device, test = split_devices(items, s.shard, seed)
     keep = ~test & ~near_duplicates(x, user, device, test)
-    features = None
+    features = embed(bx, s.pretrained, cache, fabric)  # the modes of mm-aug are found among them
     if s.model == "mobilenet-head":
-        x, bx = (embed(images, s.pretrained, cache, fabric) for images in (x, bx))
-    else:  # the modes of mm-aug are found among features
-        features = embed(bx, s.pretrained, cache, fabric)
+        x, bx = embed(x, s.pretrained, cache, fabric), features
     y, by = (multi_hot(part, names) for part in (items, background))
     order = np.flatnonzero(keep)[np.argsort(device[keep], kind="stable")]
     dense = np.unique(device[order], return_inverse=True)[1]
@@ -187,9 +186,7 @@ def photo_bundle(
     )
     held = np.flatnonzero(test)
     user_test = (_rows(x, held), y[held], torch.from_numpy(user[held]))
-    return FederatedBundle(
-        s.dataset, users, user_test, user_test[:2], Background(bx, by, features), len(names)
-    )  # fmt: skip
+    return FederatedBundle(s.dataset, users, user_test, user_test[:2], Background(bx, by, features), len(names))
 
 
 def _rows(x: Tensor, rows: np.ndarray) -> Tensor:
@@ -239,9 +236,11 @@ def decode(paths: Sequence[Path], side: int, cache: Path) -> Tensor:
 
 
 def embed(images: Tensor, pretrained: bool, cache: Path, fabric: Fabric, batch_size: int = 256) -> Tensor:
-    """Features of MobileNetV2 before its last layer, float32 (n, 1280), computed once and kept below the cache."""
+    """Features of MobileNetV2 before its last layer, float32 (n, FEATURES), computed once and kept below the cache."""
     from fl_linkability.models.mobilenet import MobileNetV2
 
+    if len(images) == 0:
+        return torch.zeros(0, FEATURES)
     digest = hashlib.sha256(np.ascontiguousarray(images[:: max(1, len(images) // 1000)].numpy()).tobytes()).hexdigest()
     path = cache / f"features-{len(images)}-{int(pretrained)}-{digest[:16]}.pt"
     if path.exists():
@@ -251,14 +250,9 @@ def embed(images: Tensor, pretrained: bool, cache: Path, fabric: Fabric, batch_s
     parts = []
     with torch.no_grad(), progress() as bar:
         for batch in bar.track(images.split(batch_size), description="embedding"):
-            batch = (
-                batch.to(fabric.device, non_blocking=True)
-                .float()
-                .div_(255)
-                .contiguous(memory_format=torch.channels_last)
-            )
+            x = as_input(batch.to(fabric.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
             with fabric.autocast():
-                parts.append(model.embed(batch).float().cpu())
+                parts.append(model.embed(x).float().cpu())
     features = torch.cat(parts)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(features, temporary)
