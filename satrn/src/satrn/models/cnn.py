@@ -48,7 +48,9 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet31(nn.Module):
-    """SAR's CNN: [B, C, H, W] to [B, d, H/8, W/4]; channels are the published ones at d = 512.
+    """SAR's CNN: [B, C, H, W] to [B, d, H/4, W/4]; channels are the published ones at d = 512.
+
+    SAR pools the height once more, before the third stage; without it, as here, table 2's FLOPs are reproduced.
 
     Args:
         channels_in: 1 or 3.
@@ -58,9 +60,9 @@ class ResNet31(nn.Module):
     def __init__(self, channels_in: int, d: int):
         super().__init__()
         layers = [ConvNormReLU(channels_in, d // 8, 3), ConvNormReLU(d // 8, d // 4, 3)]
-        width, pools, blocks = d // 4, (2, 2, (2, 1), 1), (1, 2, 5, 3)
-        for channels, pool, count in zip((d // 2, d // 2, d, d), pools, blocks, strict=True):
-            layers.append(nn.MaxPool2d(pool, ceil_mode=True))
+        width = d // 4
+        for pooled, channels, count in ((True, d // 2, 1), (True, d // 2, 2), (False, d, 5), (False, d, 3)):
+            layers += [nn.MaxPool2d(2)] if pooled else []
             for _ in range(count):
                 layers.append(ResidualBlock(width, channels))
                 width = channels
