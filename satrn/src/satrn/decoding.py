@@ -74,9 +74,7 @@ def greedy(
     return torch.stack(ids, 1), torch.stack(probabilities, 1), torch.stack(maps, 1) if attention else None
 
 
-def beam_search(
-    decoder: nn.Module, encoded, steps: int, width: int, early_stop: bool = True
-) -> tuple[Tensor, Tensor]:
+def beam_search(decoder: nn.Module, encoded, steps: int, width: int, early_stop: bool = True) -> tuple[Tensor, Tensor]:
     """The word of the highest total log probability among those that a beam keeps.
 
     Args:
@@ -90,7 +88,9 @@ def beam_search(
         Class numbers and probabilities [B, L], as `greedy`.
     """
     batch, device = len(encoded.tokens), encoded.tokens.device
-    state = decoder.start(encoded.tokens, encoded.hw).select(torch.arange(batch, device=device).repeat_interleave(width))
+    state = decoder.start(encoded.tokens, encoded.hw).select(
+        torch.arange(batch, device=device).repeat_interleave(width)
+    )
     previous = torch.full((batch * width,), decoder.cfg.classes, device=device)
     scores = torch.full((batch, width), -torch.inf, device=device)
     scores[:, 0] = 0.0  # all beams start alike: only the first may branch

@@ -71,7 +71,7 @@ def evaluate_rotation(model: SATRN, data, angles: Iterable[float], batch_size: i
 
 @torch.no_grad()
 def aspect_ratios(model: SATRN, images: Tensor, batch_size: int = 500) -> Tensor:
-    """r = ||alpha||_1 / ||beta||_1 of A2DPE's gates per image [B] (figure 7): low horizontal, high vertical words.
+    """A2DPE's ratio r = ||alpha||_1 / ||beta||_1 per image [B] (figure 7): low horizontal, high vertical words.
 
     Raises:
         ValueError: a network without A2DPE.

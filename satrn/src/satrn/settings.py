@@ -26,6 +26,8 @@ class Settings:
     """share of each training set in every batch"""
     test_sets: tuple[str, ...] = ("IIIT5K", "SVT", "IC03", "IC13", "IC15", "SVTP", "CT80")
     """LMDB folders below <data root>/evaluation"""
+    test_angles: tuple[float, ...] = ()
+    """also read the test sets rotated by these degrees"""
     rotation: str = "normal"
     """of training words: none, normal (sd 34 degrees, as the paper) or uniform (0 to 360)"""
     warp: str = "rotate"

@@ -84,7 +84,9 @@ def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [B, L, K].
         targets: [B, L], `IGNORED` behind a word's end.
     """
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum") / len(targets)
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum") / len(
+        targets
+    )
 
 
 def ctc_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -97,9 +99,7 @@ def ctc_loss(logits: Tensor, targets: Tensor) -> Tensor:
     lengths = (targets > 0).sum(dim=1)
     columns = torch.full_like(lengths, logits.shape[1])
     log_probabilities = logits.float().log_softmax(dim=-1).transpose(0, 1)
-    losses = F.ctc_loss(
-        log_probabilities, targets.clamp(min=0), columns, lengths, reduction="none", zero_infinity=True
-    )
+    losses = F.ctc_loss(log_probabilities, targets.clamp(min=0), columns, lengths, reduction="none", zero_infinity=True)
     return losses.mean()
 
 
@@ -129,6 +129,7 @@ def fit(
     checkpoint_every: int = 1000,
     compile: bool = False,
     before_step: Callable[[int], None] = lambda step: None,
+    on_point: Callable[[dict], None] = lambda point: None,
 ) -> list[dict]:
     """Train; the same arguments give the same weights on a CPU, killed and started again or not.
 
@@ -142,6 +143,7 @@ def fit(
         checkpoint_every: steps between saves; the end of training saves as well.
         compile: through torch.compile.
         before_step: called with the number of steps done.
+        on_point: called with every point of the curve.
 
     Returns:
         Ten points of the training curve: step and mean loss since the last point.
@@ -154,9 +156,7 @@ def fit(
     if s.batch_size % parts:
         raise ValueError(f"batch_size {s.batch_size} cannot be shared by {fabric.world_size} ranks x {s.accumulate}")
     # Adam as the paper (weight decay 0)
-    optimizer = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad], lr=s.lr, betas=s.betas, fused=True
-    )
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, betas=s.betas, fused=True)
     module, optimizer = fabric.setup(_Losses(model, s.ctc_weight), optimizer)
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
     state = {"step": 0, "curve": []}
@@ -184,7 +184,8 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % every == 0:
-            state["curve"].append(_point(step + 1, total / every, s))
+            state["curve"].append(_point(step + 1, total / every))
+            on_point(state["curve"][-1])
             total.zero_()
         if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == s.steps):
             state |= {"step": step + 1, "total": total.item()}
@@ -202,13 +203,25 @@ def _prepare(images: Tensor, s: Settings, seed: int, step: int, fabric: Fabric) 
     return normalise(images, s.in_channels).contiguous(memory_format=torch.channels_last)
 
 
-def _point(step: int, loss: Tensor, s: Settings) -> dict:
-    """A point of the curve; says so while nothing is learned (a flat start of some epochs is usual for SATRN)."""
+def _point(step: int, loss: Tensor) -> dict:
     value = loss.item()
     if not math.isfinite(value):
         raise RuntimeError(f"step {step}: the loss is NaN or infinite")
-    logger.info("step %d of %d: loss per word %.3f", step, s.steps, value)
-    return {"step": step, "loss": value}
+    return {"step": step, "loss": round(value, 5)}
+
+
+def report_point(s: Settings) -> Callable[[dict], None]:
+    """An `on_point` that logs the loss, and says so while nothing but the frequency of characters is learned."""
+    chance = math.log(s.network().classes)
+
+    def report(point: dict) -> None:
+        logger.info("step %d of %d: loss per word %.3f", point["step"], s.steps, point["loss"])
+        if point["loss"] > 2 * chance and point["step"] >= 0.1 * s.steps:
+            logger.info(
+                "still on the first plateau (usual for a tenth of the training; `satrn check` tests the set-up)"
+            )
+
+    return report
 
 
 def _save(path: Path, run: dict, state: dict, model: SATRN, optimizer, fabric: Fabric) -> None:

@@ -157,9 +157,7 @@ def _fit(extent: Tensor, angles: Tensor, size: tuple[int, int], font_pixels: flo
     return fit.clamp(max=font_pixels)
 
 
-def _draw(
-    cells: Tensor, places: Tensor, turns: Tensor, scale: Tensor, angles: Tensor, size: tuple[int, int]
-) -> Tensor:
+def _draw(cells: Tensor, places: Tensor, turns: Tensor, scale: Tensor, angles: Tensor, size: tuple[int, int]) -> Tensor:
     """Coverage [N, H, W] of words: each glyph is sampled where its turned cell lies."""
     count, length = cells.shape[:2]
     # pixel -> font sizes from the image's centre -> turned back by the word's angle -> from the glyph's centre
@@ -174,7 +172,7 @@ def _draw(
 
 
 def _turn(points: Tensor, angles: Tensor) -> Tensor:
-    """Points [..., 2] (x right, y down) turned clockwise on the screen by angles: a word drawn there is anticlockwise."""
+    """Points [..., 2] (x right, y down) turned clockwise on the screen: a word sampled there stands anticlockwise."""
     cos, sin = angles.cos(), angles.sin()
     x, y = points.unbind(dim=-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)

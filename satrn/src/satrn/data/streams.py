@@ -1,4 +1,4 @@
-"""Training words as a stream: which words a step sees is a function of seed and step alone, so any step can be resumed."""
+"""Training words as a stream: the words of a step follow from seed and step alone, so that any step can be resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def positions(n: int, per_step: int, seed: int, step: int) -> Tensor:
         raise ValueError("a training set must not be empty")
     places = torch.arange(step * per_step, (step + 1) * per_step)
     epochs = (places // n).tolist()
-    return torch.stack([_order(n, seed, epoch)[place] for epoch, place in zip(epochs, (places % n).tolist())])
+    return torch.stack(
+        [_order(n, seed, epoch)[place] for epoch, place in zip(epochs, (places % n).tolist(), strict=True)]
+    )
 
 
 @lru_cache(maxsize=4)

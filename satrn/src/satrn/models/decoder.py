@@ -1,4 +1,4 @@
-"""The Transformer decoder (section 3.3): all steps at once in training, one step with kept keys and values in reading."""
+"""The Transformer decoder (section 3.3): all steps at once to train, one step with kept keys and values to read."""
 
 from __future__ import annotations
 
@@ -90,15 +90,18 @@ class Decoder(nn.Module):
         self.layer_norm = nn.LayerNorm(d, 1e-6)
         self.classifier = nn.Linear(d, cfg.classes) if cfg.variant == "mmocr" else None
 
-    def embed(self, previous: Tensor, first: int = 0) -> Tensor:
-        """Previous characters [B, L] (cfg.classes stands for start) at positions from `first` on, to [B, L, d]."""
+    def positions(self, n: int, device: torch.device | None = None) -> Tensor:
+        """Sinusoids [n, d] of the first n positions."""
+        return sinusoid(n, self.cfg.d_model, self.cfg.layout, device=device)
+
+    def embed(self, previous: Tensor, table: Tensor) -> Tensor:
+        """Previous characters [B, L] (cfg.classes stands for start) with their positions' sinusoids [L, d]."""
         x = self.trg_word_emb(previous)
         if self.cfg.variant != "mmocr":
             x = x * self.cfg.d_model**0.5
         if self.cfg.variant == "official":
             x = x * (previous != self.cfg.classes).unsqueeze(-1)  # its start is a zero vector
-        table = sinusoid(first + previous.shape[1], self.cfg.d_model, self.cfg.layout, device=x.device)
-        return F.dropout(x + table[first:].to(x.dtype), self.cfg.dropout, self.training)
+        return F.dropout(x + table.to(x.dtype), self.cfg.dropout, self.training)
 
     def classify(self, x: Tensor) -> Tensor:
         """Hidden vectors [..., d] to logits [..., K]; tied to the embedding but for mmocr."""
@@ -109,7 +112,7 @@ class Decoder(nn.Module):
 
     def forward(self, previous: Tensor, memory: Tensor, hw: tuple[int, int]) -> Tensor:
         """Logits [B, L, K] of the characters that follow `previous` [B, L], under the causal mask."""
-        x = self.embed(previous)
+        x = self.embed(previous, self.positions(previous.shape[1], previous.device))
         for layer in self.layer_stack:
             x = layer(x, memory)
         return self.classify(x)
@@ -120,7 +123,7 @@ class Decoder(nn.Module):
 
     def step(self, previous: Tensor, state: DecoderState, attention: bool = False) -> tuple[Tensor, DecoderState]:
         """Logits [B, K] of the next character after `previous` [B]."""
-        x = self.embed(previous[:, None], state.position)
+        x = self.embed(previous[:, None], self.positions(state.position + 1, previous.device)[-1:])
         kept, weights = [], None
         for number, layer in enumerate(self.layer_stack):
             past = state.self_kv[number] if state.position else None

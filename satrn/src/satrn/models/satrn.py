@@ -53,10 +53,8 @@ class SATRN(nn.Module):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a floating-point tensor, got {kind}")
-        if images.ndim != 4 or images.shape[1] != self.cfg.in_channels or not len(images):
-            raise ValueError(
-                f"images must be (B, {self.cfg.in_channels}, H, W) with B > 0, got {tuple(images.shape)}"
-            )
+        if images.ndim != 4 or images.shape[1] != self.cfg.in_channels or images.shape[0] < 1:
+            raise ValueError(f"images must be (B, {self.cfg.in_channels}, H, W) with B > 0, got {tuple(images.shape)}")
         if any(size < f or size % f for size, f in zip(images.shape[2:], self.cfg.downsample, strict=True)):
             raise ValueError(
                 f"image height and width must be divisible by {self.cfg.downsample}, got {tuple(images.shape[2:])}"
