@@ -86,8 +86,8 @@ class AdaptivePositionalEncoding2D(nn.Module):
         return x + alpha[:, :, None, None] * rows + beta[:, :, None, None] * columns, alpha, beta
 
 
-def fixed_encoding(kind: str, d: int, height: int, width: int, layout: str, device: torch.device) -> Tensor | float:
-    """The controls of table 3a: a table [d, H, W], or 0 for none.
+def fixed_encoding(kind: str, d: int, height: int, width: int, layout: str, device: torch.device) -> Tensor:
+    """The controls of table 3a: a table [d, H, W], zero for none.
 
     Args:
         kind: none, 1d (positions of the flattened map) or 2d_concat (rows in the first d/2 channels, columns behind).
@@ -98,7 +98,7 @@ def fixed_encoding(kind: str, d: int, height: int, width: int, layout: str, devi
         device: of the table.
     """
     if kind == "none":
-        return 0.0
+        return torch.zeros(d, height, width, device=device)
     if kind == "1d":
         return sinusoid(height * width, d, layout, device=device).T.reshape(d, height, width)
     rows = sinusoid(height, d // 2, layout, device=device).T[:, :, None].expand(-1, height, width)

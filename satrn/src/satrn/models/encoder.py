@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         if cfg.pos == "a2dpe":
             image, alpha, beta = self.position_enc(image)
         else:
-            image = image + fixed_encoding(cfg.pos, cfg.d_model, *hw, cfg.layout, image.device)
+            image = image + fixed_encoding(cfg.pos, cfg.d_model, *hw, cfg.layout, image.device).to(image.dtype)
         x = F.dropout(image.permute(0, 2, 3, 1).flatten(1, 2), cfg.dropout, self.training)  # (B, H'W', d)
         for layer in self.layer_stack:
             x = layer(x, hw, self.recompute and torch.is_grad_enabled())
