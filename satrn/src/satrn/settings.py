@@ -125,7 +125,7 @@ class Settings:
 
 RENDERED = Settings(
     dataset="rendered", d_model=48, heads=4, ffn=96, enc_layers=2, dec_layers=1, dropout=0.0, qk_width=48,
-    img_size=(24, 24), charset="2347AEKR", max_length=6, steps=1600, batch_size=32, lr=3e-3, schedule="onecycle",
-    betas=(0.9, 0.98),
+    img_size=(24, 24), charset="247AKR", max_length=6, steps=800, batch_size=32, lr=3e-3, schedule="onecycle",
+    betas=(0.9, 0.98), train_images=25600,
 )  # fmt: skip
 PRESETS = {size: replace(Settings(), **widths) for size, widths in SIZES.items()} | {"rendered": RENDERED}

@@ -180,7 +180,7 @@ def fit(
                 loss = work(images[share], targets[share]) / s.accumulate
                 fabric.backward(loss)
             total += loss.detach()
-        fabric.clip_gradients(module, optimizer, max_norm=s.clip)
+        fabric.clip_gradients(module, optimizer, max_norm=s.clip, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % every == 0:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import lmdb
@@ -25,12 +23,22 @@ from shared_utils.logging import get_logger, progress
 logger = get_logger("satrn")
 
 
-@lru_cache(maxsize=64)
-def _environment(folder: str, process: int) -> lmdb.Environment:
-    """One environment per folder and process: LMDB must not be opened twice, nor cross a fork.
+_open: dict[str, lmdb.Environment] = {}
+
+
+def close_environments() -> None:
+    """Close every LMDB: none may be open in a process that forks."""
+    while _open:
+        _open.popitem()[1].close()
+
+
+def _environment(folder: str) -> lmdb.Environment:
+    """The one environment of a folder in this process: LMDB must not be opened twice.
 
     A file shorter than its last page would kill the process with SIGBUS when that page is read: it is refused.
     """
+    if folder in _open:
+        return _open[folder]
     file = Path(folder) / "data.mdb"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no LMDB here (data.mdb is missing)")
@@ -42,6 +50,7 @@ def _environment(folder: str, process: int) -> lmdb.Environment:
     if file.stat().st_size < pages * page:
         environment.close()
         raise ValueError(f"{folder}: truncated LMDB, {pages * page} bytes expected, {file.stat().st_size} found")
+    _open[folder] = environment
     return environment
 
 
@@ -84,7 +93,7 @@ class LmdbWords(Dataset):
         return self.count
 
     def _get(self, key: str) -> bytes:
-        with _environment(str(self.folder), os.getpid()).begin() as transaction:
+        with _environment(str(self.folder)).begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
             raise ValueError(f"{self.folder}: key {key!r} is missing")
@@ -191,6 +200,7 @@ class LmdbMixture(Dataset):
 
     def steps(self, s: Settings, seed: int, first: int, share: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 and targets [b, max_length] of this rank's share of every batch, from a step on."""
+        close_environments()
         loader = DataLoader(
             self,
             batch_sampler=(self.places(s, seed, step)[share] for step in range(first, s.steps)),
