@@ -280,8 +280,10 @@ def test_mistakes_end_with_one_line(words, code, message, monkeypatch, capsys):
 
 def test_interrupted_and_failed(monkeypatch, capsys):
     for error, code, message in (
-        (KeyboardInterrupt(), 130, "interrupted"), (OSError("disk full"), 1, "disk full"), (ValueError("bad"), 2, "bad"),
-    ):  # fmt: skip
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError("disk full"), 1, "disk full"),
+        (ValueError("bad"), 2, "bad"),
+    ):
 
         def fail(self, error=error):
             raise error
