@@ -77,7 +77,7 @@ def test_decoder_layer_at_once_and_step_by_step(oracle):
     torch.testing.assert_close(module(x, memory), wanted, **CLOSE)
     past, cross = None, module.enc_attn.keys_values(memory)
     for position in range(x.shape[1]):
-        out, past = module.step(x[:, position : position + 1], past, cross)
+        out, past, _ = module.step(x[:, position : position + 1], past, cross)
         torch.testing.assert_close(out[:, 0], wanted[:, position], **CLOSE)
 
 

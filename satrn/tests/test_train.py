@@ -170,6 +170,15 @@ def test_the_plateau_is_named(monkeypatch):
     assert "plateau" in lines[1] and len(lines) == 3
 
 
+def test_fine_tuning_starts_where_it_is_told_to(checkpoint, small_settings):
+    barely = replace(small_settings, steps=1, lr=1e-9, charset="4x7", word_lengths=(2, 2))
+    model, _ = train_and_evaluate(barely, 3, NOWHERE, FABRIC, start=checkpoint)
+    old = load_model(checkpoint, FABRIC).decoder.trg_word_emb.weight  # end, unknown, 4, 7, start
+    torch.testing.assert_close(model.decoder.trg_word_emb.weight[[0, 1, 2, 4, 5]], old, rtol=0, atol=1e-6)
+    fresh, _ = train_and_evaluate(barely, 3, NOWHERE, FABRIC)
+    assert not torch.allclose(fresh.decoder.trg_word_emb.weight[[0, 1, 2, 4, 5]], old, atol=1e-3)
+
+
 def test_one_batch_is_learned_by_heart():
     s = replace(RENDERED, dec_layers=1, enc_layers=1, d_model=32, ffn=32, qk_width=None, max_length=4)
     assert overfit_one_batch(s, FABRIC, steps=150) == 100

@@ -111,6 +111,8 @@ class Train:
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    start: Path | None = None
+    """Checkpoint to fine-tune from; another charset is carried over by character."""
     checkpoint_every: int = 1000
     """Steps between saves."""
     compile: bool = False
@@ -128,7 +130,7 @@ class Train:
         _, outcome = train_and_evaluate(
             self.settings, self.seed, self.data_root, fabric, self.output, checkpoint_every=self.checkpoint_every,
             compile=self.compile, workers=self.workers, skip_broken=self.skip_broken,
-            on_point=report_point(self.settings),
+            start=self.start, on_point=report_point(self.settings),
         )  # fmt: skip
         if fabric.global_rank == 0:
             print(json.dumps(outcome.metrics, indent=2))

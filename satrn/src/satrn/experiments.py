@@ -19,6 +19,7 @@ from satrn.data.streams import RenderedWords, normalise
 from satrn.data.words_lmdb import LmdbMixture, LmdbWords
 from satrn.evaluate import aspect_ratios, correct, group_by_ratio, line_jumps
 from satrn.models import SATRN
+from satrn.pretrained import load_pretrained
 from satrn.settings import Settings
 from satrn.train import build_model, fit, load_checkpoint, make_fabric
 from shared_utils.logging import get_logger
@@ -98,12 +99,29 @@ def train_and_evaluate(
     compile: bool = False,
     workers: int = 4,
     skip_broken: bool = False,
+    start: Path | None = None,
     on_point: Callable[[dict], None] = lambda point: None,
 ) -> tuple[SATRN, Outcome]:
-    """Train from scratch (or on from the checkpoint) and evaluate the last step, never a chosen one."""
+    """Train (on from the checkpoint where there is one) and evaluate the last step, never a chosen one.
+
+    Args:
+        s: settings.
+        seed: of weights, words and order.
+        data_root: with training/ and evaluation/.
+        fabric: device, precision, ranks.
+        checkpoint: file to resume from and to save to.
+        checkpoint_every: steps between saves.
+        compile: through torch.compile.
+        workers: loader processes.
+        skip_broken: go on without broken images.
+        start: checkpoint whose weights to begin with, carried over by character; None: fresh ones.
+        on_point: called with every point of the training curve.
+    """
     data = training_data(s, seed, data_root, fabric, workers, skip_broken)
     options = {"checkpoint_every": checkpoint_every, "compile": compile, "on_point": on_point}
     model = build_model(s, seed, fabric)
+    if start is not None:
+        model.load_state_dict(load_pretrained(start, s.charset).state_dict())
     details = {"curve": fit(model, data, s, seed, fabric, checkpoint=checkpoint, **options)}
     control = None
     if s.control:

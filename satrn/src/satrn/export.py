@@ -41,7 +41,7 @@ class StepGraph(nn.Module):
         x = self.decoder.embed(previous[:, None], self.table[position])
         kept = []
         for i, layer in enumerate(self.decoder.layer_stack):
-            x, now = layer.step(x, (keys[i], values[i]), (cross_keys[i], cross_values[i]))
+            x, now, _ = layer.step(x, (keys[i], values[i]), (cross_keys[i], cross_values[i]))
             kept.append(now)
         logits = self.decoder.classify(x[:, 0])
         return logits, torch.stack([k for k, _ in kept]), torch.stack([v for _, v in kept])

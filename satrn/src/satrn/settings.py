@@ -113,6 +113,8 @@ class Settings:
             )
         if len(self.train_sets) != len(self.mix) or min(self.mix) <= 0:
             raise ValueError(f"mix must hold one positive share per training set, got {self.mix}")
+        if not self.test_sets:
+            raise ValueError("test_sets must name at least one test set")
         if self.ctc_weight < 0 or self.lr <= 0 or self.clip <= 0:
             raise ValueError("lr and clip must be positive, ctc_weight must not be negative")
         self.network()

@@ -157,13 +157,13 @@ def fit(
         raise ValueError(f"batch_size {s.batch_size} cannot be shared by {fabric.world_size} ranks x {s.accumulate}")
     # Adam as the paper (weight decay 0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, betas=s.betas, fused=True)
-    module, optimizer = fabric.setup(_Losses(model, s.ctc_weight), optimizer)
+    losses = _Losses(model, s.ctc_weight)
+    module, optimizer = fabric.setup(torch.compile(losses) if compile else losses, optimizer)
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
     state = {"step": 0, "curve": []}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, fabric)
         logger.info("continuing at step %d from %s", state["step"], checkpoint.name)
-    work = torch.compile(module) if compile else module
     model.train()
     every, total = max(1, s.steps // 10), torch.zeros((), device=fabric.device)
     total += state.get("total", 0.0)
@@ -177,7 +177,7 @@ def fit(
         for part in range(s.accumulate):
             share = slice(part, None, s.accumulate)
             with fabric.no_backward_sync(module, enabled=part < s.accumulate - 1):
-                loss = work(images[share], targets[share]) / s.accumulate
+                loss = module(images[share], targets[share]) / s.accumulate
                 fabric.backward(loss)
             total += loss.detach()
         fabric.clip_gradients(module, optimizer, max_norm=s.clip, error_if_nonfinite=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -121,7 +122,9 @@ class LmdbWords(Dataset):
 
         What was left out is counted in the log. The list is kept beside the LMDB where that can be written.
         """
-        digest = hashlib.sha256(repr((sorted(charset), max_length, self.count)).encode()).hexdigest()[:12]
+        file = (self.folder / "data.mdb").stat()
+        identity = sorted(charset), max_length, file.st_size, file.st_mtime_ns
+        digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
         kept = self.folder / f"satrn-usable-{digest}.npy"
         if kept.exists():
             return np.load(kept)
@@ -204,7 +207,7 @@ class LmdbMixture(Dataset):
         loader = DataLoader(
             self,
             batch_sampler=(self.places(s, seed, step)[share] for step in range(first, s.steps)),
-            num_workers=self.workers,
+            num_workers=min(self.workers, os.cpu_count() or 1),
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,

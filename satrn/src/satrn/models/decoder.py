@@ -68,15 +68,23 @@ class DecoderLayer(nn.Module):
         x = x + self._drop(self.enc_attn(self.norm2(x), memory))
         return x + self._drop(self.mlp(self.norm3(x)))
 
-    def step(self, x: Tensor, past: Pair | None, cross: Pair) -> tuple[Tensor, Pair]:
-        """The newest position [B, 1, d] alone: every kept position is visible, so there is no mask."""
+    def step(
+        self, x: Tensor, past: Pair | None, cross: Pair, attention: bool = False
+    ) -> tuple[Tensor, Pair, Tensor | None]:
+        """The newest position [B, 1, d] alone: every kept position is visible, so there is no mask.
+
+        Returns:
+            Its output, the keys and values to keep, and (where asked for) its weights on the map [B, T].
+        """
         y = self.norm1(x)
         now = self.self_attn.keys_values(y)
         if past is not None:
             now = tuple(torch.cat(pair, dim=2) for pair in zip(past, now, strict=True))
         x = x + self.self_attn.attend(y, *now)
-        x = x + self.enc_attn.attend(self.norm2(x), *cross)
-        return x + self.mlp(self.norm3(x)), now
+        y = self.norm2(x)
+        weights = self.enc_attn.weights(y, cross[0])[:, 0] if attention else None
+        x = x + self.enc_attn.attend(y, *cross)
+        return x + self.mlp(self.norm3(x)), now, weights
 
 
 class Decoder(nn.Module):
@@ -124,20 +132,9 @@ class Decoder(nn.Module):
     def step(self, previous: Tensor, state: DecoderState, attention: bool = False) -> tuple[Tensor, DecoderState]:
         """Logits [B, K] of the next character after `previous` [B]."""
         x = self.embed(previous[:, None], self.positions(state.position + 1, previous.device)[-1:])
-        kept, weights = [], None
+        kept, last = [], len(self.layer_stack) - 1
         for number, layer in enumerate(self.layer_stack):
             past = state.self_kv[number] if state.position else None
-            if attention and number == len(self.layer_stack) - 1:
-                weights = self._map_weights(layer, x, past, state.cross_kv[number])
-            x, now = layer.step(x, past, state.cross_kv[number])
+            x, now, weights = layer.step(x, past, state.cross_kv[number], attention and number == last)
             kept.append(now)
         return self.classify(x[:, 0]), DecoderState(state.position + 1, kept, state.cross_kv, weights)
-
-    @staticmethod
-    def _map_weights(layer: DecoderLayer, x: Tensor, past: Pair | None, cross: Pair) -> Tensor:
-        y = layer.norm1(x)
-        now = layer.self_attn.keys_values(y)
-        if past is not None:
-            now = tuple(torch.cat(pair, dim=2) for pair in zip(past, now, strict=True))
-        x = x + layer.self_attn.attend(y, *now)
-        return layer.enc_attn.weights(layer.norm2(x), cross[0])[:, 0]
