@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from satrn.complexity import flops, parameters
+from satrn.complexity import costs
 from satrn.config import SATRNConfig, preset
 from satrn.laff import LocalityAwareFeedForward
 from satrn.models.cnn import ShallowCNN
@@ -109,15 +109,16 @@ SIZES = {"big": 55_657_728, "middle": 14_033_536, "small-9": 9_354_496, "small":
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_of_the_paper_s_sizes(size):
-    assert parameters(preset(size)) == SIZES[size]
+    assert costs(preset(size)).parameters == SIZES[size]
     d = preset(size).d_model
-    assert parameters(preset(size, variant="official")) == SIZES[size] - d * d // 2 + 5 * d // 2
+    assert costs(preset(size, variant="official")).parameters == SIZES[size] - d * d // 2 + 5 * d // 2
 
 
 @pytest.mark.parametrize("size, billions", [("big", 35.9), ("middle", 9.0), ("small", 4.7)])
 def test_flops_are_the_printed_ones(size, billions):
-    assert flops(preset(size)) == pytest.approx(billions * 1e9, rel=0.01)
-    assert flops(preset(size), kept=True) < 0.51 * billions * 1e9
+    counted = costs(preset(size))
+    assert counted.flops == pytest.approx(billions * 1e9, rel=0.01)
+    assert counted.flops_kept < 0.51 * billions * 1e9
 
 
 def test_flops_by_hand():
@@ -127,4 +128,4 @@ def test_flops_by_hand():
     cnn = 9 * (d // 2) * 32 * 100 + 9 * (d // 2) * d * 16 * 50
     encoder = tokens * (2.5 * d * d + 2 * d * f + 9 * f)
     decoder = 2.5 * d * d + (1.25 * d * d + tokens * 1.25 * d * d) + 2 * d * f + classes * d
-    assert flops(cfg) == 2 * (cnn + encoder + decoder)
+    assert costs(cfg).flops == 2 * (cnn + encoder + decoder)

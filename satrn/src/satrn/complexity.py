@@ -8,6 +8,8 @@ anew at every step unless they are kept.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -16,20 +18,20 @@ from satrn.config import SATRNConfig
 from satrn.models import SATRN
 
 
-def parameters(cfg: SATRNConfig) -> int:
-    """Number of parameters."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in SATRN(cfg).parameters())
+@dataclass(frozen=True)
+class Costs:
+    """Of one network; FLOPs of reading one image."""
+
+    parameters: int
+    flops: int
+    """keys and values of the map anew at every step, as the official code (and as the printed figures need)"""
+    flops_kept: int
+    """keys and values of the map once, as `generate`"""
 
 
-def flops(cfg: SATRNConfig, kept: bool = False) -> int:
-    """FLOPs of reading one image.
-
-    Args:
-        cfg: network.
-        kept: the decoder computes keys and values of the encoder's tokens once, as `generate` does, instead of at
-            every step, as the official code does (and the printed figures need). SAR's are always kept.
-    """
+@lru_cache(maxsize=32)
+def costs(cfg: SATRNConfig) -> Costs:
+    """Count a network without computing anything (on torch's meta device). SAR's keys are always kept."""
     with torch.device("meta"):
         model = SATRN(cfg).eval()
         image = torch.empty(1, cfg.in_channels, *cfg.img_size)
@@ -41,9 +43,10 @@ def flops(cfg: SATRNConfig, kept: bool = False) -> int:
             state = model.decoder.start(encoded.tokens, encoded.hw)
         with _multiply_adds(model) as stepping:
             model.decoder.step(previous, state)
-    step = sum(stepping) + (cfg.classes * cfg.d_model if model.decoder.classifier is None else 0)  # tied output
-    starts = 1 if kept or cfg.decoder == "lstm" else cfg.max_length
-    return 2 * (sum(encoding) + starts * sum(starting) + cfg.max_length * step)
+    tied_output = cfg.classes * cfg.d_model if model.decoder.classifier is None else 0
+    once = sum(encoding) + sum(starting) + cfg.max_length * (sum(stepping) + tied_output)
+    again = (cfg.max_length - 1) * sum(starting) if cfg.decoder == "satrn" else 0
+    return Costs(sum(p.numel() for p in model.parameters()), 2 * (once + again), 2 * once)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from scipy import stats
 
-from satrn.complexity import flops, parameters
+from satrn.complexity import costs
 from satrn.data.inventory import TEST_FOLDERS, test_folder
 from satrn.data.streams import RenderedWords, normalise
 from satrn.data.words_lmdb import LmdbMixture, LmdbWords
@@ -78,12 +78,12 @@ def _fabric() -> Fabric:
 
 def count(s: Settings) -> Outcome:
     """Parameters and FLOPs (millions, billions), by the paper's rule and with keys and values kept."""
-    cfg = s.network()
+    counted = costs(s.network())
     measured = {
-        "parameters": parameters(cfg),
-        "parameters_m": parameters(cfg) / 1e6,
-        "flops_b": flops(cfg) / 1e9,
-        "flops_kept_b": flops(cfg, kept=True) / 1e9,
+        "parameters": counted.parameters,
+        "parameters_m": counted.parameters / 1e6,
+        "flops_b": counted.flops / 1e9,
+        "flops_kept_b": counted.flops_kept / 1e9,
     }
     return Outcome(measured)
 
