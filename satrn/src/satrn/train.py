@@ -84,9 +84,8 @@ def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [B, L, K].
         targets: [B, L], `IGNORED` behind a word's end.
     """
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum") / len(
-        targets
-    )
+    by_class = logits.float().transpose(1, 2)  # (B, K, L)
+    return F.cross_entropy(by_class, targets, ignore_index=IGNORED, reduction="sum") / len(targets)
 
 
 def ctc_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -184,7 +183,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % every == 0:
-            state["curve"].append(_point(step + 1, total / every))
+            state["curve"].append(_point(step + 1, fabric.all_reduce(total / every)))
             on_point(state["curve"][-1])
             total.zero_()
         if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == s.steps):
@@ -211,15 +210,17 @@ def _point(step: int, loss: Tensor) -> dict:
 
 
 def report_point(s: Settings) -> Callable[[dict], None]:
-    """An `on_point` that logs the loss, and says so while nothing but the frequency of characters is learned."""
-    chance = math.log(s.network().classes)
+    """An `on_point` that logs the loss, and says so while it stays near its first value.
+
+    That is usual: SATRN learns the frequencies of characters at once, and to read only much later.
+    """
+    first: list[float] = []
 
     def report(point: dict) -> None:
+        first.append(point["loss"])
         logger.info("step %d of %d: loss per word %.3f", point["step"], s.steps, point["loss"])
-        if point["loss"] > 2 * chance and point["step"] >= 0.1 * s.steps:
-            logger.info(
-                "still on the first plateau (usual for a tenth of the training; `satrn check` tests the set-up)"
-            )
+        if len(first) > 1 and point["loss"] > 0.7 * first[0]:
+            logger.info("still on the first plateau; if this lasts, `satrn check` tests the set-up")
 
     return report
 
