@@ -168,9 +168,16 @@ def test_broken_images_are_skipped_only_where_asked(tmp_path, write_words):
     words = write_words(tmp_path / "set")
     change(tmp_path / "set", b"image-000000003", b"no picture")
     data = LmdbWords(tmp_path / "set", (16, 24), skip_broken=True)
-    assert data[2][1] == words[3] and data.broken == 1  # the next word, never a made-up one
     read = [label for _, labels in data.batches(5) for label in labels]
-    assert read == words[:2] + words[3:]
+    assert read == words[:2] + words[3:] and data.broken == 1
+    s = settings_for(mix=(1.0,), train_sets=("set",), max_length=4)
+    mixture = LmdbMixture([tmp_path / "set"], s, workers=0, skip_broken=True)
+    usable = [i for i in range(12) if len(words[i]) < 4]
+    for place, index in enumerate(usable):  # the next usable word, never a made-up one
+        following = usable[(place + 1) % len(usable)]
+        assert mixture[0, place][1] == words[following if index == 2 else index]
+    with pytest.raises(ValueError, match="image-000000003: no readable image"):
+        LmdbMixture([tmp_path / "set"], settings_for(mix=(1.0,), train_sets=("set",)), workers=0)[0, 2]
 
 
 def settings_for(**changes):

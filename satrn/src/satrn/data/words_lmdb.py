@@ -79,7 +79,7 @@ class LmdbWords(Dataset):
         folder: with data.mdb.
         size: height and width of the images.
         channels: 1 (gray) or 3 (RGB).
-        skip_broken: take the next word instead of a broken image (counted and named in the log); else it is an error.
+        skip_broken: go on without broken images (counted and named in the log); else they are an error.
     """
 
     def __init__(self, folder: Path, size: tuple[int, int], channels: int = 1, skip_broken: bool = False):
@@ -105,17 +105,23 @@ class LmdbWords(Dataset):
         return self._get(f"label-{index + 1:09d}").decode()
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Image uint8 [C, H, W] and label; with skip_broken the next readable word in place of a broken one."""
-        for place in range(index, index + self.count):
-            number = place % self.count
-            try:
-                return decode_image(self._get(f"image-{number + 1:09d}"), self.size, self.channels), self.label(number)
-            except ValueError as error:
-                if not self.skip_broken:
-                    raise ValueError(f"{self.folder}: image-{number + 1:09d}: {error}") from error
-                self.broken += 1
-                logger.warning("%s: image-%09d is broken; skipped", self.folder, number + 1)
-        raise ValueError(f"{self.folder}: every image is broken")
+        """Image uint8 [C, H, W] and label of word `index`, counted from 0. ValueError for a broken image."""
+        try:
+            image = decode_image(self._get(f"image-{index + 1:09d}"), self.size, self.channels)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: image-{index + 1:09d}: {error}") from error
+        return image, self.label(index)
+
+    def get(self, index: int) -> tuple[Tensor, str] | None:
+        """As by index; with skip_broken None for a broken image, which is counted and named in the log."""
+        try:
+            return self[index]
+        except ValueError as error:
+            if not self.skip_broken:
+                raise
+            self.broken += 1
+            logger.warning("skipped: %s", error)
+            return None
 
     def usable(self, charset: str, max_length: int) -> np.ndarray:
         """Indices of words that can be trained on (known characters, 1 to max_length - 1 of them).
@@ -153,11 +159,10 @@ class LmdbWords(Dataset):
         """All words once: images uint8 [B, C, H, W] and labels; broken ones are left out with skip_broken."""
         images, labels = [], []
         for index in range(self.count):
-            before = self.broken
-            image, label = self[index]
-            if self.broken == before:
-                images.append(image)
-                labels.append(label)
+            word = self.get(index)
+            if word is not None:
+                images.append(word[0])
+                labels.append(word[1])
             if images and (len(images) == size or index == self.count - 1):
                 yield torch.stack(images), labels
                 images, labels = [], []
@@ -189,8 +194,14 @@ class LmdbMixture(Dataset):
         self.tokenizer, self.max_length, self.workers = Tokenizer(s.charset), s.max_length, workers
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, str]:
+        """The word at (set, index); with skip_broken the next whole one of that set in place of a broken one."""
         number, index = place
-        return self.sets[number][int(self.indices[number][index])]
+        words, indices = self.sets[number], self.indices[number]
+        for step in range(len(indices)):
+            word = words.get(int(indices[(index + step) % len(indices)]))
+            if word is not None:
+                return word
+        raise ValueError(f"{words.folder}: every image is broken")
 
     def places(self, s: Settings, seed: int, step: int) -> list[tuple[int, int]]:
         """(set, index) of every word of a step's batch."""
