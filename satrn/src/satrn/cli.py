@@ -298,7 +298,8 @@ class Data:
         from satrn.data.inventory import inventory
         from shared_utils.logging import console
 
-        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        columns = ("data", "scale", "size", "licence", "found", "where", "if missing")
+        grid = Grid(*columns, title=f"below {self.data_root}")
         for row in inventory(self.data_root):
             grid.add_row(*row)
         console().print(grid)

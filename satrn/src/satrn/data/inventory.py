@@ -14,7 +14,7 @@ TEST_FOLDERS = {
     "CT80": ("CUTE80", 288),
 }
 TRAIN_SIZES = {"MJ": "8.9 M words", "ST": "5.5 M to 7 M words"}
-HOW = "LMDB of the STR benchmark's layout, into the folder named here"
+HOW = "an LMDB of the STR benchmark's layout there"
 
 
 def test_folder(root: Path, name: str) -> Path:
@@ -23,16 +23,12 @@ def test_folder(root: Path, name: str) -> Path:
 
 
 def inventory(root: Path) -> list[tuple[str, str, str, str, str, str, str]]:
-    """Rows: name, scale, size, licence, found, where, what to do if missing."""
+    """Rows: name, scale, size, licence, found, where (below the root), what to do if missing."""
     rows = [("rendered words", "smoke, embedded, rendered", "made here", "", "yes", "", "")]
-    wanted = [(name, size, root / "training" / name) for name, size in TRAIN_SIZES.items()]
-    wanted += [
-        (name, f"{count:,} words", root / "evaluation" / folder) for name, (folder, count) in TEST_FOLDERS.items()
-    ]
-    wanted.append(("MULTI_LINE", "own crops", root / "evaluation" / "MULTI_LINE"))
-    for name, size, folder in wanted:
-        found = (folder / "data.mdb").is_file()
-        rows.append(
-            (name, "paper", size, "its publishers'", "yes" if found else "no", str(folder), "" if found else HOW)
-        )
+    wanted = [(f"training/{name}", name, size) for name, size in TRAIN_SIZES.items()]
+    wanted += [(f"evaluation/{folder}", name, f"{count:,} words") for name, (folder, count) in TEST_FOLDERS.items()]
+    wanted.append(("evaluation/MULTI_LINE", "MULTI_LINE", "own crops"))
+    for where, name, size in wanted:
+        found = (root / where / "data.mdb").is_file()
+        rows.append((name, "paper", size, "its publishers'", "yes" if found else "no", where, "" if found else HOW))
     return rows
