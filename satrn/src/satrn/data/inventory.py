@@ -14,7 +14,7 @@ TEST_FOLDERS = {
     "CT80": ("CUTE80", 288),
 }
 TRAIN_SIZES = {"MJ": "8.9 M words", "ST": "5.5 M to 7 M words"}
-HOW = "an LMDB of the STR benchmark's layout there"
+HOW = "put the LMDB there"
 
 
 def test_folder(root: Path, name: str) -> Path:
