@@ -92,9 +92,9 @@ def _rotation(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Fig
 
 
 def _readings(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figure | None:
-    """Rotated or two-line words, what was read, and where the decoder looked for each character."""
-    sheets = [record["details"]["sheet"] for records in found.values() for record in records[:1]]
-    words = [word for sheet in sheets for word in sheet]
+    """Words of the first row (two seeds), what was read, and where the decoder looked for each character."""
+    first_row = next(iter(found.values()))
+    words = [word for record in first_row[:2] for word in record["details"]["sheet"]]
     if not words:
         return None
     longest = max(len(word["maps"]) for word in words)
