@@ -165,9 +165,9 @@ class Read:
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, one word each."""
     checkpoint: Path = Path("satrn.pt")
-    """File written by `satrn train`, or of MMOCR with --mmocr."""
-    mmocr: bool = False
-    """The checkpoint is MMOCR's."""
+    """File written by `satrn train`, or MMOCR's with --mmocr."""
+    mmocr: str = ""
+    """1.x or 0.x: the checkpoint is MMOCR's, of that version."""
     beam: int = 1
     """Width of the beam; 1 is greedy."""
     attention: Path | None = None

@@ -40,11 +40,21 @@ def load_images(paths: Sequence[Path], model: SATRN) -> Tensor:
 
 
 def read_images(
-    paths: Sequence[Path], checkpoint: Path, mmocr: bool, beam: int, attention: Path | None, device: str
+    paths: Sequence[Path], checkpoint: Path, mmocr: str, beam: int, attention: Path | None, device: str
 ) -> list[tuple[str, float]]:
-    """Text and confidence of every image file; `attention` names a PNG to write the maps to."""
+    """Text and confidence of every image file.
+
+    Args:
+        paths: image files.
+        checkpoint: of `satrn train`, or of MMOCR.
+        mmocr: MMOCR's version (1.x or 0.x), or empty.
+        beam: width of the beam.
+        attention: PNG to write attention maps to.
+        device: auto, cpu or cuda.
+    """
     fabric = make_fabric(device)
-    model = load_mmocr_checkpoint(checkpoint).to(fabric.device) if mmocr else load_model(checkpoint, fabric)
+    model = load_mmocr_checkpoint(checkpoint, layout=mmocr) if mmocr else load_model(checkpoint, fabric)
+    model.to(fabric.device)
     images = load_images(paths, model)
     pixels = normalise(images.to(fabric.device), model.cfg.in_channels)
     read = model.generate(pixels, beam=beam, attention=attention is not None)
