@@ -249,6 +249,7 @@ def test_the_other_verbs(tmp_path, checkpoint, capsys):
         (lambda p, c: cli.Read((), c), "no image given"),
         (lambda p, c: cli.Read((p / "text.png",), c), "text.png: no readable image"),
         (lambda p, c: cli.Read((p / "text.png",), p / "none.pt"), "none.pt: no such checkpoint"),
+        (lambda p, c: cli.Read((p / "text.png",), c, mmocr="2.x"), "layout must be one of 0.x, 1.x, got '2.x'"),
         (lambda p, c: cli.Eval(p / "text.png"), "text.png: cannot be read as a checkpoint of satrn"),
         (lambda p, c: cli.RotateCurve(c, p), "no LMDB here"),
         (lambda p, c: cli.Render(p / "x", words=p / "empty.txt"), "empty.txt: holds no word"),
