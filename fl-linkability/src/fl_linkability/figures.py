@@ -72,7 +72,8 @@ def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
         axes[0].errorbar(
             x, y, xerr=_spread(records, "times_chance_ap"), color=COLOURS[kind], marker="o", capsize=2, label=label
         )
-        axes[0].annotate(name.partition(", ")[2], (x, y), fontsize=6, xytext=(3, 4), textcoords="offset points")
+        label = name.partition(", ")[2]
+        axes[0].annotate(label, (x, y), fontsize=6, xytext=(2, 4), textcoords="offset points", rotation=40)
     axes[0].set_title(f"ours, {base.split(',')[0]} (scale {scale}, mean and sd)", fontsize=9)
     points = defaultdict(list)
     for line in _published("figure-12"):
@@ -90,6 +91,7 @@ def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
         panel.set_xlabel("re-identification, times chance (AP)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
+    axes[0].set_ylim(top=1.35)
     axes[0].set_ylabel("utility relative to no mitigation")
     return figure
 
