@@ -16,7 +16,7 @@ import numpy as np
 from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
 
-SCALES = ("paper", "mnist", "embedded")
+SCALES = ("paper", "embedded", "mnist")
 COLOURS = {
     "none": "black", "noise": "tab:red", "bkg-repl": "tab:green", "rand-aug": "tab:orange", "mm-aug": "tab:blue",
     "PIPA": "tab:purple", "OpenImages": "tab:cyan", "Blog": "tab:olive", "Yelp": "tab:pink",
@@ -60,7 +60,7 @@ def _spread(records: list[dict], metric: str) -> float:
 
 def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
     """F1: utility relative to no mitigation against the attack; ours left, the paper's points right."""
-    figure, axes = plt.subplots(1, 5, figsize=(17, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(19, 4), layout="constrained", width_ratios=[1.9, 1, 1, 1, 1])
     base = next(row for row in found if row.endswith(", none"))
     drawn = set()
     for row, records in found.items():
@@ -72,7 +72,8 @@ def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
         axes[0].errorbar(
             x, y, xerr=_spread(records, "times_chance_ap"), color=COLOURS[kind], marker="o", capsize=2, label=label
         )
-        axes[0].annotate(name.partition(", ")[2], (x, y), fontsize=6, xytext=(3, 4), textcoords="offset points")
+        label = name.partition(", ")[2]
+        axes[0].annotate(label, (x, y), fontsize=6, xytext=(2, 4), textcoords="offset points", rotation=40)
     axes[0].set_title(f"ours, {base.split(',')[0]} (scale {scale}, mean and sd)", fontsize=9)
     points = defaultdict(list)
     for line in _published("figure-12"):
@@ -85,9 +86,12 @@ def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
         panel.set_title(f"published, {dataset}", fontsize=9)
     for panel in axes:
         panel.set_xscale("log")
+        panel.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+        panel.minorticks_off()
         panel.set_xlabel("re-identification, times chance (AP)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
+    axes[0].set_ylim(top=1.35)
     axes[0].set_ylabel("utility relative to no mitigation")
     return figure
 
@@ -104,7 +108,7 @@ def _stages(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
         panel.text(
             x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > matrix.max() / 2 else "white"
         )
-    panel.set_xticks(range(len(names)), names)
+    panel.set_xticks(range(len(names)), names, fontsize=8)
     panel.set_yticks(range(len(names)), names)
     panel.set(xlabel="rounds of the probes", ylabel="rounds of the known updates")
     panel.set_title(f"Re-identification by training stage, times chance (scale {scale})", fontsize=9)
@@ -160,7 +164,7 @@ def _by_count(name: str, column: str, label: str) -> Callable:
     """F5: AP against prior examples or known updates; ours and the paper's."""
 
     def draw(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
-        figure, panel = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+        figure, panel = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
         counts = [int(row.split(", ")[1].split()[0]) if row.split(", ")[1][0].isdigit() else 20 for row in found]
         rows = list(found.values())
         panel.errorbar(
@@ -174,11 +178,11 @@ def _by_count(name: str, column: str, label: str) -> Callable:
         for dataset, points in lines.items():
             points = np.array(points)
             panel.plot(*points.T, "s--", color=COLOURS[dataset], markersize=3, label=f"published, {dataset}")
-        panel.set(xscale="log", xlabel=label, ylabel="re-identification AP (%)", ylim=(0, 103))
+        panel.set(xlabel=label, ylabel="re-identification AP (%)", ylim=(0, 103))
         panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, loc="upper left" if name == "figure-5" else "center right")
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return figure
 
     return draw
