@@ -53,7 +53,7 @@ def test_paper_scale_is_the_paper_s_preset(table, row, preset, changes):
     [
         ("rotation", "A2DPE, rotated words", "embedded", dict(control=True)),
         ("rotation", "straight words", "embedded", dict(control=True, warp="straight")),
-        ("table-3a", "None", "embedded", dict(pos="none")),
+        ("table-3a", "None", "rendered", dict(pos="none")),
         ("table-3b", "1/4 x 1/4", "rendered", {}),
         ("figure-8-accuracy", "convolution", "rendered", dict(laff="conv")),
         ("figure-7", "upright and vertical words", "rendered", dict(warp="upright_or_vertical")),
