@@ -87,7 +87,7 @@ def test_run_twice_runs_nothing_new_and_draws(tmp_path, monkeypatch, capsys):
     run = cli.Run(("rotation", "table-3a"), scale="smoke", jobs=1)
     run()
     lines = (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines()
-    assert len(lines) == 5 and json.loads(lines[0])["dataset"]["train"]["sha256"]
+    assert len(lines) == 6 and json.loads(lines[0])["dataset"]["train"]["sha256"]
     assert "readings.png" in capsys.readouterr().out
     assert all(
         (tmp_path / "runs" / "figures" / f"{name}.png").stat().st_size > 5000 for name in ("rotation", "readings")
