@@ -107,9 +107,8 @@ def report(
     try:
         source = runlog.provenance(root, packages)
     except PackageNotFoundError as error:
-        raise SystemExit(
-            f"{project}: {error.name} is not installed; pip install '{project}[bench]' brings it"
-        ) from None
+        extra = f"pip install './{project}[bench]'"
+        raise SystemExit(f"{project}: {error.name} is missing; the extra `bench` brings it: {extra}") from None
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with progress() as bar:
         measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
@@ -140,15 +139,16 @@ def summary(paths: Iterable[Path]) -> pd.DataFrame:
 
 
 def print_summary(frame: pd.DataFrame) -> None:
-    """Print a `summary` to stdout, one table per project."""
-    for (project, device), lines in frame.groupby(["project", "device"], sort=False):
-        shown = [
-            name for name in ("what", "peer", "ours", "peer's", "ratio", "target", "met", "note") if any(lines[name])
-        ]
-        table = rich.table.Table(*shown, title=f"{project} bench, {device}", caption=CAPTION)
-        for cells in lines[shown].itertuples(index=False):
-            table.add_row(*cells)
-        console().print(table)
+    """Print a `summary` to stdout, without its empty columns, and where each project was measured."""
+    places = frame[["project", "device"]].drop_duplicates()
+    shown = frame.drop(columns=["device", "versions"])
+    shown = shown.loc[:, shown.any()]
+    table = rich.table.Table(*shown, title="bench", caption=CAPTION)
+    for cells in shown.itertuples(index=False):
+        table.add_row(*cells)
+    console().print(table)
+    for project, device in places.itertuples(index=False):
+        console().print(f"{project}: {device}", highlight=False)
 
 
 def record(root: Path) -> int:
