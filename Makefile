@@ -33,8 +33,9 @@ test: setup  ## run all tests
 bench: setup  ## speed against the peers
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
 
-lint: setup  ## ruff, check only
+lint: setup  ## ruff and mypy, check only
 	.venv/bin/ruff check .
+	.venv/bin/python -m mypy workspace.py */src
 
 clean:   ## remove .venv and caches; runs/ and results/ stay
 	rm -rf .venv .pytest_cache .ruff_cache
