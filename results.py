@@ -111,7 +111,9 @@ def speed(all_projects: list[Project]) -> str:
     places = frame[["project", "device", "versions"]].drop_duplicates()
     where = [f"- {project}: {device}; {versions}" for project, device, versions in places.itertuples(index=False)]
     cells = frame.drop(columns=["device", "versions"])
-    return "\n\n".join([f"`make bench`; {CAPTION}.", _markdown(list(cells), cells.to_numpy().tolist()), "\n".join(where)])
+    return "\n\n".join(
+        [f"`make bench`; {CAPTION}.", _markdown(list(cells), cells.to_numpy().tolist()), "\n".join(where)]
+    )
 
 
 def kill_drill(root: Path = ROOT) -> str:
@@ -123,7 +125,7 @@ def kill_drill(root: Path = ROOT) -> str:
     last = {record["project"]: record for record in records}
     intro = (
         "`make drill`: each project's demo was killed by SIGKILL at five random instants, started again each time, and "
-        "its final metrics compared with those of an undisturbed run, bit for bit (times of day and of work excepted)."
+        "its final metrics compared with those of an undisturbed run, bit for bit (measured times excepted)."
     )
     lines = []
     for name, drill in last.items():
@@ -131,7 +133,9 @@ def kill_drill(root: Path = ROOT) -> str:
         done = ", ".join(map(str, drill["runs_at_kill"]))
         outcome = "equal" if drill["equal"] else f"{len(drill['differing'])} metrics differ"
         lines.append([name, instants, f"{done} of {drill['runs']}", outcome, drill["device"], drill["commit"][:12]])
-    return f"{intro}\n\n" + _markdown(["project", "killed at", "runs done then", "final metrics", "device", "commit"], lines)
+    return f"{intro}\n\n" + _markdown(
+        ["project", "killed at", "runs done then", "final metrics", "device", "commit"], lines
+    )
 
 
 def _section(project: Project) -> str:

@@ -1,4 +1,4 @@
-"""The list of projects in workspace.toml; make reads it before anything is installed, with the standard library alone."""
+"""The list of projects in workspace.toml. make reads it before anything is installed: standard library alone."""
 
 from __future__ import annotations
 
