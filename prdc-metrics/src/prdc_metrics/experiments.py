@@ -95,7 +95,9 @@ def run_tables(
     data_root: Path,
     rows: list[str] | None = None,
     seeds: list[int] | None = None,
+    *,
     force: bool = False,
+    jobs: int = 1,
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -108,6 +110,7 @@ def run_tables(
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
+        jobs=jobs,
     )
     return log
 
