@@ -119,7 +119,7 @@ class Eval:
 
     def __call__(self) -> None:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
+        options: dict[str, Any] = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
         options["closed_ball"] = self.closed_ball
         fake = self._features(self.fake).to(device)
         if self.real.suffix == ".manifold":
@@ -345,8 +345,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

@@ -145,8 +145,8 @@ def _expected_coverage(s: Settings, n: int, m: int) -> float:
 def _sets(s: Settings, seed: int, data_root: Path) -> tuple[Tensor | np.ndarray, Tensor | np.ndarray]:
     match s.experiment:
         case "points":
-            real, fake = FIGURE_1[s.panel]
-            return np.array(real, float), np.array(fake, float)
+            first, second = FIGURE_1[s.panel]
+            return np.array(first, float), np.array(second, float)
         case "identical":
             return toy.identical(s.law, s.num_real, s.num_fake, s.dim, seed)
         case "shift":
@@ -202,7 +202,7 @@ def _labelled_features(
 
 
 @lru_cache(maxsize=8)
-def _vae(seed: int) -> tuple[Tensor, torch.nn.Module]:
+def _vae(seed: int) -> tuple[Tensor, VAE]:
     """Half of the digits as reals (899, 64), a VAE fitted to the other half."""
     images = load_digits().images.flatten(1)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
