@@ -30,6 +30,9 @@ tables: setup  ## regenerate every RESULTS.md and figure from the committed run 
 test: setup  ## run all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
 
+site: setup  ## static results site in site/
+	.venv/bin/python website/build.py
+
 bench: setup  ## speed against the peers
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
 
@@ -37,8 +40,8 @@ lint: setup  ## ruff and mypy, check only
 	.venv/bin/ruff check .
 	.venv/bin/python -m mypy workspace.py */src
 
-clean:   ## remove .venv and caches; runs/ and results/ stay
-	rm -rf .venv .pytest_cache .ruff_cache
+clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
+	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo tables test bench lint clean
+.PHONY: help setup demo tables test site bench lint clean
