@@ -31,7 +31,7 @@ test: setup  ## run all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
 
 site: setup  ## static results site in site/
-	.venv/bin/python website/build.py
+	.venv/bin/python -m website.build
 
 bench: setup  ## speed against the peers
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done

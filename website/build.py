@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,13 +23,12 @@ import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
 
+from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured
+from shared_utils.runlog import RunLog
+from shared_utils.tables import Row, Table, load_tables
+from workspace import ROOT, projects
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured  # noqa: E402
-from shared_utils.runlog import RunLog  # noqa: E402
-from shared_utils.tables import Row, Table, load_tables  # noqa: E402
-from workspace import projects  # noqa: E402
 
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
