@@ -22,11 +22,11 @@ from typing import Any
 import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
+from workspace import ROOT, projects
 
 from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Row, Table, load_tables
-from workspace import ROOT, projects
 
 HERE = Path(__file__).resolve().parent
 
