@@ -155,7 +155,7 @@ def test_every_measured_row_stands_there_with_the_command_of_its_very_runs(site,
         assert next(commands, None) is None
 
 
-@pytest.mark.parametrize("project", ["prdc-metrics", "wsol-eval"])
+@pytest.mark.parametrize("project", ["prdc-metrics", "fl-linkability"])
 def test_the_command_of_a_row_is_understood_by_the_project(site, project):
     commands = [command for path in sorted((site / project).glob("*.html")) for command in Page(path).commands]
     hardest = max(commands, key=lambda command: len(re.findall(r"[^\w\s]", command)))
