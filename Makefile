@@ -30,6 +30,9 @@ tables: setup  ## regenerate every RESULTS.md and figure from the committed run 
 test: setup  ## run all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
 
+site: setup  ## static results site in site/
+	.venv/bin/python -m website.build
+
 bench: setup  ## speed against the peers, into each project's runs/bench.json; slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
 
@@ -46,10 +49,10 @@ drill: demo  ## SIGKILL every demo five times, restart it, compare the final met
 
 lint: setup  ## ruff and mypy, check only
 	.venv/bin/ruff check .
-	.venv/bin/python -m mypy *.py */src
+	.venv/bin/python -m mypy *.py website */src
 
-clean:   ## remove .venv and caches; runs/ and results/ stay
-	rm -rf .venv .pytest_cache .ruff_cache
+clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
+	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo tables test bench record doctor drill lint clean
+.PHONY: help setup demo tables test site bench record doctor drill lint clean

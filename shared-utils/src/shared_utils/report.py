@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,12 +31,17 @@ class Verdict:
     high: float = float("inf")
     n_seeds: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def figures(self) -> str:
+        """Effect, its interval and the number of seeds; empty where it was not measured."""
         if self.effect is None:
-            return self.verdict
+            return ""
         interval = f" [{number(self.low)}, {number(self.high)}]" if self.n_seeds > 1 else ""
+        return f"{number(self.effect)}{interval}, n={self.n_seeds}"
+
+    def __str__(self) -> str:
         note = f"; {self.claim.note}" if self.claim.note else ""
-        return f"{self.verdict}: {number(self.effect)}{interval}, n={self.n_seeds}{note}"
+        return f"{self.verdict}: {self.figures}{note}" if self.figures else self.verdict
 
 
 def number(value: float) -> str:
@@ -46,18 +52,24 @@ def number(value: float) -> str:
 
 
 def values(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, dict[str, float]]]:
-    """Metrics by row and seed; records whose settings are not the table's present ones do not count."""
+    """Metrics by row and seed."""
+    found = measured(table, scale, log)
+    return {row: {seed: record["metrics"] for seed, record in seeds.items()} for row, seeds in found.items()}
+
+
+def measured(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, dict[str, Any]]]:
+    """Records by row and seed; those whose settings are not the table's present ones do not count."""
     if log is None or scale not in table.scales:
         return {}
     homes = {table.id, *(row.home.id for row in table.rows if row.home)}
     records = {key_of(record): record for record in log.records() if record["table"] in homes}
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in table.rows_at(scale):
         home = row.home.id if row.home else table.id
         seeds = sorted({key[3] for key in records if key[:2] == (home, row.name)})
         for run in table.runs(scale, [row.name], seeds) if seeds else []:
             if run.key in records:
-                found.setdefault(row.name, {})[run.seed] = records[run.key]["metrics"]
+                found.setdefault(row.name, {})[run.seed] = records[run.key]
     return found
 
 
@@ -183,6 +195,28 @@ def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | N
     out.print(shown)
     for verdict in judge(table, scale, yours if yours is not None else ours):
         out.print(f"  {verdict.verdict.upper():<12} {verdict.claim.text} ({verdict})", highlight=False)
+
+
+def print_missing(tables: Sequence[Table], scale: str, rows: Sequence[str], seeds: Sequence[int], log: RunLog) -> None:
+    """Print how many runs each table lacks in a log, and the seconds they are expected to take (--dry-run).
+
+    Args:
+        tables: those that are to be run.
+        scale: such as "embedded".
+        rows: only these; none means all.
+        seeds: instead of the tables' own; none means those.
+        log: where finished runs are.
+    """
+    done, total = log.keys(), 0.0
+    shown = rich.table.Table("table", "missing runs", "expected seconds")
+    for table in tables:
+        wanted = {run.key for run in table.runs(scale, rows, seeds or None) if run.table == table.id}
+        count = len(wanted - done)
+        seconds = count * (table.scales[scale].expected_seconds or 0)
+        total += seconds
+        shown.add_row(table.id, str(count), f"{seconds:,.0f}")
+    shown.add_row("all", "", f"{total:,.0f}")
+    console().print(shown)
 
 
 def _short(cell: str) -> str:

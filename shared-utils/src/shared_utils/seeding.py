@@ -29,13 +29,6 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> torch.Generato
     return torch.Generator().manual_seed(seed)
 
 
-def seed_worker(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: Python and NumPy follow the worker's torch seed."""
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)
-
-
 def rng_state() -> dict:
     """State of all generators, made of tensors and plain values so that `weights_only` loading accepts it."""
     version, words, gauss = random.getstate()

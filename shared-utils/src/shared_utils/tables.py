@@ -32,7 +32,6 @@ class Row:
     name: str
     published: dict[str, float] = field(default_factory=dict)
     published_error: dict[str, float] = field(default_factory=dict)
-    published_source: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
     scales: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -176,7 +175,7 @@ def _scale(where: str, name: str, body: dict, settings: list[str] | None) -> Sca
 def _row(path: Path, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:
     where = path.name
     overrides = {name: body.pop(name) for name in scales if name in body}
-    keys = ["name", "published", "published_error", "published_source", "run", "runs_of", "scales"]
+    keys = ["name", "published", "published_error", "run", "runs_of", "scales"]
     _known(where, "key of a row", body, [*keys, *scales])
     _known(where, "metric", body.get("published", {}), metrics)
     _known(where, "published metric", body.get("published_error", {}), body.get("published", {}))
