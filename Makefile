@@ -21,11 +21,11 @@ setup: .venv/stamp  ## .venv with every built project, from requirements.lock
 	touch $@
 
 demo: setup  ## run every built project at embedded scale into runs/, then print published | ours | yours
-	.venv/bin/python workspace.py demo $(PROJECT)
+	.venv/bin/python demo.py $(PROJECT)
 
 tables: setup  ## regenerate every RESULTS.md and figure from the committed run logs
 	set -e; for name in $(EACH); do $(MAKE) -C $$name tables; done
-	.venv/bin/python workspace.py results
+	.venv/bin/python results.py
 
 test: setup  ## run all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
@@ -33,15 +33,26 @@ test: setup  ## run all tests
 site: setup  ## static results site in site/
 	.venv/bin/python -m website.build
 
-bench: setup  ## speed against the peers
+bench: setup  ## speed against the peers, into each project's runs/bench.json; slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
+
+record: setup  ## move finished runs, benchmarks and the drill into results/ (clean tree only)
+	set -e; for name in $(EACH); do $(MAKE) -C $$name record; done
+	if test -f runs/drill.jsonl; then mkdir -p results; cat runs/drill.jsonl >> results/drill.jsonl; rm runs/drill.jsonl; fi
+	.venv/bin/python results.py
+
+doctor:  ## what this machine and .venv have, and the line that mends each problem
+	@$(PYTHON3) doctor.py
+
+drill: demo  ## SIGKILL every demo five times, restart it, compare the final metrics; into runs/drill.jsonl
+	.venv/bin/python drill.py $(PROJECT)
 
 lint: setup  ## ruff and mypy, check only
 	.venv/bin/ruff check .
-	.venv/bin/python -m mypy workspace.py */src
+	.venv/bin/python -m mypy *.py */src
 
 clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo tables test site bench lint clean
+.PHONY: help setup demo tables test site bench record doctor drill lint clean

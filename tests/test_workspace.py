@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import results  # noqa: E402
 import workspace  # noqa: E402
 
 ENTRIES = workspace.projects(built=False)
@@ -51,15 +52,16 @@ def test_projects_do_not_import_each_other():
             assert not pattern.search(path.read_text()), path
 
 
-def test_root_results_are_what_the_run_logs_say():
-    assert (ROOT / "RESULTS.md").read_text() == workspace.results()
+def test_root_results_and_readme_are_what_the_run_logs_say():
+    assert (ROOT / "RESULTS.md").read_text() == results.results()
+    assert (ROOT / "README.md").read_text() == results.readme()
 
 
-def test_readme_names_every_project():
-    readme = (ROOT / "README.md").read_text()
-    for entry in ENTRIES:
-        assert entry["name"] in readme
-        assert all(paper["arxiv"] in readme for paper in entry["papers"])
+def test_every_built_paper_has_a_headline_and_its_project_a_picture():
+    for entry in workspace.projects():
+        project = results.Project(entry, ROOT)
+        assert all(project.headline(paper) for paper in entry["papers"])
+        assert (project.results / "figures" / f"{entry['picture']['figure']}.png").is_file()
 
 
 def test_no_tracked_text_names_a_path_of_some_machine():
@@ -82,6 +84,6 @@ def test_lock_file_names_no_host_and_no_path():
 
 
 def test_an_unknown_project_is_wrong_usage():
-    command = [sys.executable, str(ROOT / "workspace.py"), "demo", "nonesuch"]
+    command = [sys.executable, str(ROOT / "demo.py"), "nonesuch"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "nonesuch" in done.stderr

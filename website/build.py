@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shlex
 import shutil
 import tempfile
@@ -22,11 +21,11 @@ from typing import Any
 import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
-from workspace import ROOT, projects
 
 from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Row, Table, load_tables
+from workspace import ROOT, projects
 
 HERE = Path(__file__).resolve().parent
 
@@ -93,7 +92,6 @@ class Project:
     figures: list[str]
     logs: list[str]
     own_sections: str  # Markdown that the project itself adds to its RESULTS.md
-    picture: str | None
 
 
 def load_project(entry: dict[str, Any], root: Path) -> Project:
@@ -112,10 +110,7 @@ def load_project(entry: dict[str, Any], root: Path) -> Project:
             pages.append(TablePage(table, sections, figure if figure in figures else None))
     page = (results / "RESULTS.md").read_text() if (results / "RESULTS.md").exists() else ""
     _, heading, own_sections = page.partition("## Where the numbers come from")[2].partition("\n## ")
-    readme = (root / "README.md").read_text() if (root / "README.md").exists() else ""
-    chosen = re.search(rf"\({entry['name']}/results/figures/([^)]+)\)", readme)
-    picture = chosen[1] if chosen else next(iter(figures), None)
-    return Project(entry, pages, figures, [path.path.name for path in logs.values()], heading + own_sections, picture)
+    return Project(entry, pages, figures, [path.path.name for path in logs.values()], heading + own_sections)
 
 
 def load_section(project: str, table: Table, scale: str, log: RunLog | None) -> Section:

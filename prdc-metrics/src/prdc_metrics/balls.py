@@ -135,10 +135,9 @@ class _Bracket:
     def _thresholds(self, squared: Tensor, points: Points) -> tuple[Tensor, Tensor]:
         """Squared radii (n, K) rounded down and up; padding has no ball."""
         padding = (0, 0, 0, len(points.bias) - len(squared))
-        return tuple(
-            torch.nn.functional.pad(self.frame.threshold(squared, toward), padding, value=-math.inf)
-            for toward in (-math.inf, math.inf)
-        )
+        down, up = (self.frame.threshold(squared, toward) for toward in (-math.inf, math.inf))
+        pad = torch.nn.functional.pad
+        return pad(down, padding, value=-math.inf), pad(up, padding, value=-math.inf)
 
     def findings(self, rows: slice, columns: slice, out: Tensor) -> list[_Finding]:
         tile = self.frame.lower_bounds(self.real, rows, self.fake, columns, out)
@@ -182,11 +181,11 @@ def _look(
         centre, member = centre[open_], member[open_]
     else:  # many: count them without listing
         upper = tile + (centre_slack[:, None] + member_slack)
-        sure = [upper < down[:, k, None] for k in range(ks)]
-        open_ = torch.zeros_like(sure[0])
+        sures = [upper < down[:, k, None] for k in range(ks)]
+        open_ = torch.zeros_like(sures[0])
         for k in range(ks):
-            open_ |= (tile <= up[:, k, None]) & ~sure[k]
-        counts = torch.stack([(s & ~open_).sum(0) for s in sure], 1)
-        occupied = torch.stack([(s & ~open_).any(1) for s in sure], 1)
+            open_ |= (tile <= up[:, k, None]) & ~sures[k]
+        counts = torch.stack([(sure & ~open_).sum(0) for sure in sures], 1)
+        occupied = torch.stack([(sure & ~open_).any(1) for sure in sures], 1)
         centre, member = open_.nonzero(as_tuple=True)
     return _Finding(centres, members, counts, occupied > 0, centre + centres.start, member + members.start)

@@ -40,6 +40,8 @@ class Run:
     """Instead of the table's seeds."""
     data_root: Path = field(default_factory=experiments.default_data_root)
     """Where MNIST and sample folders are."""
+    jobs: int = 0
+    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -57,7 +59,13 @@ class Run:
             self._list(chosen)
             return
         yours = experiments.run_tables(
-            chosen, self.scale, self.data_root, list(self.rows) or None, list(self.seeds) or None, self.force
+            chosen,
+            self.scale,
+            self.data_root,
+            list(self.rows) or None,
+            list(self.seeds) or None,
+            force=self.force,
+            jobs=self.jobs,
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
@@ -111,7 +119,7 @@ class Eval:
 
     def __call__(self) -> None:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
+        options: dict[str, Any] = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
         options["closed_ball"] = self.closed_ball
         fake = self._features(self.fake).to(device)
         if self.real.suffix == ".manifold":
@@ -337,8 +345,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

@@ -53,7 +53,7 @@ def load_features(path: str | Path) -> Tensor:
     return features
 
 
-def _parse_features(path: Path):
+def _parse_features(path: Path) -> object:
     suffix = path.suffix.lower()
     if suffix == ".pt":
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -66,7 +66,7 @@ def _parse_features(path: Path):
         return _only_array(loaded)
 
 
-def _only_array(loaded):
+def _only_array(loaded: object) -> object:
     if not isinstance(loaded, Mapping):
         return loaded
     if "features" in loaded:
@@ -76,7 +76,7 @@ def _only_array(loaded):
     return next(iter(loaded.values()))
 
 
-def _as_tensor(array) -> Tensor:
+def _as_tensor(array: object) -> Tensor:
     """A tensor or array of real numbers as a tensor on the CPU, dtype kept."""
     if not isinstance(array, Tensor | np.ndarray):
         raise ValueError(f"expected a tensor or an array, found {type(array).__name__}")
@@ -97,7 +97,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.resize(images, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
-def as_rgb(image) -> Tensor:
+def as_rgb(image: Image.Image | Tensor | np.ndarray) -> Tensor:
     """One image -> (3, H, W) float32 in [0, 1].
 
     PIL modes: 16-bit grey keeps its 16 bits (value / 65535); palettes are looked up; CMYK is converted; alpha
@@ -218,7 +218,7 @@ class ImageArray(Dataset):
         """sha256 over shape, dtype and bytes of the images at `indices`."""
         chosen = self.images[indices].contiguous()
         digest = hashlib.sha256(f"{tuple(chosen.shape)} {chosen.dtype}".encode())
-        digest.update(chosen.view(torch.uint8).numpy())
+        digest.update(chosen.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

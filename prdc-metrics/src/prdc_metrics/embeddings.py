@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import Inception_V3_Weights, VGG16_Weights, inception_v3, vgg16
+from torchvision.models import VGG, Inception_V3_Weights, VGG16_Weights, inception_v3, vgg16
 from torchvision.transforms.v2 import functional as F
 
 from prdc_metrics.data import resize
@@ -151,7 +151,7 @@ def _random_vgg16(dim: int, seed: int, init: str) -> nn.Module:
     return trunk
 
 
-def _vgg16_trunk(net: nn.Module, head: nn.Linear) -> nn.Sequential:
+def _vgg16_trunk(net: VGG, head: nn.Linear) -> nn.Sequential:
     """VGG16 up to `head` in the place of fc2, without dropout: (B, 3, 224, 224) -> (B, head.out_features)."""
     return nn.Sequential(*net.features, net.avgpool, nn.Flatten(), net.classifier[0], net.classifier[1], head)
 
@@ -170,7 +170,8 @@ def _init_orthogonal(trunk: nn.Sequential, generator: torch.Generator) -> None:
     nn.init.kaiming_normal_(fc1.weight, nonlinearity="relu", generator=generator)
     nn.init.orthogonal_(head.weight, generator=generator)
     for layer in layers:
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 # ---- pretrained weights ------------------------------------------------------------------------------------
@@ -208,8 +209,8 @@ def _load_weights(net: nn.Module, path: Path, architecture: str) -> None:
         "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
     }
     if any(problems.values()):
-        found = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:2])})" for what, keys in problems.items() if keys]
-        raise ValueError(f"{path}: is not torchvision's {architecture}: {'; '.join(found)}")
+        lines = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:2])})" for what, keys in problems.items() if keys]
+        raise ValueError(f"{path}: is not torchvision's {architecture}: {'; '.join(lines)}")
     net.load_state_dict(state, assign=True)
     net.float()
 

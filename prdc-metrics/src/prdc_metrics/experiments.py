@@ -95,7 +95,9 @@ def run_tables(
     data_root: Path,
     rows: list[str] | None = None,
     seeds: list[int] | None = None,
+    *,
     force: bool = False,
+    jobs: int = 1,
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -108,6 +110,7 @@ def run_tables(
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
+        jobs=jobs,
     )
     return log
 
@@ -142,8 +145,8 @@ def _expected_coverage(s: Settings, n: int, m: int) -> float:
 def _sets(s: Settings, seed: int, data_root: Path) -> tuple[Tensor | np.ndarray, Tensor | np.ndarray]:
     match s.experiment:
         case "points":
-            real, fake = FIGURE_1[s.panel]
-            return np.array(real, float), np.array(fake, float)
+            first, second = FIGURE_1[s.panel]
+            return np.array(first, float), np.array(second, float)
         case "identical":
             return toy.identical(s.law, s.num_real, s.num_fake, s.dim, seed)
         case "shift":
@@ -199,7 +202,7 @@ def _labelled_features(
 
 
 @lru_cache(maxsize=8)
-def _vae(seed: int) -> tuple[Tensor, torch.nn.Module]:
+def _vae(seed: int) -> tuple[Tensor, VAE]:
     """Half of the digits as reals (899, 64), a VAE fitted to the other half."""
     images = load_digits().images.flatten(1)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import safetensors
@@ -28,8 +28,19 @@ from shared_utils.logging import progress
 
 logger = logging.getLogger(__name__)
 
+
+
+@runtime_checkable
+class MapStyle(Protocol):
+    """What a map-style Dataset has; torch's Dataset promises no length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 Embedding = Callable[[Tensor], Tensor]
-Source = str | Path | Dataset | Tensor | np.ndarray
+Source = str | Path | MapStyle | Tensor | np.ndarray
 
 
 def extract_features(
@@ -79,9 +90,11 @@ def extract_features(
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision {precision!r} is neither 'float32' nor 'bf16'")
-    recipe = dict(weights=weights, seed=seed, init=init)
+    size: tuple[int, int] | None
+    provenance: dict | None
     if isinstance(embedding, str):
-        size, provenance = embedding_size(embedding), embedding_provenance(embedding, **recipe)
+        size = embedding_size(embedding)
+        provenance = embedding_provenance(embedding, weights=weights, seed=seed, init=init)
     else:
         size, provenance = getattr(embedding, "size", None), getattr(embedding, "provenance", None)
     images = _open_images(source, size)
@@ -94,7 +107,7 @@ def extract_features(
             return features
     device = _choose_device(embedding, device)
     if isinstance(embedding, str):
-        embedding = load_embedding(embedding, **recipe)
+        embedding = load_embedding(embedding, weights=weights, seed=seed, init=init)
     loader = DataLoader(
         Subset(images, indices.tolist()),
         batch_size,
@@ -103,25 +116,25 @@ def extract_features(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
-    features, skipped = _embed(loader, embedding, device, precision, skip_corrupt)
+    features, skipped = _embed(loader, len(indices), embedding, device, precision, skip_corrupt)
     if entry is not None:
         entry.write(features, skipped)
     return features
 
 
 def _embed(
-    loader: DataLoader, embedding: Embedding, device: torch.device, precision: str, skip_corrupt: bool
+    loader: DataLoader, total: int, embedding: Embedding, device: torch.device, precision: str, skip_corrupt: bool
 ) -> tuple[Tensor, list[str]]:
     """All batches through the embedding -> (n, D) float32 on the CPU, and a line for every skipped file."""
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     if isinstance(embedding, nn.Module):
         if embedding.training:
             raise ValueError("embedding is in training mode: call .eval() first")
-        embedding.to(device, memory_format=layout)
+        embedding.to(device).to(memory_format=layout)
     rows, skipped = [], []
     amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     with tf32_off(), torch.inference_mode(), amp, progress() as bar:
-        task = bar.add_task("features", total=len(loader.dataset))
+        task = bar.add_task("features", total=total)
         for images, errors in loader:
             for error in errors:
                 if not skip_corrupt:
@@ -135,7 +148,7 @@ def _embed(
     if not rows:
         raise ValueError(f"all {len(skipped)} images are unreadable, the first: {skipped[0]}")
     if skipped:
-        logger.warning("skipped %d of %d images as unreadable", len(skipped), len(loader.dataset))
+        logger.warning("skipped %d of %d images as unreadable", len(skipped), total)
     return torch.cat(rows).cpu(), skipped  # (n, D); outside inference_mode: a normal tensor
 
 
@@ -162,7 +175,8 @@ def tf32_off() -> Iterator[None]:
     Since PyTorch 2.9 by `fp32_precision`, which the older flags, where a caller used those, cannot override;
     reading the older cuDNN flag inside raises, as PyTorch has it.
     """
-    backends = torch.backends
+    backends: Any = torch.backends  # its stubs lack what has fp32_precision
+    switches: list[tuple[Any, str, str | bool]]
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         owners = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
         switches = [(owner, "fp32_precision", "ieee") for owner in owners]
@@ -184,7 +198,7 @@ def tf32_off() -> Iterator[None]:
 class DatasetImages(Dataset):
     """The images of a map-style Dataset of images or (image, label, ...): (3, H, W) float32 in [0, 1]."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: MapStyle):
         self.dataset = dataset
         if len(dataset) == 0:
             raise ValueError(f"source: the {type(dataset).__name__} is empty")
@@ -220,7 +234,7 @@ def _open_images(source: Source, size: tuple[int, int] | None) -> ImageFiles | I
         return ImageFiles(source, size=size, skip_corrupt=True)  # errors come back as items; `_embed` decides
     if isinstance(source, Tensor | np.ndarray):
         return ImageArray(source)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if isinstance(source, MapStyle):
         return DatasetImages(source)
     raise ValueError(f"source: expected a folder, images or a Dataset, not {type(source).__name__}")
 
@@ -228,10 +242,12 @@ def _open_images(source: Source, size: tuple[int, int] | None) -> ImageFiles | I
 # ---- cache -------------------------------------------------------------------------------------------------
 
 
-def _can_cache(images: Dataset, provenance: object) -> bool:
+def _can_cache(
+    images: ImageFiles | ImageArray | DatasetImages, provenance: object
+) -> TypeGuard[ImageFiles | ImageArray]:
     if not isinstance(provenance, dict):
         logger.info("features are not cached: the embedding has no .provenance dict")
-    elif not hasattr(images, "content_digest"):
+    elif isinstance(images, DatasetImages):
         logger.info("features are not cached: what a Dataset holds is known only by reading all of it")
     else:
         return True
@@ -285,5 +301,5 @@ class CacheEntry:
 
     def _metadata(self, features: Tensor) -> dict[str, str]:
         n, d = features.shape
-        sha256 = hashlib.sha256(features.contiguous().numpy()).hexdigest()
+        sha256 = hashlib.sha256(features.contiguous().numpy().data).hexdigest()
         return {"key": self.key, "n": str(n), "D": str(d), "dtype": str(features.dtype), "sha256": sha256}

@@ -35,7 +35,7 @@ class RealManifold:
     @classmethod
     def fit(
         cls,
-        real,
+        real: core.Features,
         ks: Sequence[int] = (5,),
         *,
         device: str | torch.device | None = None,
@@ -57,7 +57,7 @@ class RealManifold:
 
     def score(
         self,
-        fake,
+        fake: core.Features,
         *,
         metrics: Iterable[str] | None = None,
         precision: str = "auto",
@@ -131,5 +131,5 @@ class RealManifold:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,9 +9,11 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from prdc_metrics.balls import Membership, ball_membership
@@ -20,6 +22,7 @@ from prdc_metrics.expectation import expected_coverage, expected_density
 from prdc_metrics.neighbours import nearest_squared
 from prdc_metrics.schedule import Schedule
 
+Features = Tensor | ArrayLike
 METRICS = ("precision", "recall", "density", "coverage")
 
 
@@ -46,14 +49,14 @@ class PRDCResult:
 
     def to_json(self) -> str:
         """Everything but the per-sample tensors, as one JSON object."""
-        names = ("num_real", "num_fake", "values", "counts", "expected_density", "expected_coverage")
-        names += ("recheck_pairs", "device", "seconds")
+        names = ["num_real", "num_fake", "values", "counts", "expected_density", "expected_coverage"]
+        names += ["recheck_pairs", "device", "seconds"]
         return json.dumps({name: getattr(self, name) for name in names}, indent=2)
 
 
 def compute_prdc(
-    real_features,
-    fake_features,
+    real_features: Features,
+    fake_features: Features,
     nearest_k: int,
     *,
     metrics: Iterable[str] | None = None,
@@ -96,8 +99,8 @@ def compute_prdc(
 
 
 def prdc(
-    real,
-    fake,
+    real: Features,
+    fake: Features,
     ks: Sequence[int] = (5,),
     *,
     metrics: Iterable[str] | None = None,
@@ -125,7 +128,7 @@ def prdc(
 
 
 def knn_radii(
-    x, k: int, *, device: str | torch.device | None = None, precision: str = "auto", tile: int | None = None
+    x: Features, k: int, *, device: str | torch.device | None = None, precision: str = "auto", tile: int | None = None
 ) -> Tensor:
     """Distance of every row to its k-th nearest other row: (n, D) -> (n,) float64, not squared (NND_k)."""
     x = as_features(x, "x", device)
@@ -164,7 +167,7 @@ def score(
             "precision_mask": in_real.counts > 0,
             "coverage_mask": in_real.occupied,
         }
-        if in_fake is not None:
+        if in_fake is not None and fake_squared is not None:
             per_sample |= {"fake_radii": fake_squared.sqrt(), "recall_mask": in_fake.counts > 0}
     return PRDCResult(
         num_real=len(real),
@@ -214,7 +217,7 @@ def squared_radii(x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision:
     return radii, verified
 
 
-def as_features(x, name: str, device: str | torch.device | None = None) -> Tensor:
+def as_features(x: Features, name: str, device: str | torch.device | None = None) -> Tensor:
     """Check features and put them on `device`: (n, D), floating, finite. Integers become float64.
 
     Raises:
@@ -252,7 +255,7 @@ def checked_ks(ks: Sequence[int], x: Tensor, name: str) -> tuple[int, ...]:
     return ks
 
 
-def _integer(k) -> int:
+def _integer(k: SupportsIndex) -> int:
     if isinstance(k, (bool, np.bool_)):
         raise ValueError("k must be an integer, got a bool")
     return operator.index(k)

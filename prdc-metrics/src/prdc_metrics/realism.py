@@ -7,10 +7,10 @@ from torch import Tensor
 
 from prdc_metrics.distances import exact_squared_distances
 from prdc_metrics.manifold import RealManifold
-from prdc_metrics.metrics import as_features
+from prdc_metrics.metrics import Features, as_features
 
 
-def realism(real, y, k: int = 5) -> Tensor:
+def realism(real: Features | RealManifold, y: Features, k: int = 5) -> Tensor:
     """max_i radius_i / |X_i - y| over reals whose radius is at most the median, float64.
 
     Args:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from prdc_metrics.metrics import METRICS, as_features, prdc
+from prdc_metrics.metrics import METRICS, Features, as_features, prdc
 
 
-def subsample_intervals(real, fake, k: int = 5, *, n: int = 20, fraction: float = 0.5, seed: int = 0) -> pd.DataFrame:
+def subsample_intervals(
+    real: Features, fake: Features, k: int = 5, *, n: int = 20, fraction: float = 0.5, seed: int = 0
+) -> pd.DataFrame:
     """Metrics over n random subsets of both sets.
 
     Args:
@@ -28,7 +31,7 @@ def subsample_intervals(real, fake, k: int = 5, *, n: int = 20, fraction: float 
     real, fake = as_features(real, "real"), as_features(fake, "fake")
     rng = np.random.default_rng(seed)
 
-    def half(x):
+    def half(x: Tensor) -> Tensor:
         return x[np.sort(rng.choice(len(x), max(1, int(len(x) * fraction)), replace=False))]
 
     values = pd.DataFrame([prdc(half(real), half(fake), (k,)).values[k] for _ in range(n)], columns=list(METRICS))

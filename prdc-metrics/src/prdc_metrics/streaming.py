@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prdc_metrics.metrics import PRDCResult, prdc
+from prdc_metrics.metrics import Features, PRDCResult, prdc
 
 
 class PRDCMetric:
@@ -24,7 +25,7 @@ class PRDCMetric:
         >>> metric.compute().values[5]
     """
 
-    def __init__(self, ks: Sequence[int] = (5,), *, device: str | torch.device | None = None, **options):
+    def __init__(self, ks: Sequence[int] = (5,), *, device: str | torch.device | None = None, **options: Any):
         self.ks, self.device, self.options = tuple(ks), device, options
         self.reset()
 
@@ -33,7 +34,7 @@ class PRDCMetric:
         self.real: list[Tensor] = []
         self.fake: list[Tensor] = []
 
-    def update(self, *, real=None, fake=None) -> None:
+    def update(self, *, real: Features | None = None, fake: Features | None = None) -> None:
         """Add a batch (b, D) of either kind or both. ValueError for a shape or dimension that does not fit."""
         for kept, batch, name in ((self.real, real, "real"), (self.fake, fake, "fake")):
             if batch is None:

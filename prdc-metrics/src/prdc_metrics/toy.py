@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 MODES = 10
@@ -10,8 +12,9 @@ MODES = 10
 def identical(law: str, num_real: int, num_fake: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Real (N, D) and fake (M, D) of one law: "normal", "uniform" or "cauchy" (heavy-tailed)."""
     rng = np.random.default_rng(seed)
-    draw = {"normal": rng.standard_normal, "uniform": rng.random, "cauchy": rng.standard_cauchy}[law]
-    return draw((num_real, dim)), draw((num_fake, dim))
+    draws: dict[str, Callable[[tuple[int, int]], np.ndarray]]
+    draws = {"normal": rng.standard_normal, "uniform": rng.random, "cauchy": rng.standard_cauchy}
+    return draws[law]((num_real, dim)), draws[law]((num_fake, dim))
 
 
 def shift(

@@ -89,7 +89,7 @@ def fit_vae(
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
     run = dict(latent=latent, hidden=list(hidden), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-    run["images"] = hashlib.sha256(images.cpu().float().contiguous().numpy()).hexdigest()
+    run["images"] = hashlib.sha256(images.cpu().float().contiguous().numpy().data).hexdigest()
     images = images.to(fabric.device, torch.float32)
     done = 0
     if checkpoint is not None and Path(checkpoint).exists():

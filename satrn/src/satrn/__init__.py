@@ -4,6 +4,7 @@ Names are imported when they are first used, so that the command line's --help n
 """
 
 from importlib import import_module
+from typing import Any
 
 _HOME = {
     "CHARSET_94": "config",
@@ -26,7 +27,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """The public API, by name."""
     if name not in _HOME:
         raise AttributeError(f"module 'satrn' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Speed in one process, contenders in turn on the same inputs, equality checked: ratios with their spread.
+"""Speed of decoding and training on the same inputs; equal tokens are checked first.
 
 The peer decodes as MMOCR does: at every one of 25 steps the whole decoder runs on all 26 positions, keys and values of
 the encoder's tokens included. Only the decoding differs; encoder and weights are the same.
@@ -6,58 +6,33 @@ the encoder's tokens included. Only the decoding differs; encoder and weights ar
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
-from rich.table import Table as Grid
 from torch import Tensor
 
 from satrn.charset import END
 from satrn.config import preset
 from satrn.decoding import greedy
+from satrn.experiments import PACKAGES, PROJECT
 from satrn.models import SATRN
 from satrn.settings import PRESETS
 from satrn.train import build_model, make_fabric, text_loss
-from shared_utils.logging import console
+from shared_utils.benchmark import Timing, in_turn, report
 
 STEPS = 25
 WORD_STEPS = 7  # a word of six characters and its end
 
 
 def run(repeats: int, threads: int) -> None:
-    """Print one line per comparison."""
+    """Measure every comparison into runs/bench.json and print the table."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
-    grid = Grid("what", "ours (ms)", "peer (ms)", "ratio: median (min .. max)", "target", title=f"satrn bench, {name}")
-    rows = [*_decoding(device, "mmocr"), *_decoding(device, "paper")]
-    rows += _training_step(device) if device.type == "cuda" else []
-    for what, ours, peer, target in rows:
-        times = _in_turn(ours, peer, repeats, device)
-        ratios = [b / a for a, b in zip(*times, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
-        grid.add_row(what, *(f"{1e3 * statistics.median(t):.1f}" for t in times), spread, target)
-    console().print(grid)
-
-
-def _in_turn(ours: Callable, peer: Callable, repeats: int, device: torch.device) -> tuple[list[float], list[float]]:
-    def timed(work: Callable) -> float:
-        if device.type == "cpu":  # CPU time: other processes disturb it least
-            start = time.process_time()
-            work()
-            return time.process_time() - start
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for work in (ours, peer):
-        work()
-    pairs = [(timed(ours), timed(peer)) for _ in range(repeats)]
-    return tuple(map(list, zip(*pairs, strict=True)))
+    timings = chain(_decoding(device, "mmocr", repeats), _decoding(device, "paper", repeats))
+    if device.type == "cuda":
+        timings = chain(timings, _training_step(device, repeats))
+    report("satrn", timings, PROJECT, PACKAGES, {"repeats": repeats})
 
 
 @torch.no_grad()
@@ -70,7 +45,7 @@ def recompute_everything(model: SATRN, memory: Tensor, hw: tuple[int, int], step
     return history[:, 1:]
 
 
-def _decoding(device: torch.device, variant: str):
+def _decoding(device: torch.device, variant: str, repeats: int) -> Iterator[Timing]:
     """Decoder alone, end to end, and end to end with early stop: 6 + 6 layers, d = 256."""
     torch.manual_seed(0)
     batch = 64 if device.type == "cuda" else 4
@@ -99,14 +74,22 @@ def _decoding(device: torch.device, variant: str):
         with torch.no_grad():
             greedy(model.decoder, encoded, STEPS, early_stop=False)
 
-    targets = (">= 5", ">= 3", ">= 4.5") if device.type == "cpu" else (">= 5", "", "")
-    yield f"decoder, {what}", decoder_only, lambda: recompute_everything(model, encoded.tokens, encoded.hw), targets[0]
-    yield f"end to end, {what}", lambda: ours(STEPS), peer, targets[1]
-    # random weights never end a word: a stop after seven steps stands for words of six characters
-    yield f"end to end, stopping after {WORD_STEPS} steps, {what}", lambda: ours(WORD_STEPS), peer, targets[2]
+    cases = {
+        "decoder": (decoder_only, lambda: recompute_everything(model, encoded.tokens, encoded.hw), ">= 5"),
+        "end to end": (lambda: ours(STEPS), peer, ">= 3" if device.type == "cpu" else ""),
+        # random weights never end a word: a stop after seven steps stands for words of six characters
+        f"end to end, stopping after {WORD_STEPS} steps": (
+            lambda: ours(WORD_STEPS),
+            peer,
+            ">= 4.5" if device.type == "cpu" else "",
+        ),
+    }
+    for part, (work, other, target) in cases.items():
+        times = in_turn(work, other, repeats, device)
+        yield Timing(f"{part}, {what}", "recompute everything, as MMOCR", *times, target=target)
 
 
-def _training_step(device: torch.device):
+def _training_step(device: torch.device, repeats: int) -> Iterator[Timing]:
     """A training step of SATRN-small at batch 256, compiled against eager, both in bf16."""
     fabric = make_fabric(device.type)
     s = PRESETS["small"]
@@ -114,7 +97,7 @@ def _training_step(device: torch.device):
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.randint(2, 96, (s.batch_size, s.max_length), device=device)
 
-    def stepper(compiled: bool) -> Callable:
+    def stepper(compiled: bool) -> Callable[[], None]:
         model = build_model(s, 0, fabric).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
         forward = torch.compile(model) if compiled else model
@@ -130,9 +113,5 @@ def _training_step(device: torch.device):
             step()
         return step
 
-    yield (
-        f"training step, small, bf16, batch {s.batch_size}: compiled; peer: eager",
-        stepper(True),
-        stepper(False),
-        ">= 1.5",
-    )
+    times = in_turn(stepper(True), stepper(False), repeats, device)
+    yield Timing(f"training step, small, bf16, batch {s.batch_size}: compiled", "eager", *times, target=">= 1.5")

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from satrn.settings import PRESETS
+from satrn.settings import PRESETS, Settings
 
 PROGRAM = "satrn"
+
+if TYPE_CHECKING:
+    Preset = Settings
+else:
+    Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
 
 
 def default_data_root() -> Path:
@@ -99,7 +105,7 @@ def _list_missing(chosen: list, options: Run) -> None:
 class Train:
     """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
 
-    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    settings: Preset
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("satrn.pt")
     """Checkpoint; `satrn eval` and `satrn read` take it."""
@@ -252,7 +258,7 @@ class Render:
 class Check:
     """Self-check: a preset must learn one batch of rendered words by heart; exit code 1 if it does not."""
 
-    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    settings: Preset
     """A preset; flags behind it change its settings."""
     batch_steps: int = 300
     """Training steps on that batch."""
@@ -385,8 +391,8 @@ def main() -> None:
         sys.exit(2 if known else 1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Annotated[Callable[[], None], tyro.conf.arg(name="")]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

@@ -7,14 +7,17 @@ anew at every step unless they are kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from satrn.config import SATRNConfig
+from satrn.decoding import StepDecoder
 from satrn.models import SATRN
 
 
@@ -36,13 +39,14 @@ def costs(cfg: SATRNConfig) -> Costs:
         model = SATRN(cfg).eval()
         image = torch.empty(1, cfg.in_channels, *cfg.img_size)
         previous = torch.zeros(1, dtype=torch.long)
+    decoder: StepDecoder = model.decoder
     with torch.no_grad():
         with _multiply_adds(model) as encoding:
             encoded = model.encode(image)
         with _multiply_adds(model) as starting:
-            state = model.decoder.start(encoded.tokens, encoded.hw)
+            state = decoder.start(encoded.tokens, encoded.hw)
         with _multiply_adds(model) as stepping:
-            model.decoder.step(previous, state)
+            decoder.step(previous, state)
     tied_output = cfg.classes * cfg.d_model if model.decoder.classifier is None else 0
     once = sum(encoding) + sum(starting) + cfg.max_length * (sum(stepping) + tied_output)
     again = (cfg.max_length - 1) * sum(starting) if cfg.decoder == "satrn" else 0
@@ -50,11 +54,11 @@ def costs(cfg: SATRNConfig) -> Costs:
 
 
 @contextmanager
-def _multiply_adds(model: nn.Module):
+def _multiply_adds(model: nn.Module) -> Iterator[list[int]]:
     """A list that receives the multiply-adds of every call of a counted module."""
     counts: list[int] = []
 
-    def count(module: nn.Module, inputs: tuple, output) -> None:
+    def count(module: nn.Module, inputs: tuple, output: Any) -> None:
         if isinstance(module, nn.Conv2d):
             counts.append(output.numel() * module.weight[0].numel())
         elif isinstance(module, nn.Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 CHARSET_94 = "".join(chr(code) for code in range(33, 127))
 CHOICES = {
@@ -74,7 +75,7 @@ class SATRNConfig:
     ctc: bool = False
     """an auxiliary CTC head on the columns of the encoder's map (training only)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("downsample", "img_size"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in CHOICES.items():
@@ -123,7 +124,7 @@ class SATRNConfig:
         return len(self.charset) + 2
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": dict(d_model=256, ffn=1024, enc_layers=6, dec_layers=3),
     "small-9": dict(d_model=256, ffn=1024, enc_layers=9, dec_layers=3),
     "middle": dict(d_model=256, ffn=1024, enc_layers=12, dec_layers=6),
@@ -131,7 +132,7 @@ SIZES = {
 }
 
 
-def preset(size: str, **changes) -> SATRNConfig:
+def preset(size: str, **changes: Any) -> SATRNConfig:
     """The paper's sizes: small (its figures and tables), small-9 (its text), middle, big.
 
     Raises:

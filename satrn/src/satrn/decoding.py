@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from satrn.charset import END, Tokenizer
+from satrn.config import SATRNConfig
+
+
+class EncodedMap(Protocol):
+    """Tokens [B, H'W', d] of a map of hw = (H', W')."""
+
+    tokens: Tensor
+    hw: tuple[int, int]
+
+
+class StepDecoder(Protocol):
+    """A decoder that reads step by step; its state has select and attention."""
+
+    cfg: SATRNConfig
+
+    def __call__(self, previous: Tensor, memory: Tensor, hw: tuple[int, int]) -> Tensor: ...
+
+    def start(self, memory: Tensor, hw: tuple[int, int]) -> Any: ...
+
+    def step(self, previous: Tensor, state: Any, attention: bool = False) -> tuple[Tensor, Any]: ...
 
 
 @dataclass
@@ -24,7 +45,9 @@ class Recognition:
     """weights on the map [B, steps, H', W'], where asked for"""
 
     @classmethod
-    def from_ids(cls, tokenizer: Tokenizer, ids: Tensor, probabilities: Tensor, attention: Tensor | None):
+    def from_ids(
+        cls, tokenizer: Tokenizer, ids: Tensor, probabilities: Tensor, attention: Tensor | None
+    ) -> Recognition:
         """From class numbers and their probabilities [B, L]."""
         texts = tokenizer.decode(ids)
         rows = probabilities.double().tolist()
@@ -35,7 +58,12 @@ class Recognition:
 
 
 def greedy(
-    decoder: nn.Module, encoded, steps: int, cache: bool = True, early_stop: bool = True, attention: bool = False
+    decoder: StepDecoder,
+    encoded: EncodedMap,
+    steps: int,
+    cache: bool = True,
+    early_stop: bool = True,
+    attention: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The likeliest character at every step.
 
@@ -52,7 +80,7 @@ def greedy(
         end stand END and probability 1.
     """
     memory, hw = encoded.tokens, encoded.hw
-    state = decoder.start(memory, hw) if cache else None
+    state: Any = decoder.start(memory, hw) if cache else None
     previous = torch.full((len(memory),), decoder.cfg.classes, device=memory.device)
     ended = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
     history, ids, probabilities, maps = [previous], [], [], []
@@ -74,7 +102,9 @@ def greedy(
     return torch.stack(ids, 1), torch.stack(probabilities, 1), torch.stack(maps, 1) if attention else None
 
 
-def beam_search(decoder: nn.Module, encoded, steps: int, width: int, early_stop: bool = True) -> tuple[Tensor, Tensor]:
+def beam_search(
+    decoder: StepDecoder, encoded: EncodedMap, steps: int, width: int, early_stop: bool = True
+) -> tuple[Tensor, Tensor]:
     """The word of the highest total log probability among those that a beam keeps.
 
     Args:

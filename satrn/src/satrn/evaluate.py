@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from satrn.data.streams import normalise
+from satrn.data.streams import RenderedWords, normalise
+from satrn.data.words_lmdb import LmdbWords
 from satrn.models import SATRN
 from satrn.rotation import rotate_words
 
@@ -22,7 +23,9 @@ def same_word(read: str, label: str, strict: bool = False) -> bool:
     return re.sub("[^0-9a-z]", "", read.lower()) == re.sub("[^0-9a-z]", "", label.lower())
 
 
-def read_all(model: SATRN, data, batch_size: int = 500, degrees: float = 0.0) -> tuple[list[str], list[str]]:
+def read_all(
+    model: SATRN, data: RenderedWords | LmdbWords, batch_size: int = 500, degrees: float = 0.0
+) -> tuple[list[str], list[str]]:
     """Readings and labels of a data set, optionally rotated; the model is left as it was (training or not)."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -38,7 +41,9 @@ def read_all(model: SATRN, data, batch_size: int = 500, degrees: float = 0.0) ->
     return readings, labels
 
 
-def correct(model: SATRN, data, batch_size: int = 500, strict: bool = False, degrees: float = 0.0) -> np.ndarray:
+def correct(
+    model: SATRN, data: RenderedWords | LmdbWords, batch_size: int = 500, strict: bool = False, degrees: float = 0.0
+) -> np.ndarray:
     """Whether each word was read, bool [N].
 
     Raises:
@@ -50,7 +55,9 @@ def correct(model: SATRN, data, batch_size: int = 500, strict: bool = False, deg
     return np.array([same_word(*pair, strict) for pair in zip(readings, labels, strict=True)])
 
 
-def evaluate_rotation(model: SATRN, data, angles: Iterable[float], batch_size: int = 500) -> pd.DataFrame:
+def evaluate_rotation(
+    model: SATRN, data: RenderedWords | LmdbWords, angles: Iterable[float], batch_size: int = 500
+) -> pd.DataFrame:
     """Word accuracy by angle.
 
     Args:
@@ -76,11 +83,11 @@ def aspect_ratios(model: SATRN, images: Tensor, batch_size: int = 500) -> Tensor
     Raises:
         ValueError: a network without A2DPE.
     """
-    if model.cfg.pos != "a2dpe" or model.encoder is None:
-        raise ValueError(f"aspect ratios need pos='a2dpe', got {model.cfg.pos!r}")
     ratios = []
     for part in images.split(batch_size):
         encoded = model.encode(normalise(part, model.cfg.in_channels))
+        if encoded.alpha is None or encoded.beta is None:
+            raise ValueError(f"aspect ratios need pos='a2dpe', got {model.cfg.pos!r}")
         ratios.append(encoded.alpha.float().sum(dim=1) / encoded.beta.float().sum(dim=1))
     return torch.cat(ratios)
 

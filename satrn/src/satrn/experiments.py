@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def train_and_evaluate(
         on_point: called with every point of the training curve.
     """
     data = training_data(s, seed, data_root, fabric, workers, skip_broken)
-    options = {"checkpoint_every": checkpoint_every, "compile": compile, "on_point": on_point}
+    options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "compile": compile, "on_point": on_point}
     model = build_model(s, seed, fabric)
     if start is not None:
         model.load_state_dict(load_pretrained(start, s.charset).state_dict())
@@ -137,7 +138,9 @@ def _control_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.stem + "-control" + checkpoint.suffix)
 
 
-def training_data(s: Settings, seed: int, data_root: Path, fabric: Fabric, workers: int, skip_broken: bool):
+def training_data(
+    s: Settings, seed: int, data_root: Path, fabric: Fabric, workers: int, skip_broken: bool
+) -> RenderedWords | LmdbMixture:
     """The settings' training words."""
     if s.dataset == "rendered":
         return RenderedWords(s, s.train_images, 10_000 + seed, fabric.device)
@@ -186,7 +189,9 @@ def load_model(path: Path, fabric: Fabric) -> SATRN:
 
 
 def _evaluate_real(model: SATRN, s: Settings, data_root: Path, skip_broken: bool) -> tuple[dict, dict, list]:
-    metrics, hits, records = {}, {}, []
+    metrics: dict[str, float] = {}
+    hits: dict[str, np.ndarray] = {}
+    records = []
     for name in s.test_sets:
         words = LmdbWords(test_folder(data_root, name), s.img_size, s.in_channels, skip_broken)
         expected = TEST_FOLDERS.get(name, (name, len(words)))[1]
@@ -196,8 +201,7 @@ def _evaluate_real(model: SATRN, s: Settings, data_root: Path, skip_broken: bool
         metrics[name] = 100 * float(hits[name].mean())
         for angle in s.test_angles:
             key = f"rotated_{angle:g}"
-            hits.setdefault(key, [])
-            hits[key] = np.append(hits[key], correct(model, words, degrees=angle))
+            hits[key] = np.append(hits.get(key, []), correct(model, words, degrees=angle))
         records.append(words.record())
     metrics["accuracy"] = 100 * float(np.concatenate([hits[name] for name in s.test_sets]).mean())
     metrics |= {key: 100 * float(np.mean(values)) for key, values in hits.items() if key.startswith("rotated_")}
@@ -219,7 +223,8 @@ def _evaluate_rendered(
 ) -> tuple[dict, dict, list]:
     test = RenderedWords(s, s.test_images, 20_000 + seed, fabric.device)
     hits = correct(model, test, strict=True)
-    metrics, details = {"accuracy": 100 * float(hits.mean())} | _sizes(s), {}
+    metrics = {"accuracy": 100 * float(hits.mean())} | _sizes(s)
+    details: dict[str, Any] = {}
     if control is not None:
         control.eval()
         other = correct(control, test, strict=True)
@@ -272,6 +277,7 @@ def _ratio_report(model: SATRN, test: RenderedWords) -> tuple[float, dict]:
 def _one_jump(model: SATRN, test: RenderedWords) -> float:
     """Percent of correctly read two-line words whose attention moves down exactly once."""
     read = model.generate(normalise(test.images, model.cfg.in_channels), attention=True)
+    assert read.attention is not None
     jumps = [
         line_jumps(maps, len(text))
         for maps, text, label in zip(read.attention, read.texts, test.labels, strict=True)
@@ -283,6 +289,7 @@ def _one_jump(model: SATRN, test: RenderedWords) -> float:
 def reading_sheet(model: SATRN, test: RenderedWords) -> list[dict]:
     """Test words with readings, confidences and attention maps, small enough for a run record."""
     read = model.generate(normalise(test.images[:SHEET_WORDS], model.cfg.in_channels), attention=True)
+    assert read.attention is not None
     sheet = []
     for i, text in enumerate(read.texts):
         maps = read.attention[i, : len(text)]
@@ -303,7 +310,9 @@ def reading_sheet(model: SATRN, test: RenderedWords) -> list[dict]:
 
 def overfit_one_batch(s: Settings, fabric: Fabric, steps: int = 300) -> float:
     """Self-check: percent of one batch of rendered words that a network reads after training on it alone."""
-    changes = dict(dataset="rendered", warp="straight", rotation="none", train_images=8, batch_size=8, accumulate=1)
+    changes: dict[str, Any] = dict(
+        dataset="rendered", warp="straight", rotation="none", train_images=8, batch_size=8, accumulate=1
+    )
     changes |= dict(schedule="onecycle", lr=1e-3, dropout=0.0, control=False, steps=steps)
     s = replace(s, **changes, word_lengths=(2, min(5, s.max_length - 1)), font_pixels=float(min(s.img_size)))
     data = RenderedWords(s, s.train_images, 0, fabric.device)

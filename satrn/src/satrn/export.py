@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from satrn.models import SATRN
+from satrn.models.decoder import Decoder
+
+
+def _transformer(model: SATRN) -> Decoder:
+    if not isinstance(model.decoder, Decoder):
+        raise ValueError(f"export needs decoder='satrn', got {model.cfg.decoder!r}")
+    return model.decoder
 
 
 class EncoderGraph(nn.Module):
@@ -20,7 +27,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.model.encode(images)
-        pairs = self.model.decoder.start(encoded.tokens, encoded.hw).cross_kv
+        pairs = _transformer(self.model).start(encoded.tokens, encoded.hw).cross_kv
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
 
@@ -30,9 +37,11 @@ class StepGraph(nn.Module):
     P is the position: nothing is kept at the first step. Gives logits [B, K] and the kept keys and values with P + 1.
     """
 
+    table: Tensor  # positions [P, d]
+
     def __init__(self, model: SATRN):
         super().__init__()
-        self.decoder = model.decoder
+        self.decoder = _transformer(model)
         self.register_buffer("table", self.decoder.positions(model.cfg.max_length), persistent=False)
 
     def forward(
@@ -54,8 +63,7 @@ def export_onnx(model: SATRN, folder: Path) -> tuple[Path, Path]:
         ValueError: a network without the Transformer decoder.
         RuntimeError: onnx and onnxscript are not installed.
     """
-    if model.cfg.decoder != "satrn":
-        raise ValueError(f"export needs decoder='satrn', got {model.cfg.decoder!r}")
+    _transformer(model)
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:

@@ -6,13 +6,16 @@ import base64
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from torch import Tensor
 
+from satrn.decoding import Recognition
 from shared_utils.report import interval
 from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
@@ -157,7 +160,9 @@ def _prior_art(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Fi
     for line in _published("table-1"):
         points = [(i, float(line[name])) for i, name in enumerate(sets) if line[name]]
         ours = line["method"] == "SATRN"
-        style = {"marker": "*", "ms": 13, "zorder": 3} if ours else {"marker": "o", "ms": 5, "alpha": 0.7}
+        style: dict[str, Any] = (
+            {"marker": "*", "ms": 13, "zorder": 3} if ours else {"marker": "o", "ms": 5, "alpha": 0.7}
+        )
         axis.plot(*zip(*points, strict=True), ls="", color="tab:red" if ours else colours[line["feature_map"]], **style)
     for label, colour in (*colours.items(), ("SATRN (2D)", "tab:red")):
         axis.plot([], [], "o", color=colour, label=label)
@@ -203,8 +208,14 @@ DRAW: dict[str, dict[str, Draw]] = {
 }
 
 
-def draw_attention(images, recognition, path: Path) -> None:
-    """Images uint8 [N, C, H, W] with their readings and the attention map of every character, as a PNG."""
+def draw_attention(images: Tensor, recognition: Recognition, path: Path) -> None:
+    """Images uint8 [N, C, H, W] with their readings and the attention map of every character, as a PNG.
+
+    Raises:
+        ValueError: a reading without attention.
+    """
+    if recognition.attention is None:
+        raise ValueError("recognition: has no attention maps, read with attention=True")
     longest = max(1, max(map(len, recognition.texts)))
     figure, axes = plt.subplots(
         len(images), 1 + longest, figsize=(1.6 * (1 + longest), 1.2 * len(images)), layout="constrained", squeeze=False

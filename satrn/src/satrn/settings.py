@@ -99,7 +99,7 @@ class Settings:
     count_only: bool = False
     """only count parameters and FLOPs; no training"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))

@@ -12,14 +12,17 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from satrn.charset import IGNORED
-from satrn.data.streams import normalise
+from satrn.data.streams import RenderedWords, normalise
+from satrn.data.words_lmdb import LmdbMixture
 from satrn.models import SATRN
 from satrn.rotation import draw_angles, rotate_words
 from satrn.settings import Settings
@@ -27,6 +30,14 @@ from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 
 logger = get_logger("satrn")
+
+
+class State(TypedDict):
+    """Where a training stands, as its checkpoint holds it."""
+
+    step: int
+    curve: list[dict]
+    total: float  # loss since the last point
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
@@ -45,7 +56,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # any string; Fabric refuses what it does not know
+    )
     fabric.launch()
     return fabric
 
@@ -74,7 +91,7 @@ def build_model(s: Settings, seed: int, fabric: Fabric) -> SATRN:
     model = SATRN(s.network())
     if model.encoder is not None:
         model.encoder.recompute = s.recompute
-    return model.to(fabric.device, memory_format=torch.channels_last)
+    return model.to(fabric.device).to(memory_format=torch.channels_last)
 
 
 def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -119,7 +136,7 @@ class _Losses(torch.nn.Module):
 
 def fit(
     model: SATRN,
-    data,
+    data: RenderedWords | LmdbMixture,
     s: Settings,
     seed: int,
     fabric: Fabric,
@@ -157,15 +174,15 @@ def fit(
     # Adam as the paper (weight decay 0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, betas=s.betas, fused=True)
     losses = _Losses(model, s.ctc_weight)
-    module, optimizer = fabric.setup(torch.compile(losses) if compile else losses, optimizer)
+    module, optimizer = fabric.setup(cast(torch.nn.Module, torch.compile(losses)) if compile else losses, optimizer)
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
-    state = {"step": 0, "curve": []}
+    state: State = {"step": 0, "curve": [], "total": 0.0}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, fabric)
         logger.info("continuing at step %d from %s", state["step"], checkpoint.name)
     model.train()
     every, total = max(1, s.steps // 10), torch.zeros((), device=fabric.device)
-    total += state.get("total", 0.0)
+    total += state["total"]
     stream = data.steps(s, seed, state["step"], slice(fabric.global_rank, None, fabric.world_size))
     for step, (images, targets) in enumerate(stream, state["step"]):
         before_step(step)
@@ -183,7 +200,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % every == 0:
-            state["curve"].append(_point(step + 1, fabric.all_reduce(total / every)))
+            state["curve"].append(_point(step + 1, cast(Tensor, fabric.all_reduce(total / every))))
             on_point(state["curve"][-1])
             total.zero_()
         if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == s.steps):
@@ -225,7 +242,7 @@ def report_point(s: Settings) -> Callable[[dict], None]:
     return report
 
 
-def _save(path: Path, run: dict, state: dict, model: SATRN, optimizer, fabric: Fabric) -> None:
+def _save(path: Path, run: dict, state: State, model: SATRN, optimizer: Optimizer, fabric: Fabric) -> None:
     """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     if fabric.global_rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +254,7 @@ def _save(path: Path, run: dict, state: dict, model: SATRN, optimizer, fabric: F
     fabric.barrier()
 
 
-def _resume(path: Path, run: dict, model: SATRN, optimizer, fabric: Fabric) -> dict:
+def _resume(path: Path, run: dict, model: SATRN, optimizer: Optimizer, fabric: Fabric) -> State:
     content = load_checkpoint(path)
     if content["run"] != run:
         differing = [name for name in run["settings"] if run["settings"][name] != content["run"]["settings"].get(name)]

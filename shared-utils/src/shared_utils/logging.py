@@ -35,6 +35,7 @@ def get_logger(name: str) -> logging.Logger:
     """A logger on stderr: INFO on rank 0, warnings elsewhere; rich in a terminal, plain otherwise."""
     logger = logging.getLogger(name)
     if not logger.handlers:
+        handler: logging.Handler
         if quiet():
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))

@@ -27,8 +27,8 @@ class Verdict:
     scale: str
     verdict: str  # holds | fails | undecided | not measured
     effect: float | None = None
-    low: float | None = None
-    high: float | None = None
+    low: float = float("-inf")
+    high: float = float("inf")
     n_seeds: int = 0
 
     @property
@@ -73,13 +73,13 @@ def measured(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int
     return found
 
 
-def interval(sample: Sequence[float]) -> tuple[float, float]:
+def interval(sample: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and half width of the 95 % t interval; infinite half width for one value."""
-    sample = np.asarray(sample, dtype=float)
-    if len(sample) < 2:
-        return float(sample.mean()), float("inf")
-    half = stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
-    return float(sample.mean()), float(half)
+    array = np.asarray(sample, dtype=float)
+    if len(array) < 2:
+        return float(array.mean()), float("inf")
+    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return float(array.mean()), float(half)
 
 
 def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
@@ -100,7 +100,7 @@ def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
         return np.array([found[row][seed][claim.metric] for seed in seeds])
 
     low_bound, high_bound = -np.inf, np.inf
-    if claim.better:
+    if claim.better and claim.than:
         effect = metric(claim.better) - metric(claim.than)
         effect, low_bound = (-effect if table.metrics[claim.metric] == "lower" else effect), claim.margin
     elif claim.row:

@@ -39,10 +39,11 @@ def seed_worker(worker_id: int) -> None:
 def rng_state() -> dict:
     """State of all generators, made of tensors and plain values so that `weights_only` loading accepts it."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    kind, twister, has_gauss, cached = (numpy[name] for name in ("bit_generator", "state", "has_gauss", "gauss"))
     return {
         "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [kind, torch.from_numpy(twister["key"].astype(np.int64)), twister["pos"], has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from str_benchmark.settings import PRESETS
+from str_benchmark.settings import PRESETS, Settings
 
 PROGRAM = "str-benchmark"
+
+if TYPE_CHECKING:
+    from shared_utils.runlog import RunLog
+    from shared_utils.tables import Table
+
+    Preset = Settings
+else:
+    Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
 
 
 def default_data_root() -> Path:
@@ -77,7 +86,7 @@ class Run:
             _show_words(chosen, yours)
 
 
-def _show_words(chosen: list, log) -> None:
+def _show_words(chosen: list[Table], log: RunLog) -> None:
     """What was read, as text and beside its images."""
     from str_benchmark.experiments import PROJECT
     from str_benchmark.figures import draw_words
@@ -112,7 +121,7 @@ def _list_missing(chosen: list, options: Run) -> None:
 class Train:
     """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
 
-    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    settings: Preset
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("str.pt")
     """Checkpoint; `eval`, `predict` and `export` read it."""
@@ -425,8 +434,8 @@ def main() -> None:
         sys.exit(2 if known else 1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Annotated[Callable[[], None], tyro.conf.arg(name="")]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

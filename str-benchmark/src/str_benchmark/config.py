@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from str_benchmark.charset import resolve_charset
 
@@ -55,7 +56,7 @@ class STRConfig:
     ctc_head: str = "released"
     """behind a BiLSTM: "released" (Linear 512-256, 256-K, as the public checkpoints) or "paper" (Linear 512-K)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for stage, choices in STAGES.items():
             if getattr(self, stage) not in choices:
                 raise ValueError(f"{stage}: expected one of {', '.join(choices)}, got {getattr(self, stage)!r}")
@@ -79,7 +80,7 @@ class STRConfig:
         return f"{self.trans}-{self.feat}-{self.seq}-{self.pred}"
 
     @classmethod
-    def from_name(cls, name: str, **changes) -> STRConfig:
+    def from_name(cls, name: str, **changes: Any) -> STRConfig:
         """A combination ("TPS-ResNet-BiLSTM-Attn") or a known name ("TRBA").
 
         Raises:
@@ -90,4 +91,5 @@ class STRConfig:
             near = difflib.get_close_matches(name, [*KNOWN_AS, *COMBINATIONS], 1, 0.0)
             valid = ", ".join([*KNOWN_AS, *COMBINATIONS])
             raise ValueError(f"model: unknown name {name!r}; did you mean {near[0]!r}? There are {valid}")
-        return replace(cls(*combination.split("-")), **changes)
+        trans, feat, seq, pred = combination.split("-")
+        return replace(cls(trans, feat, seq, pred), **changes)

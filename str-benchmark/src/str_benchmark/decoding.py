@@ -7,6 +7,8 @@ from torch import Tensor
 
 from str_benchmark.tokenizers import BLANK, CTCTokenizer
 
+Beams = dict[tuple[int, ...], tuple[float, float]]  # prefix: log P(ends in a blank), log P(ends in its last character)
+
 MINUS_INFINITY = float("-inf")
 
 
@@ -57,12 +59,14 @@ def ctc_beam_search(
 
 def _search(columns: np.ndarray, beam: int, per_column: int | None) -> list[tuple[tuple[int, ...], float]]:
     """Prefixes (class indices) with log-probabilities, of one image's columns (T, K)."""
-    beams = {(): (0.0, MINUS_INFINITY)}  # prefix: log P(ends in a blank), log P(ends in its last character)
+    beams: Beams = {(): (0.0, MINUS_INFINITY)}
     for column in columns:
-        grown: dict[tuple[int, ...], tuple[float, float]] = {}
+        grown: Beams = {}
         classes = np.argsort(column)[::-1][:per_column].tolist()
 
-        def add(prefix: tuple[int, ...], blank: float = MINUS_INFINITY, char: float = MINUS_INFINITY, into=grown):
+        def add(
+            prefix: tuple[int, ...], blank: float = MINUS_INFINITY, char: float = MINUS_INFINITY, into: Beams = grown
+        ) -> None:
             if blank == char == MINUS_INFINITY:
                 return  # no alignment leads there
             old = into.get(prefix, (MINUS_INFINITY, MINUS_INFINITY))

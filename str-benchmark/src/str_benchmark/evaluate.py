@@ -60,7 +60,9 @@ def read(
     for start in range(0, len(mine), batch_size):
         positions = mine[start : start + batch_size]
         loaded = load_samples([samples[p] for p in positions], model.config.img_size, pad, skip_broken)
-        texts, confidences, blanks = [], [], []
+        texts: list[str] = []
+        confidences: list[float] = []
+        blanks: list[float] = []
         if loaded.kept:
             texts, confidences, probs = read_pixels(model, loaded.pixels)
             blanks = (probs.argmax(-1) == BLANK).float().mean(1).tolist()

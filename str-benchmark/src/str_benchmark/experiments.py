@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def run_tables(
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     combined = [run for run in runs if run.settings.get("measure") in AGGREGATES]
-    common = {"repository": PROJECT, "packages": PACKAGES, "force": force}
+    common: dict[str, Any] = {"repository": PROJECT, "packages": PACKAGES, "force": force}
     act = partial(execute, data_root=data_root, workers=workers, skip_broken=skip_broken)
     run_missing("str-benchmark", [run for run in runs if run not in combined], log, act, jobs=jobs, **common)
     logs = [RunLog(PROJECT / folder / f"{scale}.jsonl") for folder in ("results", "runs")]
@@ -101,7 +102,7 @@ class Source:
     def __init__(self, data_root: Path, workers: int = 0, skip_broken: bool = False):
         self.data_root, self.workers, self.skip_broken = Path(data_root), workers, skip_broken
 
-    def open(self, name: str, **options) -> list[LMDBDataset]:
+    def open(self, name: str, **options: Any) -> list[LMDBDataset]:
         """The LMDBs of a set."""
         if name in RENDERED:
             return [LMDBDataset(rendered_lmdb(name, PROJECT / "runs" / "rendered"), **options)]
@@ -153,7 +154,7 @@ def train_and_evaluate(
     """Train from scratch (or on from the checkpoint), fine-tune where asked, and evaluate."""
     sets = source.for_evaluation(s.evaluate, s)  # a missing set shows now, not after hours
     seed_everything(seed)
-    model = build_model(s.config).to(fabric.device, memory_format=torch.channels_last)
+    model = build_model(s.config).to(fabric.device).to(memory_format=torch.channels_last)
     validation = source.for_evaluation(s.validation, s)
 
     def accuracy(model: Recognizer) -> float:
@@ -162,7 +163,7 @@ def train_and_evaluate(
 
     mixture = _training_data(s, s.train, s.ratios, seed, source, fabric, model)
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "phase": "train"}
-    options = {"checkpoint_every": checkpoint_every, "compile": compile}
+    options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "compile": compile}
     first = checkpoint and (_base(checkpoint) if s.finetune else checkpoint)
     curve = fit(
         model, mixture, s, fabric, run=run, validate=accuracy if validation else None, checkpoint=first, **options

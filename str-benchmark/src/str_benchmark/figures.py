@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -95,7 +96,7 @@ def _legend(figure: plt.Figure) -> None:
     marks = [
         plt.Line2D([], [], color=colour, marker="o", linestyle="none", label=name) for name, colour in COLOURS.items()
     ]
-    style = {"color": "black", "linestyle": "none"}
+    style: dict[str, Any] = {"color": "black", "linestyle": "none"}
     marks += [
         plt.Line2D([], [], marker="s", markerfacecolor="none", label="TPS (circle: none)", **style),
         plt.Line2D([], [], marker="o", label="BiLSTM (hollow: none)", **style),

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def upper_hull(cost: Sequence[float], accuracy: Sequence[float]) -> list[int]:
+def upper_hull(cost: ArrayLike, accuracy: ArrayLike) -> list[int]:
     """Indices of the upper convex hull from the cheapest point to the most accurate one, by rising cost.
 
     Points on a line between two corners are no corners. ValueError for vectors of different or no length, or NaN.
     """
-    cost, accuracy = _vectors(cost, accuracy)
+    x, y = _vectors(cost, accuracy)
     hull: list[int] = []
-    for index in non_dominated(cost, accuracy):  # a corner that rises is never dominated
-        while len(hull) >= 2 and _turn(hull[-2], hull[-1], index, cost, accuracy) >= 0:
+    for index in non_dominated(x, y):  # a corner that rises is never dominated
+        while len(hull) >= 2 and _turn(hull[-2], hull[-1], index, x, y) >= 0:
             hull.pop()
         hull.append(index)
     return hull
 
 
-def non_dominated(cost: Sequence[float], accuracy: Sequence[float]) -> list[int]:
+def non_dominated(cost: ArrayLike, accuracy: ArrayLike) -> list[int]:
     """Indices of the points with no other that costs no more and is no worse, and better in one; by rising cost."""
-    cost, accuracy = _vectors(cost, accuracy)
+    x, y = _vectors(cost, accuracy)
     kept: list[int] = []
-    for index in np.lexsort((-accuracy, cost)):
-        if not kept or accuracy[index] > accuracy[kept[-1]]:
+    for index in np.lexsort((-y, x)):
+        if not kept or y[index] > y[kept[-1]]:
             kept.append(int(index))
     return kept
 
 
-def _vectors(cost: Sequence[float], accuracy: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    cost, accuracy = np.asarray(cost, dtype=float), np.asarray(accuracy, dtype=float)
-    if cost.shape != accuracy.shape or cost.ndim != 1 or not len(cost):
-        raise ValueError(f"cost and accuracy: expected two vectors of one length, got {cost.shape}, {accuracy.shape}")
-    if np.isnan(cost).any() or np.isnan(accuracy).any():
+def _vectors(cost: ArrayLike, accuracy: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(cost, dtype=float), np.asarray(accuracy, dtype=float)
+    if x.shape != y.shape or x.ndim != 1 or not len(x):
+        raise ValueError(f"cost and accuracy: expected two vectors of one length, got {x.shape}, {y.shape}")
+    if np.isnan(x).any() or np.isnan(y).any():
         raise ValueError("cost and accuracy must not be NaN")
-    return cost, accuracy
+    return x, y
 
 
 def _turn(a: int, b: int, c: int, x: np.ndarray, y: np.ndarray) -> float:

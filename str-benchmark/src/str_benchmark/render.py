@@ -83,10 +83,10 @@ def _render(word: str, rng: np.random.Generator, font: Path, warp: str) -> np.nd
     elif warp == "perspective":
         mask = _perspective(mask, rng)
     box = mask.getbbox() or (0, 0, *mask.size)
-    mask = np.asarray(mask.crop((box[0] - MARGIN, box[1] - MARGIN, box[2] + MARGIN, box[3] + MARGIN)))
+    ink = np.asarray(mask.crop((box[0] - MARGIN, box[1] - MARGIN, box[2] + MARGIN, box[3] + MARGIN)))
     contrast = rng.uniform(0.35, 0.5) * rng.choice([-1, 1])
     background = rng.uniform(max(0, -contrast), min(1, 1 - contrast))
-    image = background + contrast * mask / 255 + rng.normal(0, 0.05, mask.shape)
+    image = background + contrast * ink / 255 + rng.normal(0, 0.05, ink.shape)
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -138,10 +138,10 @@ def _perspective(mask: Image.Image, rng: np.random.Generator) -> Image.Image:
     left, right = (shrink, 0.0) if rng.random() < 0.5 else (0.0, shrink)
     corners = [(0, -left), (width, -right), (width, height + right), (0, height + left)]
     targets = [(0, 0), (width, 0), (width, height), (0, height)]
-    rows, values = [], []
+    rows: list[list[float]] = []
+    values: list[float] = []
     for (u, v), (x, y) in zip(corners, targets, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         values += [u, v]
-    return mask.transform(
-        mask.size, Image.Transform.PERSPECTIVE, np.linalg.solve(rows, values), Image.Resampling.BILINEAR
-    )
+    coefficients = np.linalg.solve(np.array(rows), np.array(values)).tolist()
+    return mask.transform(mask.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)

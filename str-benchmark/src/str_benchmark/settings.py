@@ -83,7 +83,7 @@ class Settings:
     of: tuple[str, ...] = ()
     """mean, failures: the table, then the rows (mean: or one stage's choice, such as trans=TPS)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, kind in self.__dataclass_fields__.items():
             if kind.type.startswith("tuple"):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -61,6 +61,12 @@ class _Tokenizer:
             return texts, [1.0] * len(texts)
         return texts, [self._confidence(row) for row in values.detach().float().cpu()]
 
+    def _text(self, indices: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def _confidence(self, probs: Tensor) -> float:
+        raise NotImplementedError
+
 
 class CTCTokenizer(_Tokenizer):
     """Class 0 is the blank, characters follow."""
@@ -142,4 +148,5 @@ class AttnTokenizer(_Tokenizer):
 
 def make_tokenizer(pred: str, charset: str) -> CTCTokenizer | AttnTokenizer:
     """The tokenizer of a prediction stage, "CTC" or "Attn"."""
-    return {"CTC": CTCTokenizer, "Attn": AttnTokenizer}[pred](charset)
+    heads: dict[str, type[CTCTokenizer] | type[AttnTokenizer]] = {"CTC": CTCTokenizer, "Attn": AttnTokenizer}
+    return heads[pred](charset)

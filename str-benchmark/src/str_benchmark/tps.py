@@ -58,6 +58,9 @@ class ThinPlateSpline(nn.Module):
         size: (height, width) of the rectified image.
     """
 
+    inv_delta_C: Tensor  # (F+3, F+3)
+    P_hat: Tensor  # (height * width, F+3)
+
     def __init__(self, num_fiducial: int, size: tuple[int, int]):
         super().__init__()
         if num_fiducial < 4 or num_fiducial % 2:

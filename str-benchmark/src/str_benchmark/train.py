@@ -6,11 +6,13 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.optim import Optimizer
 
 from shared_utils.logging import get_logger, progress
 from shared_utils.seeding import restore_rng_state, rng_state
@@ -21,6 +23,24 @@ from str_benchmark.settings import Settings
 logger = get_logger("str-benchmark")
 
 LOG_EVERY = 250
+
+
+class Best(TypedDict):
+    """The weights of the best validation."""
+
+    accuracy: float
+    step: int
+    weights: dict[str, Tensor]
+
+
+class State(TypedDict):
+    """Where a training stands, as its checkpoint holds it."""
+
+    step: int
+    curve: list[dict[str, float]]
+    loss: Tensor  # sum since the last point
+    best: Best | None
+    broken: int
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
@@ -39,7 +59,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # any string; Fabric refuses what it does not know
+    )
     fabric.launch()
     return fabric
 
@@ -66,7 +92,7 @@ def loss_of(model: Callable, pred: str, images: Tensor, ids: Tensor, lengths: Te
     logits = model(images, ids[:, :steps]).float()
     total = F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : steps + 1].flatten(), ignore_index=0, reduction="sum")
     count = torch.as_tensor(float(lengths.sum()), device=total.device)
-    return total / fabric.all_reduce(count, reduce_op="mean")
+    return total / cast(Tensor, fabric.all_reduce(count, reduce_op="mean"))
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
@@ -79,7 +105,7 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
     return settings.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
 
-def make_optimizer(settings: Settings, model: Recognizer) -> torch.optim.Optimizer:
+def make_optimizer(settings: Settings, model: Recognizer) -> Optimizer:
     """AdaDelta as in the paper, or AdamW; fused on CUDA where PyTorch has it."""
     cuda = next(model.parameters()).is_cuda
     if settings.optimizer == "adadelta":
@@ -100,7 +126,7 @@ def fit(
     checkpoint_every: int = 1000,
     compile: bool = False,
     before_step: Callable[[int], None] = lambda step: None,
-) -> list[dict]:
+) -> list[dict[str, float]]:
     """Train in place; the model ends with the weights of the best validation, or the last ones without any.
 
     Args:
@@ -127,7 +153,7 @@ def fit(
     if compile:
         model.compile()
     wrapped, optimizer = fabric.setup(model, make_optimizer(settings, model))
-    state = {"step": 0, "curve": [], "loss": torch.zeros((), device=fabric.device), "best": None, "broken": 0}
+    state: State = {"step": 0, "curve": [], "loss": torch.zeros((), device=fabric.device), "best": None, "broken": 0}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, data, fabric)
         logger.info("continuing at step %d from %s", state["step"], checkpoint.name)
@@ -154,45 +180,56 @@ def fit(
     return state["curve"]
 
 
-def _observe(state: dict, steps: int, settings: Settings, model: Recognizer, validate: Callable | None) -> None:
+def _observe(
+    state: State, steps: int, settings: Settings, model: Recognizer, validate: Callable[[Recognizer], float] | None
+) -> None:
     """Add a point to the curve every LOG_EVERY steps; validate and remember the best weights."""
     step = state["step"]
-    due = validate is not None and (step % settings.val_every == 0 or step == steps)
-    if step % LOG_EVERY and step != steps and not due:
+    due = validate if step % settings.val_every == 0 or step == steps else None
+    if step % LOG_EVERY and step != steps and due is None:
         return
     since = step - (state["curve"][-1]["step"] if state["curve"] else 0)
-    point = {"step": step, "loss": float(state["loss"]) / since}
+    point: dict[str, float] = {"step": step, "loss": float(state["loss"]) / since}
     if not math.isfinite(point["loss"]):
         raise RuntimeError(f"step {step}: the loss is NaN or infinite; a lower --lr may help")
     state["loss"].zero_()
-    if due:
-        point["accuracy"] = validate(model)
+    if due is not None:
+        point["accuracy"] = due(model)
         if state["best"] is None or point["accuracy"] > state["best"]["accuracy"]:
             weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             state["best"] = {"accuracy": point["accuracy"], "step": step, "weights": weights}
     state["curve"].append(point)
 
 
-def _save(path: Path, run: dict, state: dict, model, optimizer, data: TrainingData, fabric: Fabric) -> None:
+def _save(
+    path: Path, run: dict, state: State, model: Recognizer, optimizer: Optimizer, data: TrainingData, fabric: Fabric
+) -> None:
     """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     if fabric.global_rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state | {"broken": data.broken}, "model": model.state_dict()}
         content |= {"optimizer": optimizer.state_dict(), "sampler": _position(data, state), "rng": rng_state()}
-        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        scaler = _scaler(fabric)
         content["scaler"] = scaler.state_dict() if scaler else {}
         torch.save(content, temporary)
         os.replace(temporary, path)
     fabric.barrier()
 
 
-def _position(data: TrainingData, state: dict) -> dict:
+def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
+    """The loss scaler of 16-mixed; other precisions have none."""
+    return getattr(fabric.strategy.precision, "scaler", None)
+
+
+def _position(data: TrainingData, state: State) -> dict:
     """Workers draw ahead: the position is that of the steps taken, not of the batches drawn."""
     return data.sampler.state_dict() | {"step": state["step"]}
 
 
-def _resume(path: Path, run: dict, model, optimizer, data: TrainingData, fabric: Fabric) -> dict:
+def _resume(
+    path: Path, run: dict, model: Recognizer, optimizer: Optimizer, data: TrainingData, fabric: Fabric
+) -> State:
     content = load_checkpoint(path)
     if content["run"] != run:
         mine, its = (_flat(each) for each in (run, content["run"]))
@@ -201,8 +238,9 @@ def _resume(path: Path, run: dict, model, optimizer, data: TrainingData, fabric:
     data.sampler.load_state_dict(content["sampler"])
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
-    if content["scaler"]:
-        fabric.strategy.precision.scaler.load_state_dict(content["scaler"])
+    scaler = _scaler(fabric)
+    if scaler and content["scaler"]:
+        scaler.load_state_dict(content["scaler"])
     restore_rng_state(content["rng"])
     data.broken = content["state"]["broken"]
     content["state"]["loss"] = content["state"]["loss"].to(fabric.device)

@@ -64,12 +64,12 @@ def decode_image(content: bytes | Path, size: tuple[int, int], channels: int) ->
     try:
         source = io.BytesIO(content) if isinstance(content, bytes) else content
         with Image.open(source) as image:
-            image = image.convert("L" if channels == 1 else "RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+            resized = image.convert("L" if channels == 1 else "RGB").resize(size[::-1], Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"no readable image ({error})") from error
-    return torch.from_numpy(np.asarray(image).copy()).view(*size, -1).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(resized).copy()).view(*size, -1).permute(2, 0, 1)
 
 
 class LmdbWords(Dataset):
@@ -83,7 +83,8 @@ class LmdbWords(Dataset):
     """
 
     def __init__(self, folder: Path, size: tuple[int, int], channels: int = 1, skip_broken: bool = False):
-        self.folder, self.size, self.channels, self.skip_broken = Path(folder), tuple(size), channels, skip_broken
+        self.folder, self.channels, self.skip_broken = Path(folder), channels, skip_broken
+        self.size = size[0], size[1]
         self.name, self.broken = self.folder.name, 0
         stored = self._get("num-samples")
         if not stored.isdigit() or int(stored) == 0:

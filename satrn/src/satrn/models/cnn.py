@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = ConvNormReLU(channels_in, channels_out, 3)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if channels_in != channels_out:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
@@ -59,7 +59,7 @@ class ResNet31(nn.Module):
 
     def __init__(self, channels_in: int, d: int):
         super().__init__()
-        layers = [ConvNormReLU(channels_in, d // 8, 3), ConvNormReLU(d // 8, d // 4, 3)]
+        layers: list[nn.Module] = [ConvNormReLU(channels_in, d // 8, 3), ConvNormReLU(d // 8, d // 4, 3)]
         width = d // 4
         for pooled, channels, count in ((True, d // 2, 1), (True, d // 2, 2), (False, d, 5), (False, d, 3)):
             layers += [nn.MaxPool2d(2)] if pooled else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ class DecoderState:
 
     def select(self, index: Tensor) -> DecoderState:
         """The state of chosen rows of the batch, in that order."""
-        keep = [[(k[index], v[index]) for k, v in kv] for kv in (self.self_kv, self.cross_kv)]
-        return DecoderState(self.position, *keep, None if self.attention is None else self.attention[index])
+        self_kv, cross_kv = ([(k[index], v[index]) for k, v in kv] for kv in (self.self_kv, self.cross_kv))
+        weights = None if self.attention is None else self.attention[index]
+        return DecoderState(self.position, self_kv, cross_kv, weights)
 
 
 class FeedForward(nn.Module):
@@ -79,7 +81,7 @@ class DecoderLayer(nn.Module):
         y = self.norm1(x)
         now = self.self_attn.keys_values(y)
         if past is not None:
-            now = tuple(torch.cat(pair, dim=2) for pair in zip(past, now, strict=True))
+            now = torch.cat([past[0], now[0]], dim=2), torch.cat([past[1], now[1]], dim=2)
         x = x + self.self_attn.attend(y, *now)
         y = self.norm2(x)
         weights = self.enc_attn.weights(y, cross[0])[:, 0] if attention else None
@@ -94,7 +96,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg, d = cfg, cfg.d_model
         self.trg_word_emb = nn.Embedding(cfg.classes + 1, d)
-        self.layer_stack = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.dec_layers))
+        self.layer_stack: Any = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.dec_layers))
         self.layer_norm = nn.LayerNorm(d, 1e-6)
         self.classifier = nn.Linear(d, cfg.classes) if cfg.variant == "mmocr" else None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,12 @@ class EncoderLayer(nn.Module):
             image = self.feed_forward(image)
         return x + image.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def _recompute_context(self):
+    def _recompute_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _frozen_statistics(self.feed_forward)
 
 
 @contextmanager
-def _frozen_statistics(module: nn.Module):
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """The second forward of a checkpoint must not move batch norm's running statistics again."""
     norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -97,7 +98,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> EncoderOutput:
         cfg, alpha, beta = self.cfg, None, None
-        hw = tuple(image.shape[2:])
+        hw = image.shape[2], image.shape[3]
         if cfg.pos == "a2dpe":
             image, alpha, beta = self.position_enc(image)
         else:

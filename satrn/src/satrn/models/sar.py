@@ -32,9 +32,9 @@ class LSTMState:
 
     def select(self, index: Tensor) -> LSTMState:
         """The state of chosen rows of the batch, in that order."""
-        first = [value[index] for value in (self.memory, self.keys, self.holistic)]
+        memory, keys, holistic = (value[index] for value in (self.memory, self.keys, self.holistic))
         weights = None if self.attention is None else self.attention[index]
-        return LSTMState(*first, self.hidden[:, index], self.cell[:, index], weights)
+        return LSTMState(memory, keys, holistic, self.hidden[:, index], self.cell[:, index], weights)
 
 
 class LSTMDecoder(nn.Module):

@@ -26,8 +26,8 @@ class SATRN(nn.Module):
         self.cfg = cfg
         self.tokenizer = Tokenizer(cfg.charset)
         if cfg.encoder == "satrn":
-            self.backbone = ShallowCNN(cfg.in_channels, cfg.d_model, cfg.downsample)
-            self.encoder = Encoder(cfg)
+            self.backbone: ShallowCNN | ResNet31 = ShallowCNN(cfg.in_channels, cfg.d_model, cfg.downsample)
+            self.encoder: Encoder | None = Encoder(cfg)
         else:
             self.backbone, self.encoder = ResNet31(cfg.in_channels, cfg.d_model), None
         self.decoder = Decoder(cfg) if cfg.decoder == "satrn" else LSTMDecoder(cfg)
@@ -80,7 +80,13 @@ class SATRN(nn.Module):
         return self.decoder(previous, encoded.tokens, encoded.hw)
 
     def ctc_logits(self, encoded: EncoderOutput) -> Tensor:
-        """Logits [B, W', K] of the auxiliary head, on the map's columns (mean over rows)."""
+        """Logits [B, W', K] of the auxiliary head, on the map's columns (mean over rows).
+
+        Raises:
+            ValueError: a network without that head.
+        """
+        if self.ctc is None:
+            raise ValueError("ctc_logits needs a network with ctc=True")
         return self.ctc(encoded.tokens.unflatten(1, encoded.hw).mean(dim=1))
 
     @torch.no_grad()

@@ -292,8 +292,8 @@ def _index(folder: Path, total: int, rules: LabelFilter) -> tuple[np.ndarray, Fi
             report.remove(rule, label)
         else:
             kept[number] = True
-    for number in np.flatnonzero(~seen[1:]) + 1:
-        report.remove("without a label", f"label-{number:09d}")
+    for absent in np.flatnonzero(~seen[1:]) + 1:
+        report.remove("without a label", f"label-{absent:09d}")
     indices = np.flatnonzero(kept).astype(np.uint32)
     report.kept = len(indices)
     return indices, report

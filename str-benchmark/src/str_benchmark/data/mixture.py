@@ -15,6 +15,8 @@ from str_benchmark.data.images import to_input
 from str_benchmark.data.lmdb_store import LMDBDataset, Loaded, load_samples
 from str_benchmark.tokenizers import AttnTokenizer, CTCTokenizer
 
+Batch = tuple[Tensor, Tensor, Tensor]  # images, ids, lengths
+
 logger = get_logger("str-benchmark")
 
 
@@ -169,25 +171,25 @@ class TrainingData:
         self.workers, self.broken = workers, 0
         self.resident = [self._keep(each) for each in datasets] if resident else None
 
-    def _keep(self, data: LMDBDataset) -> tuple[Tensor, Tensor, Tensor]:
+    def _keep(self, data: LMDBDataset) -> Batch:
         if self.mixture.skip_broken:
             raise ValueError("resident training data must be whole: train without resident to skip broken images")
         loaded = load_samples([(data, index) for index in range(len(data))], self.mixture.size, self.mixture.pad)
         ids, lengths = self.tokenizer.encode(loaded.labels, self.max_length)
         return loaded.pixels.to(self.device), ids.to(self.device), lengths
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches start .. stop-1: images (B, C, H, W) float32 and ids int64 on the device, lengths on the CPU."""
         if self.resident is not None:
             for step in range(start, stop):
                 self.sampler.step = step + 1
-                yield self._gather(self.sampler.batch(step))
+                yield self._gather(self.resident, self.sampler.batch(step))
             return
         self.sampler.step, self.sampler.stop = start, stop
         loader = DataLoader(
             self.mixture,
             batch_sampler=self.sampler,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ returns a Loaded, not a list
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=False,
@@ -198,9 +200,10 @@ class TrainingData:
             images = to_input(batch.pixels.to(self.device, non_blocking=True))
             yield images, ids.to(self.device, non_blocking=True), lengths
 
-    def _gather(self, batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    @staticmethod
+    def _gather(resident: list[Batch], batch: list[tuple[int, int]]) -> Batch:
         parts = []
-        for number, kept in enumerate(self.resident):
+        for number, kept in enumerate(resident):
             chosen = torch.tensor([index for which, index in batch if which == number], dtype=torch.int64)
             parts.append([part[chosen.to(part.device)] for part in kept])
         pixels, ids, lengths = (torch.cat(each) for each in zip(*parts, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from str_benchmark.data.lmdb_store import LMDBDataset, check_file
 
@@ -60,7 +61,7 @@ def locate(name: str, data_root: Path) -> list[Path]:
     return find_lmdbs(Path(name))
 
 
-def open_set(name: str, data_root: Path, **options) -> list[LMDBDataset]:
+def open_set(name: str, data_root: Path, **options: Any) -> list[LMDBDataset]:
     """Data sets of all LMDBs of a set; options as for `LMDBDataset`."""
     return [LMDBDataset(path, **options) for path in locate(name, data_root)]
 

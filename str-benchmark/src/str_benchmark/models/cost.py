@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from str_benchmark.models.recognizer import Recognizer
+from str_benchmark.models.sequence import BiLSTM
 
 
 def gflops(model: Recognizer) -> float:
@@ -21,7 +22,7 @@ def gflops(model: Recognizer) -> float:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         columns = model.FeatureExtraction(model.Transformation(image)).mean(2).transpose(1, 2)
         recurrent = 0
-        for layer in model.SequenceModeling.children():
+        for layer in (each for each in model.SequenceModeling.children() if isinstance(each, BiLSTM)):
             recurrent += _lstm_flops(layer.rnn, columns.shape[1])
             columns = layer.linear(columns.new_zeros(1, columns.shape[1], 2 * layer.rnn.hidden_size))
         model.Prediction(columns.contiguous())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,20 +31,20 @@ class Recognizer(nn.Module):
         self.config = config
         self.tokenizer: CTCTokenizer | AttnTokenizer = make_tokenizer(config.pred, config.charset)
         width, hidden, classes = config.output_channel, config.hidden_size, self.tokenizer.num_classes
-        self.Transformation = nn.Identity()
+        self.Transformation: nn.Module = nn.Identity()
         if config.trans == "TPS":
             self.Transformation = TPSTransformation(
                 config.num_fiducial, config.img_size, config.in_channels, config.localization_channel
             )
         self.FeatureExtraction = FEATURES[config.feat](config.in_channels, width)
-        self.SequenceModeling = nn.Identity()
+        self.SequenceModeling: nn.Module = nn.Identity()
         if config.seq == "BiLSTM":
             direct = config.pred == "CTC" and config.ctc_head == "paper"
             second = BiLSTM(hidden, hidden, None if direct else hidden)
             self.SequenceModeling = nn.Sequential(BiLSTM(width, hidden, hidden), second)
             width = 2 * hidden if direct else hidden
         if config.pred == "CTC":
-            self.Prediction = nn.Linear(width, classes)
+            self.Prediction: nn.Module = nn.Linear(width, classes)
         else:
             self.Prediction = Attention(width, hidden, classes, config.max_length)
 
@@ -59,7 +61,7 @@ class Recognizer(nn.Module):
         return self.Prediction(columns, targets, early_stop)
 
 
-def build_model(config: STRConfig | str, **changes) -> Recognizer:
+def build_model(config: STRConfig | str, **changes: Any) -> Recognizer:
     """A recognizer with fresh weights: He-normal for every weight matrix, biases 0, batch norm 1 (section 4.1).
 
     Args:

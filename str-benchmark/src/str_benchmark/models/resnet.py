@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+Size = int | tuple[int, int]
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, 1x1 where channels change; ReLU after the sum."""
@@ -47,7 +49,7 @@ class ResNetLayers(nn.Module):
         super().__init__()
         c = output_channel
 
-        def conv(inputs: int, outputs: int, kernel: int = 3, stride=1, padding=1) -> nn.Conv2d:
+        def conv(inputs: int, outputs: int, kernel: int = 3, stride: Size = 1, padding: Size = 1) -> nn.Conv2d:
             return nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
 
         self.conv0_1, self.bn0_1 = conv(in_channels, c // 16), nn.BatchNorm2d(c // 16)

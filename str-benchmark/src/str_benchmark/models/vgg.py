@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride=1, padding=1) -> list[nn.Module]:
+def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> list[nn.Module]:
     """A convolution without bias, batch norm, ReLU."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +19,18 @@ class WinogradConv2d(nn.Module):
     Input and output (B, C, H, W), best in channels_last.
     """
 
+    weight: Tensor  # (16, C, O)
+
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
         weight = torch.einsum(
             "ai,ocij,bj->abco", WEIGHT_TRANSFORM, convolution.weight.detach().double(), WEIGHT_TRANSFORM
         )
-        self.register_buffer("weight", weight.flatten(0, 1).to(convolution.weight.dtype).contiguous())  # (16, C, O)
+        self.register_buffer("weight", weight.flatten(0, 1).to(convolution.weight.dtype).contiguous())
         self.bias = convolution.bias
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
+    def fits(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether a module is a convolution of this form, wide enough to gain."""
         return (
             isinstance(module, nn.Conv2d)

@@ -1,0 +1,175 @@
+"""Speed against a peer: measured in turn, shown as one table of ratios, kept with machine, versions and raw samples.
+
+Part of the run log's job: `bench.json` is to a benchmark what `<scale>.jsonl` is to a table.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import rich.table
+import torch
+
+from shared_utils import runlog
+from shared_utils.logging import console, progress
+
+SAMPLE_MS = 20.0  # work that is shorter is called several times per sample
+CAPTION = (
+    "ratio: how many times ours is faster or smaller, median (min .. max); a target of 1/1.4 allows ours 1.4 times "
+    "the peer's cost. ms: CPU time with one thread on a CPU, else wall time"
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of ours beside a peer's, or alone: a fact such as steps per second."""
+
+    what: str
+    peer: str | None
+    ours: Sequence[float]
+    theirs: Sequence[float] = ()
+    """the peer's samples, as many as ours; none without a peer"""
+    unit: str = "ms"
+    target: str = ""
+    """bound on the ratio (on our median without a peer), ">= 2" or "<= 120"; ">= 1/1.4" where an overhead is allowed"""
+    note: str = ""
+
+    @property
+    def ratio(self) -> tuple[float, float, float] | None:
+        """Median, min and max over pairs of samples of the peer's cost divided by ours; None without a peer."""
+        if self.peer is None:
+            return None
+        ratios = [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None where there is none."""
+        if not self.target:
+            return None
+        sign, bound = self.target.split()
+        above, _, below = bound.partition("/")
+        value = self.ratio[0] if self.ratio else statistics.median(self.ours)
+        return {">=": operator.ge, "<=": operator.le}[sign](value, float(above) / float(below or 1))
+
+
+def in_turn(
+    ours: Callable[[], object], peer: Callable[[], object], repeats: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Milliseconds per call of both, warmed up and then measured in turn, `repeats` times.
+
+    On a CPU with one thread it is the process's CPU time, which other programs disturb least; else wall time.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def milliseconds(work: Callable[[], object], calls: int) -> float:
+        wait()
+        start = clock()
+        for _ in range(calls):
+            work()
+        wait()
+        return 1e3 * (clock() - start) / calls
+
+    calls = []
+    for work in (ours, peer):
+        work()
+        calls.append(max(1, round(SAMPLE_MS / max(milliseconds(work, 1), 1e-3))))
+    pairs = [(milliseconds(ours, calls[0]), milliseconds(peer, calls[1])) for _ in range(repeats)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def report(
+    project: str, timings: Iterable[Timing], root: Path, packages: Sequence[str], settings: dict[str, Any]
+) -> None:
+    """Measure (where `timings` is a generator), write `<root>/runs/bench.json` and print the table.
+
+    Args:
+        project: name, as on the command line.
+        timings: in the order of the table.
+        root: the project's folder, in the checkout whose commit is recorded.
+        packages: whose versions are recorded, peers included; exit code 1 where one is not installed.
+        settings: of this measurement, such as its repeats.
+    """
+    try:
+        source = runlog.provenance(root, packages)
+    except PackageNotFoundError as error:
+        extra = f"pip install './{project}[bench]'"
+        raise SystemExit(f"{project}: {error.name} is missing; the extra `bench` brings it: {extra}") from None
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    with progress() as bar:
+        measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
+    found = {"project": project, "started": started, "command": shlex.join([project, *sys.argv[1:]])}
+    found |= source | {"threads": torch.get_num_threads(), "settings": settings, "timings": measured}
+    path = root / "runs" / "bench.json"
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    os.replace(unfinished, path)
+    print_summary(summary([path]))
+
+
+def summary(paths: Iterable[Path]) -> pd.DataFrame:
+    """One line per timing of these bench.json files, its cells as text; `device` and `versions` say where."""
+    lines = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        where = {"device": f"{found['device']}, threads: {found['threads']}"}
+        where["versions"] = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        for each in (Timing(**timing) for timing in found["timings"]):
+            line = {"project": found["project"], "what": each.what, "peer": each.peer or ""}
+            line |= {"ours": _median(each.ours, each.unit), "peer's": _median(each.theirs, each.unit)}
+            line["ratio"] = "{} ({} .. {})".format(*map(_digits, each.ratio)) if each.ratio else ""
+            line |= {"target": each.target, "met": {True: "yes", False: "no", None: ""}[each.met], "note": each.note}
+            lines.append(line | where)
+    return pd.DataFrame(lines)
+
+
+def print_summary(frame: pd.DataFrame) -> None:
+    """Print a `summary` to stdout, without its empty columns, and where each project was measured."""
+    places = frame[["project", "device"]].drop_duplicates()
+    shown = frame.drop(columns=["device", "versions"])
+    shown = shown.loc[:, shown.any()]
+    table = rich.table.Table(*shown, title="bench", caption=CAPTION)
+    for cells in shown.itertuples(index=False):
+        table.add_row(*cells)
+    console().print(table)
+    for project, device in places.itertuples(index=False):
+        console().print(f"{project}: {device}", highlight=False)
+
+
+def record(root: Path) -> int:
+    """Move a project's finished runs and its bench.json from runs/ to results/; returns how many runs.
+
+    RuntimeError where the working tree is not clean, or where one of them was measured on one that was not.
+    """
+    bench = root / "runs" / "bench.json"
+    if bench.exists() and not json.loads(bench.read_text())["clean"]:
+        raise RuntimeError("runs/bench.json was measured on uncommitted code: run bench again")
+    scales = [path for path in sorted((root / "runs").glob("*.jsonl")) if path.stem != "smoke"]
+    moves = [(runlog.RunLog(path), runlog.RunLog(root / "results" / path.name)) for path in scales]
+    count = runlog.record(moves, root)
+    if bench.exists():
+        bench.replace(root / "results" / bench.name)
+    return count
+
+
+def _median(sample: Sequence[float], unit: str) -> str:
+    return f"{_digits(statistics.median(sample))} {unit}" if sample else ""
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
