@@ -195,19 +195,14 @@ def build(site: Path, root: Path = ROOT) -> None:
         for project in built:
             name = project.entry["name"]
             folder = sources / name
-            shutil.copytree(
-                root / name / "results", folder, ignore=shutil.ignore_patterns("RESULTS.md"), dirs_exist_ok=True
-            )
+            shutil.copytree(root / name / "results", folder, ignore=shutil.ignore_patterns("RESULTS.md"))
             write(folder / "index.md", "project.md", project=project)
             for page in project.tables:
                 write(folder / f"{page.table.id}.md", "table.md", project=project, page=page)
             tables = [{page.table.id: f"{name}/{page.table.id}.md"} for page in project.tables]
             navigation.append({name: [f"{name}/index.md", *tables]})
-        build_pages(
-            load_config(
-                str(HERE / "mkdocs.yml"), docs_dir=str(sources), site_dir=str(site), nav=navigation, strict=True
-            )
-        )
+        folders = {"docs_dir": str(sources), "site_dir": str(site)}
+        build_pages(load_config(str(HERE / "mkdocs.yml"), **folders, nav=navigation, strict=True))
 
 
 def write(path: Path, template: str, **values: Any) -> None:
