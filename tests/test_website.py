@@ -180,6 +180,7 @@ WORKSPACE = """
 name = "one"
 status = "built"
 summary = "<u>first</u>"
+picture = { figure = "table-1", caption = "<em>c</em>" }
 papers = [{ arxiv = "0000.00000", title = "P & Q", venue = "V" }]
 datasets = [{ name = "<d>", scale = ["embedded"], from = "here" }]
 hardware = { embedded = "2 cores" }
@@ -223,7 +224,7 @@ def test_text_is_shown_as_it_is_written(small_site):
     assert origins == [["c" * 12, "CPU <x>, 1 threads", "torch 0", "10", "2000-01-02", "2000-01-02", "15.0", "10"]]
     assert data == [["<digits>", "n 5", "ab12"]]
     for path in small_site.rglob("*.html"):
-        assert not re.search(r"<(script>document|b>bold|i>no|u>first|s>low|d>|digits>)", path.read_text()), path
+        assert not re.search(r"<(script>document|b>bold|i>no|u>first|em>c|s>low|d>|digits>)", path.read_text()), path
 
 
 # ---- in a browser ------------------------------------------------------------

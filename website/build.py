@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shlex
 import shutil
 import tempfile
@@ -93,7 +92,6 @@ class Project:
     figures: list[str]
     logs: list[str]
     own_sections: str  # Markdown that the project itself adds to its RESULTS.md
-    picture: str | None
 
 
 def load_project(entry: dict[str, Any], root: Path) -> Project:
@@ -112,10 +110,7 @@ def load_project(entry: dict[str, Any], root: Path) -> Project:
             pages.append(TablePage(table, sections, figure if figure in figures else None))
     page = (results / "RESULTS.md").read_text() if (results / "RESULTS.md").exists() else ""
     _, heading, own_sections = page.partition("## Where the numbers come from")[2].partition("\n## ")
-    readme = (root / "README.md").read_text() if (root / "README.md").exists() else ""
-    chosen = re.search(rf"\({entry['name']}/results/figures/([^)]+)\)", readme)
-    picture = chosen[1] if chosen else next(iter(figures), None)
-    return Project(entry, pages, figures, [path.path.name for path in logs.values()], heading + own_sections, picture)
+    return Project(entry, pages, figures, [path.path.name for path in logs.values()], heading + own_sections)
 
 
 def load_section(project: str, table: Table, scale: str, log: RunLog | None) -> Section:
@@ -200,19 +195,14 @@ def build(site: Path, root: Path = ROOT) -> None:
         for project in built:
             name = project.entry["name"]
             folder = sources / name
-            shutil.copytree(
-                root / name / "results", folder, ignore=shutil.ignore_patterns("RESULTS.md"), dirs_exist_ok=True
-            )
+            shutil.copytree(root / name / "results", folder, ignore=shutil.ignore_patterns("RESULTS.md"))
             write(folder / "index.md", "project.md", project=project)
             for page in project.tables:
                 write(folder / f"{page.table.id}.md", "table.md", project=project, page=page)
             tables = [{page.table.id: f"{name}/{page.table.id}.md"} for page in project.tables]
             navigation.append({name: [f"{name}/index.md", *tables]})
-        build_pages(
-            load_config(
-                str(HERE / "mkdocs.yml"), docs_dir=str(sources), site_dir=str(site), nav=navigation, strict=True
-            )
-        )
+        folders = {"docs_dir": str(sources), "site_dir": str(site)}
+        build_pages(load_config(str(HERE / "mkdocs.yml"), **folders, nav=navigation, strict=True))
 
 
 def write(path: Path, template: str, **values: Any) -> None:

@@ -125,7 +125,7 @@ def test_every_seed_must_reach_the_bound_where_the_claim_says_so(table, tmp_path
         TABLE.replace('than = "b"', 'than = "b"\nevery_seed = true\nnote = "seen"', 1)
     )
     first = judge(load_table(tmp_path / "table-1.toml"), "embedded", log)[0]
-    assert first.verdict == "fails" and str(first).endswith("; seen")
+    assert first.verdict == "fails" and str(first) == f"fails: {first.figures}; seen"
     assert judge(table, "embedded", log)[0].verdict == "undecided"
 
 
