@@ -35,6 +35,7 @@ site: setup  ## static results site in site/
 
 bench: setup  ## speed against the peers, into each project's runs/bench.json; slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
+	.venv/bin/python -m shared_utils.benchmark $(addsuffix /runs/bench.json,$(EACH))
 
 record: setup  ## move finished runs, benchmarks and the drill into results/ (clean tree only)
 	set -e; for name in $(EACH); do $(MAKE) -C $$name record; done

@@ -75,6 +75,7 @@ def test_contenders_are_warmed_up_and_then_called_in_turn(monkeypatch):
     ours, theirs = in_turn(work("a", 0.010), work("b", 0.050), 3, CPU)
     assert ours == pytest.approx([10.0] * 3) and theirs == pytest.approx([50.0] * 3)
     assert "".join(calls) == "aabb" + 3 * "aab"  # ours is short: two calls per sample
+    assert in_turn(work("a", 0.010), None, 2, CPU) == (pytest.approx([10.0] * 2), [])
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, "process_time"), (2, "perf_counter")])

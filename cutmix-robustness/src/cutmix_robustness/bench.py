@@ -1,24 +1,23 @@
-"""Speed in one process, contenders in turn on inputs of the same shape: ratios with their spread."""
+"""Speed of mixing, training steps and corruptions against timm, torchvision, plain steps and imagecorruptions."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import torch
-from rich.table import Table as Grid
 from torch import Tensor
 
 from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
 from cutmix_robustness.cutmix import CutMix
 from cutmix_robustness.data.sources import ResidentImages, generator_for
+from cutmix_robustness.experiments import PACKAGES, PROJECT
 from cutmix_robustness.networks import Classifier, pyramidnet
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import PRESETS
 from cutmix_robustness.train import build_optimizer, make_fabric
-from shared_utils.logging import console
+from shared_utils.benchmark import Timing, in_turn, report
 
 IMAGECORRUPTIONS_MS = {  # version 1.1.2, ms per 224 x 224 image, severity 3, one thread; recorded on another machine
     "gaussian_noise": 3.40, "shot_noise": 12.88, "impulse_noise": 5.58, "defocus_blur": 4.62, "glass_blur": 939.12,
@@ -29,43 +28,15 @@ IMAGECORRUPTIONS_MS = {  # version 1.1.2, ms per 224 x 224 image, severity 3, on
 
 
 def run(repeats: int, threads: int) -> None:
-    """Print mixing, corruptions and training, one table each."""
+    """Measure mixing, training and corruptions into runs/bench.json and print the table."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
-    grid = Grid("what", "ours (ms)", "other (ms)", "ratio: median (min .. max)", "target", title=name)
-    for what, ours, other, target in (*_mixing(), *_training(device)):
-        times = _in_turn(ours, other, repeats, device)
-        ratios = [b / a for a, b in zip(*times, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
-        grid.add_row(what, *(f"{1e3 * statistics.median(each):.2f}" for each in times), spread, target)
-    console().print(grid)
-    console().print(_corruptions(device))
+    timings = chain(_mixing(repeats), _training(device, repeats), _corruptions(device, repeats))
+    report("cutmix-robustness", timings, PROJECT, (*PACKAGES, "timm"), {"repeats": repeats})
 
 
-def _in_turn(ours: Callable, other: Callable, repeats: int, device: torch.device) -> tuple[list[float], list[float]]:
-    for work in (ours, other):
-        work()
-    pairs = [(_timed(ours, device), _timed(other, device)) for _ in range(repeats)]
-    return tuple(map(list, zip(*pairs, strict=True)))
-
-
-def _timed(work: Callable, device: torch.device, calls: int = 5) -> float:
-    """Seconds per call: of the wall on CUDA, of the processor on a CPU, where other programs may be running."""
-    cuda = device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda:
-        torch.cuda.synchronize()
-    start = clock()
-    for _ in range(calls):
-        work()
-    if cuda:
-        torch.cuda.synchronize()
-    return (clock() - start) / calls
-
-
-def _mixing() -> Iterator[tuple[str, Callable, Callable, str]]:
-    """Per-sample CutMix against the peers; ours is checked to give each label the weight of its pixels."""
+def _mixing(repeats: int) -> Iterator[Timing]:
+    """CutMix on the CPU against the peers; ours is checked to give each label the weight of its pixels."""
     import timm.data.mixup
     from torchvision.transforms import v2
 
@@ -79,28 +50,17 @@ def _mixing() -> Iterator[tuple[str, Callable, Callable, str]]:
         torch.testing.assert_close(1 - batch.lam[other].double(), changed[other], rtol=0, atol=1e-6)
     elem = timm.data.mixup.Mixup(mixup_alpha=0, cutmix_alpha=1.0, mode="elem", num_classes=100)
     per_batch = v2.CutMix(num_classes=1000)
-    yield (
-        "CutMix per sample, 128 x 3 x 32 x 32: ours; timm elem",
-        lambda: ours(small, small_labels),
-        lambda: elem(small, small_labels),
-        ">= 5",
-    )
-    yield (
-        "CutMix per sample, 32 x 3 x 224 x 224: ours; torchvision v2 (per batch)",
-        lambda: ours(large, large_labels),
-        lambda: per_batch(large, large_labels),
-        ">= 3",
-    )
     whole = CutMix(generator=generator_for(0))
-    yield (
-        "CutMix per batch, 32 x 3 x 224 x 224: ours; torchvision v2",
-        lambda: whole(large, large_labels),
-        lambda: per_batch(large, large_labels),
-        "",
-    )
+    cpu = torch.device("cpu")
+    times = in_turn(lambda: ours(small, small_labels), lambda: elem(small, small_labels), repeats, cpu)
+    yield Timing("CutMix per sample, 128 x 3 x 32 x 32", "timm, elem", *times, target=">= 5")
+    times = in_turn(lambda: ours(large, large_labels), lambda: per_batch(large, large_labels), repeats, cpu)
+    yield Timing("CutMix per sample, 32 x 3 x 224 x 224", "torchvision v2, per batch", *times, target=">= 3")
+    times = in_turn(lambda: whole(large, large_labels), lambda: per_batch(large, large_labels), repeats, cpu)
+    yield Timing("CutMix per batch, 32 x 3 x 224 x 224", "torchvision v2, per batch", *times)
 
 
-def _training(device: torch.device) -> Iterator[tuple[str, Callable, Callable, str]]:
+def _training(device: torch.device, repeats: int) -> Iterator[Timing]:
     """A CutMix step against a baseline step; on CUDA also PyramidNet-200 as trained here against plain eager fp32."""
     size = (200, 240) if device.type == "cuda" else (110, 64)
     batch = 64 if device.type == "cuda" else 8
@@ -109,11 +69,13 @@ def _training(device: torch.device) -> Iterator[tuple[str, Callable, Callable, s
     data = ResidentImages(images, labels, "bench", device=device)
     mixed = _step(data, "cutmix", size, device.type, "auto", compile=False)
     plain = _step(data, "none", size, device.type, "auto", compile=False)
-    yield f"training step, PyramidNet-{size[0]}, batch {batch}: baseline; with CutMix", plain, mixed, "<= 1.01"
+    what = f"training step with CutMix, PyramidNet-{size[0]}, batch {batch}"
+    yield Timing(what, "baseline step", *in_turn(mixed, plain, repeats, device), target=">= 1/1.01")
     if device.type == "cuda":
         ours = _step(data, "cutmix", size, "cuda", "auto", compile=True)
         eager = _step(data, "cutmix", size, "cuda", "32-true", compile=False, channels_last=False)
-        yield "training step, PyramidNet-200: bf16, channels_last, compile; fp32 eager", ours, eager, ">= 2"
+        what = "training step, PyramidNet-200: bf16, channels_last, compile"
+        yield Timing(what, "fp32, eager", *in_turn(ours, eager, repeats, device), target=">= 2")
 
 
 def _step(
@@ -145,23 +107,19 @@ def _step(
     return step
 
 
-def _corruptions(device: torch.device) -> Grid:
-    """Milliseconds per image; imagecorruptions no longer imports, its figures are quoted as recorded."""
-    grid = Grid(
-        "corruption", "ours (ms / image)", "imagecorruptions 1.1.2, recorded", "ratio", title="224 x 224, severity 3"
-    )
+def _corruptions(device: torch.device, repeats: int) -> Iterator[Timing]:
+    """Milliseconds per image at severity 3; imagecorruptions no longer imports, its figures are quoted as recorded."""
     images = torch.randint(256, (16, 3, 224, 224), dtype=torch.uint8, device=device)
-    spent = {}
+    peer = "imagecorruptions 1.1.2, recorded on another machine"
+    spent: dict[str, list[float]] = {}
     for name in (*CORRUPTIONS, *EXTRA_CORRUPTIONS):
 
         def work(name: str = name) -> Tensor:
             return corrupt(images, name, 3, "imagenet", generator=generator_for(0))
 
-        work()
-        spent[name] = 1e3 * min(_timed(work, device, calls=1) for _ in range(3)) / len(images)
-    for name, milliseconds in spent.items():
-        recorded = IMAGECORRUPTIONS_MS[name]
-        grid.add_row(name, f"{milliseconds:.2f}", f"{recorded:.2f}", f"{recorded / milliseconds:.1f}")
-    ours, theirs = (sum(each[name] for name in CORRUPTIONS) for each in (spent, IMAGECORRUPTIONS_MS))
-    grid.add_row("the 15 of mCE", f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.1f}", style="bold")
-    return grid
+        spent[name] = [ms / len(images) for ms in in_turn(work, None, repeats, device)[0]]
+        recorded = [IMAGECORRUPTIONS_MS[name]] * repeats
+        yield Timing(f"{name}, 224 x 224", peer, spent[name], recorded)
+    ours = [sum(each) for each in zip(*(spent[name] for name in CORRUPTIONS), strict=True)]
+    recorded = [sum(IMAGECORRUPTIONS_MS[name] for name in CORRUPTIONS)] * repeats
+    yield Timing("all 15 corruptions of mCE, 224 x 224", peer, ours, recorded)

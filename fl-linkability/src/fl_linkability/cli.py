@@ -214,16 +214,14 @@ class Tables:
 
 @dataclass
 class Record:
-    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+    """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
         from fl_linkability.catalogue import PROJECT
+        from shared_utils.benchmark import record
         from shared_utils.logging import get_logger
-        from shared_utils.runlog import RunLog, record
 
-        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
-        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
-        get_logger(PROGRAM).info("%d runs recorded", record(moves, PROJECT))
+        get_logger(PROGRAM).info("%d runs recorded", record(PROJECT))
         Tables()()
 
 

@@ -2,61 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
 from hib_ndigit_mnist.data import NDigitSet
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
-from hib_ndigit_mnist.experiments import PROJECT
+from hib_ndigit_mnist.experiments import PACKAGES, PROJECT
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.pair_nll import pair_nll
 from hib_ndigit_mnist.settings import Training
 from hib_ndigit_mnist.train import CHUNK, GRAPH_WARMUP, train
-from shared_utils.logging import console
+from shared_utils.benchmark import Timing, in_turn, report
 
 BATCH, SAMPLES, DIM, IMAGES = 128, 8, 2, 10_000
 EPS = 1e-6
 
 
-def bench(repeats: int) -> None:
-    """Measure, print, and write runs/bench.json."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)
-    results = {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread"}
-    table = Table("work", "ours", "peer", "ratio (min to max)", "to reach", title=f"medians of {repeats}, {device}")
-    ours, peer = pair_loss(device, repeats)
-    ratios = sorted(b / a for a, b in zip(ours, peer, strict=True))
-    results["pair loss"] = {"ours_ms": ours, "peer_ms": peer, "ratio": ratios}
-    spread = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-    name = f"pair loss, forward + backward, B = {BATCH}, K = {SAMPLES}, all pairs"
-    table.add_row(name, f"{statistics.median(ours):.2f} ms", f"{statistics.median(peer):.2f} ms", spread, ">= 3")
+def run(repeats: int, threads: int) -> None:
+    """Measure everything into runs/bench.json and print the table."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report("hib-ndigit-mnist", _timings(device, repeats), PROJECT, PACKAGES, {"repeats": repeats})
+
+
+def _timings(device: torch.device, repeats: int) -> Iterator[Timing]:
+    what = f"pair loss, forward + backward, B = {BATCH}, K = {SAMPLES}, all pairs"
+    yield Timing(what, "index lists, as PCME", *pair_loss(device, repeats), target=">= 3")
     for method in ("mc", "quadrature"):
-        seconds, megabytes = all_pairs(device, method)
-        results[f"all pairs, {method}"] = {"seconds": seconds, "megabytes": megabytes}
-        name = f"{IMAGES:,} x {IMAGES:,} match probabilities, {method}"
-        table.add_row(name, f"{seconds:.1f} s, {megabytes:.0f} MB", "-", "-", "< 1 GB")
+        seconds, megabytes = all_pairs(device.type, method)
+        what = f"{IMAGES:,} x {IMAGES:,} match probabilities, {method}"
+        yield Timing(what, None, [seconds], unit="s")
+        yield Timing(f"{what}: memory", None, [megabytes], unit="MB", target="<= 1024")
     for models in (1, 12):
-        rate = steps_per_second(device, models)
-        results[f"steps per second, {models} models"] = rate
-        name = f"training steps per second, LeNet, batch {BATCH}, {models} stacked"
-        goal = ">= 3,000 on a GPU" if models == 1 else ""
-        table.add_row(name, f"{rate:,.1f} x {models} models", "-", "-", goal)
-    path = PROJECT / "runs" / "bench.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    console().print(table)
+        target = ">= 3000" if device.type == "cuda" and models == 1 else ""
+        what = f"training steps per second, LeNet, batch {BATCH}, {models} stacked"
+        yield Timing(what, None, [steps_per_second(device.type, models)], unit="/ s", target=target)
 
 
-def pair_loss(device: str, repeats: int) -> tuple[list[float], list[float]]:
+def pair_loss(device: torch.device, repeats: int) -> tuple[list[float], list[float]]:
     """Milliseconds of ours and of PCME's way, in turn on the same inputs; values and gradients must agree."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(BATCH, SAMPLES, DIM, generator=generator).to(device).requires_grad_()
@@ -65,18 +55,16 @@ def pair_loss(device: str, repeats: int) -> tuple[list[float], list[float]]:
     as_list = labels.tolist()
     first, second = torch.triu_indices(BATCH, BATCH, 1, device=device)
     match = labels[first] == labels[second]
-    contenders = (
-        lambda: pair_nll(z, first, second, match, a, b, "log_mean", EPS).mean(),
-        lambda: index_list_loss(z, as_list, a, b),
-    )
-    values = [_gradients(each, (z, a, b)) for each in contenders]
-    for ours, theirs in zip(*values, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-    times = ([], [])
-    for _ in range(repeats):
-        for each, record in zip(contenders, times, strict=True):
-            record.append(_milliseconds(lambda each=each: _gradients(each, (z, a, b)), device))
-    return times
+
+    def ours() -> tuple[Tensor, ...]:
+        return _gradients(pair_nll(z, first, second, match, a, b, "log_mean", EPS).mean(), (z, a, b))
+
+    def peer() -> tuple[Tensor, ...]:
+        return _gradients(index_list_loss(z, as_list, a, b), (z, a, b))
+
+    for mine, theirs in zip(ours(), peer(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    return in_turn(ours, peer, repeats, device)
 
 
 def index_list_loss(z: Tensor, labels: list[int], a: Tensor, b: Tensor) -> Tensor:
@@ -101,6 +89,7 @@ def all_pairs(device: str, method: str) -> tuple[float, float]:
     e = GaussianMixtureEmbedding(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator) - 3)
     e, match = e.to(device), MatchProbability(2.0, 3.5).to(device)
     match.pairwise(e[:64], e[:64], SAMPLES, method, tolerance=1e-3)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is held now
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -124,7 +113,7 @@ def steps_per_second(device: str, models: int) -> float:
     steps = chunks[1] * CHUNK // (1 if device == "cuda" else models)
     stamps: list[float] = []
 
-    def stamp(*_) -> list:
+    def stamp(*_: object) -> list:
         if device == "cuda":
             torch.cuda.synchronize()
         stamps.append(time.perf_counter())
@@ -135,16 +124,5 @@ def steps_per_second(device: str, models: int) -> float:
     return steps / (stamps[1] - stamps[0])
 
 
-def _gradients(loss: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    value = loss()
-    return value.detach(), *torch.autograd.grad(value, inputs)
-
-
-def _milliseconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+def _gradients(loss: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss, inputs)

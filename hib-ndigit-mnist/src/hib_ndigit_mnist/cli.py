@@ -225,31 +225,30 @@ class Tables:
 
 @dataclass
 class Record:
-    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+    """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        from hib_ndigit_mnist import experiments
+        from hib_ndigit_mnist.experiments import PROJECT
+        from shared_utils.benchmark import record
         from shared_utils.logging import get_logger
-        from shared_utils.runlog import RunLog, record
 
-        runs, results = experiments.PROJECT / "runs", experiments.PROJECT / "results"
-        paths = [path for path in sorted(runs.glob("*.jsonl")) if path.stem != "smoke"]
-        moves = [(RunLog(path), RunLog(results / path.name)) for path in paths]
-        get_logger(PROGRAM).info("%d runs recorded", record(moves, experiments.PROJECT))
+        get_logger(PROGRAM).info("%d runs recorded", record(PROJECT))
         Tables()()
 
 
 @dataclass
 class Bench:
-    """Speed against the peer, and time and memory of all-pairs evaluation; writes runs/bench.json."""
+    """Speed against PCME's way of computing the pair loss, and time and memory of all-pairs evaluation."""
 
     repeats: int = 9
-    """Turns per contender; medians are compared."""
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
 
     def __call__(self) -> None:
-        from hib_ndigit_mnist.bench import bench
+        from hib_ndigit_mnist.bench import run
 
-        bench(self.repeats)
+        run(self.repeats, self.threads)
 
 
 VERBS = {

@@ -1,104 +1,82 @@
-"""Speed and memory against PyPI prdc and faiss: CPU seconds, every contender in a fresh process on the same inputs."""
+"""Speed and memory against PyPI prdc and faiss: every contender in a fresh process on the same inputs, in turn."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-from rich.table import Table
+import torch
 
-from prdc_metrics.experiments import PROJECT
+from prdc_metrics.experiments import PACKAGES, PROJECT
 from prdc_metrics.metrics import knn_radii, prdc
-from shared_utils.logging import console, progress
+from shared_utils.benchmark import Timing, report
+
+N, LARGE = 10_000, 50_000
+UNITS = {"cpu": "CPU s", "wall": "s", "memory": "MB"}  # memory beyond the inputs
 
 
-@dataclass(frozen=True)
-class Job:
-    """A piece of work, ours and (if there is one) the peer's, and the ratio to reach."""
-
-    name: str
-    ours: str
-    peer: str | None
-    n: int
-    dim: int
-    reach: str
-    threads: int = 1
+def run(repeats: int, threads: int) -> None:
+    """Measure every comparison into runs/bench.json and print the table."""
+    torch.set_num_threads(threads)
+    report("prdc-metrics", _timings(repeats, threads), PROJECT, (*PACKAGES, "prdc", "faiss-cpu"), {"repeats": repeats})
 
 
-JOBS = (
-    Job("four metrics, D=64", "prdc", "pypi_prdc", 10_000, 64, "CPU <= 1/5, memory <= 1/10"),
-    Job("four metrics, D=512", "prdc", "pypi_prdc", 10_000, 512, "CPU <= 1/4"),
-    Job("kNN radii + coverage, D=64", "radii_and_coverage", "faiss", 10_000, 64, "CPU <= 1.3"),
-    Job("kNN radii + coverage, D=512", "radii_and_coverage", "faiss", 10_000, 512, "CPU <= 1.3"),
-    Job("four metrics, D=64, two threads against one", "prdc", "one_thread", 10_000, 64, "wall <= 1/1.6", threads=2),
-    Job("four metrics, 50,000 x 50,000 x 64", "prdc", None, 50_000, 64, "< 1 GB extra", threads=2),
-)
+def _timings(repeats: int, threads: int) -> Iterator[Timing]:
+    for dim, targets in ((64, {"cpu": ">= 5", "memory": ">= 10"}), (512, {"cpu": ">= 4"})):
+        what = f"four metrics, {N:,} x {N:,} x {dim}"
+        yield from _compare(what, "PyPI prdc", ("prdc", threads), ("pypi_prdc", threads), dim, repeats, targets)
+        what, targets = f"kNN radii + coverage, {N:,} x {N:,} x {dim}", {"cpu": ">= 1/1.3"}
+        ours, peer = ("radii_and_coverage", threads), ("faiss", threads)
+        yield from _compare(what, "faiss, flat index", ours, peer, dim, repeats, targets)
+    what = f"four metrics, {N:,} x {N:,} x 64, two threads"
+    yield from _compare(what, "one thread", ("prdc", 2), ("prdc", 1), 64, repeats, {"wall": ">= 1.6"})
+    used = _measure("prdc", LARGE, 64, 2)
+    what = f"four metrics, {LARGE:,} x {LARGE:,} x 64, two threads"
+    yield Timing(what, None, [used["wall"]], unit="s")
+    yield Timing(f"{what}: memory", None, [used["memory"]], unit="MB", target="<= 1024")
 
 
-@dataclass
-class Bench:
-    """Measure ours against the peers and print the ratios; writes runs/bench.json."""
-
-    repeats: int = 3
-    """Processes per contender; medians are compared."""
-
-    def __call__(self) -> None:
-        rows = []
-        with progress() as bar:
-            for job in bar.track(JOBS, description="bench"):
-                repeats = 1 if job.n > 20_000 else self.repeats
-                ours = [_measure(job.ours, job, job.threads) for _ in range(repeats)]
-                contender = job.ours if job.peer == "one_thread" else job.peer
-                peer = [_measure(contender, job, 1) for _ in range(repeats)] if contender else []
-                rows.append({"job": job.name, "reach": job.reach, "ours": ours, "peer": peer})
-        path = PROJECT / "runs" / "bench.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(rows, indent=2) + "\n")
-        console().print(_table(rows))
+def _compare(
+    what: str,
+    name: str,
+    ours: tuple[str, int],
+    peer: tuple[str, int],
+    dim: int,
+    repeats: int,
+    targets: dict[str, str],
+) -> Iterator[Timing]:
+    """A timing for each quantity that has a target; contenders are functions with their threads."""
+    pairs = [[_measure(function, N, dim, threads) for function, threads in (ours, peer)] for _ in range(repeats)]
+    for quantity, target in targets.items():
+        samples = ([used[quantity] for used in side] for side in zip(*pairs, strict=True))
+        label = f"{what}: memory" if quantity == "memory" else what
+        yield Timing(label, name, *samples, unit=UNITS[quantity], target=target)
 
 
-def _table(rows: list[dict]) -> Table:
-    table = Table("work", "ours", "peer", "ratio (min to max)", "to reach", title="CPU s / wall s / extra MB, medians")
-    for row in rows:
-        ratios = []
-        for name in ("cpu", "wall", "megabytes"):
-            pairs = [a[name] / max(b[name], 1e-9) for a, b in zip(row["ours"], row["peer"], strict=False)]
-            if pairs:
-                ratios.append(f"{name} {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})")
-        table.add_row(row["job"], _medians(row["ours"]), _medians(row["peer"]), "\n".join(ratios), row["reach"])
-    return table
-
-
-def _medians(runs: list[dict]) -> str:
-    if not runs:
-        return "-"
-    return " / ".join(f"{statistics.median(run[name] for run in runs):.2f}" for name in ("cpu", "wall", "megabytes"))
-
-
-def _measure(contender: str, job: Job, threads: int) -> dict:
-    words = [sys.executable, "-m", "prdc_metrics.bench", contender, str(job.n), str(job.dim)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment["OPENBLAS_NUM_THREADS"] = str(threads)
+def _measure(contender: str, n: int, dim: int, threads: int) -> dict[str, float]:
+    words = [sys.executable, "-m", "prdc_metrics.bench", contender, str(n), str(dim)]
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = os.environ | dict.fromkeys(names, str(threads))
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{contender} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _contender(name: str):
+def _contender(name: str) -> Callable[[np.ndarray, np.ndarray], Any]:
     """A function of (real, fake) with its imports done."""
     if name == "prdc":
         return prdc
     if name == "radii_and_coverage":
 
-        def radii_and_coverage(real, fake):
+        def radii_and_coverage(real: np.ndarray, fake: np.ndarray) -> Any:
             knn_radii(fake, 5)
             return prdc(real, fake, metrics=("coverage",))
 
@@ -111,7 +89,7 @@ def _contender(name: str):
 
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-    def flat_index(real, fake):
+    def flat_index(real: np.ndarray, fake: np.ndarray) -> float:
         index = faiss.IndexFlatL2(real.shape[1])
         index.add(real)
         radii = index.search(real, 6)[0][:, 5]
@@ -133,7 +111,7 @@ def _child(name: str, n: int, dim: int) -> None:
     cpu, wall = time.process_time(), time.perf_counter()
     work(real, fake)
     used = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-    used["megabytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+    used["memory"] = max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
     print(json.dumps(used))
 
 

@@ -13,7 +13,7 @@ import torch
 import tyro
 from rich.table import Table as Grid
 
-from prdc_metrics import bench, experiments
+from prdc_metrics import experiments
 from prdc_metrics.data import FEATURE_SUFFIXES, load_digits, load_features
 from prdc_metrics.expectation import expected_coverage, smallest_k
 from prdc_metrics.features import extract_features
@@ -21,7 +21,7 @@ from prdc_metrics.manifold import RealManifold
 from prdc_metrics.metrics import PRDCResult, prdc
 from shared_utils.logging import console, get_logger
 from shared_utils.report import print_table, results_page
-from shared_utils.runlog import RunLog, record
+from shared_utils.runlog import RunLog
 
 logger = get_logger("prdc-metrics")
 
@@ -286,14 +286,28 @@ class Tables:
 
 @dataclass
 class Record:
-    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+    """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        runs, results = experiments.PROJECT / "runs", experiments.PROJECT / "results"
-        paths = [path for path in sorted(runs.glob("*.jsonl")) if path.stem != "smoke"]
-        moves = [(RunLog(path), RunLog(results / path.name)) for path in paths]
-        logger.info("%d runs recorded", record(moves, experiments.PROJECT))
+        from shared_utils.benchmark import record
+
+        logger.info("%d runs recorded", record(experiments.PROJECT))
         Tables()()
+
+
+@dataclass
+class Bench:
+    """Speed and memory against PyPI prdc and faiss, one fresh process per measurement."""
+
+    repeats: int = 5
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
+
+    def __call__(self) -> None:
+        from prdc_metrics.bench import run
+
+        run(self.repeats, self.threads)
 
 
 def explain(result: PRDCResult) -> None:
@@ -318,7 +332,7 @@ def tyro_usage(message: str) -> SystemExit:
 
 VERBS = {
     "run": Run, "eval": Eval, "features": Features, "fit": Fit, "expect": Expect, "data": Data,
-    "train": Train, "tables": Tables, "record": Record, "bench": bench.Bench,
+    "train": Train, "tables": Tables, "record": Record, "bench": Bench,
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from shared_utils.logging import console, progress
 SAMPLE_MS = 20.0  # work that is shorter is called several times per sample
 CAPTION = (
     "ratio: how many times ours is faster or smaller, median (min .. max); a target of 1/1.4 allows ours 1.4 times "
-    "the peer's cost. ms: CPU time with one thread on a CPU, else wall time"
+    "the peer's cost. ms: CPU time with one thread on a CPU, else wall time, as are s"
 )
 
 
@@ -67,9 +67,9 @@ class Timing:
 
 
 def in_turn(
-    ours: Callable[[], object], peer: Callable[[], object], repeats: int, device: torch.device
+    ours: Callable[[], object], peer: Callable[[], object] | None, repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds per call of both, warmed up and then measured in turn, `repeats` times.
+    """Milliseconds per call of both (of ours alone without a peer), warmed up, then measured in turn, `repeats` times.
 
     On a CPU with one thread it is the process's CPU time, which other programs disturb least; else wall time.
     """
@@ -84,12 +84,16 @@ def in_turn(
         wait()
         return 1e3 * (clock() - start) / calls
 
+    contenders = [work for work in (ours, peer) if work]
     calls = []
-    for work in (ours, peer):
+    for work in contenders:
         work()
         calls.append(max(1, round(SAMPLE_MS / max(milliseconds(work, 1), 1e-3))))
-    pairs = [(milliseconds(ours, calls[0]), milliseconds(peer, calls[1])) for _ in range(repeats)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    samples: tuple[list[float], list[float]] = [], []
+    for _ in range(repeats):
+        for sample, work, times in zip(samples, contenders, calls, strict=False):
+            sample.append(milliseconds(work, times))
+    return samples
 
 
 def report(
@@ -143,7 +147,9 @@ def print_summary(frame: pd.DataFrame) -> None:
     places = frame[["project", "device"]].drop_duplicates()
     shown = frame.drop(columns=["device", "versions"])
     shown = shown.loc[:, shown.any()]
-    table = rich.table.Table(*shown, title="bench", caption=CAPTION)
+    table = rich.table.Table(title="bench", caption=CAPTION)
+    for name in shown:
+        table.add_column(name, no_wrap=name not in ("what", "peer", "note"))
     for cells in shown.itertuples(index=False):
         table.add_row(*cells)
     console().print(table)
@@ -173,3 +179,7 @@ def _median(sample: Sequence[float], unit: str) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+if __name__ == "__main__":
+    print_summary(summary(map(Path, sys.argv[1:])))

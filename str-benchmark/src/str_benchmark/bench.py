@@ -1,14 +1,15 @@
-"""Speed against the plain composition of the reference's steps: same weights and images, equality checked, in turn."""
+"""Speed against the plain composition of the reference's steps: same weights and images, equality is checked first."""
 
 from __future__ import annotations
 
 import io
 import re
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import lmdb
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.table import Table as Grid
 from torch import Tensor
 
-from shared_utils.logging import console
+from shared_utils.benchmark import Timing, in_turn, report
 from str_benchmark.charset import PRESETS
 from str_benchmark.data.images import to_input
 from str_benchmark.data.lmdb_store import LMDBDataset, load_samples, write_lmdb
+from str_benchmark.experiments import PACKAGES, PROJECT
 from str_benchmark.models import Recognizer, build_model
 from str_benchmark.models.attention import Attention
 from str_benchmark.models.inference import for_inference
@@ -30,42 +31,33 @@ from str_benchmark.render import random_words, render_words
 
 WORDS = 600
 LABELS = 1_000_000
-PAPER_LABELS = 14_400_000
-Comparison = tuple[str, Callable[[], object], Callable[[], object], str]
+CPU = torch.device("cpu")
 
 
 def run(repeats: int, threads: int) -> None:
-    """Print one line per comparison."""
+    """Measure every comparison into runs/bench.json and print the table."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
-    columns = ("what", "ours (ms)", "plain (ms)", "ratio: median (min .. max)", "target")
-    grid = Grid(*columns, title=f"str-benchmark bench, {name}")
     with tempfile.TemporaryDirectory() as folder:
-        for part in (_loader(Path(folder)), _recognizer(device), _decoder(device), _start_up(Path(folder))):
-            for what, ours, plain, target in part:
-                times = _in_turn(ours, plain, repeats, device)
-                ratios = [b / a for a, b in zip(*times, strict=True)]
-                spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
-                grid.add_row(what, *(f"{1e3 * statistics.median(t):.1f}" for t in times), spread, target)
-    console().print(grid)
+        timings = chain(
+            _loader(Path(folder), repeats),
+            _recognizer(device, repeats),
+            _decoder(device, repeats),
+            _start_up(Path(folder), repeats),
+        )
+        report("str-benchmark", timings, PROJECT, PACKAGES, {"repeats": repeats})
 
 
-def _in_turn(ours: Callable, plain: Callable, repeats: int, device: torch.device) -> tuple[list[float], list[float]]:
-    def timed(work: Callable) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
+def _compare(
+    what: str,
+    ours: Callable[[], object],
+    plain: Callable[[], object],
+    repeats: int,
+    device: torch.device = CPU,
+    target: str = "",
+) -> Timing:
     with torch.inference_mode():
-        for work in (ours, plain):
-            work()
-        pairs = [(timed(ours), timed(plain)) for _ in range(repeats)]
-    return tuple(map(list, zip(*pairs, strict=True)))
+        return Timing(what, "the plain composition", *in_turn(ours, plain, repeats, device), target=target)
 
 
 # ---- loader ----------------------------------------------------------------
@@ -97,7 +89,7 @@ def plain_batch(environment: lmdb.Environment, numbers: range) -> tuple[Tensor, 
     return torch.cat(tensors), labels
 
 
-def _loader(folder: Path) -> Iterator[Comparison]:
+def _loader(folder: Path, repeats: int) -> Iterator[Timing]:
     write_lmdb(_jpegs(), folder / "jpeg")
     data = LMDBDataset(folder / "jpeg")
     copy = folder / "copy"  # the library refuses to open one folder twice
@@ -113,12 +105,8 @@ def _loader(folder: Path) -> Iterator[Comparison]:
     (a, labels), (b, others) = ours(), plain_batch(environment, numbers)
     if not torch.equal(a, b) or labels != others:
         raise RuntimeError("the loaders differ")
-    yield (
-        f"read, decode, resize and normalise {WORDS} JPEG words",
-        ours,
-        lambda: plain_batch(environment, numbers),
-        ">= 1.5",
-    )
+    what = f"read, decode, resize and normalise {WORDS} JPEG words"
+    yield _compare(what, ours, lambda: plain_batch(environment, numbers), repeats, target=">= 1.5")
 
 
 # ---- recognizer ------------------------------------------------------------
@@ -145,7 +133,7 @@ def plain_recognizer(model: Recognizer, images: Tensor) -> Tensor:
     return plain_attention(model.Prediction, model.SequenceModeling(columns).contiguous())
 
 
-def _recognizer(device: torch.device) -> Iterator[Comparison]:
+def _recognizer(device: torch.device, repeats: int) -> Iterator[Timing]:
     torch.manual_seed(0)
     model = build_model("TRBA").to(device).eval()
     fast = for_inference(model)
@@ -153,11 +141,13 @@ def _recognizer(device: torch.device) -> Iterator[Comparison]:
         images = torch.rand(batch, 1, 32, 100, device=device) * 2 - 1
         with torch.inference_mode():
             torch.testing.assert_close(fast(images), plain_recognizer(model, images), rtol=1e-3, atol=1e-3)
-        target = ">= 1.3" if device.type == "cpu" else ">= 3 at batch 1"
-        yield (
+        target = ">= 1.3" if device.type == "cpu" else ">= 3" if batch == 1 else ""
+        yield _compare(
             f"TRBA, batch {batch}, all 26 steps",
-            lambda images=images: fast(images),
-            lambda images=images: plain_recognizer(model, images),
+            partial(fast, images),
+            partial(plain_recognizer, model, images),
+            repeats,
+            device,
             target,
         )
 
@@ -182,7 +172,7 @@ def _taught_head(device: torch.device) -> tuple[Attention, Tensor, list[str]]:
     return head.eval(), columns, words
 
 
-def _decoder(device: torch.device) -> Iterator[Comparison]:
+def _decoder(device: torch.device, repeats: int) -> Iterator[Timing]:
     head, columns, words = _taught_head(device)
     singles = [columns[i : i + 1].contiguous() for i in range(len(columns))]
     with torch.inference_mode():
@@ -192,17 +182,20 @@ def _decoder(device: torch.device) -> Iterator[Comparison]:
             short = head(each, early_stop=True)[0]
             torch.testing.assert_close(short, whole[: len(short)], rtol=1e-3, atol=1e-3)
     mean = sum(map(len, words)) / len(words)
-    yield (
+    yield _compare(
         f"attention decoder, batch 1, words of {mean:.1f} characters, stopping at [s]",
         lambda: [head(each, early_stop=True) for each in singles],
         lambda: [plain_attention(head, each) for each in singles],
+        repeats,
+        device,
         ">= 3",
     )
-    yield (
+    yield _compare(
         "attention decoder, batch 1, all 26 steps",
         lambda: [head(each) for each in singles],
         lambda: [plain_attention(head, each) for each in singles],
-        "",
+        repeats,
+        device,
     )
 
 
@@ -222,7 +215,7 @@ def plain_filter(folder: Path, charset: str) -> list[int]:
     return kept
 
 
-def _start_up(folder: Path) -> Iterator[Comparison]:
+def _start_up(folder: Path, repeats: int) -> Iterator[Timing]:
     words = random_words(1000, PRESETS["36"] + "-!", (2, 9), np.random.default_rng(0))
     write_lmdb(((b"x", words[number % 1000]) for number in range(LABELS)), folder / "labels")
     copy = folder / "labels-copy"
@@ -233,14 +226,11 @@ def _start_up(folder: Path) -> Iterator[Comparison]:
     first = time.perf_counter() - start
     if kept.tolist() != plain_filter(copy, PRESETS["36"]):
         raise RuntimeError("the filters differ")
-    scaled = PAPER_LABELS / LABELS
-    start = time.perf_counter()
-    LMDBDataset(folder / "labels")
-    again = time.perf_counter() - start
-    print(f"index of {LABELS:,} labels: {first:.2f} s once, {again:.4f} s after; for 14.4 M: {scaled * again:.2f} s")
-    yield (
+    yield Timing(f"index of {LABELS:,} labels, made once", None, [first], unit="s")
+    yield _compare(
         f"start with {LABELS:,} labels, indexed",
         lambda: LMDBDataset(folder / "labels"),
         lambda: plain_filter(copy, PRESETS["36"]),
-        ">= 20",
+        repeats,
+        target=">= 20",
     )

@@ -334,33 +334,30 @@ class Tables:
 
 @dataclass
 class Record:
-    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+    """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        from shared_utils.runlog import RunLog, record
+        from shared_utils.benchmark import record
+        from shared_utils.logging import get_logger
         from wsol_eval.experiments import PROJECT
 
-        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
-        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
-        print(f"{record(moves, PROJECT)} runs recorded", file=sys.stderr)
+        get_logger("wsol-eval").info("%d runs recorded", record(PROJECT))
         Tables()()
 
 
 @dataclass
 class Bench:
-    """Speed against the reference's contour search per threshold, equality checked in the same run."""
+    """Speed against the reference's contour search per threshold and np.histogram, and of 50,000 maps, extrapolated."""
 
-    maps: int = 40
-    """Score maps per case, of which the peer gets as many as its time allows."""
-    repeats: int = 3
-    """Medians are compared."""
-    full: int = 2000
-    """Maps of the extrapolation to ImageNet's 50,000, on all cores; 0 leaves it out."""
+    repeats: int = 5
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
 
     def __call__(self) -> None:
-        from wsol_eval.bench import bench
+        from wsol_eval.bench import run
 
-        bench(self.maps, self.repeats, self.full)
+        run(self.repeats, self.threads)
 
 
 VERBS = {
