@@ -84,8 +84,8 @@ def _messages(repeats: int) -> Iterator[Timing]:
         CPU,
     )
     count = config.rounds * config.clients_per_round
-    per_client = ([ms / count for ms in each] for each in times)
-    yield Timing("a client's round with Flower's messages in process", "the same round without", *per_client)
+    ours, peers = ([ms / count for ms in each] for each in times)
+    yield Timing("a client's round with Flower's messages in process", "the same round without", ours, peers)
 
 
 def _ray() -> Iterator[Timing]:

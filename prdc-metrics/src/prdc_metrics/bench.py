@@ -55,9 +55,9 @@ def _compare(
     """A timing for each quantity that has a target; contenders are functions with their threads."""
     pairs = [[_measure(function, N, dim, threads) for function, threads in (ours, peer)] for _ in range(repeats)]
     for quantity, target in targets.items():
-        samples = ([used[quantity] for used in side] for side in zip(*pairs, strict=True))
+        mine, theirs = ([used[quantity] for used in side] for side in zip(*pairs, strict=True))
         label = f"{what}: memory" if quantity == "memory" else what
-        yield Timing(label, name, *samples, unit=UNITS[quantity], target=target)
+        yield Timing(label, name, mine, theirs, unit=UNITS[quantity], target=target)
 
 
 def _measure(contender: str, n: int, dim: int, threads: int) -> dict[str, float]:

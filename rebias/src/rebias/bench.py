@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -44,14 +45,14 @@ def _hsic(device: torch.device, repeats: int) -> Iterator[Timing]:
         x, y = (torch.randn(m, d, device=device, requires_grad=True) for _ in range(2))
         a, b = hsic(x, y, 8.0), cubic_hsic(x, y, 8.0)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-        times = in_turn(
-            lambda x=x, y=y: hsic(x, y, 8.0).backward(),
-            lambda x=x, y=y: cubic_hsic(x, y, 8.0).backward(),
-            repeats,
-            device,
-        )
+        ours, peer = (partial(_backward, estimator, x, y) for estimator in (hsic, cubic_hsic))
+        times = in_turn(ours, peer, repeats, device)
         target = ">= 2" if m == 1024 else ""
         yield Timing(f"HSIC forward + backward, m = {m}, d = {d}", "the usual O(m^3) form", *times, target=target)
+
+
+def _backward(estimator: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:
+    estimator(x, y, 8.0).backward()
 
 
 class _Task:
@@ -75,12 +76,8 @@ def _steps(device: torch.device, repeats: int) -> Iterator[Timing]:
     vanilla = build_method(_Task("vanilla", "g-first", fabric))
     for order, target in (("g-first", ">= 1/1.4"), ("f-first", "")):
         rebias = build_method(_Task("rebias", order, fabric))
-        times = in_turn(
-            lambda rebias=rebias: rebias.step(images, targets),
-            lambda: vanilla.step(images, targets),
-            repeats,
-            device,
-        )
+        ours, peer = (partial(method.step, images, targets) for method in (rebias, vanilla))
+        times = in_turn(ours, peer, repeats, device)
         yield Timing(f"ReBias step, {order}, k = 7, batch {batch}", "vanilla step", *times, target=target)
 
 

@@ -50,7 +50,7 @@ def _decoding(device: torch.device, variant: str, repeats: int) -> Iterator[Timi
     torch.manual_seed(0)
     batch = 64 if device.type == "cuda" else 4
     cfg = preset("middle", enc_layers=6, variant=variant)
-    model = SATRN(cfg).to(device, memory_format=torch.channels_last).eval()
+    model = SATRN(cfg).to(device).to(memory_format=torch.channels_last).eval()
     images = (torch.rand(batch, 1, 32, 100, device=device) - 0.5).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         encoded = model.encode(images)

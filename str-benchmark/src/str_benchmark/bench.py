@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import lmdb
 import numpy as np
@@ -79,8 +80,8 @@ def plain_batch(environment: lmdb.Environment, numbers: range) -> tuple[Tensor, 
     images, labels = [], []
     for number in numbers:
         with environment.begin(write=False) as transaction:
-            labels.append(transaction.get(b"label-%09d" % number).decode("utf-8"))
-            buffer = io.BytesIO(transaction.get(b"image-%09d" % number))
+            labels.append(transaction.get(b"label-%09d" % number, b"").decode("utf-8"))
+            buffer = io.BytesIO(transaction.get(b"image-%09d" % number, b""))
             images.append(Image.open(buffer).convert("L"))
     tensors = []
     for image in images:
@@ -130,7 +131,7 @@ def plain_attention(head: Attention, columns: Tensor) -> Tensor:
 def plain_recognizer(model: Recognizer, images: Tensor) -> Tensor:
     """The stages one after the other, unfolded, in the default memory layout."""
     columns = model.FeatureExtraction(model.Transformation(images)).permute(0, 3, 1, 2).mean(3)
-    return plain_attention(model.Prediction, model.SequenceModeling(columns).contiguous())
+    return plain_attention(cast(Attention, model.Prediction), model.SequenceModeling(columns).contiguous())
 
 
 def _recognizer(device: torch.device, repeats: int) -> Iterator[Timing]:
@@ -159,7 +160,7 @@ def _taught_head(device: torch.device) -> tuple[Attention, Tensor, list[str]]:
     """TRBA's head, taught in seconds to say eight words of 3 to 9 characters, so that its words end."""
     torch.manual_seed(0)
     model = build_model("TRBA")
-    head = model.Prediction.to(device)
+    head = cast(Attention, model.Prediction.to(device))
     words = random_words(8, PRESETS["36"], (3, 9), np.random.default_rng(1))
     ids = model.tokenizer.encode(words, 9)[0].to(device)
     columns = torch.randn(8, 26, 256, device=device)
@@ -207,8 +208,8 @@ def plain_filter(folder: Path, charset: str) -> list[int]:
     environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
     kept = []
     with environment.begin(write=False) as transaction:
-        for number in range(1, int(transaction.get(b"num-samples")) + 1):
-            label = transaction.get(b"label-%09d" % number).decode("utf-8")
+        for number in range(1, int(transaction.get(b"num-samples", b"0")) + 1):
+            label = transaction.get(b"label-%09d" % number, b"").decode("utf-8")
             if len(label) <= 25 and not re.search(f"[^{charset}]", label.lower()):
                 kept.append(number)
     environment.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from wsol_eval.sweep import best_iou_per_threshold, check_maps, level_iou, thres
 IMAGENET_TEST = 50_000
 MAPS = 10  # per case
 FULL = 2_000  # maps of the extrapolation to ImageNet's
-NAMES = {"largest": "MaxBoxAcc", "all": "MaxBoxAccV2"}
+NAMES: dict[Literal["largest", "all"], str] = {"largest": "MaxBoxAcc", "all": "MaxBoxAccV2"}
 TARGETS = {(14, 0.001): ">= 10", (28, 0.001): ">= 15", (14, 0.01): ">= 1", (28, 0.01): ">= 1"}
 
 
@@ -70,7 +71,7 @@ def reference_histogram(score_map: np.ndarray, mask: np.ndarray, edges: np.ndarr
     return np.stack([np.histogram(score_map[mask == kind], edges)[0] for kind in (0, 1)])
 
 
-def _boxes(side: int, interval: float, contours: str, repeats: int) -> Timing:
+def _boxes(side: int, interval: float, contours: Literal["largest", "all"], repeats: int) -> Timing:
     maps, boxes = make_maps(side, MAPS)
     taus = thresholds(interval)
 
@@ -95,18 +96,18 @@ def _pixels(repeats: int) -> Timing:
         return score_histogram(*tensors, 0.001)
 
     def peer() -> np.ndarray:
-        return sum(reference_histogram(m, mask, edges) for m, mask in zip(maps, masks, strict=True))
+        return np.sum([reference_histogram(m, mask, edges) for m, mask in zip(maps, masks, strict=True)], axis=0)
 
     return _per_map("PxAP, interval 0.001", "np.histogram", ours, peer, repeats, ">= 20")
 
 
 def _per_map(
-    what: str, peer: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int, target: str
+    what: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, target: str
 ) -> Timing:
     if not np.array_equal(ours(), theirs()):
         raise RuntimeError(f"{what}: ours and {peer} differ")
-    times = ([ms / MAPS for ms in each] for each in in_turn(ours, theirs, repeats, torch.device("cpu")))
-    return Timing(what, peer, *times, target=target)
+    mine, peers = ([ms / MAPS for ms in each] for each in in_turn(ours, theirs, repeats, torch.device("cpu")))
+    return Timing(what, peer, mine, peers, target=target)
 
 
 def _imagenet() -> Iterator[Timing]:
