@@ -53,9 +53,8 @@ class Project:
 
 def effect(verdict: Verdict) -> str:
     """Mean [interval], n and scale; empty where nothing was measured."""
-    if verdict.effect is None:
-        return ""
-    return f"{str(verdict).removeprefix(f'{verdict.verdict}: ')} ({verdict.scale})"
+    note = f"; {verdict.claim.note}" if verdict.claim.note else ""
+    return f"{verdict.figures} ({verdict.scale}){note}" if verdict.figures else ""
 
 
 def overview(all_projects: list[Project], with_summary: bool) -> str:
@@ -98,13 +97,14 @@ def results(root: Path = ROOT) -> str:
     """The whole RESULTS.md."""
     all_projects = [Project(entry, root) for entry in projects(built=False, root=root)]
     parts = ["# Results", INTRO, overview(all_projects, with_summary=False)]
-    parts += [f"## Speed\n\n{speed(all_projects)}", f"## Kill drill\n\n{kill_drill(root)}"]
+    parts += [f"## Speed\n\n{speed(root)}", f"## Kill drill\n\n{kill_drill(root)}"]
     return "\n\n".join([*parts, *map(_section, all_projects)]) + "\n"
 
 
-def speed(all_projects: list[Project]) -> str:
+def speed(root: Path = ROOT) -> str:
     """Every recorded benchmark against its peer."""
-    paths = [path for project in all_projects if (path := project.results / "bench.json").exists()]
+    names = [entry["name"] for entry in projects(root=root)]
+    paths = [path for name in names if (path := root / name / "results" / "bench.json").exists()]
     if not paths:
         return NOT_MEASURED
     frame = summary(paths)
