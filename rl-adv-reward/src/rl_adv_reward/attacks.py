@@ -116,7 +116,7 @@ def gradient(x: Tensor, victim, action: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         grad = torch.autograd.grad(cross_entropy(victim.q(x), action, reduction="sum"), x)[0]
-    rounding = 4 * torch.finfo(grad.dtype).eps * grad.abs().flatten(1).amax(1).reshape(-1, *[1] * (x.ndim - 1))
+    rounding = 64 * torch.finfo(grad.dtype).eps * grad.abs().flatten(1).amax(1).reshape(-1, *[1] * (x.ndim - 1))
     return grad.masked_fill(grad.abs() <= rounding, 0)
 
 
