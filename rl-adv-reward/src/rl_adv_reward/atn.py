@@ -6,6 +6,7 @@ x' = clip(x + f(x) * min(1, eps / ||f(x)||_2), 0, 1) under L2. The bound holds b
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -148,7 +149,11 @@ class AttackedQ(nn.Module):
     def __init__(self, atn: ATN, victim: nn.Module):
         super().__init__()
         self.atn = atn
-        self._victim = [victim]  # in a list: no submodule, so no optimizer, copy or state dict ever holds it
+        self._victim = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
+
+    def __deepcopy__(self, memo: dict) -> AttackedQ:
+        """A copy (the target network) has its own ATN and the same victim."""
+        return AttackedQ(copy.deepcopy(self.atn, memo), self._victim[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] to the victim's values (N, A) of the attacked observation."""

@@ -80,6 +80,8 @@ def check_envs(envs: VectorEnv) -> None:
         ValueError: what was expected, and what came.
     """
     check_image_space(envs.single_observation_space)
+    if envs.single_observation_space.dtype != np.uint8:
+        raise ValueError(f"observations must be uint8 for the replay, got {envs.single_observation_space.dtype}")
     if not isinstance(envs.single_action_space, gym.spaces.Discrete):
         raise ValueError(f"actions must be Discrete, got {envs.single_action_space}")
     mode = envs.metadata.get("autoreset_mode")

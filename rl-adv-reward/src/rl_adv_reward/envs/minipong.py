@@ -150,7 +150,7 @@ class MiniPongVec(VectorEnv):
     def restore(self, state: dict[str, Any]) -> None:
         """Put the environments back to a `state`."""
         for name in _STATE:
-            setattr(self, name, np.array(state[name]))
+            setattr(self, name, np.array(state[name]))  # arrays, or tensors of a checkpoint
         self._rng.bit_generator.state = state["rng"]
 
 

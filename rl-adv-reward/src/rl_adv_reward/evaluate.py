@@ -1,0 +1,202 @@
+"""What an attack achieves: whole episodes, greedy, on the clean game's adversarial reward; rates per 1000 steps.
+
+Every metric counts real steps of the first `episodes` episodes, the same number from every environment, so that short
+episodes are not preferred. The bound is checked on the tensor that reaches the victim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_adv_reward.atn import TOLERANCE, perturbation_size
+from rl_adv_reward.attacks import Attack
+from rl_adv_reward.models import Victim, to_unit
+from rl_adv_reward.play import Play
+from rl_adv_reward.rewards import AdversarialReward, crossing
+
+BINS = 20
+SUMS = ("adv_return", "victim_return", "steps", "misses", "flips", "crossings", "hits", "l2", "l0")
+MOST_ENVS = 64
+
+
+@dataclass
+class Evaluation:
+    """One array per episode, and what holds for all."""
+
+    episodes: dict[str, np.ndarray]
+    """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits, l2, l0 (sums)"""
+    linf: float
+    """largest |x' - x| of any step"""
+    landings: np.ndarray
+    """(20,) counts over the enemy's line, from its top"""
+    landing_mean: float
+    """mean landing position in [0, 1]; NaN without a crossing"""
+    trajectory: str
+    """SHA-256 of all actions: two attacks with the same one did the same"""
+    frames: dict[str, np.ndarray]
+    """newest clean and attacked frame of the first environment at some steps, uint8"""
+
+    def rate(self, name: str = "adv_return") -> float:
+        """Per 1000 steps, over all episodes."""
+        return 1000 * float(self.episodes[name].sum() / self.episodes["steps"].sum())
+
+    def metrics(self) -> dict[str, float]:
+        """All finite metrics; see the README for each."""
+        e = self.episodes
+        crossings = e["crossings"].sum()
+        found = {
+            "adv_rate": self.rate(),
+            "adv_return": float(e["adv_return"].mean()),
+            "victim_return": float(e["victim_return"].mean()),
+            "miss_rate": self.rate("misses"),
+            "misses_kept": -self.rate("misses"),
+            "flip_rate": self.rate("flips") / 1000,
+            "linf": self.linf,
+            "l2": self.rate("l2") / 1000,
+            "l0_share": self.rate("l0") / 1000,
+            "episode_steps": float(e["steps"].mean()),
+        }
+        if crossings:
+            found |= {"hit_fraction": float(e["hits"].sum() / crossings), "landing_mean": self.landing_mean}
+        return found
+
+
+class Frames:
+    """Perturbs only the newest frame of a stack; earlier ones stay as they reached the victim.
+
+    A camera is attacked once per frame, while an attack on the whole stack rewrites the past at every step.
+    """
+
+    def __init__(self):
+        self.shown: Tensor | None = None
+
+    def __call__(self, x_adv: Tensor, fresh: Tensor) -> Tensor:
+        """(N, C, H, W) attacked stacks and where an episode begins (N,), to what the victim sees."""
+        if self.shown is not None:
+            moved = torch.cat([self.shown[:, 1:], x_adv[:, -1:]], 1)
+            x_adv = torch.where(fresh.reshape(-1, 1, 1, 1), x_adv, moved)
+        self.shown = x_adv
+        return x_adv
+
+
+@torch.no_grad()
+def evaluate(
+    victim: Victim,
+    attack: Attack,
+    goal: AdversarialReward,
+    env: str,
+    episodes: int,
+    seed: int,
+    *,
+    eps: float | None = None,
+    norm: str = "linf",
+    temporal: str = "stack",
+    policy: Callable[[Tensor], Tensor] | None = None,
+    keep_frames: int = 0,
+) -> Evaluation:
+    """Play whole episodes with the greedy victim behind an attack.
+
+    Args:
+        victim: on the device to use.
+        attack: (x, victim) -> x'.
+        goal: adversarial reward, from clean observations.
+        env: name of the environment.
+        episodes: at least so many, the same number in each of up to 64 environments.
+        seed: of environments; the same seed gives the same starts to every attack.
+        eps: bound to be checked; None: none.
+        norm: of the bound.
+        temporal: "stack", or "frame" (see `Frames`).
+        policy: acts instead of the victim: x (N, C, H, W) -> actions (N,). For the full-control reference only.
+        keep_frames: so many steps of the first environment are kept as pictures.
+
+    Raises:
+        RuntimeError: an observation that left the bound or [0, 1], or a victim whose weights changed.
+    """
+    device = next(victim.parameters()).device
+    n = min(episodes, MOST_ENVS)
+    quota = -(-episodes // n)
+    play, weights = Play(env, n, seed, device), victim.weights_hash()
+    memory, fresh = Frames(), torch.ones(n, dtype=torch.bool, device=device)
+    sums = torch.zeros(len(SUMS), n, dtype=torch.float64, device=device)
+    landings = torch.zeros(BINS, dtype=torch.int64, device=device)
+    landing_sum = torch.zeros((), dtype=torch.float64, device=device)
+    worst = torch.zeros(3, device=device)  # linf, overshoot of the bound, overshoot of [0, 1]
+    digest, pictures, done, finished = hashlib.sha256(), {"clean": [], "attacked": []}, np.zeros(n, int), []
+    while (done < quota).any():
+        x = to_unit(play.obs)
+        x_adv = attack(x, victim)
+        if temporal == "frame":
+            x_adv = memory(x_adv, fresh)
+        q = victim.q(x_adv)
+        action = q.argmax(1) if policy is None else policy(x)
+        linf, l2, l0 = perturbation_size(x_adv, x)
+        size = l2 if norm == "l2" else linf
+        over = size - (size if eps is None else eps)
+        worst = torch.maximum(worst, torch.stack([linf.max(), over.max(), (x_adv - 0.5).abs().max() - 0.5]))
+        if len(pictures["clean"]) < keep_frames:
+            for name, stack in (("clean", x), ("attacked", x_adv)):
+                pictures[name].append((255 * stack[0, -1]).round().to(torch.uint8).cpu().numpy())
+        digest.update(action.cpu().numpy().tobytes())
+        flipped = (action != victim.q(x).argmax(1)) if policy is None else torch.zeros_like(fresh)
+        adversarial, own, _, _, valid, info = play.step(action, goal)
+        position = crossing(env, play.last_obs, play.obs, info)
+        counted = valid & torch.from_numpy(done < quota).to(device)
+        crossed = ~position.isnan() & counted
+        row = [adversarial, own, torch.ones_like(own), own < 0, flipped, crossed, crossed & (adversarial > 0), l2, l0 / x[0].numel()]
+        sums += torch.stack([value.double() for value in row]) * counted
+        landed = position[crossed]
+        landings += torch.bincount((landed * BINS).long().clamp(0, BINS - 1), minlength=BINS)
+        landing_sum += landed.sum()
+        fresh = ~valid
+        ended = (play.over & counted).cpu().numpy()
+        if ended.any():
+            finished.append(sums[:, ended].cpu().numpy())
+            sums[:, ended] = 0
+            done += ended
+    play.envs.close()
+    linf, over, outside = worst.tolist()
+    if over > TOLERANCE or outside > TOLERANCE:
+        raise RuntimeError(f"the bound is broken: {over:.3g} above eps, {outside:.3g} outside [0, 1]")
+    if victim.weights_hash() != weights:
+        raise RuntimeError("the victim's weights changed during the evaluation")
+    table = np.concatenate(finished, 1)
+    total = int(landings.sum())
+    return Evaluation(
+        dict(zip(SUMS, table, strict=True)),
+        linf,
+        landings.cpu().numpy(),
+        float(landing_sum) / total if total else float("nan"),
+        digest.hexdigest(),
+        {name: np.array(frames) for name, frames in pictures.items()},
+    )
+
+
+def bootstrap_rate(evaluation: Evaluation, draws: int, rng: np.random.Generator, name: str = "adv_return") -> np.ndarray:
+    """(draws,) rates per 1000 steps of resampled episodes: a ratio of sums, since episodes differ in length."""
+    value, steps = evaluation.episodes[name], evaluation.episodes["steps"]
+    chosen = rng.integers(len(value), size=(draws, len(value)))
+    return 1000 * value[chosen].sum(1) / steps[chosen].sum(1)
+
+
+def lead(attack: Evaluation, others: dict[str, Evaluation], draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """adv_rate of an attack minus the best of the others, with its 95 % bootstrap interval over episodes.
+
+    The best is chosen anew in every draw, so that choosing it after the fact is part of the interval.
+    """
+    rng = np.random.default_rng(seed)
+    best = np.max([bootstrap_rate(other, draws, rng) for other in others.values()], axis=0)
+    low, high = np.quantile(bootstrap_rate(attack, draws, rng) - best, [0.025, 0.975])
+    value = attack.rate() - max(other.rate() for other in others.values())
+    return {"lead": value, "lead_low": float(low), "lead_high": float(high)}
+
+
+def success_share(evaluation: Evaluation, nothing: Evaluation) -> float:
+    """Share of episodes whose adversarial return exceeds the 95th percentile of those without attack."""
+    bar = np.quantile(nothing.episodes["adv_return"], 0.95)
+    return float((evaluation.episodes["adv_return"] > bar).mean())

@@ -1,0 +1,283 @@
+"""From the settings of a table's row to the outcome of a run: a victim, an attack on it, and what it achieves."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from rl_adv_reward.atn import ATN, AttackedQ
+from rl_adv_reward.attacks import NOT_LEARNED, Attack, ATNAttack, make_attack, none
+from rl_adv_reward.envs import ENVIRONMENTS, make_envs
+from rl_adv_reward.evaluate import Evaluation, evaluate, lead, success_share
+from rl_adv_reward.learners import Distiller, Learner, QLearner
+from rl_adv_reward.models import NETWORKS, Victim
+from rl_adv_reward.rewards import AdversarialReward, lose, make_reward
+from rl_adv_reward.settings import Loop, Settings
+from rl_adv_reward.train import fit, logger, make_fabric, own_reward
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.seeding import seed_everything
+from shared_utils.tables import Table, load_tables
+
+PROJECT = Path(__file__).parents[2]
+PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
+CURVE_EPISODES = 16
+FRAMES_KEPT = 6
+SEEDS = {"victim": 0, "critic": 1_000_000, "atn": 2_000_000, "check": 3_000_000, "evaluation": 4_000_000}
+
+
+def tables() -> list[Table]:
+    """All table files, checked against the settings."""
+    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def run_tables(
+    chosen: Sequence[Table],
+    scale: str,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+) -> RunLog:
+    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    work = partial(execute, store=PROJECT / "runs" / "artifacts")
+    run_missing("rl-adv-reward", runs, log, work, repository=PROJECT, packages=PACKAGES, force=force, jobs=jobs)
+    return log
+
+
+def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
+    """One run of a table; what it trains is kept in the store, shared by all runs that need the same."""
+    s = Settings(**settings)
+    bench = Bench(s, seed, fabric(), store)
+    found = bench.evaluate(s.attack)
+    metrics = found.metrics()
+    details = {
+        "victim_hash": bench.victim.weights_hash(),
+        "trajectory": found.trajectory,
+        "episodes": len(found.episodes["steps"]),
+        "env_steps_trained": bench.trained_steps,
+        "landings": found.landings.tolist(),
+        "frames": {name: frames.tolist() for name, frames in found.frames.items() if frames.nbytes < 4000},
+    }
+    if s.compare:
+        metrics |= bench.compare(found)
+    if bench.curve:
+        details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in bench.curve]
+        rates = [point["adv_rate"] for point in bench.curve]
+        fifth = max(1, len(rates) // 5)
+        metrics |= {"early_rate": sum(rates[:fifth]) / fifth, "late_rate": sum(rates[-fifth:]) / fifth}
+    return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes})
+
+
+class Bench:
+    """A victim of one seed and everything that is tried on it; each part is trained when it is first asked for."""
+
+    def __init__(self, settings: Settings, seed: int, fabric: Fabric, store: Path):
+        self.s, self.seed, self.fabric, self.store = settings, seed, fabric, store
+        self.curve: list[dict] = []
+        self.trained_steps = 0
+        self.victim = self.train_victim(seed)
+        self.goal = make_reward(settings.goal, settings.env, **settings.goal_options())
+
+    # ---- training ------------------------------------------------------------
+
+    def train_victim(self, seed: int) -> Victim:
+        """The victim of a seed, which has passed its gate. RuntimeError where it has not."""
+        s, environment = self.s, ENVIRONMENTS[self.s.env]
+        loop = s.victim_loop()
+        seed_everything(seed + SEEDS["victim"])
+        learner = QLearner(self.network(), loop, self.fabric)
+
+        def check(iteration: int) -> tuple[dict, bool]:
+            victim = Victim(copy.deepcopy(learner.q))
+            found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed + SEEDS["check"])
+            value = found.metrics()[environment.gate]
+            logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
+            return {environment.gate: value}, value >= environment.gate_at_least
+
+        every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
+        curve = self.fit("victim", s.victim_key(), seed, learner, own_reward, loop, check, every)
+        if curve and curve[-1][environment.gate] < environment.gate_at_least:
+            raise RuntimeError(
+                f"the victim of seed {seed} is too weak to be worth an attack: {environment.gate} "
+                f"{curve[-1][environment.gate]:.2f}, {environment.gate_at_least:g} needed after {loop.iterations} iterations"
+            )
+        return Victim(learner.q)
+
+    def network(self) -> nn.Module:
+        """A fresh network of this environment's victims."""
+        environment, envs = ENVIRONMENTS[self.s.env], make_envs(self.s.env, 1)
+        shape, n_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+        envs.close()
+        return NETWORKS[environment.network](shape, n_actions, environment.background)
+
+    @property
+    def critic(self) -> nn.Module:
+        """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights on."""
+        if not hasattr(self, "_critic"):
+            loop = self.s.attack_loop()
+            seed_everything(self.seed + SEEDS["critic"])
+            q = self.network()
+            q.load_state_dict(self.victim.module.state_dict())
+            learner = QLearner(q, loop, self.fabric)
+            self.fit("critic", self.s.critic_key(), self.seed, learner, self.goal, loop)
+            self._critic = learner.q.requires_grad_(False).eval()
+        return self._critic
+
+    @property
+    def atn(self) -> ATN:
+        """The trained attack; at eps = 0 it stays as it began, since nothing that it learned could show."""
+        s = self.s
+        if not hasattr(self, "_atn"):
+            critic = self.critic if s.learner == "critic" and s.eps > 0 else None
+            seed_everything(self.seed + SEEDS["atn"])
+            envs = make_envs(s.env, 1)
+            background = ENVIRONMENTS[s.env].background
+            atn = ATN(envs.single_observation_space.shape, s.eps, s.norm, s.atn_width, background).to(self.fabric.device)
+            envs.close()
+            if s.eps > 0:
+                self.train_atn(atn, critic)
+            self._atn = atn.requires_grad_(False).eval()
+        return self._atn
+
+    def train_atn(self, atn: ATN, critic: nn.Module | None) -> None:
+        """By frozen_q, or by distillation from the critic."""
+        s = self.s
+        if critic is None:
+            if self.victim.output != "q":
+                raise ValueError("learner frozen_q needs a victim with action values; this one has logits: use critic")
+            loop = s.attack_loop()
+            learner: Learner = QLearner(AttackedQ(atn, self.victim), loop, self.fabric)
+        else:
+            loop = s.distill_loop()
+            learner = Distiller(atn, self.victim, critic, s.distill_tau, s.distill_own, loop, self.fabric)
+
+        def check(iteration: int) -> tuple[dict, bool]:
+            seed = self.seed + SEEDS["check"]
+            found = evaluate(self.victim, ATNAttack(atn), self.goal, s.env, CURVE_EPISODES, seed, eps=s.eps, norm=s.norm)
+            return {"adv_rate": found.rate(), "victim_return": found.metrics()["victim_return"]}, False
+
+        self.curve = self.fit("atn", s.attack_key(), self.seed, learner, self.goal, loop, check, s.eval_every)
+
+    def fit(
+        self,
+        kind: str,
+        key: dict,
+        seed: int,
+        learner: Learner,
+        goal: AdversarialReward,
+        loop: Loop,
+        check: Callable | None = None,
+        every: int = 0,
+    ) -> list[dict]:
+        """Train into the store, go on from there, or take what is finished there; one process at a time."""
+        identity = {"kind": kind, "settings": key, "code": code_hash()}
+        name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
+        path = self.store / f"{kind}-{seed}-{name}.pt"
+        with exclusive(path):
+            curve = fit(
+                learner,
+                goal,
+                loop,
+                seed + SEEDS[kind],
+                self.fabric,
+                evaluate=check,
+                evaluate_every=every,
+                checkpoint=path,
+                identity=json.loads(json.dumps(identity)),
+                compile=self.fabric.device.type == "cuda",
+            )
+        self.trained_steps += loop.iterations * loop.num_envs
+        return curve
+
+    # ---- evaluation ------------------------------------------------------------
+
+    def evaluate(self, attack: str) -> Evaluation:
+        """Whole episodes under an attack of the table; the same seed for all of them."""
+        s = self.s
+        victim = self.train_victim(self.seed + s.transfer) if s.transfer else self.victim
+        goal = make_reward(s.measure, s.env) if s.measure else self.goal
+        return evaluate(
+            victim,
+            none if attack == "oracle" else self.attack(attack),
+            goal,
+            s.env,
+            s.episodes,
+            self.seed + SEEDS["evaluation"],
+            eps=s.eps,
+            norm=s.norm,
+            temporal=s.temporal,
+            policy=self.critic_policy() if attack == "oracle" else None,
+            keep_frames=FRAMES_KEPT,
+        )
+
+    def attack(self, name: str) -> Attack:
+        """An attack by name, with whatever it needs trained."""
+        s = self.s
+        return make_attack(
+            name,
+            eps=s.eps,
+            norm=s.norm,
+            quantize=s.quantize,
+            generator=torch.Generator(self.fabric.device).manual_seed(self.seed),
+            target=self.critic_policy() if name.startswith("targeted") else None,
+            atn=self.atn if name == "atn" else None,
+            threshold=s.timed_threshold,
+        )
+
+    def critic_policy(self) -> Callable[[Tensor], Tensor]:
+        """The actions that are best for the adversarial reward; trained here, not at the first call."""
+        critic = self.critic
+        return lambda x: critic(x).argmax(1)
+
+    def compare(self, found: Evaluation) -> dict[str, float]:
+        """Lead over everything that learns nothing, success, and the score between no attack and full control."""
+        others = {name: self.evaluate(name) for name in NOT_LEARNED}
+        nothing = others["none"]
+        metrics = lead(found, others) | {
+            "success": success_share(found, nothing),
+            "best_baseline": max(other.rate() for other in others.values()),
+            "same_trajectory": float(found.trajectory == nothing.trajectory),
+        }
+        if self.s.learner == "critic" and self.s.eps > 0:
+            span = self.evaluate("oracle").rate() - nothing.rate()
+            if span > 0:
+                metrics["normalised_score"] = (found.rate() - nothing.rate()) / span
+        return metrics
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time for a path; others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Of this package's source: what another version trained is never taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def fabric() -> Fabric:
+    """This process's device."""
+    return make_fabric()
