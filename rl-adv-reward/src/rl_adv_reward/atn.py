@@ -118,6 +118,8 @@ class ATN(nn.Module):
         if len(obs_shape) != 3:
             raise ValueError(f"obs_shape must be (C, H, W), got {tuple(obs_shape)}")
         self.obs_shape, self.eps, self.norm = tuple(obs_shape), float(eps), norm
+        self.arguments = {"obs_shape": list(obs_shape), "eps": self.eps, "norm": norm}
+        self.arguments |= {"width": width, "background": background}
         dense = obs_shape[1] < 36
         self.body = (_DenseBody if dense else _ConvBody)(self.obs_shape, width, background)
 

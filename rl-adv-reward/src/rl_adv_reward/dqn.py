@@ -94,9 +94,7 @@ def nstep_returns(
     return torch.stack(rows)
 
 
-def tabular_attack(
-    transition: Tensor, reward: Tensor, allowed: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
+def tabular_attack(transition: Tensor, reward: Tensor, allowed: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """The exact optimum of an attacker who may make the victim take any allowed action of a finite MDP.
 
     With only the victim's own action allowed this is its value without attack; with all, that of full control.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rl_adv_reward.atn import ATN, AttackedQ
 from rl_adv_reward.attacks import NOT_LEARNED, Attack, ATNAttack, make_attack, none
 from rl_adv_reward.envs import ENVIRONMENTS, make_envs
-from rl_adv_reward.evaluate import Evaluation, evaluate, lead, success_share
+from rl_adv_reward.evaluation import Evaluation, evaluate, lead, pack, success_share
 from rl_adv_reward.learners import Distiller, Learner, QLearner
 from rl_adv_reward.models import NETWORKS, Victim
 from rl_adv_reward.rewards import AdversarialReward, lose, make_reward
@@ -31,8 +31,7 @@ from shared_utils.tables import Table, load_tables
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
-CURVE_EPISODES = 16
-FRAMES_KEPT = 6
+CURVE_EPISODES = 8
 SEEDS = {"victim": 0, "critic": 1_000_000, "atn": 2_000_000, "check": 3_000_000, "evaluation": 4_000_000}
 
 
@@ -61,35 +60,45 @@ def run_tables(
 def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
     """One run of a table; what it trains is kept in the store, shared by all runs that need the same."""
     s = Settings(**settings)
-    bench = Bench(s, seed, fabric(), store)
-    found = bench.evaluate(s.attack)
+    subject = Subject(s, seed, fabric(), store)
+    found = subject.evaluate(s.attack)
     metrics = found.metrics()
     details = {
-        "victim_hash": bench.victim.weights_hash(),
+        "victim_hash": subject.victim_hash,
         "trajectory": found.trajectory,
         "episodes": len(found.episodes["steps"]),
-        "env_steps_trained": bench.trained_steps,
+        "env_steps_trained": subject.trained_steps,
         "landings": found.landings.tolist(),
-        "frames": {name: frames.tolist() for name, frames in found.frames.items() if frames.nbytes < 4000},
+        "frames": {name: pack(frames) for name, frames in found.frames.items()},
     }
     if s.compare:
-        metrics |= bench.compare(found)
-    if bench.curve:
-        details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in bench.curve]
-        rates = [point["adv_rate"] for point in bench.curve]
+        metrics |= subject.compare(found)
+    if subject.curve:
+        details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in subject.curve]
+        rates = [point["adv_rate"] for point in subject.curve]
         fifth = max(1, len(rates) // 5)
-        metrics |= {"early_rate": sum(rates[:fifth]) / fifth, "late_rate": sum(rates[-fifth:]) / fifth}
+        early, late = sum(rates[:fifth]) / fifth, sum(rates[-fifth:]) / fifth
+        metrics |= {"early_rate": early, "late_rate": late, "gain": late - early}
     return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes})
 
 
-class Bench:
-    """A victim of one seed and everything that is tried on it; each part is trained when it is first asked for."""
+class Subject:
+    """A victim and everything that is tried on it; each part is trained when it is first asked for.
 
-    def __init__(self, settings: Settings, seed: int, fabric: Fabric, store: Path):
+    Args:
+        settings: of the run.
+        seed: of every training and evaluation.
+        fabric: device and precision.
+        store: folder of trainings, finished and unfinished.
+        victim: the user's own; None: trained here.
+    """
+
+    def __init__(self, settings: Settings, seed: int, fabric: Fabric, store: Path, victim: Victim | None = None):
         self.s, self.seed, self.fabric, self.store = settings, seed, fabric, store
         self.curve: list[dict] = []
         self.trained_steps = 0
-        self.victim = self.train_victim(seed)
+        self.victim = victim.to(fabric.device) if victim else self.train_victim(seed)
+        self.victim_hash = self.victim.weights_hash()
         self.goal = make_reward(settings.goal, settings.env, **settings.goal_options())
 
     # ---- training ------------------------------------------------------------
@@ -97,7 +106,7 @@ class Bench:
     def train_victim(self, seed: int) -> Victim:
         """The victim of a seed, which has passed its gate. RuntimeError where it has not."""
         s, environment = self.s, ENVIRONMENTS[self.s.env]
-        loop = s.victim_loop()
+        loop = s.loop("victim")
         seed_everything(seed + SEEDS["victim"])
         learner = QLearner(self.network(), loop, self.fabric)
 
@@ -109,7 +118,7 @@ class Bench:
             return {environment.gate: value}, value >= environment.gate_at_least
 
         every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
-        curve = self.fit("victim", s.victim_key(), seed, learner, own_reward, loop, check, every)
+        curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
         if curve and curve[-1][environment.gate] < environment.gate_at_least:
             raise RuntimeError(
                 f"the victim of seed {seed} is too weak to be worth an attack: {environment.gate} "
@@ -128,14 +137,22 @@ class Bench:
     def critic(self) -> nn.Module:
         """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights on."""
         if not hasattr(self, "_critic"):
-            loop = self.s.attack_loop()
+            loop = self.s.loop("critic")
             seed_everything(self.seed + SEEDS["critic"])
             q = self.network()
-            q.load_state_dict(self.victim.module.state_dict())
+            if self.victim.output == "q":
+                self.warm_start(q)
             learner = QLearner(q, loop, self.fabric)
-            self.fit("critic", self.s.critic_key(), self.seed, learner, self.goal, loop)
+            self.fit("critic", self.seed, learner, self.goal, loop)
             self._critic = learner.q.requires_grad_(False).eval()
         return self._critic
+
+    def warm_start(self, q: nn.Module) -> None:
+        """From the victim's weights where it is the same network; one of another kind is left as a fresh start."""
+        try:
+            q.load_state_dict(self.victim.module.state_dict())
+        except RuntimeError:
+            logger.info("the victim is another network: the critic starts from scratch")
 
     @property
     def atn(self) -> ATN:
@@ -146,7 +163,9 @@ class Bench:
             seed_everything(self.seed + SEEDS["atn"])
             envs = make_envs(s.env, 1)
             background = ENVIRONMENTS[s.env].background
-            atn = ATN(envs.single_observation_space.shape, s.eps, s.norm, s.atn_width, background).to(self.fabric.device)
+            atn = ATN(envs.single_observation_space.shape, s.eps, s.norm, s.atn_width, background).to(
+                self.fabric.device
+            )
             envs.close()
             if s.eps > 0:
                 self.train_atn(atn, critic)
@@ -159,7 +178,7 @@ class Bench:
         if critic is None:
             if self.victim.output != "q":
                 raise ValueError("learner frozen_q needs a victim with action values; this one has logits: use critic")
-            loop = s.attack_loop()
+            loop = s.loop("frozen")
             learner: Learner = QLearner(AttackedQ(atn, self.victim), loop, self.fabric)
         else:
             loop = s.distill_loop()
@@ -167,15 +186,16 @@ class Bench:
 
         def check(iteration: int) -> tuple[dict, bool]:
             seed = self.seed + SEEDS["check"]
-            found = evaluate(self.victim, ATNAttack(atn), self.goal, s.env, CURVE_EPISODES, seed, eps=s.eps, norm=s.norm)
+            found = evaluate(
+                self.victim, ATNAttack(atn), self.goal, s.env, CURVE_EPISODES, seed, eps=s.eps, norm=s.norm
+            )
             return {"adv_rate": found.rate(), "victim_return": found.metrics()["victim_return"]}, False
 
-        self.curve = self.fit("atn", s.attack_key(), self.seed, learner, self.goal, loop, check, s.eval_every)
+        self.curve = self.fit("atn", self.seed, learner, self.goal, loop, check, s.eval_every)
 
     def fit(
         self,
         kind: str,
-        key: dict,
         seed: int,
         learner: Learner,
         goal: AdversarialReward,
@@ -184,7 +204,14 @@ class Bench:
         every: int = 0,
     ) -> list[dict]:
         """Train into the store, go on from there, or take what is finished there; one process at a time."""
-        identity = {"kind": kind, "settings": key, "code": code_hash()}
+        identity = {
+            "kind": kind,
+            "settings": self.s.key(kind),
+            "code": code_hash(),
+            "victim": getattr(self, "victim_hash", None),
+        }
+        if kind == "victim":
+            identity["victim"] = None  # the transfer's victim is trained beside one
         name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
         path = self.store / f"{kind}-{seed}-{name}.pt"
         with exclusive(path):
@@ -205,9 +232,18 @@ class Bench:
 
     # ---- evaluation ------------------------------------------------------------
 
-    def evaluate(self, attack: str) -> Evaluation:
+    def use(self, atn: ATN) -> None:
+        """Take this attack instead of training one. ValueError where its observations are not this environment's."""
+        shape = make_envs(self.s.env, 1).single_observation_space.shape
+        if atn.obs_shape != shape:
+            raise ValueError(f"the attack is made for observations {atn.obs_shape}, those of {self.s.env} are {shape}")
+        self._atn = atn.to(self.fabric.device)
+
+    def evaluate(self, attack: str, keep_frames: int | None = None) -> Evaluation:
         """Whole episodes under an attack of the table; the same seed for all of them."""
         s = self.s
+        if keep_frames is None:
+            keep_frames = 6 if s.env == "minipong" else 2
         victim = self.train_victim(self.seed + s.transfer) if s.transfer else self.victim
         goal = make_reward(s.measure, s.env) if s.measure else self.goal
         return evaluate(
@@ -221,7 +257,7 @@ class Bench:
             norm=s.norm,
             temporal=s.temporal,
             policy=self.critic_policy() if attack == "oracle" else None,
-            keep_frames=FRAMES_KEPT,
+            keep_frames=keep_frames,
         )
 
     def attack(self, name: str) -> Attack:
@@ -252,7 +288,7 @@ class Bench:
             "best_baseline": max(other.rate() for other in others.values()),
             "same_trajectory": float(found.trajectory == nothing.trajectory),
         }
-        if self.s.learner == "critic" and self.s.eps > 0:
+        if self.s.eps > 0:
             span = self.evaluate("oracle").rate() - nothing.rate()
             if span > 0:
                 metrics["normalised_score"] = (found.rate() - nothing.rate()) / span

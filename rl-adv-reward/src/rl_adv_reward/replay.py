@@ -81,7 +81,9 @@ class Replay:
         """Uniformly drawn transitions whose whole return is stored. ValueError while there are too few rows."""
         first, last = self.stack - 1, self.size - n_step
         if last <= first:
-            raise ValueError(f"{self.size} stored steps hold no return of {n_step} steps behind a stack of {self.stack}")
+            raise ValueError(
+                f"{self.size} stored steps hold no return of {n_step} steps behind a stack of {self.stack}"
+            )
         row = torch.randint(first, last, (batch_size,), device=self.device)
         env = torch.randint(self.num_envs, (batch_size,), device=self.device)
         if self.size == self.rows:

@@ -51,8 +51,8 @@ class Settings:
     """minipong, pong or breakout"""
     goal: str = "aim_top"
     """adversarial reward: aim_top, aim_bottom, park, centre_goal, centre_line, zone ..., or module:function"""
-    miss_penalty: float = 1.0
-    """subtracted from the adversarial reward per miss"""
+    miss_penalty: float = -1.0
+    """subtracted from the adversarial reward per miss; -1: the goal's own (1, and 0 for centre_line_paper)"""
     bonus: float = 0.1
     """adversarial reward per step in a paddle zone"""
     low: float = -1.0
@@ -76,10 +76,10 @@ class Settings:
     transfer: int = 0
     """evaluate on the victim of seed + transfer (the attack is trained on the victim of the run's seed)"""
     compare: bool = False
-    """evaluate no attack, the attacks that learn nothing and (critic) the oracle too: lead, success, normalised score"""
+    """evaluate no attack, the attacks that learn nothing and the oracle too: lead, success, normalised score"""
     episodes: int = 30
     """of an evaluation"""
-    eval_every: int = 0
+    eval_every: int = 1000
     """iterations between points of the attack's training curve; 0: none"""
     num_envs: int = 64
     """environments stepped together in training"""
@@ -107,16 +107,26 @@ class Settings:
     """iterations between checks of the victim's gate; training ends when it is passed. 0: checked at the end only"""
     victim_check_episodes: int = 20
     """episodes of a check"""
-    attack_iterations: int = 16_000
-    """iterations of frozen_q, or of the critic"""
-    attack_lr: float = 1e-4
-    """learning rate of frozen_q, or of the critic"""
-    attack_gamma: float = 0.99
-    """discount of the adversarial reward; 0 is the myopic ablation"""
-    attack_n_step: int = 3
-    """steps of return of frozen_q, or of the critic"""
-    attack_explore: tuple[float, float, float] = (0.2, 0.02, 0.5)
-    """exploration in training: first, last, share of the iterations between them"""
+    frozen_iterations: int = 16_000
+    """iterations of frozen_q"""
+    frozen_lr: float = 1e-4
+    """learning rate of frozen_q"""
+    frozen_gamma: float = 0.99
+    """discount of the adversarial reward for frozen_q; 0 is the myopic ablation"""
+    frozen_n_step: int = 3
+    """steps of return of frozen_q"""
+    frozen_explore: tuple[float, float, float] = (0.2, 0.02, 0.5)
+    """exploration of frozen_q: first, last, share of the iterations between them"""
+    critic_iterations: int = 16_000
+    """iterations of the critic"""
+    critic_lr: float = 1e-4
+    """learning rate of the critic"""
+    critic_gamma: float = 0.99
+    """discount of the adversarial reward for the critic; 0 is the myopic ablation"""
+    critic_n_step: int = 3
+    """steps of return of the critic"""
+    critic_explore: tuple[float, float, float] = (0.2, 0.02, 0.5)
+    """exploration of the critic: first, last, share of the iterations between them"""
     distill_iterations: int = 4000
     """iterations of the ATN's distillation from the critic"""
     distill_own: int = 1000
@@ -135,44 +145,33 @@ class Settings:
     """preference above which the strategically timed attack strikes"""
 
     def __post_init__(self):
-        for name in ("victim_explore", "attack_explore"):
+        for name in ("victim_explore", "frozen_explore", "critic_explore"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in (("attack", ATTACKS), ("learner", LEARNERS), ("temporal", TEMPORAL)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("episodes", "num_envs", "batch_size", "updates", "victim_iterations", "attack_iterations"):
+        for name in (
+            "episodes", "num_envs", "batch_size", "updates", "victim_iterations", "frozen_iterations", "critic_iterations"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("victim_gamma", "attack_gamma"):
+        if self.temporal == "frame" and self.norm == "l2":
+            raise ValueError("temporal 'frame' needs norm 'linf': frames attacked apart add up in L2")
+        for name in ("victim_gamma", "frozen_gamma", "critic_gamma"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def goal_options(self) -> dict[str, float]:
         """What this run changes of its goal's preset."""
         options = {name: getattr(self, name) for name in ("low", "high") if getattr(self, name) >= 0}
-        changed = {name: getattr(self, name) for name in ("miss_penalty", "bonus")}
-        return options | {k: v for k, v in changed.items() if v != type(self).__dataclass_fields__[k].default}
+        if self.goal in ("park", "paddle_zone"):
+            options["bonus"] = self.bonus
+        if self.miss_penalty >= 0:
+            options["miss_penalty"] = self.miss_penalty
+        return options
 
-    def victim_loop(self) -> Loop:
-        """How the victim is trained."""
-        return self._loop("victim")
-
-    def attack_loop(self) -> Loop:
-        """How frozen_q or the critic is trained."""
-        return self._loop("attack")
-
-    def distill_loop(self) -> Loop:
-        """How the ATN is distilled from the critic; no exploration, no target network."""
-        return replace(
-            self._loop("attack"),
-            iterations=self.distill_iterations,
-            lr=self.distill_lr,
-            batch_size=self.distill_batch,
-            n_step=1,
-            explore=(0.0, 0.0, 1.0),
-        )
-
-    def _loop(self, kind: str) -> Loop:
+    def loop(self, kind: str) -> Loop:
+        """How the victim, frozen_q ("frozen") or the critic is trained."""
         own = ("iterations", "lr", "gamma", "n_step", "explore")
         shared = ("env", "num_envs", "batch_size", "updates", "capacity", "starts", "sync_every", "adam_eps")
         return Loop(
@@ -180,25 +179,29 @@ class Settings:
             **{name: getattr(self, f"{kind}_{name}") for name in own},
         )
 
-    def attack_key(self) -> dict:
-        """The settings that an attack's training depends on: two runs with the same ones share it."""
-        evaluation = ("attack", "quantize", "temporal", "measure", "transfer", "compare", "episodes", "timed_threshold")
-        other = "distill_" if self.learner == "frozen_q" else ""
+    def distill_loop(self) -> Loop:
+        """How the ATN is distilled from the critic; no exploration, no target network."""
+        return replace(
+            self.loop("critic"),
+            iterations=self.distill_iterations,
+            lr=self.distill_lr,
+            batch_size=self.distill_batch,
+            n_step=1,
+            explore=(0.0, 0.0, 1.0),
+        )
+
+    def key(self, kind: str) -> dict:
+        """The settings that a training ("victim", "critic" or "atn") depends on: runs that agree in them share it."""
+        evaluation = {"attack", "quantize", "temporal", "measure", "transfer", "compare", "episodes", "timed_threshold"}
+        bound = {"eps", "norm", "learner", "atn_width", "eval_every"}
+        goal = {"goal", "miss_penalty", "bonus", "low", "high"}
+        parts = {"victim": ("victim_",), "critic": ("victim_", "critic_")}
+        parts["atn"] = ("victim_", "frozen_") if self.learner == "frozen_q" else ("victim_", "critic_", "distill_")
+        left_out = {"victim": evaluation | bound | goal, "critic": evaluation | bound, "atn": evaluation}[kind]
+        others = tuple(part for part in ("victim_", "frozen_", "critic_", "distill_") if part not in parts[kind])
         return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in evaluation and not (other and name.startswith(other))
+            name: value for name, value in asdict(self).items() if name not in left_out and not name.startswith(others)
         }
-
-    def critic_key(self) -> dict:
-        """The settings that a critic depends on."""
-        atn = ("eps", "norm", "learner", "atn_width")
-        return {k: v for k, v in self.attack_key().items() if k not in atn and not k.startswith("distill_")}
-
-    def victim_key(self) -> dict:
-        """The settings that a victim depends on."""
-        goal = ("goal", "miss_penalty", "bonus", "low", "high", "eval_every")
-        return {k: v for k, v in self.critic_key().items() if k not in goal and not k.startswith("attack_")}
 
 
 _MINIPONG = Settings(
@@ -217,11 +220,17 @@ _MINIPONG = Settings(
     victim_explore=(1.0, 0.02, 0.4),
     victim_check_every=0,
     victim_check_episodes=32,
-    attack_iterations=6000,
-    attack_lr=5e-4,
-    attack_gamma=0.97,
-    attack_n_step=1,
-    attack_explore=(0.5, 0.05, 0.5),
+    eval_every=250,
+    frozen_iterations=2000,
+    frozen_lr=1e-3,
+    frozen_gamma=0.95,
+    frozen_n_step=1,
+    frozen_explore=(0.3, 0.02, 0.6),
+    critic_iterations=6000,
+    critic_lr=5e-4,
+    critic_gamma=0.97,
+    critic_n_step=1,
+    critic_explore=(0.5, 0.05, 0.5),
     distill_iterations=1500,
     distill_own=500,
     distill_lr=1e-3,
@@ -236,23 +245,18 @@ _SMOKE = replace(
     capacity=400,
     victim_iterations=30,
     victim_check_episodes=0,
-    attack_iterations=30,
+    eval_every=10,
+    frozen_iterations=30,
+    critic_iterations=30,
     distill_iterations=30,
     distill_own=10,
 )
 PRESETS = {
     "minipong": _MINIPONG,
-    "minipong-park": replace(
-        _MINIPONG,
-        goal="park",
-        learner="frozen_q",
-        attack_iterations=2000,
-        attack_lr=1e-3,
-        attack_gamma=0.95,
-        attack_explore=(0.3, 0.02, 0.6),
-    ),
     "smoke": _SMOKE,
-    "pong-short": replace(Settings(), victim_iterations=20_000, attack_iterations=8000, distill_iterations=2000),
+    "pong-short": replace(
+        Settings(), victim_iterations=20_000, frozen_iterations=8000, critic_iterations=8000, distill_iterations=2000
+    ),
     "pong": Settings(),
     "breakout": replace(Settings(), env="breakout", goal="park", learner="frozen_q", victim_iterations=80_000),
 }

@@ -94,7 +94,12 @@ def fit(
     shape = play.envs.single_observation_space.shape
     replay = Replay(loop.capacity, loop.num_envs, shape, ENVIRONMENTS[loop.env].padding, fabric.device)
     run = json.loads(json.dumps({"loop": asdict(loop), "seed": seed, **(identity or {})}))
-    state = {"iteration": 0, "curve": [], "loss": torch.zeros((), dtype=torch.float64, device=fabric.device), "count": 0}
+    state = {
+        "iteration": 0,
+        "curve": [],
+        "loss": torch.zeros((), dtype=torch.float64, device=fabric.device),
+        "count": 0,
+    }
     if checkpoint is not None and checkpoint.exists():
         state |= _resume(checkpoint, run, learner, replay, play, loop, fabric.device)
         if not state["finished"]:

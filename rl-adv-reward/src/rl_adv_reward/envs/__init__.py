@@ -100,3 +100,18 @@ def check_image_space(space: gym.Space) -> None:
         raise ValueError(
             f"{space.dtype} observations must lie in [0, {high}], got [{space.low.min()}, {space.high.max()}]"
         )
+
+
+def inventory() -> list[tuple[str, str, str, str]]:
+    """Environment, scales, where it comes from, and whether it is there."""
+    import importlib.resources
+
+    import ale_py
+
+    rows = [("MiniPong", "smoke, embedded", "made by the project", "yes")]
+    for game, scales in (("pong", "atari-short, paper"), ("breakout", "paper")):
+        rom = importlib.resources.files("ale_py") / "roms" / f"{game}.bin"
+        rows.append(
+            (f"ALE/{game}", scales, f"ROM inside ale-py {ale_py.__version__}", "yes" if rom.is_file() else "no")
+        )
+    return rows

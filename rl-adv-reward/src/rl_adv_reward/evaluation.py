@@ -6,7 +6,9 @@ episodes are not preferred. The bound is checked on the tensor that reaches the 
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,6 +67,16 @@ class Evaluation:
         if crossings:
             found |= {"hit_fraction": float(e["hits"].sum() / crossings), "landing_mean": self.landing_mean}
         return found
+
+
+def pack(frames: np.ndarray) -> dict:
+    """(T, H, W) uint8 as a shape and a base64 string of compressed bytes, for a run record."""
+    return {"shape": list(frames.shape), "zlib": base64.b64encode(zlib.compress(frames.tobytes(), 9)).decode()}
+
+
+def unpack(packed: dict) -> np.ndarray:
+    """What `pack` was given."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(packed["zlib"])), np.uint8).reshape(packed["shape"])
 
 
 class Frames:
@@ -148,7 +160,17 @@ def evaluate(
         position = crossing(env, play.last_obs, play.obs, info)
         counted = valid & torch.from_numpy(done < quota).to(device)
         crossed = ~position.isnan() & counted
-        row = [adversarial, own, torch.ones_like(own), own < 0, flipped, crossed, crossed & (adversarial > 0), l2, l0 / x[0].numel()]
+        row = [
+            adversarial,
+            own,
+            torch.ones_like(own),
+            own < 0,
+            flipped,
+            crossed,
+            crossed & (adversarial > 0),
+            l2,
+            l0 / x[0].numel(),
+        ]
         sums += torch.stack([value.double() for value in row]) * counted
         landed = position[crossed]
         landings += torch.bincount((landed * BINS).long().clamp(0, BINS - 1), minlength=BINS)
@@ -177,7 +199,9 @@ def evaluate(
     )
 
 
-def bootstrap_rate(evaluation: Evaluation, draws: int, rng: np.random.Generator, name: str = "adv_return") -> np.ndarray:
+def bootstrap_rate(
+    evaluation: Evaluation, draws: int, rng: np.random.Generator, name: str = "adv_return"
+) -> np.ndarray:
     """(draws,) rates per 1000 steps of resampled episodes: a ratio of sums, since episodes differ in length."""
     value, steps = evaluation.episodes[name], evaluation.episodes["steps"]
     chosen = rng.integers(len(value), size=(draws, len(value)))
