@@ -97,7 +97,7 @@ def _rate(env) -> float:
 
 
 def _training(fabric):
-    """Environment steps per second of DQN training, ours against a plain loop: one environment, one update per 4 steps."""
+    """Environment steps per second of training, ours against a plain loop: one environment, an update per 4 steps."""
     if fabric.device.type == "cuda":
         loop, iterations = replace(PRESETS["pong"].loop("victim"), starts=20, capacity=20_000), 200
         ours = partial(_ours, loop, iterations, partial(nature_cnn, (4, 84, 84), 6), fabric)

@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from rl_adv_reward.atn import ATN, AttackedQ
-from rl_adv_reward.attacks import NOT_LEARNED, Attack, ATNAttack, make_attack, none
+from rl_adv_reward.attacks import NOT_LEARNED, ATNAttack, Attack, make_attack, none
 from rl_adv_reward.envs import ENVIRONMENTS, make_envs
 from rl_adv_reward.evaluation import Evaluation, evaluate, lead, pack, success_share
 from rl_adv_reward.learners import Distiller, Learner, QLearner
@@ -121,8 +121,8 @@ class Subject:
         curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
         if curve and curve[-1][environment.gate] < environment.gate_at_least:
             raise RuntimeError(
-                f"the victim of seed {seed} is too weak to be worth an attack: {environment.gate} "
-                f"{curve[-1][environment.gate]:.2f}, {environment.gate_at_least:g} needed after {loop.iterations} iterations"
+                f"the victim of seed {seed} is too weak to be worth an attack after {loop.iterations} iterations: "
+                f"{environment.gate} {curve[-1][environment.gate]:.2f}, {environment.gate_at_least:g} needed"
             )
         return Victim(learner.q)
 

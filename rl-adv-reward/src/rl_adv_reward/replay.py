@@ -1,8 +1,8 @@
 """A replay on the device: single uint8 frames in the order they came, stacks and n-step returns rebuilt at sampling.
 
-A row holds one step of all environments. In NEXT_STEP mode the row after an end holds the true final frame and the dummy
-action that resets, so the observation after any step is the stack at the next row; the dummy itself is marked invalid and has
-weight 0 wherever it is drawn.
+A row holds one step of all environments. In NEXT_STEP mode the row after an end holds the true final frame and the
+dummy action that resets, so the observation after any step is the stack at the next row; the dummy itself is marked
+invalid and has weight 0 wherever it is drawn.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Replay:
         truncated: Tensor,
         valid: Tensor,
     ) -> None:
-        """One step of all environments: obs (N, C, H, W) uint8 is the clean one before it; age counts from the reset."""
+        """One step of all environments: obs (N, C, H, W) uint8 is the clean one before it, `age` steps old."""
         row = self.head
         self.frames[row] = obs[:, -1]
         for name, value in (("age", age), ("action", action), ("reward", reward), ("valid", valid)):

@@ -1,9 +1,9 @@
 """Adversarial rewards: pure functions of one transition of the clean game, batched on the device.
 
 Signature of every one, built in or the user's own:
-`reward(obs, action, reward, terminated, next_obs, info) -> (N,) float32`, with obs and next_obs (N, C, H, W) uint8, action (N,)
-int64, reward (N,) the game's own unclipped reward, terminated (N,) bool, info the environment's dictionary. None has
-memory, so episodes that end and restart need no care.
+`reward(obs, action, reward, terminated, next_obs, info) -> (N,) float32`, with obs and next_obs (N, C, H, W) uint8,
+action (N,) int64, reward (N,) the game's own unclipped reward, terminated (N,) bool, info the environment's
+dictionary. None has memory, so episodes that end and restart need no care.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def make_reward(name: str, env: str, **options: float) -> AdversarialReward:
     """A reward by name, or the user's own function as "module:function".
 
     Args:
-        name: one of REWARDS. "centre_line_paper" is nearest to the paper's drawing: 1 in the middle quarter of the enemy's
-            line, no penalty; "zone" and "paddle_zone" need low and high.
+        name: one of REWARDS. "centre_line_paper" is nearest to the paper's drawing: 1 in the middle quarter of the
+            enemy's line, no penalty; "zone" and "paddle_zone" need low and high.
         env: minipong, pong or breakout: how positions are read.
         **options: low, high, miss_penalty, and bonus (paddle zones), instead of the preset's.
 

@@ -10,6 +10,11 @@ ATTACKS = (
     "none", "random-uniform", "random-sign", "fgsm", "pgd", "timed", "targeted-fgsm", "targeted-pgd", "atn", "oracle"
 )  # fmt: skip
 
+COUNTS = (
+    "episodes", "num_envs", "batch_size", "updates",
+    "victim_iterations", "frozen_iterations", "critic_iterations", "distill_iterations",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -45,7 +50,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run: a victim, an attack on it towards a goal, and its evaluation. The defaults are Atari Pong at paper scale."""
+    """One run: a victim, an attack on it towards a goal, its evaluation. The defaults are Atari Pong at paper scale."""
 
     env: str = "pong"
     """minipong, pong or breakout"""
@@ -150,9 +155,7 @@ class Settings:
         for name, choices in (("attack", ATTACKS), ("learner", LEARNERS), ("temporal", TEMPORAL)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in (
-            "episodes", "num_envs", "batch_size", "updates", "victim_iterations", "frozen_iterations", "critic_iterations"
-        ):  # fmt: skip
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temporal == "frame" and self.norm == "l2":

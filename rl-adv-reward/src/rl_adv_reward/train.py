@@ -1,8 +1,8 @@
 """The training loop: any learner, many environments, a replay on the device; killed at any instant and continued.
 
-One step of all environments, then the learner's updates. On the CPU a killed and continued MiniPong training ends bit-equal to
-one that was not. ALE's vector environment cannot save its state: there a continued training starts new episodes and
-keeps everything else.
+One step of all environments, then the learner's updates. On the CPU a killed and continued MiniPong training ends
+bit-equal to one that was not. ALE's vector environment cannot save its state: there a continued training starts new
+episodes and keeps everything else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """MiniPong: a 10 x 10 Pong without downloads, stepped for many environments at once in numpy.
 
 The victim plays the right paddle (column 9, 147), the enemy the left one (column 0, 148); paddles are 4 rows high, the
-ball is one pixel (236), the background grey (87). An observation is the last two frames, uint8 (2, 10, 10). Actions: 0 up,
-1 stay, 2 down, one row per step. Every serve flies from the enemy's line towards the victim, so that every later crossing of
-the enemy's line is the victim's doing. An episode terminates at 5 goals or 5 misses and is truncated after 300 steps.
+ball is one pixel (236), the background grey (87). An observation is the last two frames, uint8 (2, 10, 10). Actions:
+0 up, 1 stay, 2 down, one row per step. Every serve flies from the enemy's line towards the victim, so that every
+later crossing of the enemy's line is the victim's doing. An episode terminates at 5 goals or 5 misses and is
+truncated after 300 steps.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class MiniPongVec(VectorEnv):
     """MiniPong as a gymnasium vector environment in NEXT_STEP mode: the step after an end only resets.
 
     `info["crossing_y"]` (N,) float64: the row at which the ball reached the enemy's line in this step, defended or not;
-    -1 where it did not (NaN would break the comparison of infos). `info["top"]` (N,): the upper row of the victim's paddle.
+    -1 where it did not (NaN would break the comparison of infos). `info["top"]` (N,): the upper row of the victim's
+    paddle.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}

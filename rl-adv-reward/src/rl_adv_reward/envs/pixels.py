@@ -1,8 +1,8 @@
 """Where ball and paddle are, read from clean frames on whatever device they lie. Pure functions.
 
-Positions are shares of the field's length, 0 at its top (Breakout: left) and 1 at its bottom (right); NaN where nothing was
-seen. Pong at 84 x 84: background 87, ball and walls 236, paddles 147 and 148; the enemy's paddle covers columns 8 to 10, the
-agent's 73 to 75. Against RAM: row = (y - 12) * 0.4 - 0.5, column = (x - 48) * 0.525 - 0.5.
+Positions are shares of the field's length, 0 at its top (Breakout: left) and 1 at its bottom (right); NaN where
+nothing was seen. Pong at 84 x 84: background 87, ball and walls 236, paddles 147 and 148; the enemy's paddle covers
+columns 8 to 10, the agent's 73 to 75. Against RAM: row = (y - 12) * 0.4 - 0.5, column = (x - 48) * 0.525 - 0.5.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def pong_ball(frames: Tensor) -> tuple[Tensor, Tensor]:
 def pong_crossing(obs: Tensor, next_obs: Tensor, info: dict) -> Tensor:
     """Where the ball reached the enemy's line in this step, defended or not: linear from its last two positions.
 
-    Seen is that it flew left close to the line in the two frames before, and is now hidden, past the line, or on its way
-    back. Within a step of the RAM's crossing.
+    Seen is that it flew left close to the line in the two frames before, and is now hidden, past the line, or on its
+    way back. Within a step of the RAM's crossing.
 
     Args:
         obs: (N, 4, 84, 84) uint8 before the step.

@@ -1,4 +1,4 @@
-"""An attack between any gymnasium environment and any policy: the policy sees attacked observations, the game is clean."""
+"""An attack between any gymnasium environment and any policy: the policy sees attacked observations, no more."""
 
 from __future__ import annotations
 
