@@ -54,9 +54,9 @@ def test_the_q_loss_is_double_dqn_by_hand_and_dummies_have_no_weight(small):
         y = b.returns[i] + (0 if b.terminated[i] else 0.9 * learner.target(then[i : i + 1])[0, a])
         error = abs((learner.q(x[i : i + 1])[0, b.action[i]] - y).item())
         expected.append(error**2 / 2 if error < 1 else error - 0.5)
-    assert abs(float(learner.loss(b)) - np.mean(expected)) < 1e-5
+    assert abs(learner.loss(b).item() - np.mean(expected)) < 1e-5
     half = b._replace(weight=(torch.arange(32) < 16).float())
-    assert abs(float(learner.loss(half)) - np.sum(expected[:16]) / 32) < 1e-5
+    assert abs(learner.loss(half).item() - np.sum(expected[:16]) / 32) < 1e-5
 
 
 def test_exploration_falls_linearly_and_then_stays(small):

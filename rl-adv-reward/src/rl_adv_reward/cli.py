@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -172,8 +173,8 @@ def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = No
 class Sweep(OnVictim):
     """Train and evaluate the attack at several bounds: a table on stdout."""
 
-    eps: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05)
-    """Bounds in units of [0, 1]."""
+    bounds: str = "0,1/255,2/255,4/255,8/255,16/255"
+    """Values of eps, in units of [0, 1]."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
@@ -182,9 +183,10 @@ class Sweep(OnVictim):
 
         names = ("adv_rate", "victim_return", "flip_rate", "linf")
         grid = Grid("eps", *names)
-        for eps in self.eps:
+        for bound in self.bounds.split(","):
+            eps = float(Fraction(bound))
             metrics = self.subject(replace(self.settings, eps=eps, attack="atn")).evaluate("atn").metrics()
-            grid.add_row(f"{eps:g}", *(f"{metrics[name]:.3f}" for name in names))
+            grid.add_row(bound, *(f"{metrics[name]:.3f}" for name in names))
         console().print(grid)
 
 

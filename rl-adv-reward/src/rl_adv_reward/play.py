@@ -46,5 +46,5 @@ class Play:
 
     def restore(self, state: dict) -> None:
         """Put back a `state`."""
-        self.envs.restore(state["envs"])
+        self.envs.restore({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()})
         self.obs, self.age, self.over = (state[name].to(self.device) for name in ("obs", "age", "over"))

@@ -152,7 +152,7 @@ class MiniPongVec(VectorEnv):
     def restore(self, state: dict[str, Any]) -> None:
         """Put the environments back to a `state`."""
         for name in _STATE:
-            setattr(self, name, np.array(state[name]))  # arrays, or tensors of a checkpoint
+            setattr(self, name, state[name].copy())
         self._rng.bit_generator.state = state["rng"]
 
 
