@@ -125,15 +125,10 @@ class ATN(nn.Module):
 
     def attacked(self, x: Tensor) -> Tensor:
         """`forward` without the check of x, for hot loops."""
+        raw = self.body(x).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would break a bound of 1/255
-            raw = self.raw(x).to(x.dtype)
             step = self.eps * raw.tanh() if self.norm == "linf" else raw
             return project(x + step, x, self.eps, self.norm)
-
-    def raw(self, x: Tensor) -> Tensor:
-        """f(x) before the bound, (N, C, H, W), under autocast where there is one."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] to the same shape and dtype, in [0, 1] and within eps. Errors: `check_observation`."""

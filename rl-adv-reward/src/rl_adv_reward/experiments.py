@@ -109,12 +109,16 @@ class Subject:
         loop = s.loop("victim")
         seed_everything(seed + SEEDS["victim"])
         learner = QLearner(self.network(), loop, self.fabric)
+        values: list[float] = []
 
         def check(iteration: int) -> tuple[dict, bool]:
             victim = Victim(copy.deepcopy(learner.q))
             found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed + SEEDS["check"])
             value = found.metrics()[environment.gate]
+            values.append(value)
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
+            if iteration >= loop.iterations / 2 and len(values) > 1 and max(values) == values[0]:
+                logger.warning("the victim has not improved since its first check: another seed may be needed")
             return {environment.gate: value}, value >= environment.gate_at_least
 
         every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
@@ -224,6 +228,7 @@ class Subject:
                 evaluate=check,
                 evaluate_every=every,
                 checkpoint=path,
+                checkpoint_every=self.s.save_every,
                 identity=json.loads(json.dumps(identity)),
                 compile=self.fabric.device.type == "cuda",
             )

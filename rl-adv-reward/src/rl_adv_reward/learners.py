@@ -42,7 +42,7 @@ class QLearner:
 
     def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric):
         self.loop, self.fabric = loop, fabric
-        self.q = q.to(fabric.device)
+        self.q = q.to(fabric.device, memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
         self.modules = {"q": self.q, "target": self.target}
         self.optimizer = _adam(self.q.parameters(), loop)
@@ -82,7 +82,7 @@ class Distiller:
 
     def __init__(self, atn: ATN, victim: Victim, critic: nn.Module, tau: float, own: int, loop: Loop, fabric: Fabric):
         self.fabric, self.tau, self.own = fabric, tau, own
-        self.q = AttackedQ(atn.to(fabric.device), victim)
+        self.q = AttackedQ(atn.to(fabric.device, memory_format=torch.channels_last), victim)
         self.critic = critic.to(fabric.device).requires_grad_(False).eval()
         self.modules = {"q": self.q}
         self.optimizer = _adam(self.q.parameters(), loop)

@@ -86,6 +86,8 @@ class Settings:
     """of an evaluation"""
     eval_every: int = 1000
     """iterations between points of the attack's training curve; 0: none"""
+    save_every: int = 10_000
+    """iterations between saves; each holds the replay"""
     num_envs: int = 64
     """environments stepped together in training"""
     batch_size: int = 256
@@ -196,6 +198,7 @@ class Settings:
     def key(self, kind: str) -> dict:
         """The settings that a training ("victim", "critic" or "atn") depends on: runs that agree in them share it."""
         evaluation = {"attack", "quantize", "temporal", "measure", "transfer", "compare", "episodes", "timed_threshold"}
+        evaluation.add("save_every")
         bound = {"eps", "norm", "learner", "atn_width", "eval_every"}
         goal = {"goal", "miss_penalty", "bonus", "low", "high"}
         parts = {"victim": ("victim_",), "critic": ("victim_", "critic_")}
@@ -224,6 +227,7 @@ _MINIPONG = Settings(
     victim_check_every=0,
     victim_check_episodes=32,
     eval_every=250,
+    save_every=1000,
     frozen_iterations=2000,
     frozen_lr=1e-3,
     frozen_gamma=0.95,
