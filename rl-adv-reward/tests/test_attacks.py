@@ -99,7 +99,7 @@ def test_the_timed_attack_strikes_where_the_choice_matters(victim):
     assert torch.equal(struck, spread > threshold) and 0 < struck.sum() < 64
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (4, 84, 84)])
+@pytest.mark.parametrize("shape", [SHAPE, (4, 84, 84), (3, 85, 63)])
 def test_the_untrained_network_hardly_acts_and_the_gradient_reaches_it_through_the_victim(shape):
     torch.manual_seed(0)
     module = mlp(shape, 3) if shape == SHAPE else nature_cnn(shape, 6)

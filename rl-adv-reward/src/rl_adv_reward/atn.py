@@ -100,7 +100,7 @@ class ATN(nn.Module):
         obs_shape: (C, H, W).
         eps: bound in units of [0, 1]; 0 is legal and changes nothing.
         norm: linf or l2.
-        width: channels of the convolutional branch; 3 times as many hidden units in the dense body.
+        width: channels of the convolutional bottleneck; 3 times as many hidden units in the dense body.
         background: subtracted from x before the body; a constant offset stalls small networks.
 
     Small observations (H < 36) get a dense body, larger ones a convolutional branch for detail plus a bottleneck,
@@ -181,20 +181,23 @@ class _DenseBody(nn.Sequential):
 
 
 class _ConvBody(nn.Module):
+    """Detail at half resolution, plus the scene through a bottleneck; cheaper than one gradient through the victim."""
+
     def __init__(self, shape: tuple[int, int, int], width: int, background: float):
         super().__init__()
         channels, height, side = shape
+        half = width // 2
         self.centre = Centre(background)
         self.detail = nn.Sequential(
-            nn.Conv2d(channels, width, 5, padding=2),
+            nn.Conv2d(channels, half, 5, stride=2, padding=2),  # 84 -> 42
             nn.ReLU(),
-            nn.Conv2d(width, width, 5, padding=2),
+            nn.Conv2d(half, half, 3, padding=1),
             nn.ReLU(),
-            _start_small(nn.Conv2d(width, channels, 3, padding=1)),
+            _start_small(nn.ConvTranspose2d(half, channels, 4, stride=2, padding=1)),  # 42 -> 84
         )
         down = nn.Sequential(
-            nn.Conv2d(channels, width, 8, stride=4), nn.ReLU(), nn.Conv2d(width, width, 4, stride=2), nn.ReLU()
-        )
+            nn.Conv2d(channels, half, 8, stride=4), nn.ReLU(), nn.Conv2d(half, width, 4, stride=2), nn.ReLU()
+        )  # 84 -> 20 -> 9
         coarse = (channels, height // 4, side // 4)
         self.scene = nn.Sequential(
             down,
@@ -208,4 +211,5 @@ class _ConvBody(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.centre(x)
-        return self.detail(x) + self.scene(x)
+        height, side = x.shape[2:]
+        return self.detail(x)[..., :height, :side] + self.scene(x)

@@ -92,16 +92,11 @@ class Replay:
         returns, terminated, discount, steps = window_returns(
             self.reward[window, env], self.terminated[window, env], self.truncated[window, env], gamma
         )
-        now, then = row % self.rows, (row + steps) % self.rows
-        return Batch(
-            self.stacked(now, env),
-            self.action[now, env],
-            returns,
-            terminated,
-            discount,
-            self.stacked(then, env),
-            self.valid[now, env].float(),
-        )
+        now = row % self.rows
+        both = self.stacked(torch.cat([now, (row + steps) % self.rows]), torch.cat([env, env]))
+        obs, next_obs = both.split(batch_size)
+        weight = self.valid[now, env].float()
+        return Batch(obs, self.action[now, env], returns, terminated, discount, next_obs, weight)
 
     def stacked(self, row: Tensor, env: Tensor) -> Tensor:
         """The observation (B, C, H, W) at rows (B,) of environments (B,), as the environment gave it."""
