@@ -57,7 +57,6 @@ class Evaluation:
             "adv_return": float(e["adv_return"].mean()),
             "victim_return": float(e["victim_return"].mean()),
             "miss_rate": self.rate("misses"),
-            "misses_kept": -self.rate("misses"),
             "flip_rate": self.rate("flips") / 1000,
             "linf": self.linf,
             "l2": self.rate("l2") / 1000,

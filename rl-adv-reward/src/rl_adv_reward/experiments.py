@@ -117,16 +117,16 @@ class Subject:
             value = found.metrics()[environment.gate]
             values.append(value)
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
-            if iteration >= loop.iterations / 2 and len(values) > 1 and max(values) == values[0]:
+            if iteration >= loop.iterations / 2 and len(values) > 1 and len(set(values)) == 1:
                 logger.warning("the victim has not improved since its first check: another seed may be needed")
-            return {environment.gate: value}, value >= environment.gate_at_least
+            return {environment.gate: value}, environment.passes(value)
 
         every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
         curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
-        if curve and curve[-1][environment.gate] < environment.gate_at_least:
+        if curve and not environment.passes(curve[-1][environment.gate]):
             raise RuntimeError(
                 f"the victim of seed {seed} is too weak to be worth an attack after {loop.iterations} iterations: "
-                f"{environment.gate} {curve[-1][environment.gate]:.2f}, {environment.gate_at_least:g} needed"
+                f"{environment.gate} {curve[-1][environment.gate]:.2f} is not within {environment.bounds}"
             )
         return Victim(learner.q)
 

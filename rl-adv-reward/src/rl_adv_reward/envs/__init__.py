@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +29,13 @@ class Environment:
     padding: str
     """what stands before the first frame of an episode in a stack: "first" (repeated) or "zero" """
     gate: str
-    """the metric of `evaluate` that a victim must pass before it may be attacked ..."""
-    gate_at_least: float
-    """... with at least this value"""
+    """the metric of an evaluation that a victim must pass before it may be attacked ..."""
+    bounds: tuple[float, float]
+    """... between these values"""
+
+    def passes(self, value: float) -> bool:
+        """Whether a victim with this value of the gate's metric may be attacked."""
+        return self.bounds[0] <= value <= self.bounds[1]
 
 
 def atari(game: str) -> Callable[[int], VectorEnv]:
@@ -58,9 +63,9 @@ def atari(game: str) -> Callable[[int], VectorEnv]:
 
 
 ENVIRONMENTS = {
-    "minipong": Environment(MiniPongVec, "mlp", BACKGROUND / 255, "first", "misses_kept", -5.0),
-    "pong": Environment(atari("pong"), "nature", 0.0, "zero", "victim_return", 18.0),
-    "breakout": Environment(atari("breakout"), "nature", 0.0, "zero", "victim_return", 30.0),
+    "minipong": Environment(MiniPongVec, "mlp", BACKGROUND / 255, "first", "miss_rate", (0, 5)),
+    "pong": Environment(atari("pong"), "nature", 0.0, "zero", "victim_return", (18, math.inf)),
+    "breakout": Environment(atari("breakout"), "nature", 0.0, "zero", "victim_return", (30, math.inf)),
 }
 
 
