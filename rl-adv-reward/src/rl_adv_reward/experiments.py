@@ -109,21 +109,21 @@ class Subject:
         loop = s.loop("victim")
         seed_everything(seed + SEEDS["victim"])
         learner = QLearner(self.network(), loop, self.fabric)
-        values: list[float] = []
+        short: list[float] = []
 
         def check(iteration: int) -> tuple[dict, bool]:
             victim = Victim(copy.deepcopy(learner.q))
             found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed + SEEDS["check"])
             value = found.metrics()[environment.gate]
-            values.append(value)
+            short.append(environment.short_of(value))
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
-            if iteration >= loop.iterations / 2 and len(values) > 1 and len(set(values)) == 1:
-                logger.warning("the victim has not improved since its first check: another seed may be needed")
-            return {environment.gate: value}, environment.passes(value)
+            if iteration >= loop.iterations / 2 and len(short) > 1 and short[-1] > 0.9 * short[0]:
+                logger.warning("the victim has hardly improved since its first check: another seed may be needed")
+            return {environment.gate: value}, environment.short_of(value) == 0
 
         every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
         curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
-        if curve and not environment.passes(curve[-1][environment.gate]):
+        if curve and environment.short_of(curve[-1][environment.gate]) > 0:
             raise RuntimeError(
                 f"the victim of seed {seed} is too weak to be worth an attack after {loop.iterations} iterations: "
                 f"{environment.gate} {curve[-1][environment.gate]:.2f} is not within {environment.bounds}"

@@ -33,9 +33,9 @@ class Environment:
     bounds: tuple[float, float]
     """... between these values"""
 
-    def passes(self, value: float) -> bool:
-        """Whether a victim with this value of the gate's metric may be attacked."""
-        return self.bounds[0] <= value <= self.bounds[1]
+    def short_of(self, value: float) -> float:
+        """How far a victim's value is from the gate's bounds; 0: it may be attacked."""
+        return max(self.bounds[0] - value, value - self.bounds[1], 0.0)
 
 
 def atari(game: str) -> Callable[[int], VectorEnv]:
