@@ -177,8 +177,8 @@ def test_ale_continues_with_new_episodes_and_all_the_rest(tmp_path, small):
 
 def test_training_ends_when_the_check_says_so_and_nan_is_an_error(small):
     loop = replace(small(), victim_iterations=100).loop("victim")
-    _, curve = train(loop, evaluate=lambda i: ({"value": i}, i >= 50), evaluate_every=25)
-    assert [point["iteration"] for point in curve] == [25, 50]
+    _, trained = train(loop, evaluate=lambda i: ({"value": i}, i >= 50), evaluate_every=25)
+    assert [point["iteration"] for point in trained.curve] == [25, 50] and trained.iterations == 50
     with pytest.raises(RuntimeError, match="NaN or infinite"):
         train(replace(loop, lr=float("inf")))
 

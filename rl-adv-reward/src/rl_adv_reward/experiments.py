@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rl_adv_reward.atn import ATN, AttackedQ
 from rl_adv_reward.attacks import NOT_LEARNED, ATNAttack, Attack, make_attack, none
-from rl_adv_reward.envs import ENVIRONMENTS, make_envs
+from rl_adv_reward.envs import ENVIRONMENTS, sizes
 from rl_adv_reward.evaluation import Evaluation, evaluate, lead, pack, success_share
 from rl_adv_reward.learners import Distiller, Learner, QLearner
 from rl_adv_reward.models import NETWORKS, Victim
@@ -132,24 +132,20 @@ class Subject:
 
     def network(self) -> nn.Module:
         """A fresh network of this environment's victims."""
-        environment, envs = ENVIRONMENTS[self.s.env], make_envs(self.s.env, 1)
-        shape, n_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        envs.close()
-        return NETWORKS[environment.network](shape, n_actions, environment.background)
+        environment = ENVIRONMENTS[self.s.env]
+        return NETWORKS[environment.network](*sizes(self.s.env), environment.background)
 
-    @property
+    @cached_property
     def critic(self) -> nn.Module:
         """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights on."""
-        if not hasattr(self, "_critic"):
-            loop = self.s.loop("critic")
-            seed_everything(self.seed + SEEDS["critic"])
-            q = self.network()
-            if self.victim.output == "q":
-                self.warm_start(q)
-            learner = QLearner(q, loop, self.fabric)
-            self.fit("critic", self.seed, learner, self.goal, loop)
-            self._critic = learner.q.requires_grad_(False).eval()
-        return self._critic
+        loop = self.s.loop("critic")
+        seed_everything(self.seed + SEEDS["critic"])
+        q = self.network()
+        if self.victim.output == "q":
+            self.warm_start(q)
+        learner = QLearner(q, loop, self.fabric)
+        self.fit("critic", self.seed, learner, self.goal, loop)
+        return learner.q.requires_grad_(False).eval()
 
     def warm_start(self, q: nn.Module) -> None:
         """From the victim's weights where it is the same network; one of another kind is left as a fresh start."""
@@ -158,23 +154,16 @@ class Subject:
         except RuntimeError:
             logger.info("the victim is another network: the critic starts from scratch")
 
-    @property
+    @cached_property
     def atn(self) -> ATN:
         """The trained attack; at eps = 0 it stays as it began, since nothing that it learned could show."""
-        s = self.s
-        if not hasattr(self, "_atn"):
-            critic = self.critic if s.learner == "critic" and s.eps > 0 else None
-            seed_everything(self.seed + SEEDS["atn"])
-            envs = make_envs(s.env, 1)
-            background = ENVIRONMENTS[s.env].background
-            atn = ATN(envs.single_observation_space.shape, s.eps, s.norm, s.atn_width, background).to(
-                self.fabric.device
-            )
-            envs.close()
-            if s.eps > 0:
-                self.train_atn(atn, critic)
-            self._atn = atn.requires_grad_(False).eval()
-        return self._atn
+        s, background = self.s, ENVIRONMENTS[self.s.env].background
+        critic = self.critic if s.learner == "critic" and s.eps > 0 else None
+        seed_everything(self.seed + SEEDS["atn"])
+        atn = ATN(sizes(s.env)[0], s.eps, s.norm, s.atn_width, background).to(self.fabric.device)
+        if s.eps > 0:
+            self.train_atn(atn, critic)
+        return atn.requires_grad_(False).eval()
 
     def train_atn(self, atn: ATN, critic: nn.Module | None) -> None:
         """By frozen_q, or by distillation from the critic."""
@@ -219,7 +208,7 @@ class Subject:
         name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
         path = self.store / f"{kind}-{seed}-{name}.pt"
         with exclusive(path):
-            curve = fit(
+            trained = fit(
                 learner,
                 goal,
                 loop,
@@ -232,17 +221,17 @@ class Subject:
                 identity=json.loads(json.dumps(identity)),
                 compile=self.fabric.device.type == "cuda",
             )
-        self.trained_steps += loop.iterations * loop.num_envs
-        return curve
+        self.trained_steps += trained.iterations * loop.num_envs
+        return trained.curve
 
     # ---- evaluation ------------------------------------------------------------
 
     def use(self, atn: ATN) -> None:
         """Take this attack instead of training one. ValueError where its observations are not this environment's."""
-        shape = make_envs(self.s.env, 1).single_observation_space.shape
+        shape, _ = sizes(self.s.env)
         if atn.obs_shape != shape:
             raise ValueError(f"the attack is made for observations {atn.obs_shape}, those of {self.s.env} are {shape}")
-        self._atn = atn.to(self.fabric.device)
+        self.atn = atn.to(self.fabric.device)
 
     def evaluate(self, attack: str, keep_frames: int | None = None) -> Evaluation:
         """Whole episodes under an attack of the table; the same seed for all of them."""

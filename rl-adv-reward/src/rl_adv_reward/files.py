@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rl_adv_reward.atn import ATN
-from rl_adv_reward.envs import ENVIRONMENTS, make_envs
+from rl_adv_reward.envs import ENVIRONMENTS, sizes
 from rl_adv_reward.models import NETWORKS, Victim
 from rl_adv_reward.train import read, write_atomically
 
@@ -38,10 +38,7 @@ def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
     content = _of_kind(path, "victim")
     if content["run"]["env"] != env:
         raise ValueError(f"{path}: a victim of {content['run']['env']}, not of {env}")
-    envs = make_envs(env, 1)
-    shape, n_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-    envs.close()
-    module = NETWORKS[ENVIRONMENTS[env].network](shape, n_actions, ENVIRONMENTS[env].background)
+    module = NETWORKS[ENVIRONMENTS[env].network](*sizes(env), ENVIRONMENTS[env].background)
     _fill(path, module, content["modules"]["q"])
     return Victim(module)
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from lightning.fabric import Fabric
@@ -51,6 +52,13 @@ def own_reward(obs, action, reward, terminated, next_obs, info) -> Tensor:
     return reward.sign()
 
 
+class Trained(NamedTuple):
+    """What a training leaves behind, beside the learner's weights."""
+
+    curve: list[dict]
+    iterations: int
+
+
 def fit(
     learner: Learner,
     goal: AdversarialReward,
@@ -65,7 +73,7 @@ def fit(
     identity: dict | None = None,
     before: Callable[[int], None] = lambda iteration: None,
     compile: bool = False,
-) -> list[dict]:
+) -> Trained:
     """Train; the same arguments give the same weights on a CPU (MiniPong), killed and started again or not.
 
     Args:
@@ -83,7 +91,7 @@ def fit(
         compile: torch.compile the loss.
 
     Returns:
-        The curve: one point per evaluation with the mean loss since the last.
+        The curve, one point per evaluation with the mean loss since the last, and the iterations done.
 
     Raises:
         ValueError: a checkpoint that is damaged or of another run.
@@ -137,7 +145,7 @@ def fit(
     if not math.isfinite(state["loss"].item()):
         raise RuntimeError(f"iteration {state['iteration']}: the loss is NaN or infinite")
     play.envs.close()
-    return state["curve"]
+    return Trained(state["curve"], state["iteration"])
 
 
 # ---- checkpoints ------------------------------------------------------------

@@ -78,6 +78,14 @@ def make_envs(name: str, num_envs: int) -> VectorEnv:
     return envs
 
 
+def sizes(name: str) -> tuple[tuple[int, int, int], int]:
+    """Shape (C, H, W) of an environment's observations, and its number of actions."""
+    envs = make_envs(name, 1)
+    shape, n_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+    envs.close()
+    return shape, n_actions
+
+
 def check_envs(envs: VectorEnv) -> None:
     """Training and evaluation need image stacks in uint8, discrete actions and NEXT_STEP.
 
