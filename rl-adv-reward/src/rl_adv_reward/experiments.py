@@ -6,6 +6,7 @@ import copy
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -52,7 +53,10 @@ def run_tables(
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
-    work = partial(execute, store=PROJECT / "runs" / "artifacts")
+    store = PROJECT / "runs" / "artifacts"
+    if force:
+        shutil.rmtree(store, ignore_errors=True)
+    work = partial(execute, store=store)
     run_missing("rl-adv-reward", runs, log, work, repository=PROJECT, packages=PACKAGES, force=force, jobs=jobs)
     return log
 
@@ -197,14 +201,8 @@ class Subject:
         every: int = 0,
     ) -> list[dict]:
         """Train into the store, go on from there, or take what is finished there; one process at a time."""
-        identity = {
-            "kind": kind,
-            "settings": self.s.key(kind),
-            "code": code_hash(),
-            "victim": getattr(self, "victim_hash", None),
-        }
-        if kind == "victim":
-            identity["victim"] = None  # the transfer's victim is trained beside one
+        identity = {"kind": kind, "settings": self.s.key(kind), "code": code_hash()}
+        identity["victim"] = None if kind == "victim" else self.victim_hash
         name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
         path = self.store / f"{kind}-{seed}-{name}.pt"
         with exclusive(path):
