@@ -70,6 +70,8 @@ def test_a_broken_bound_and_a_changed_victim_are_errors(victim):
         evaluate(victim, lambda x, v: (x + 0.2).clamp(0, 1), lose, "minipong", 2, 0, eps=0.1)
     with pytest.raises(RuntimeError, match="outside .0, 1."):
         evaluate(victim, lambda x, v: x + 0.2, lose, "minipong", 2, 0, eps=1.0)
+    with pytest.raises(RuntimeError, match="the bound is broken: nan"):
+        evaluate(victim, lambda x, v: x * float("nan"), lose, "minipong", 2, 0, eps=1.0)
 
     def vandal(x, victim):
         victim.module[-1].bias.data += 1e-3

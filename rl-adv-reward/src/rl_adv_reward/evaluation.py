@@ -131,71 +131,98 @@ def evaluate(
     """
     device = next(victim.parameters()).device
     n = min(episodes, MOST_ENVS)
-    quota = -(-episodes // n)
     play, weights = Play(env, n, seed, device), victim.weights_hash()
+    tally = _Tally(n, -(-episodes // n), device)
     memory, fresh = Frames(), torch.ones(n, dtype=torch.bool, device=device)
-    sums = torch.zeros(len(SUMS), n, dtype=torch.float64, device=device)
-    landings = torch.zeros(BINS, dtype=torch.int64, device=device)
-    landing_sum = torch.zeros((), dtype=torch.float64, device=device)
-    worst = torch.zeros(3, device=device)  # linf, overshoot of the bound, overshoot of [0, 1]
-    digest, pictures, done, finished = hashlib.sha256(), {"clean": [], "attacked": []}, np.zeros(n, int), []
-    while (done < quota).any():
+    digest, pictures = hashlib.sha256(), {"clean": [], "attacked": []}
+    while not tally.complete:
         x = to_unit(play.obs)
         x_adv = attack(x, victim)
         if temporal == "frame":
             x_adv = memory(x_adv, fresh)
-        q = victim.q(x_adv)
-        action = q.argmax(1) if policy is None else policy(x)
-        linf, l2, l0 = perturbation_size(x_adv, x)
-        size = l2 if norm == "l2" else linf
-        over = size - (size if eps is None else eps)
-        worst = torch.maximum(worst, torch.stack([linf.max(), over.max(), (x_adv - 0.5).abs().max() - 0.5]))
+        action = victim.q(x_adv).argmax(1) if policy is None else policy(x)
+        flipped = action != victim.q(x).argmax(1)
         if len(pictures["clean"]) < keep_frames:
             for name, stack in (("clean", x), ("attacked", x_adv)):
                 pictures[name].append((255 * stack[0, -1]).round().to(torch.uint8).cpu().numpy())
         digest.update(action.cpu().numpy().tobytes())
-        flipped = (action != victim.q(x).argmax(1)) if policy is None else torch.zeros_like(fresh)
+
         adversarial, own, _, _, valid, info = play.step(action, goal)
         position = crossing(env, play.last_obs, play.obs, info)
-        counted = valid & torch.from_numpy(done < quota).to(device)
-        crossed = ~position.isnan() & counted
-        row = [
-            adversarial,
-            own,
-            torch.ones_like(own),
-            own < 0,
-            flipped,
-            crossed,
-            crossed & (adversarial > 0),
-            l2,
-            l0 / x[0].numel(),
-        ]
-        sums += torch.stack([value.double() for value in row]) * counted
-        landed = position[crossed]
-        landings += torch.bincount((landed * BINS).long().clamp(0, BINS - 1), minlength=BINS)
-        landing_sum += landed.sum()
+        size = tally.bounded(x_adv, x, eps, norm)
+        tally.add(adversarial, own, flipped, position, *size, valid=valid, over=play.over)
         fresh = ~valid
-        ended = (play.over & counted).cpu().numpy()
-        if ended.any():
-            finished.append(sums[:, ended].cpu().numpy())
-            sums[:, ended] = 0
-            done += ended
     play.envs.close()
-    linf, over, outside = worst.tolist()
-    if over > TOLERANCE or outside > TOLERANCE:
-        raise RuntimeError(f"the bound is broken: {over:.3g} above eps, {outside:.3g} outside [0, 1]")
+    tally.check()
     if victim.weights_hash() != weights:
         raise RuntimeError("the victim's weights changed during the evaluation")
-    table = np.concatenate(finished, 1)
-    total = int(landings.sum())
-    return Evaluation(
-        dict(zip(SUMS, table, strict=True)),
-        linf,
-        landings.cpu().numpy(),
-        float(landing_sum) / total if total else float("nan"),
-        digest.hexdigest(),
-        {name: np.array(frames) for name, frames in pictures.items()},
-    )
+    frames = {name: np.array(each) for name, each in pictures.items()}
+    return tally.evaluation(digest.hexdigest(), frames)
+
+
+class _Tally:
+    """Sums per environment until an episode ends, on the device; only the end of an episode waits for it."""
+
+    def __init__(self, num_envs: int, quota: int, device: torch.device):
+        self.quota, self.device = quota, device
+        self.done = np.zeros(num_envs, int)
+        self.finished: list[np.ndarray] = []
+        self.sums = torch.zeros(len(SUMS), num_envs, dtype=torch.float64, device=device)
+        self.landings = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self.landing_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.worst = torch.zeros(3, device=device)  # linf, excess over the bound, excess over [0, 1]
+
+    @property
+    def complete(self) -> bool:
+        return bool((self.done >= self.quota).all())
+
+    def bounded(self, x_adv: Tensor, x: Tensor, eps: float | None, norm: str) -> tuple[Tensor, Tensor]:
+        """L2 and the changed share (N,) of a perturbation, whose worst values are kept for `check`."""
+        linf, l2, l0 = perturbation_size(x_adv, x)
+        size = l2 if norm == "l2" else linf
+        excess = size - (size if eps is None else eps)
+        outside = (x_adv - 0.5).abs().amax() - 0.5
+        self.worst = torch.maximum(self.worst, torch.stack([linf.amax(), excess.amax(), outside]))  # keeps NaN
+        return l2, l0 / x[0].numel()
+
+    def check(self) -> None:
+        """RuntimeError where the bound or the valid range was left, or an observation was NaN."""
+        _, excess, outside = self.worst.tolist()
+        if not (excess <= TOLERANCE and outside <= TOLERANCE):
+            raise RuntimeError(f"the bound is broken: {excess:.3g} above eps, {outside:.3g} outside [0, 1]")
+
+    def add(
+        self,
+        adversarial: Tensor,
+        own: Tensor,
+        flipped: Tensor,
+        position: Tensor,
+        l2: Tensor,
+        l0: Tensor,
+        *,
+        valid: Tensor,
+        over: Tensor,
+    ) -> None:
+        """One step (N,) of everything, in the order of SUMS; dummies and episodes beyond the quota do not count."""
+        counted = valid & torch.from_numpy(self.done < self.quota).to(self.device)
+        crossed = ~position.isnan() & counted
+        hit = crossed & (adversarial > 0)
+        step = [adversarial, own, torch.ones_like(own), own < 0, flipped, crossed, hit, l2, l0]
+        self.sums += torch.stack([value.double() for value in step]) * counted
+        landed = position[crossed]
+        self.landings += torch.bincount((landed * BINS).long().clamp(0, BINS - 1), minlength=BINS)
+        self.landing_sum += landed.sum()
+        ended = (over & counted).cpu().numpy()
+        if ended.any():
+            self.finished.append(self.sums[:, ended].cpu().numpy())
+            self.sums[:, ended] = 0
+            self.done += ended
+
+    def evaluation(self, trajectory: str, frames: dict[str, np.ndarray]) -> Evaluation:
+        total = int(self.landings.sum())
+        mean = float(self.landing_sum) / total if total else float("nan")
+        episodes = dict(zip(SUMS, np.concatenate(self.finished, 1), strict=True))
+        return Evaluation(episodes, float(self.worst[0]), self.landings.cpu().numpy(), mean, trajectory, frames)
 
 
 def bootstrap_rate(
