@@ -216,7 +216,7 @@ class Subject:
                 evaluate_every=every,
                 checkpoint=path,
                 checkpoint_every=self.s.save_every,
-                identity=json.loads(json.dumps(identity)),
+                identity=identity,
                 compile=self.fabric.device.type == "cuda",
             )
         self.trained_steps += trained.iterations * loop.num_envs

@@ -97,25 +97,23 @@ def fit(
         ValueError: a checkpoint that is damaged or of another run.
         RuntimeError: the loss became NaN or infinite.
     """
+    run = json.loads(json.dumps({"loop": asdict(loop), "seed": seed, **(identity or {})}))
+    saved = _open(checkpoint, run, learner) if checkpoint is not None and checkpoint.exists() else None
+    if saved and saved["state"]["finished"]:
+        return Trained(saved["state"]["curve"], saved["state"]["iteration"])
     seed_everything(seed)
     play = Play(loop.env, loop.num_envs, seed, fabric.device)
     shape = play.envs.single_observation_space.shape
     replay = Replay(loop.capacity, loop.num_envs, shape, ENVIRONMENTS[loop.env].padding, fabric.device)
-    run = json.loads(json.dumps({"loop": asdict(loop), "seed": seed, **(identity or {})}))
-    state = {
-        "iteration": 0,
-        "curve": [],
-        "loss": torch.zeros((), dtype=torch.float64, device=fabric.device),
-        "count": 0,
-    }
-    if checkpoint is not None and checkpoint.exists():
-        state |= _resume(checkpoint, run, learner, replay, play, loop, fabric.device)
-        if not state["finished"]:
-            logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint.name)
+    state = {"iteration": 0, "curve": [], "count": 0, "finished": False}
+    loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # summed since the last evaluation
+    if saved:
+        state, loss = saved["state"], saved["loss"].to(fabric.device)
+        _restore(saved, learner, replay, play, loop)
+        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint.name)
     compute_loss = torch.compile(learner.loss) if compile else learner.loss
 
-    finished = state.pop("finished", False)
-    while not finished and state["iteration"] < loop.iterations:
+    while not state["finished"]:
         before(state["iteration"])
         obs, age = play.obs, play.age
         action = learner.act(to_unit(obs), state["iteration"])
@@ -124,39 +122,47 @@ def fit(
         state["iteration"] += 1
         if state["iteration"] > loop.starts:
             for _ in range(loop.updates):
-                loss = compute_loss(replay.sample(loop.batch_size, loop.n_step, loop.gamma))
-                learner.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                learner.optimizer.step()
-                state["loss"] += loss.detach()
+                batch = replay.sample(loop.batch_size, loop.n_step, loop.gamma)
+                loss += _update(learner.optimizer, compute_loss(batch))
                 state["count"] += 1
         learner.after(state["iteration"])
-        finished = state["iteration"] == loop.iterations
-        if evaluate and evaluate_every and (state["iteration"] % evaluate_every == 0 or finished):
-            mean = (state["loss"] / max(1, state["count"])).item()
-            if not math.isfinite(mean):
-                raise RuntimeError(f"iteration {state['iteration']}: the loss is NaN or infinite")
+        state["finished"] = state["iteration"] == loop.iterations
+        if evaluate and evaluate_every and (state["finished"] or state["iteration"] % evaluate_every == 0):
             point, enough = evaluate(state["iteration"])
-            finished |= enough
-            state["curve"] = [*state["curve"], {"iteration": state["iteration"], "loss": mean} | point]
-            state |= {"loss": torch.zeros_like(state["loss"]), "count": 0}
-        if checkpoint is not None and (finished or state["iteration"] % checkpoint_every == 0):
-            _save(checkpoint, run, state | {"finished": finished}, learner, replay, play)
-    if not math.isfinite(state["loss"].item()):
-        raise RuntimeError(f"iteration {state['iteration']}: the loss is NaN or infinite")
+            point |= {"iteration": state["iteration"], "loss": _finite(loss, state) / max(1, state["count"])}
+            state |= {"curve": [*state["curve"], point], "count": 0, "finished": state["finished"] or enough}
+            loss = torch.zeros_like(loss)
+        if state["finished"] or state["iteration"] % checkpoint_every == 0:
+            _finite(loss, state)
+            if checkpoint is not None:
+                _save(checkpoint, run, state, loss, learner, replay, play)
     play.envs.close()
     return Trained(state["curve"], state["iteration"])
+
+
+def _finite(loss: Tensor, state: dict) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise RuntimeError(f"iteration {state['iteration']}: the loss is NaN or infinite")
+    return value
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 # ---- checkpoints ------------------------------------------------------------
 
 
-def _save(path: Path, run: dict, state: dict, learner: Learner, replay: Replay, play: Play) -> None:
+def _save(path: Path, run: dict, state: dict, loss: Tensor, learner: Learner, replay: Replay, play: Play) -> None:
     """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one.
 
     A finished training keeps no replay: it is large, and nobody needs it any more.
     """
-    content = {"run": run, "state": state | {"loss": state["loss"].cpu()}}
+    content = {"run": run, "state": state, "loss": loss.cpu()}
     content["modules"] = {name: module.state_dict() for name, module in learner.modules.items()}
     if not state["finished"]:
         content |= {"optimizer": learner.optimizer.state_dict(), "rng": rng_state()}
@@ -185,21 +191,23 @@ def read(path: Path) -> dict:
     return content
 
 
-def _resume(
-    path: Path, run: dict, learner: Learner, replay: Replay, play: Play, loop: Loop, device: torch.device
-) -> dict:
+def _open(path: Path, run: dict, learner: Learner) -> dict:
+    """A checkpoint of this very run, its weights taken over. ValueError where it is of another."""
     content = read(path)
     if content["run"] != run:
         parts = {key for key in run | content["run"] if run.get(key) != content["run"].get(key)}
         raise ValueError(f"{path}: checkpoint of another run (other {', '.join(sorted(parts))}); name another file")
     for name, module in learner.modules.items():
         module.load_state_dict(content["modules"][name])
-    if not content["state"]["finished"]:
-        learner.optimizer.load_state_dict(content["optimizer"])
-        replay.restore(content["replay"])
-        if content["play"] is None:
-            replay.cut(loop.n_step)
-        else:
-            play.restore(content["play"])
-        restore_rng_state(content["rng"])
-    return content["state"] | {"loss": content["state"]["loss"].to(device)}
+    return content
+
+
+def _restore(content: dict, learner: Learner, replay: Replay, play: Play, loop: Loop) -> None:
+    """Everything else that decides the future."""
+    learner.optimizer.load_state_dict(content["optimizer"])
+    replay.restore(content["replay"])
+    if content["play"] is None:
+        replay.cut(loop.n_step)
+    else:
+        play.restore(content["play"])
+    restore_rng_state(content["rng"])
