@@ -280,7 +280,7 @@ class Subject:
             "best_baseline": max(other.rate() for other in others.values()),
             "same_trajectory": float(found.trajectory == nothing.trajectory),
         }
-        if self.s.eps > 0:
+        if self.s.learner == "critic" and self.s.eps > 0:
             span = self.evaluate("oracle").rate() - nothing.rate()
             if span > 0:
                 metrics["normalised_score"] = (found.rate() - nothing.rate()) / span

@@ -81,7 +81,7 @@ class Settings:
     transfer: int = 0
     """evaluate on the victim of seed + transfer (the attack is trained on the victim of the run's seed)"""
     compare: bool = False
-    """evaluate no attack, the attacks that learn nothing and the oracle too: lead, success, normalised score"""
+    """evaluate no attack, the attacks that learn nothing and (critic) the oracle too: lead, success, normalised score"""
     episodes: int = 30
     """of an evaluation"""
     eval_every: int = 1000
@@ -214,12 +214,12 @@ _MINIPONG = Settings(
     env="minipong",
     eps=0.05,
     episodes=64,
-    num_envs=32,
-    batch_size=64,
+    num_envs=64,
+    batch_size=128,
     capacity=60_000,
     starts=20,
     sync_every=200,
-    victim_iterations=2500,
+    victim_iterations=1500,
     victim_lr=1e-3,
     victim_gamma=0.95,
     victim_n_step=1,
@@ -228,18 +228,18 @@ _MINIPONG = Settings(
     victim_check_episodes=32,
     eval_every=250,
     save_every=1000,
-    frozen_iterations=2000,
+    frozen_iterations=1000,
     frozen_lr=1e-3,
     frozen_gamma=0.95,
     frozen_n_step=1,
     frozen_explore=(0.3, 0.02, 0.6),
-    critic_iterations=6000,
+    critic_iterations=4500,
     critic_lr=5e-4,
     critic_gamma=0.97,
     critic_n_step=1,
     critic_explore=(0.5, 0.05, 0.5),
-    distill_iterations=1500,
-    distill_own=500,
+    distill_iterations=1000,
+    distill_own=300,
     distill_lr=1e-3,
     distill_batch=128,
     adam_eps=1e-8,
