@@ -75,6 +75,8 @@ def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
         "landings": found.landings.tolist(),
         "frames": {name: pack(frames) for name, frames in found.frames.items()},
     }
+    if s.eps == 0:
+        metrics["same_trajectory"] = float(found.trajectory == subject.evaluate("none").trajectory)
     if s.compare:
         metrics |= subject.compare(found)
     if subject.curve:
@@ -278,7 +280,6 @@ class Subject:
         metrics = lead(found, others) | {
             "success": success_share(found, nothing),
             "best_baseline": max(other.rate() for other in others.values()),
-            "same_trajectory": float(found.trajectory == nothing.trajectory),
         }
         if self.s.learner == "critic" and self.s.eps > 0:
             span = self.evaluate("oracle").rate() - nothing.rate()

@@ -81,7 +81,7 @@ class Settings:
     transfer: int = 0
     """evaluate on the victim of seed + transfer (the attack is trained on the victim of the run's seed)"""
     compare: bool = False
-    """evaluate no attack, the attacks that learn nothing and (critic) the oracle too: lead, success, normalised score"""
+    """evaluate the attacks that learn nothing and (critic) the oracle too: lead, success, normalised score"""
     episodes: int = 30
     """of an evaluation"""
     eval_every: int = 1000
