@@ -86,7 +86,7 @@ def test_runs_share_what_they_train_and_a_weak_victim_is_refused(tmp_path, small
     assert first.details["victim_hash"] == second.details["victim_hash"]
     attacked = execute(asdict(small(attack="atn", learner="frozen_q", goal="park", compare=True)), 0, store=tmp_path)
     assert {"lead_low", "gain", "success"} <= attacked.metrics.keys()
-    assert len(attacked.details["curve"]) == 3 and attacked.metrics["linf"] <= 0.05 + 1e-6
+    assert len(attacked.details["curve"]) == 4 and attacked.metrics["linf"] <= 0.05 + 1e-6
     with pytest.raises(RuntimeError, match="too weak to be worth an attack after 30 iterations: miss_rate"):
         execute(asdict(small(victim_check_episodes=4)), 0, store=tmp_path)
 

@@ -190,7 +190,8 @@ class Subject:
             )
             return {"adv_rate": found.rate(), "victim_return": found.metrics()["victim_return"]}, False
 
-        self.curve = self.fit("atn", self.seed, learner, self.goal, loop, check, s.eval_every)
+        start = [{"iteration": 0} | check(0)[0]] if s.eval_every else []
+        self.curve = start + self.fit("atn", self.seed, learner, self.goal, loop, check, s.eval_every)
 
     def fit(
         self,
