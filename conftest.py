@@ -4,10 +4,12 @@ In importlib mode a test module of rebias/tests is `rebias.tests.test_x`: withou
 folder `rebias` would stand for it.
 """
 
+import contextlib
 import importlib
 import tomllib
 from pathlib import Path
 
 for entry in tomllib.loads((Path(__file__).parent / "workspace.toml").read_text())["project"]:
     if entry["name"] == entry["package"] and entry["status"] == "built":
-        importlib.import_module(entry["package"])
+        with contextlib.suppress(ModuleNotFoundError):  # `make -C <project> install` has that project alone
+            importlib.import_module(entry["package"])

@@ -116,6 +116,17 @@ def test_training_crops_do_not_depend_on_workers_or_resuming(tmp_path, write_ima
     assert torch.equal(share[1][0][1], whole[0][1][1::2]) and torch.equal(share[0][0][2], whole[0][2][::2])
 
 
+def test_lighting_shifts_a_whole_image_along_the_axes_of_colour():
+    torch.manual_seed(0)
+    grey = torch.full((3, 4, 5), 128, dtype=torch.uint8)
+    shifts = torch.stack([sources.Lighting()(grey).float() - 128 for _ in range(3000)])
+    assert (shifts == shifts[..., :1, :1]).all() and shifts.mean().abs() < 0.3
+    covariance = torch.cov(shifts[:, :, 0, 0].T)
+    axes, variances = sources.Lighting.axes, (25.5 * sources.Lighting.variances) ** 2
+    expected = axes @ torch.diag(variances) @ axes.T + torch.eye(3) / 12  # and the rounding to 8 bits
+    torch.testing.assert_close(covariance, expected, rtol=0.1, atol=0.3)
+
+
 def write_imagenet(root, write_image_folder, classes=("n01", "n02")):
     write_image_folder(root / "imagenet" / "train", classes, 4)
     write_image_folder(root / "imagenet" / "val", classes, 2)

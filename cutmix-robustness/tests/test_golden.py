@@ -254,7 +254,8 @@ def test_losses_and_rates():
             one = MixedBatch(nothing, a[i : i + 1], b[i : i + 1], lam[i : i + 1], nothing, nothing)
             assert abs(mixed_cross_entropy(logits[i : i + 1], one, float(smoothing)).item() - loss) < 1e-9
     for row in g["dropblock"]:
-        assert abs(dropblock_gamma(row["keep_prob"], row["block"], row["feat"]) - row["gamma"]) < 1e-9
+        gamma = dropblock_gamma(row["keep_prob"], row["block"], row["feat"], row["feat"])
+        assert abs(gamma - row["gamma"]) < 1e-9
     for row in g["stochastic_depth_survival"]:
         assert abs(survival_probability(row["block"], row["blocks"], row["drop_last"]) - row["p_survive"]) < 1e-9
     for row in g["shakedrop"]["rows"]:

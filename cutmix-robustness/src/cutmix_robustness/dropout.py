@@ -38,9 +38,10 @@ class Cutout:
         return torch.where(rows[:, None, :, None] & columns[:, None, None, :], fill[:, None, None], images)
 
 
-def dropblock_gamma(keep_prob: float, block_size: int, feature_size: int) -> float:
-    """Rate of block centres such that a share 1 - keep_prob of the units is dropped."""
-    return (1 - keep_prob) / block_size**2 * feature_size**2 / (feature_size - block_size + 1) ** 2
+def dropblock_gamma(keep_prob: float, block_size: int, height: int, width: int) -> float:
+    """Rate of block corners on a height x width map such that a share 1 - keep_prob of the units is dropped."""
+    corners = (height - block_size + 1) * (width - block_size + 1)
+    return (1 - keep_prob) / block_size**2 * height * width / corners
 
 
 class DropBlock2d(nn.Module):
@@ -63,7 +64,7 @@ class DropBlock2d(nn.Module):
             return features
         n, channels, height, width = features.shape
         block = min(self.block_size, height, width)
-        gamma = (1 - self.keep_prob) / block**2 * height * width / ((height - block + 1) * (width - block + 1))
+        gamma = dropblock_gamma(self.keep_prob, block, height, width)
         corners = torch.rand(n, channels, height - block + 1, width - block + 1, device=features.device) < gamma
         dropped = F.max_pool2d(F.pad(corners.float(), [block - 1] * 4), block, stride=1)
         keep = 1 - dropped

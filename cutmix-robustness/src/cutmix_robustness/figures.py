@@ -148,7 +148,7 @@ def _confidence_bars(table: Table, scale: str | None, results: Path) -> plt.Figu
         axes[1].bar(place + 0.4 * side, mean, 0.4, yerr=half, capsize=3, label=label)
     for panel, title in zip(axes, ("published, CIFAR-100", _where("ours", scale)), strict=True):
         panel.set_xticks(place + 0.2, [without.name for without, _ in pairs], rotation=20)
-        panel.set(title=title, ylim=(50, 100))
+        panel.set(title=title, ylim=(40, 100))
     axes[0].set_ylabel("mean confidence (%)")
     axes[0].legend(fontsize=8, loc="lower left")
     return figure

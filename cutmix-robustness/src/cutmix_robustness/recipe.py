@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutmix_robustness.attacks import fgsm
+from cutmix_robustness.corruptions import SEVERITIES
 from cutmix_robustness.cutmix import CutMix, MixedBatch, mixed_cross_entropy, unmixed
 from cutmix_robustness.data.sources import ResidentImages, generator_for
 from cutmix_robustness.dropout import Cutout
 from cutmix_robustness.mixup import ManifoldMix, Mixup, MixupCutMix
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.settings import MIXED_IN_THE_NETWORK, Settings
-
-NOISE_SIGMA = {"cifar": (0.04, 0.06, 0.08, 0.09, 0.10), "imagenet": (0.08, 0.12, 0.18, 0.26, 0.38)}
 
 
 class Recipe:
@@ -113,7 +112,7 @@ class Recipe:
         """Gaussian noise of CIFAR-C or ImageNet-C, its severity drawn for each image."""
         scale = "imagenet" if self.settings.dataset in ("imagenet", "image-folder", "cub") else "cifar"
         severity = torch.randint(5, (len(images),), generator=self.generator)
-        sigma = torch.tensor(NOISE_SIGMA[scale])[severity].to(images.device)
+        sigma = torch.tensor(SEVERITIES[scale]["gaussian_noise"])[severity].to(images.device)
         noise = torch.randn(images.shape, generator=self.generator).to(images.device)
         return (images + sigma[:, None, None, None] * noise).clamp(0, 1)
 

@@ -17,7 +17,7 @@ from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
-from shared_utils.logging import get_logger
+from shared_utils.logging import get_logger, progress
 
 logger = get_logger("cutmix-robustness")
 
@@ -103,37 +103,46 @@ def fit(
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
     state = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
     if checkpoint is not None and checkpoint.exists():
-        state = _resume(checkpoint, run, model, optimizer)
+        state = _resume(checkpoint, run, model, optimizer, fabric)
         logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
     wrapped, optimizer = fabric.setup(model, optimizer)
     recipe = Recipe(s, model, wrapped, outliers)
     share, own = ((rank, world), ()) if data.whole_batches else ((0, 1), (rank,))  # own: mixed within the rank
     steps = len(data) // s.batch_size
 
-    for epoch in range(state["epoch"], s.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * 0.1 ** sum(epoch >= milestone for milestone in s.milestones)
-        model.train()
-        for number, images, labels in data.train_batches(s.batch_size, seed, epoch, state["step"], rank, world):
-            before_step(state["total"])
-            torch.manual_seed(generator_for(seed, epoch, number, 3, rank).initial_seed())
-            progress = epoch / max(1, s.epochs - 1)
-            loss, statistics = recipe.loss(images, labels, (seed, epoch, number, *own), progress, share)
-            optimizer.zero_grad(set_to_none=True)
-            fabric.backward(loss)
-            optimizer.step()
-            for name, value in statistics.items():
-                state["sums"][name] = state["sums"].get(name, 0) + value.double()
-            state |= {"step": number + 1, "total": state["total"] + 1}
-            if checkpoint is not None and state["total"] % checkpoint_every == 0:
-                _save(checkpoint, run, state, model, optimizer, fabric)
-        point = {name: (fabric.all_reduce(total) / steps).item() for name, total in state["sums"].items()}
-        if not all(math.isfinite(value) for value in point.values()):
-            raise RuntimeError(f"epoch {epoch + 1}: the loss is NaN or infinite: {point}")
-        last = epoch + 1 == s.epochs
-        if test_error is not None and (last or (s.eval_every and (epoch + 1) % s.eval_every == 0)):
-            point["test_error"] = test_error(model)
-        state |= {"epoch": epoch + 1, "step": 0, "curve": [*state["curve"], {"epoch": epoch + 1} | point], "sums": {}}
+    with progress() as bar:
+        task = bar.add_task(s.network, total=s.epochs * steps, completed=state["total"])
+        for epoch in range(state["epoch"], s.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * 0.1 ** sum(epoch >= milestone for milestone in s.milestones)
+            model.train()
+            for number, images, labels in data.train_batches(s.batch_size, seed, epoch, state["step"], rank, world):
+                before_step(state["total"])
+                torch.manual_seed(generator_for(seed, epoch, number, 3, rank).initial_seed())
+                share_done = epoch / max(1, s.epochs - 1)
+                loss, statistics = recipe.loss(images, labels, (seed, epoch, number, *own), share_done, share)
+                optimizer.zero_grad(set_to_none=True)
+                fabric.backward(loss)
+                optimizer.step()
+                for name, value in statistics.items():
+                    state["sums"][name] = state["sums"].get(name, 0) + value.double()
+                state |= {"step": number + 1, "total": state["total"] + 1}
+                bar.advance(task)
+                if checkpoint is not None and state["total"] % checkpoint_every == 0:
+                    _save(checkpoint, run, state, model, optimizer, fabric)
+            point = {name: (fabric.all_reduce(total) / steps).item() for name, total in state["sums"].items()}
+            if not all(math.isfinite(value) for value in point.values()):
+                raise RuntimeError(f"epoch {epoch + 1}: the loss is NaN or infinite: {point}")
+            last = epoch + 1 == s.epochs
+            if test_error is not None and (last or (s.eval_every and (epoch + 1) % s.eval_every == 0)):
+                point["test_error"] = test_error(model)
+            bar.update(task, description=", ".join(f"{name} {value:.4g}" for name, value in point.items()))
+            state |= {
+                "epoch": epoch + 1,
+                "step": 0,
+                "curve": [*state["curve"], {"epoch": epoch + 1} | point],
+                "sums": {},
+            }
     if checkpoint is not None:
         _save(checkpoint, run, state, model, optimizer, fabric)
     return state["curve"]
@@ -145,12 +154,14 @@ def _save(path: Path, run: dict, state: dict, model: Classifier, optimizer, fabr
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state, "network": model.network.state_dict()}
-        torch.save(content | {"optimizer": optimizer.state_dict()}, temporary)
+        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+        torch.save(content, temporary)
         os.replace(temporary, path)
     fabric.barrier()
 
 
-def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Optimizer) -> dict:
+def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict:
     content = load_checkpoint(path)
     if content["run"] != run:
         theirs = content["run"]
@@ -159,6 +170,8 @@ def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Opt
         raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
     model.network.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"]:
+        fabric.strategy.precision.scaler.load_state_dict(content["scaler"])
     device = next(model.parameters()).device
     sums = {name: value.to(device) for name, value in content["state"]["sums"].items()}
     return content["state"] | {"sums": sums}

@@ -13,13 +13,38 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+
+class Lighting(nn.Module):
+    """AlexNet's colour noise, as the authors' code has it: along the principal axes of ImageNet's colours.
+
+    The shift of an image is the sum over axes of axis * variance * N(0, std); constants are those of fb.resnet.torch.
+
+    Args:
+        std: 0.1 in the authors' code.
+    """
+
+    variances = torch.tensor([0.2175, 0.0188, 0.0045])
+    axes = torch.tensor(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )  # a column per axis
+
+    def __init__(self, std: float = 0.1):
+        super().__init__()
+        self.std = std
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(3, H, W) uint8 to the same, clipped."""
+        shift = self.axes @ (self.variances * self.std * torch.randn(3))
+        return (image + 255 * shift[:, None, None]).round().clamp(0, 255).to(torch.uint8)
+
+
 RESIDENT_BATCH, FILES_BATCH = 500, 250  # images of an evaluation step
 TRANSFORMS = {
-    "imagenet": [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)],
+    "imagenet": [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), Lighting()],
     "wsol": [v2.Resize((256, 256)), v2.RandomCrop(224), v2.RandomHorizontalFlip()],
     "none": [v2.Resize(256), v2.CenterCrop(224)],
     "cropped": [v2.CenterCrop(224)],

@@ -1,0 +1,44 @@
+"""Linkability of updates in federated learning: attacks and defences (arXiv 1805.05838).
+
+The public API by name; a module is imported when a name of it is first used, so that small commands start fast.
+"""
+
+from importlib import import_module
+
+_MODULE_OF = {
+    "MLP": "models",
+    "Background": "mitigations",
+    "CentralDP": "mitigations",
+    "Clip": "mitigations",
+    "Compose": "mitigations",
+    "FedAvgConfig": "federation",
+    "FederatedBundle": "data.bundle",
+    "GaussianNoise": "mitigations",
+    "LocalDP": "mitigations",
+    "LocalSGD": "train",
+    "Mitigation": "mitigations",
+    "SimulationResult": "federation",
+    "StyleJitter": "mitigations",
+    "UpdateStore": "store",
+    "UserDataset": "data.bundle",
+    "identification_metrics": "linkage",
+    "identify": "attacks",
+    "make_digits_users": "data.styled",
+    "make_mnist_users": "data.styled",
+    "match": "attacks",
+    "matching_metrics": "linkage",
+    "open_world_metrics": "linkage",
+    "pair_scorer": "attacks",
+    "permuted_device_chance": "linkage",
+    "simulate": "federation",
+    "split_closed": "splits",
+    "split_matching": "splits",
+    "split_open": "splits",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,5 @@
+"""`python -m fl_linkability`."""
+
+from fl_linkability.cli import main
+
+main()

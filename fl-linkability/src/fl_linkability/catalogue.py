@@ -1,0 +1,16 @@
+"""The table files, checked against the settings; light, so that small commands start fast."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from fl_linkability.settings import Settings
+from shared_utils.tables import Table, load_tables
+
+PROJECT = Path(__file__).parents[2]
+
+
+def tables() -> list[Table]:
+    """All table files. ValueError for an unknown key, row, scale, metric or setting, with the nearest valid one."""
+    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])

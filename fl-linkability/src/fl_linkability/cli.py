@@ -1,0 +1,288 @@
+"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fl_linkability.settings import PRESETS
+
+PROGRAM = "fl-linkability"
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/fl-linkability."""
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "fl-linkability")
+
+
+@dataclass
+class Run:
+    """Run what is missing of the tables (into runs/) and print published | ours | yours, with verdicts."""
+
+    tables: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Table ids such as table-3; none means all that have the scale."""
+    scale: str = "embedded"
+    """smoke, embedded, mnist, head or paper."""
+    rows: tuple[str, ...] = ()
+    """Only these rows."""
+    seeds: tuple[int, ...] = ()
+    """Instead of the table's seeds."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data sets are."""
+    jobs: int = 0
+    """Federations side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    force: bool = False
+    """Run again what is there already."""
+    dry_run: bool = False
+    """List the missing runs and their expected cost only."""
+
+    def __call__(self) -> None:
+        from fl_linkability import catalogue
+
+        known = {table.id: table for table in catalogue.tables()}
+        for name in self.tables:
+            if name not in known:
+                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
+        if not chosen:
+            raise usage(f"no table has a scale {self.scale!r}")
+        if self.dry_run:
+            return _list_missing(chosen, self)
+        from fl_linkability import experiments
+
+        yours = experiments.run_tables(
+            chosen,
+            self.scale,
+            self.data_root,
+            rows=self.rows,
+            seeds=self.seeds,
+            force=self.force,
+            jobs=self.jobs,
+        )
+        _print_tables(chosen, self.scale, yours)
+
+
+def _print_tables(chosen: list, scale: str, yours) -> None:
+    from fl_linkability import claims
+    from fl_linkability.catalogue import PROJECT
+    from shared_utils.logging import console
+    from shared_utils.report import print_table
+    from shared_utils.runlog import RunLog
+
+    for table in chosen:
+        print_table(table, scale, RunLog(PROJECT / "results" / f"{scale}.jsonl"), yours)
+        for verdict in claims.judge(table, scale, yours):
+            console().print(f"  {'over users':<12} {verdict.claim.text} ({verdict})", highlight=False)
+
+
+def _list_missing(chosen: list, options: Run) -> None:
+    from rich.table import Table as Grid
+
+    from fl_linkability.catalogue import PROJECT
+    from shared_utils.logging import console
+    from shared_utils.runlog import RunLog
+
+    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
+    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
+    for table in chosen:
+        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
+        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
+        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
+        total += seconds
+        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
+    grid.add_row("all", "", f"{total:.0f}")
+    console().print(grid)
+
+
+@dataclass
+class Train:
+    """Run one federation, keep its updates and weights, and print one attack as JSON; interrupted, the same goes on."""
+
+    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    output: Path = Path("federation")
+    """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
+    seed: int = 0
+    """Of users, weights and order."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data set is."""
+    device: str = "auto"
+    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+
+    def __call__(self) -> None:
+        from fl_linkability.experiments import Experiment, save_settings
+        from fl_linkability.train import make_fabric
+        from shared_utils.logging import progress
+
+        run = Experiment(self.settings, self.seed, self.data_root, make_fabric(self.device, self.precision))
+        run.folder = self.output
+        save_settings(self.output, self.settings, self.seed)
+        with progress() as bar:
+            task = bar.add_task("rounds", total=self.settings.rounds)
+            run.on_round = lambda finished: bar.update(task, completed=finished)
+            run.simulation  # noqa: B018 - every rank runs it
+        if run.fabric.global_rank == 0:
+            print(json.dumps(run.measure(self.settings).metrics, indent=2))
+
+
+@dataclass
+class Attack:
+    """Attack the updates that `fl-linkability train` kept: JSON on stdout."""
+
+    folder: tyro.conf.Positional[Path]
+    """Written by `fl-linkability train`."""
+    measure: str = "reid"
+    """reid, pairs, all-pairs, open, open-reid, open-matching, stage, groups or protocol."""
+    attack: str = "paper-mlp"
+    """paper-knn, paper-svm, paper-svm-votes, paper-mlp, paper-siamese (pairs), centroid, knn-1, knn-5, logreg, mlp."""
+    layers: str = "all"
+    """Layer that the attack sees, or all that were kept."""
+    center: str = "none"
+    """none or leave-one-out."""
+    set_size: int = 1
+    """groups: updates per sum."""
+    seed: int = 0
+    """Of the attack."""
+
+    def __call__(self) -> None:
+        from fl_linkability.experiments import attack_folder, load_settings
+
+        settings = replace(
+            load_settings(self.folder)[0],
+            measure=self.measure,
+            attack=self.attack,
+            layers=self.layers,
+            center=self.center,
+            set_size=self.set_size,
+        )
+        print(json.dumps(attack_folder(self.folder, settings, self.seed), indent=2))
+
+
+@dataclass
+class Data:
+    """What is needed, where it is looked for, and what is there."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where to look."""
+    download: bool = False
+    """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
+    preview: Path | None = None
+    """Write a PNG of digits users to this file."""
+
+    def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from fl_linkability.data.inventory import inventory
+        from shared_utils.logging import console
+
+        if self.download:
+            from torchvision.datasets import MNIST
+
+            MNIST(str(self.data_root), download=True)
+        if self.preview:
+            from fl_linkability.figures import draw_preview
+
+            draw_preview(self.preview)
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
+
+
+@dataclass
+class Tables:
+    """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
+
+    def __call__(self) -> None:
+        from fl_linkability import catalogue, claims
+        from fl_linkability.figures import draw_all
+        from shared_utils.report import results_page
+
+        results, tables = catalogue.PROJECT / "results", catalogue.tables()
+        draw_all(tables, results)
+        page = results_page(PROGRAM, tables, results, "fl-linkability run")
+        (results / "RESULTS.md").write_text(page + "\n" + claims.section(tables, results))
+
+
+@dataclass
+class Record:
+    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+
+    def __call__(self) -> None:
+        from fl_linkability.catalogue import PROJECT
+        from shared_utils.logging import get_logger
+        from shared_utils.runlog import RunLog, record
+
+        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
+        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
+        get_logger(PROGRAM).info("%d runs recorded", record(moves, PROJECT))
+        Tables()()
+
+
+@dataclass
+class Bench:
+    """Speed: batched trainer against the per-client loop, the cost of Flower's messages, and Ray's start-up."""
+
+    repeats: int = 7
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
+    ray: bool = False
+    """Measure Ray as well (a minute or two)."""
+
+    def __call__(self) -> None:
+        from fl_linkability.bench import run
+
+        run(self.repeats, self.threads, self.ray)
+
+
+def usage(message: str) -> SystemExit:
+    """Wrong usage: the message on stderr, exit code 2."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+VERBS = {
+    "run": Run, "train": Train, "attack": Attack, "data": Data, "tables": Tables, "record": Record, "bench": Bench,
+}  # fmt: skip
+
+FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        verbs = {name: _call(kind) for name, kind in VERBS.items()}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; finished runs and rounds are kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        sys.exit(2 if known else 1)
+
+
+def _call(kind: type):
+    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+        command()
+
+    act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]
+    act.__doc__ = kind.__doc__
+    return act
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""From the settings of a table's row to the outcome of a run; runs that share a federation are measured on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from torch import Tensor, nn
+
+from fl_linkability import catalogue, mitigations, studies
+from fl_linkability.data.bundle import ANONYMOUS, Background, FederatedBundle
+from fl_linkability.data.load import load_bundle
+from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, utility
+from fl_linkability.federation import FedAvgConfig, SimulationResult, simulate
+from fl_linkability.mitigations import Mitigation
+from fl_linkability.models import build_model
+from fl_linkability.settings import DATA_SETTINGS, Settings
+from fl_linkability.store import UpdateStore
+from fl_linkability.train import (
+    LocalSGD,
+    State,
+    as_input,
+    batch_table,
+    make_fabric,
+    train_batched,
+    trained_state,
+    unflatten,
+)
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.tables import Run, Table, settings_hash
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+PACKAGES = ("numpy", "scikit-learn", "lightning", "flwr")
+BACKGROUND_EPOCHS = 20
+
+
+def run_tables(
+    chosen: Sequence[Table],
+    scale: str,
+    data_root: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+) -> RunLog:
+    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    log = RunLog(catalogue.PROJECT / "runs" / f"{scale}.jsonl")
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    run_missing(
+        "fl-linkability",
+        runs,
+        log,
+        partial(execute, data_root=data_root),
+        repository=catalogue.PROJECT,
+        packages=PACKAGES,
+        force=force,
+        jobs=jobs,
+        group=_federation_of,
+    )
+    return log
+
+
+def _federation_of(run: Run) -> tuple:
+    settings = Settings(**run.settings)
+    return json.dumps(settings.federation(), sort_keys=True), run.seed
+
+
+def execute(settings: Sequence[dict], seeds: Sequence[int], *, data_root: Path) -> list[Outcome]:
+    """All runs that share a federation (and so a seed); one that is killed goes on from runs/checkpoints."""
+    resolved = [Settings(**each) for each in settings]
+    run = Experiment(resolved[0], seeds[0], data_root, _fabric())
+    checkpoints = catalogue.PROJECT / "runs" / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
+    run.folder = checkpoints if resolved[0].model != "mlp" else None  # what takes seconds starts again
+    outcomes = [run.measure(each) for each in resolved]
+    if run.folder:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    return outcomes
+
+
+@dataclass
+class Experiment:
+    """One federation and everything that is measured on it.
+
+    Args:
+        settings: of the federation; what is measured may differ from run to run.
+        seed: of data, weights and order.
+        data_root: where data sets are.
+        fabric: device, precision and ranks.
+        folder: for updates and checkpoint on disk.
+    """
+
+    settings: Settings
+    seed: int
+    data_root: Path
+    fabric: Fabric
+    folder: Path | None = None
+    on_round: Callable[[int], None] = lambda finished: None
+
+    @cached_property
+    def bundle(self) -> FederatedBundle:
+        """The data."""
+        data = replace(Settings(), **{name: getattr(self.settings, name) for name in DATA_SETTINGS})
+        return _bundle(data, self.seed, self.data_root, self.fabric)
+
+    @cached_property
+    def mitigation(self) -> Mitigation:
+        """What the settings name."""
+        return make_mitigation(self.settings, self.bundle, self.seed)
+
+    @cached_property
+    def simulation(self) -> SimulationResult:
+        """The federation, run once."""
+        s = self.settings
+        config = FedAvgConfig(s.rounds, s.clients_per_round, self.local(s.local_epochs), self.seed)
+        return simulate(
+            self.bundle,
+            self.model,
+            config,
+            self.mitigation,
+            s.engine,
+            initial=self._pretrained() if s.pretrain_epochs else None,
+            evaluate=partial(utility, self.bundle),
+            folder=self.folder,
+            fabric=self.fabric,
+            clients_at_once=s.clients_at_once,
+            keep=s.keep,
+            on_round=self.on_round,
+        )
+
+    @cached_property
+    def _image_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        return studies.image_scores(self.bundle, self.seed)
+
+    def model(self) -> nn.Module:
+        """A fresh network; its weights depend on the seed alone."""
+        torch.manual_seed(self.seed)
+        return build_model(self.settings, self.bundle).to(self.fabric.device)
+
+    def local(self, epochs: int) -> LocalSGD:
+        """A client's steps, for so many epochs."""
+        s = self.settings
+        return LocalSGD(epochs, s.batch_size, s.lr, s.momentum, s.weight_decay)
+
+    def measure(self, settings: Settings) -> Outcome:
+        """What the settings ask about the federation. ValueError where they belong to another one."""
+        if settings.federation() != self.settings.federation():
+            raise ValueError("these settings belong to another federation")
+        if settings.measure == "describe":
+            metrics, details = describe(self), {}
+        elif settings.measure == "images":
+            metrics, details = studies.image_sets(*self._image_scores, settings.set_size, self.seed)
+        elif settings.measure == "utility" and settings.learner != "federated":
+            metrics, details = LEARNERS[settings.learner](self)
+        else:
+            metrics, details = self._attack(settings)
+        return Outcome({name: float(value) for name, value in metrics.items()}, details, self.bundle.record())
+
+    def _attack(self, settings: Settings) -> tuple[dict, dict]:
+        found = self.simulation
+        metrics, users = mean_utility(found.utility)
+        details: dict = {"users": {}}
+        if settings.measure != "utility":
+            adversary = Adversary(found.updates, self.bundle.users.n_users, self.seed, settings)
+            more, details = MEASURES[settings.measure](adversary)
+            metrics |= more
+        details.setdefault("users", {}).update(users)
+        dimension = sum(value.numel() for value in found.final_state.values())
+        noise = getattr(self.mitigation, "std", 0.0) * np.sqrt(dimension) / found.raw_norm
+        metrics |= {"noise_relative": noise, "updates": len(found.updates), "epsilon": self._epsilon(found)}
+        metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
+        return metrics, details | {"engine": found.engine, "faults": found.faults[:20], "n_faults": len(found.faults)}
+
+    def _epsilon(self, found: SimulationResult) -> float:
+        """Spent by the anonymous device that answered most often, over the whole run; NaN without a mechanism."""
+        if not hasattr(self.mitigation, "epsilon_of"):
+            return float("nan")
+        device = found.updates.column("device")[found.updates.column("role") == ANONYMOUS]
+        return self.mitigation.epsilon_of(int(np.bincount(device).max()))
+
+    def central(self, data: tuple[Tensor, Tensor], epochs: int) -> Iterator[State]:
+        """The same network and steps without a federation: its weights after each epoch over all data."""
+        model = self.model()
+        state = trained_state(model)
+        x, y = (part.to(self.fabric.device) for part in data)
+        if len(x) == 0:
+            raise ValueError(f"{self.bundle.name}: no images to train on, the background is empty")
+        rng = np.random.default_rng([self.seed, 11])
+        for _ in range(epochs):
+            order = rng.permutation(len(x))[None]
+            rows, weights = (t.to(x.device) for t in batch_table([order], [0], self.settings.batch_size))
+            delta, _ = train_batched(model, state, x, y, rows, weights, self.local(1), self.fabric.autocast)
+            change = unflatten(delta[0], state)
+            state = {name: value + change[name] for name, value in state.items()}
+            yield state
+
+    def _pretrained(self) -> State:
+        background = self.bundle.background
+        *_, state = self.central((background.x, background.y), self.settings.pretrain_epochs)
+        return state
+
+
+# ---- a federation of the user's own -----------------------------------------------------------------------
+
+
+def save_settings(folder: Path, settings: Settings, seed: int) -> None:
+    """Beside the updates, so that `attack_folder` knows what they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "settings.tmp"
+    temporary.write_text(json.dumps({"settings": asdict(settings), "seed": seed}, indent=1))
+    os.replace(temporary, folder / "settings.json")
+
+
+def load_settings(folder: Path) -> tuple[Settings, int]:
+    """What `save_settings` wrote. FileNotFoundError where there is nothing."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no federation here (settings.json is missing)")
+    content = json.loads(path.read_text())
+    return Settings(**content["settings"]), content["seed"]
+
+
+def attack_folder(folder: Path, settings: Settings, seed: int) -> dict[str, float]:
+    """Metrics of an attack on the updates that a folder keeps. ValueError where the measure needs more than updates."""
+    if settings.measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {settings.measure!r}")
+    store = UpdateStore.open(folder / "updates")
+    users = int(store.column("user").max()) + 1
+    return MEASURES[settings.measure](Adversary(store, users, seed, settings))[0]
+
+
+# ---- other measurements -------------------------------------------------------------------------------------
+
+
+def _central(run: Experiment) -> tuple[dict, dict]:
+    """Table 2, centralised SGD: as many passes over everybody's images as the federation makes."""
+    s, users = run.settings, run.bundle.users
+    epochs = max(1, round(s.rounds * s.clients_per_round * s.local_epochs / users.n_devices))
+    *_, state = run.central((users.x, users.y), epochs)
+    metrics, details = mean_utility([utility(run.bundle, run.model(), state)])
+    return metrics, {"users": details}
+
+
+def _background_only(run: Experiment) -> tuple[dict, dict]:
+    """No federation: trained on the background alone; the best epoch on the test set, so an optimistic control."""
+    background, model = run.bundle.background, run.model()
+    states = run.central((background.x, background.y), BACKGROUND_EPOCHS)
+    points = [utility(run.bundle, model, state) for state in states]
+    metrics, details = mean_utility([max(points, key=lambda point: point["population"])])
+    return metrics, {"users": details}
+
+
+def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
+    """Table 2, K-NN: ten nearest of all users' images, by pixels or by the features of a frozen network."""
+    users, result = run.bundle.users, {}
+    model = (KNeighborsRegressor if run.bundle.multi_label else KNeighborsClassifier)(10)
+    model.fit(as_input(users.x).flatten(1).numpy(), users.y.numpy())
+    for name, (x, y) in (("user", run.bundle.user_test[:2]), ("population", run.bundle.test)):
+        guess = model.predict(as_input(x).flatten(1).numpy())
+        if run.bundle.multi_label:  # shares of the ten that have each label
+            result[name] = macro_ap(guess, y.numpy())
+        else:
+            result[name] = 100 * float((guess == y.numpy()).mean())
+    return mean_utility([result])[0], {}
+
+
+def _chance(run: Experiment) -> tuple[dict, dict]:
+    """Uniform guessing: 1/classes, or the mean share of positives."""
+    bundle = run.bundle
+    chance = 100 * float(bundle.test[1].mean()) if bundle.multi_label else 100 / bundle.n_classes
+    return {"user_accuracy": chance, "population_accuracy": chance}, {}
+
+
+def describe(run: Experiment) -> dict[str, float]:
+    """Sizes of data and network (Tables 1 and 6)."""
+    bundle, s = run.bundle, run.settings
+    per_device = np.bincount(bundle.users.device.numpy())
+    size = len(bundle.background.x)
+    return {
+        "users": bundle.users.n_users,
+        "examples": len(bundle.users.x),
+        "examples_per_device": float(per_device.mean()),
+        "classes": bundle.n_classes,
+        "parameters": sum(v.numel() for v in trained_state(run.model()).values()),
+        "background_size": size,
+        "clusters": s.clusters,
+        "cluster_to_device": size / s.clusters / float(per_device.mean()),
+    }
+
+
+LEARNERS = {"central": _central, "background": _background_only, "k-nn": _nearest_neighbours, "chance": _chance}
+MEASURES = {
+    "reid": Adversary.reid,
+    "pairs": Adversary.pairs,
+    "all-pairs": Adversary.all_pairs,
+    "open": Adversary.open,
+    "protocol": Adversary.protocol,
+    "open-reid": studies.open_reid,
+    "open-matching": studies.open_matching,
+    "stage": studies.stage,
+    "groups": studies.groups,
+}
+
+
+def make_mitigation(settings: Settings, bundle: FederatedBundle, seed: int) -> Mitigation:
+    """The mitigation of the settings; two joined by a plus sign are applied in that order."""
+    parts = [_one_mitigation(name, settings, bundle, seed) for name in settings.mitigation.split("+")]
+    return parts[0] if len(parts) == 1 else mitigations.Compose(*parts)
+
+
+def _one_mitigation(name: str, s: Settings, bundle: FederatedBundle, seed: int) -> Mitigation:
+    if name in BACKGROUND_KINDS:
+        background, cluster = bundle.background, None
+        if name == "mm-aug":
+            cluster = cluster_background(background, s.clusters, seed)
+        kind = BACKGROUND_KINDS[name]
+        return mitigations.Background(background.x, background.y, kind, s.ratio, cluster, s.who, s.refresh)
+    if name == "noise":
+        return mitigations.GaussianNoise(s.std, s.who)
+    if name == "style-jitter":
+        return mitigations.StyleJitter(s.who)
+    if name == "clip":
+        return mitigations.Clip(s.clip_norm, s.who)
+    if name == "local-dp":
+        return mitigations.LocalDP(s.clip_norm, s.epsilon, s.delta, s.who)
+    if name == "central-dp":
+        return mitigations.CentralDP(s.clip_norm, s.noise_multiplier, s.delta)
+    return Mitigation(s.who)
+
+
+BACKGROUND_KINDS = {
+    "bkg-repl": "repl",
+    "rand-aug": "random",
+    "mm-aug": "cluster",
+    "calibrated": "calibrated",
+    "decoys": "adversarial",
+}
+
+
+def cluster_background(background: Background, clusters: int, seed: int) -> np.ndarray:
+    """Modes of the background by k-means, (n,): on its features where it was embedded, else on its pixels."""
+    vectors = background.x if background.features is None else background.features
+    if not 1 <= clusters <= len(vectors):
+        raise ValueError(f"clusters must lie in 1 .. {len(vectors)} (background samples), got {clusters}")
+    flat = as_input(vectors).flatten(1).numpy()
+    return KMeans(clusters, n_init=3, random_state=seed).fit_predict(flat)
+
+
+@lru_cache(maxsize=4)
+def _bundle(data: Settings, seed: int, data_root: Path, fabric: Fabric) -> FederatedBundle:
+    """Rows of a table that differ in other settings share one copy."""
+    return load_bundle(data, seed, data_root, fabric)
+
+
+@lru_cache(maxsize=1)
+def _fabric() -> Fabric:
+    return make_fabric()

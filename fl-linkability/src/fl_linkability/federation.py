@@ -1,0 +1,393 @@
+"""Federated averaging with every update kept (section 3, algorithm 1), by one of four engines.
+
+`batched` trains the clients of a round at once (default), `loop` one after the other; `flower-inprocess` and
+`flower-ray` run the same round through Flower's messages (flower.py). Every random draw has a generator of its own,
+named by seed, purpose, round and device, so that engines, ranks and resumed runs agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fl_linkability.data.bundle import ANONYMOUS, FederatedBundle
+from fl_linkability.mitigations import Mitigation
+from fl_linkability.store import UpdateStore
+from fl_linkability.train import (
+    LocalSGD,
+    State,
+    batch_table,
+    epoch_orders,
+    flatten,
+    layer_slices,
+    make_fabric,
+    train_batched,
+    train_one,
+    trained_state,
+    unflatten,
+)
+from shared_utils.logging import get_logger
+from shared_utils.seeding import restore_rng_state, rng_state
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = get_logger("fl_linkability")
+ENGINES = ("batched", "loop", "flower-inprocess", "flower-ray")
+STREAMS = ("devices", "order", "data", "update", "server")
+
+
+@dataclass(frozen=True)
+class FedAvgConfig:
+    """Rounds, clients per round and what they do; the defaults are the paper's where it prints them."""
+
+    rounds: int = 200
+    clients_per_round: int = 8
+    local: LocalSGD = field(default_factory=LocalSGD)
+    seed: int = 0
+    min_clients: int = 1
+    """valid updates that a round needs"""
+
+    def __post_init__(self):
+        if self.rounds < 1 or self.clients_per_round < 1:
+            raise ValueError(f"need 1 round and client or more, got {self.rounds} and {self.clients_per_round}")
+        if not 1 <= self.min_clients <= self.clients_per_round:
+            raise ValueError(f"min_clients must lie in 1 .. {self.clients_per_round}, got {self.min_clients}")
+
+
+@dataclass
+class Reply:
+    """What came from a device in a round: an update (D,), or the reason why there is none."""
+
+    device: int
+    delta: np.ndarray | None = None
+    n_examples: int = 0
+    raw_norm: float = float("nan")
+    error: str = ""
+
+
+@dataclass
+class SimulationResult:
+    """Of `simulate`; `updates` is None on ranks other than 0."""
+
+    updates: UpdateStore | None
+    final_state: State
+    utility: list[dict]
+    """what `evaluate` returned after each of the last rounds"""
+    faults: list[dict]
+    """round, device and reason of every update that was left out"""
+    raw_norm: float
+    """median norm of the anonymous devices' updates before mitigation"""
+    engine: dict
+    """name, and for Flower its version and the number of nodes"""
+
+
+def simulate(
+    bundle: FederatedBundle,
+    model_fn: Callable[[], nn.Module],
+    config: FedAvgConfig,
+    mitigation: Mitigation | None = None,
+    engine: str = "batched",
+    *,
+    initial: State | None = None,
+    evaluate: Callable[[nn.Module, State], dict] | None = None,
+    evaluate_last: int = 5,
+    folder: Path | None = None,
+    checkpoint_every: int = 50,
+    fabric: Fabric | None = None,
+    clients_at_once: int = 0,
+    keep: str = "all",
+    on_round: Callable[[int], None] = lambda finished: None,
+) -> SimulationResult:
+    """Run the federation and keep all updates.
+
+    Args:
+        bundle: users and their devices.
+        model_fn: makes the network; called once, with torch seeded by config.seed.
+        config: rounds and local training.
+        mitigation: what devices or server do against linking.
+        engine: one of ENGINES.
+        initial: weights to start from instead of fresh ones.
+        evaluate: network and weights to utility figures, after each of the last `evaluate_last` rounds.
+        evaluate_last: rounds.
+        folder: for updates and checkpoint on disk; an interrupted run goes on there with its last saved round.
+        checkpoint_every: rounds between saves.
+        fabric: device, precision and ranks; default: the CPU.
+        clients_at_once: bound on clients in one batched step (memory); 0: all of the round.
+        keep: parameters whose updates are stored: all, or beginnings of names joined by |.
+        on_round: called with the number of finished rounds.
+
+    Raises:
+        ValueError: unknown engine, more clients per round than devices, a folder of another run.
+        RuntimeError: a round with fewer than min_clients valid updates.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    torch.manual_seed(config.seed)
+    fabric = fabric or make_fabric("cpu")
+    model = model_fn().to(fabric.device)
+    federation = Federation(bundle, model, config, mitigation, fabric, folder, checkpoint_every, keep)
+    federation.evaluate, federation.evaluate_from = evaluate, config.rounds - evaluate_last
+    federation.clients_at_once, federation.on_round = clients_at_once, on_round
+    bn = getattr(model, "bn", "frozen")
+    if engine == "batched" and bn != "frozen":
+        raise ValueError(f'bn="{bn}" needs engine "loop": a short batch is padded, which would enter its statistics')
+    state = {k: v.to(fabric.device) for k, v in (initial or trained_state(model)).items()}
+    state = federation.resume(state)
+    facts = {"name": engine}
+    if engine.startswith("flower"):
+        from fl_linkability import flower
+
+        state, more = (flower.run_inprocess if engine == "flower-inprocess" else flower.run_ray)(federation, state)
+        facts |= more
+    else:
+        for number in range(federation.next_round, config.rounds):
+            devices = federation.devices_of_round(number)
+            work = federation.batched_replies if engine == "batched" else federation.loop_replies
+            state = federation.finish_round(number, state, work(state, devices, number))
+    norms = np.array(federation.raw_norms)
+    return SimulationResult(
+        federation.store, state, federation.utility, federation.faults,
+        float(np.median(norms)) if len(norms) else float("nan"), facts,
+    )  # fmt: skip
+
+
+class Federation:
+    """One run: its data, its network and what has been collected so far."""
+
+    def __init__(
+        self, bundle: FederatedBundle, model: nn.Module, config: FedAvgConfig, mitigation: Mitigation | None,
+        fabric: Fabric, folder: Path | None = None, checkpoint_every: int = 50, keep: str = "all",
+    ):  # fmt: skip
+        if config.clients_per_round > bundle.users.n_devices:
+            raise ValueError(f"{config.clients_per_round} clients per round, but {bundle.users.n_devices} devices")
+        self.users, self.model, self.config, self.fabric = bundle.users, model, config, fabric
+        self.mitigation = mitigation or Mitigation()
+        self.like = trained_state(model)
+        self.folder, self.checkpoint_every = folder, checkpoint_every
+        self.kept, layers = kept_columns(layer_slices(self.like), keep)
+        self.store = UpdateStore(layers, folder / "updates" if folder else None) if fabric.global_rank == 0 else None
+        self.run = {"config": asdict(config), "data": bundle.record(), "mitigation": self._describe_mitigation()}
+        self.next_round, self.utility, self.faults, self.raw_norms = 0, [], [], []
+        self.evaluate, self.evaluate_from, self.clients_at_once = None, 0, 0
+        self.on_round = lambda finished: None
+
+    def for_client(self) -> Federation:
+        """A copy without the server's store and callbacks, to be sent to client processes."""
+        client = copy.copy(self)
+        client.store = client.evaluate = client.fabric = None
+        client.on_round = None
+        return client
+
+    def rng(self, stream: str, number: int = 0, device: int = 0) -> np.random.Generator:
+        """The generator of one purpose, round and device."""
+        return np.random.default_rng([self.config.seed, STREAMS.index(stream), number, device])
+
+    def devices_of_round(self, number: int) -> np.ndarray:
+        """Devices that train in a round, ascending: each subset is equally likely."""
+        chosen = self.rng("devices", number).permutation(self.users.n_devices)[: self.config.clients_per_round]
+        return np.sort(chosen)
+
+    def mitigates(self, device: int) -> bool:
+        """Whether the mitigation is applied on this device."""
+        return self.mitigation.who == "both" or self.users.device_role[device] == ANONYMOUS
+
+    def data(self, device: int, number: int) -> tuple[Tensor, Tensor]:
+        """What a device trains on in a round, mitigation included."""
+        x, y = self.users.of_device(device)
+        if self.mitigates(device):
+            when = number + 1 if self.mitigation.refresh == "round" else 0
+            x, y = self.mitigation.prepare_data(x, y, self.rng("data", when, device))
+        return x, y
+
+    def loop_reply(self, state: State, device: int, number: int) -> Reply:
+        """One client's round, as Flower's clients run it."""
+        x, y = (part.to(self.fabric.device) for part in self.data(device, number))
+        order = epoch_orders(len(x), self.config.local.epochs, self.rng("order", number, device))
+        delta, _ = train_one(self.model, state, x, y, order, self.config.local, self.fabric.autocast)
+        return self._reply(delta.cpu().numpy(), device, number, len(x))
+
+    def loop_replies(self, state: State, devices: Sequence[int], number: int) -> list[Reply]:
+        """The round by one client after the other; a client that raises is a fault, not the end."""
+        replies = []
+        for device in self._mine(devices):
+            try:
+                replies.append(self.loop_reply(state, int(device), number))
+            except Exception as error:
+                replies.append(Reply(int(device), error=repr(error)))
+        return self._gather(replies)
+
+    def batched_replies(self, state: State, devices: Sequence[int], number: int) -> list[Reply]:
+        """The round with its clients side by side."""
+        replies, ready = [], []
+        for device in map(int, self._mine(devices)):
+            try:
+                ready.append((device, *self.data(device, number)))
+            except Exception as error:
+                replies.append(Reply(device, error=repr(error)))
+        size = self.clients_at_once or max(len(ready), 1)
+        for part in (ready[i : i + size] for i in range(0, len(ready), size)):
+            numbers = [len(x) for _, x, _ in part]
+            local = self.config.local
+            orders = [epoch_orders(len(x), local.epochs, self.rng("order", number, device)) for device, x, _ in part]
+            rows, weights = batch_table(orders, np.cumsum([0, *numbers[:-1]]), local.batch_size)
+            x, y = (torch.cat([each[i] for each in part]) for i in (1, 2))
+            tensors = [t.to(self.fabric.device, non_blocking=True) for t in (x, y, rows, weights)]
+            deltas, _ = train_batched(self.model, state, *tensors, local, self.fabric.autocast)
+            for (device, *_), delta, n in zip(part, deltas.cpu().numpy(), numbers, strict=True):
+                replies.append(self._reply(delta, device, number, n))
+        return self._gather(replies)
+
+    def _reply(self, delta: np.ndarray, device: int, number: int, n: int) -> Reply:
+        norm = float("nan")
+        if self.mitigates(device):
+            norm = float(np.linalg.norm(delta))
+            delta = self.mitigation.transform_update(delta, self.rng("update", number, device))
+        return Reply(device, delta, n, norm)
+
+    def _mine(self, devices: Sequence[int]) -> Sequence[int]:
+        return devices[self.fabric.global_rank :: self.fabric.world_size]
+
+    def _gather(self, replies: list[Reply]) -> list[Reply]:
+        """All ranks' replies on every rank; updates travel as one float32 tensor per rank."""
+        world = self.fabric.world_size
+        if world == 1:
+            return replies
+        facts = [None] * world
+        dist.all_gather_object(facts, [Reply(r.device, None, r.n_examples, r.raw_norm, r.error) for r in replies])
+        most, dimension = max(map(len, facts)), sum(v.numel() for v in self.like.values())
+        mine = torch.zeros(most, dimension, device=self.fabric.device)
+        for row, reply in enumerate(replies):
+            if reply.delta is not None:
+                mine[row] = torch.from_numpy(reply.delta).to(mine)
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(everyone, mine)
+        gathered = []
+        for part, deltas in zip(facts, everyone, strict=True):
+            for reply, delta in zip(part, deltas.cpu().numpy(), strict=False):
+                gathered.append(reply if reply.error else Reply(**(vars(reply) | {"delta": delta})))
+        return gathered
+
+    def finish_round(self, number: int, state: State, replies: Sequence[Reply]) -> State:
+        """Leave out what is no update, keep the others, average them, and save where it is time.
+
+        Raises:
+            RuntimeError: fewer than min_clients valid updates.
+        """
+        valid = self._valid(number, sorted(replies, key=lambda reply: reply.device))
+        deltas = np.stack([reply.delta for reply in valid])
+        counts, devices = (np.array([getattr(reply, n) for reply in valid]) for n in ("n_examples", "device"))
+        if self.store is not None:
+            users, roles = self.users.device_user[devices], self.users.device_role[devices]
+            self.store.append(
+                deltas[:, self.kept], round=number, device=devices, user=users, role=roles, n_examples=counts
+            )
+        self.raw_norms += [reply.raw_norm for reply in valid if np.isfinite(reply.raw_norm)]
+        mean = self.mitigation.aggregate(deltas, counts, self.rng("server", number))
+        flat = flatten(state)
+        state = unflatten(flat + torch.from_numpy(mean).to(flat), self.like)
+        if self.evaluate and number >= self.evaluate_from:
+            self.utility.append(self.evaluate(self.model, state))
+        self.next_round = number + 1
+        if self.folder and (self.next_round % self.checkpoint_every == 0 or self.next_round == self.config.rounds):
+            self._save(state)
+        self.on_round(self.next_round)
+        return state
+
+    def _valid(self, number: int, replies: Sequence[Reply]) -> list[Reply]:
+        dimension, valid = sum(v.numel() for v in self.like.values()), []
+        for reply in replies:
+            reason = reply.error
+            if not reason and reply.delta is None:
+                reason = "sent no update"
+            elif not reason and reply.delta.shape != (dimension,):
+                reason = f"sent an update of shape {reply.delta.shape}, expected {(dimension,)}"
+            elif not reason and not np.isfinite(reply.delta).all():
+                reason = "sent NaN or infinite values"
+            elif not reason and reply.n_examples < 1:
+                reason = f"reports {reply.n_examples} examples"
+            if reason:
+                self.faults.append({"round": number, "device": int(reply.device), "reason": reason})
+                logger.warning("round %d: device %d is left out: %s", number, reply.device, reason)
+            else:
+                valid.append(reply)
+        if len(valid) < self.config.min_clients:
+            raise RuntimeError(
+                f"round {number}: {len(valid)} of {len(replies)} updates are valid, min_clients is "
+                f"{self.config.min_clients}; last fault: {self.faults[-1] if self.faults else 'no reply at all'}"
+            )
+        return valid
+
+    def _describe_mitigation(self) -> str:
+        """Names and numbers of the mitigation and its parts, for the checkpoint."""
+        parts = getattr(self.mitigation, "parts", [self.mitigation])
+        plain = [{k: v for k, v in vars(p).items() if isinstance(v, int | float | str)} for p in parts]
+        return repr([(type(part).__name__, facts) for part, facts in zip(parts, plain, strict=True)])
+
+    def _save(self, state: State) -> None:
+        """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
+        if self.fabric.global_rank == 0:
+            content = {
+                "run": self.run, "round": self.next_round, "state": {k: v.cpu() for k, v in state.items()},
+                "updates": len(self.store), "utility": self.utility, "faults": self.faults,
+                "raw_norms": self.raw_norms, "rng": rng_state(),
+            }  # fmt: skip
+            temporary = self.folder / "checkpoint.tmp"
+            torch.save(content, temporary)
+            os.replace(temporary, self.folder / "checkpoint.pt")
+        self.fabric.barrier()
+
+    def resume(self, state: State) -> State:
+        """Go on from the folder's checkpoint, where there is one."""
+        path = self.folder / "checkpoint.pt" if self.folder else None
+        if path is None or not path.exists():
+            if self.store is not None:
+                self.store.truncate(0)
+            return state
+        content = load_checkpoint(path)
+        if content["run"] != self.run:
+            names = [name for name in self.run if content["run"][name] != self.run[name]]
+            raise ValueError(f"{path}: checkpoint of another run (other {', '.join(names)}); delete it or name another")
+        if self.store is not None:
+            self.store.truncate(content["updates"])
+        self.next_round, self.utility = content["round"], content["utility"]
+        self.faults, self.raw_norms = content["faults"], content["raw_norms"]
+        restore_rng_state(content["rng"])
+        logger.info("continuing after round %d from %s", self.next_round, path)
+        return {name: value.to(self.fabric.device) for name, value in content["state"].items()}
+
+
+def kept_columns(
+    layers: dict[str, tuple[int, int]], keep: str
+) -> tuple[slice | np.ndarray, dict[str, tuple[int, int]]]:
+    """Which columns of an update are stored, and where each layer lies among them. ValueError where none is."""
+    if keep == "all":
+        return slice(None), layers
+    chosen = {name: span for name, span in layers.items() if name.startswith(tuple(keep.split("|")))}
+    if not chosen:
+        raise ValueError(f"keep: no parameter begins with {keep!r}; there are {', '.join(layers)}")
+    ends = np.cumsum([b - a for a, b in chosen.values()]).tolist()
+    spans = dict(zip(chosen, zip([0, *ends[:-1]], ends, strict=True), strict=True))
+    return np.concatenate([np.arange(a, b) for a, b in chosen.values()]), spans
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of `simulate`, on the CPU and with weights_only. ValueError where it is damaged."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["run"]["config"], content["state"], content["round"]
+    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+    return content

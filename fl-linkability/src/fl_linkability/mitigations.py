@@ -1,0 +1,240 @@
+"""What devices do so that their updates tell less about them (section 7), and what the server may do.
+
+A mitigation has up to three parts: `prepare_data` changes what a device trains on, `transform_update` what it sends,
+`aggregate` how the server averages. `who` says which devices take part: "anon" (the paper: the anonymous devices alone,
+the adversary's shadow devices do not mitigate) or "both".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_linkability import privacy
+from fl_linkability.styles import apply_styles, random_styles
+
+KINDS = ("repl", "random", "cluster", "calibrated", "adversarial")
+
+
+class Mitigation:
+    """Does nothing; the base of all.
+
+    Args:
+        who: "anon" or "both".
+        refresh: "fixed" (data are drawn once per device) or "round" (drawn anew in every round).
+    """
+
+    def __init__(self, who: str = "anon", refresh: str = "fixed"):
+        _one_of("who", who, ("anon", "both"))
+        _one_of("refresh", refresh, ("fixed", "round"))
+        self.who, self.refresh = who, refresh
+
+    def prepare_data(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The device's training data, (n, ...) and (n,) or (n, labels), before a round."""
+        return x, y
+
+    def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What is sent instead of the update, float32 (D,)."""
+        return delta
+
+    def aggregate(self, deltas: np.ndarray, n_examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The server's mean of (K, D) updates, float64 (D,): by examples, as federated averaging does."""
+        return weighted_mean(deltas, n_examples)
+
+
+def weighted_mean(deltas: np.ndarray, n_examples: np.ndarray) -> np.ndarray:
+    """FedAvg: sum of n_k / n times update k, in float64, in the order of the rows."""
+    weights = np.asarray(n_examples, dtype=np.float64)
+    return weights @ np.asarray(deltas, dtype=np.float64) / weights.sum()
+
+
+# ---- the paper's four (section 7.1) and further choices of background data ------------------------------------
+
+
+class Background(Mitigation):
+    """Train on background data as well.
+
+    Args:
+        x: background samples (n, ...).
+        y: their labels, (n,) classes or (n, labels).
+        kind: repl (a share of the device's own data is replaced), random (ratio * n_k samples are added), cluster
+            (mm-aug: all added samples from one cluster that the device draws once), calibrated (added so that the
+            classes become as even as possible), adversarial (added with class shares of a Dirichlet(0.5) draw).
+        ratio: a, relative to the device's own data.
+        cluster: (n,) mode of each sample, for kind "cluster".
+
+    Raises:
+        ValueError: unknown kind, negative ratio, more than all replaced, no clusters, or classes that multi-label
+            data do not have.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, kind: str, ratio: float, cluster: np.ndarray | None = None,
+        who: str = "anon", refresh: str = "fixed",
+    ):  # fmt: skip
+        super().__init__(who, refresh)
+        _one_of("kind", kind, KINDS)
+        if not 0 <= ratio < math.inf or (kind == "repl" and ratio > 1):
+            raise ValueError(f"ratio must lie in [0, {'1]' if kind == 'repl' else 'inf)'}, got {ratio}")
+        if len(x) == 0:
+            raise ValueError("the background is empty")
+        if kind == "cluster" and (cluster is None or len(cluster) != len(x)):
+            raise ValueError(f"kind 'cluster' needs the cluster of each of the {len(x)} background samples")
+        if kind in ("calibrated", "adversarial"):
+            if y.is_floating_point():
+                raise ValueError(f"kind {kind!r} needs one class per sample, the background is multi-label")
+            self.by_class = [np.flatnonzero(y.numpy() == c) for c in range(int(y.max()) + 1)]
+        self.x, self.y, self.kind, self.ratio, self.cluster = x, y, kind, ratio, cluster
+
+    def prepare_data(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        n = round(self.ratio * len(x))
+        if n == 0:
+            return x, y
+        rows = torch.from_numpy(self._rows(n, y, rng))
+        if self.kind == "repl":
+            kept = torch.from_numpy(np.sort(rng.permutation(len(x))[n:]))
+            x, y = x[kept], y[kept]
+        return torch.cat([x, self.x[rows].to(x.device)]), torch.cat([y, self.y[rows].to(y.device)])
+
+    def _rows(self, n: int, y: Tensor, rng: np.random.Generator) -> np.ndarray:
+        if self.kind in ("repl", "random"):
+            return rng.integers(0, len(self.x), n)
+        if self.kind == "cluster":
+            members = np.flatnonzero(self.cluster == rng.choice(np.unique(self.cluster)))
+            return rng.choice(members, n)
+        available = np.array([len(rows) > 0 for rows in self.by_class])
+        if self.kind == "adversarial":
+            shares = np.where(available, rng.dirichlet([0.5] * len(self.by_class)), 0)
+            classes = rng.choice(len(self.by_class), n, p=shares / shares.sum())
+        else:
+            counts = np.bincount(y.cpu().numpy(), minlength=len(self.by_class))
+            counts = np.where(available, counts[: len(available)], np.iinfo(np.int64).max // 2)
+            classes = np.repeat(np.arange(len(counts)), water_filling(counts, n))
+        return np.array([self.by_class[c][rng.integers(len(self.by_class[c]))] for c in classes])
+
+
+def water_filling(counts: Sequence[int], m: int) -> np.ndarray:
+    """How many samples each class gets if m times the smallest class gets one more (ties: the lowest class)."""
+    counts = np.array(counts, dtype=np.int64)
+    added = np.zeros_like(counts)
+    for _ in range(m):
+        added[np.argmin(counts + added)] += 1
+    return added
+
+
+class GaussianNoise(Mitigation):
+    """Add N(0, std^2) to every weight of the update (`noise`)."""
+
+    def __init__(self, std: float, who: str = "anon"):
+        super().__init__(who)
+        if not 0 <= std < math.inf:
+            raise ValueError(f"std must be finite and not negative, got {std}")
+        self.std = std
+
+    def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return delta + np.float32(self.std) * rng.standard_normal(len(delta), dtype=np.float32)
+
+
+# ---- ours ---------------------------------------------------------------------------------------------------
+
+
+class StyleJitter(Mitigation):
+    """Redraw each image of the device in a random style, anew in every round."""
+
+    def __init__(self, who: str = "anon"):
+        super().__init__(who, "round")
+
+    def prepare_data(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        if x.ndim != 4 or x.shape[1] != 1:
+            raise ValueError(f"style jitter needs grey images (n, 1, H, W), got {tuple(x.shape)}")
+        return apply_styles(x.cpu(), random_styles(len(x), rng), rng).to(x.device), y
+
+
+class Clip(Mitigation):
+    """Scale the update to at most this norm."""
+
+    def __init__(self, norm: float, who: str = "anon"):
+        super().__init__(who)
+        privacy.clip(np.zeros(1), norm)  # checks the norm
+        self.norm = norm
+
+    def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return privacy.clip(delta, self.norm)
+
+
+class LocalDP(Mitigation):
+    """Clip, then the Gaussian mechanism for one round's (epsilon, delta)."""
+
+    def __init__(self, norm: float, epsilon: float, delta: float = 1e-5, who: str = "anon"):
+        super().__init__(who)
+        privacy.clip(np.zeros(1), norm)
+        self.norm, self.delta = norm, delta
+        self.sigma = privacy.local_dp_sigma(epsilon, delta, norm)
+
+    def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        noise = rng.standard_normal(len(delta), dtype=np.float32)
+        return privacy.clip(delta, self.norm) + np.float32(self.sigma) * noise
+
+    def epsilon_of(self, releases: int) -> float:
+        """Epsilon of one device that answers so often; one round's epsilon is not the budget."""
+        return privacy.rdp_epsilon(self.sigma / self.norm, releases, self.delta)
+
+
+class CentralDP(Mitigation):
+    """The server clips updates and puts noise on the mean: no protection against the server, which has the raw ones."""
+
+    def __init__(self, norm: float, noise_multiplier: float, delta: float = 1e-5):
+        super().__init__("both")
+        privacy.clip(np.zeros(1), norm)
+        if not noise_multiplier >= 0:
+            raise ValueError(f"noise_multiplier must not be negative, got {noise_multiplier}")
+        self.norm, self.noise_multiplier, self.delta = norm, noise_multiplier, delta
+
+    def aggregate(self, deltas: np.ndarray, n_examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        sigma = privacy.central_dp_sigma(self.noise_multiplier, self.norm, len(deltas))
+        mean = np.mean([privacy.clip(delta, self.norm).astype(np.float64) for delta in deltas], axis=0)
+        return mean + sigma * rng.standard_normal(len(mean))
+
+    def epsilon_of(self, releases: int) -> float:
+        """Epsilon towards those who see the model only, for one device that answers so often."""
+        return privacy.rdp_epsilon(self.noise_multiplier, releases, self.delta)
+
+
+class Compose(Mitigation):
+    """One after the other, all with the same `who`; the last one that aggregates in its own way decides that."""
+
+    def __init__(self, *parts: Mitigation):
+        if len({part.who for part in parts}) != 1:
+            raise ValueError("mitigations that are composed must agree in who")
+        super().__init__(parts[0].who, "round" if any(part.refresh == "round" for part in parts) else "fixed")
+        self.parts = parts
+
+    def prepare_data(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        for part in self.parts:
+            x, y = part.prepare_data(x, y, rng)
+        return x, y
+
+    def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        for part in self.parts:
+            delta = part.transform_update(delta, rng)
+        return delta
+
+    def aggregate(self, deltas: np.ndarray, n_examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        own = [part for part in self.parts if type(part).aggregate is not Mitigation.aggregate]
+        return (own[-1].aggregate if own else super().aggregate)(deltas, n_examples, rng)
+
+
+def group_sums(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """What secure aggregation leaves the adversary: the sum of each group's updates, (n_groups, D)."""
+    sums = np.zeros((int(groups.max()) + 1, features.shape[1]))
+    np.add.at(sums, groups, features)
+    return sums
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

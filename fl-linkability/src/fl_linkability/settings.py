@@ -1,0 +1,182 @@
+"""Everything a run may set: the federation (data, network, rounds, mitigation), and what is measured on its updates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+DATASETS = ("digits", "mnist", "femnist", "flair", "pipa", "openimages", "csv")
+MODELS = ("mlp", "mobilenet-head", "mobilenet")
+MITIGATIONS = (
+    "none", "noise", "bkg-repl", "rand-aug", "mm-aug", "calibrated", "decoys", "style-jitter", "clip", "local-dp",
+    "central-dp",
+)  # fmt: skip
+MEASURES = (
+    "reid", "pairs", "all-pairs", "open", "open-reid", "open-matching", "stage", "images", "groups", "utility",
+    "protocol", "describe",
+)  # fmt: skip
+CHOICES = {
+    "dataset": DATASETS,
+    "model": MODELS,
+    "bn": ("frozen", "local", "sent"),
+    "engine": ("batched", "loop", "flower-inprocess", "flower-ray"),
+    "who": ("anon", "both"),
+    "refresh": ("fixed", "round"),
+    "measure": MEASURES,
+    "center": ("none", "leave-one-out"),
+    "learner": ("federated", "central", "background", "k-nn", "chance"),
+    "control": ("none", "permuted-labels", "permuted-devices"),
+    "shard": ("random", "chrono", "given"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
+
+    dataset: str = "digits"
+    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table image_path,user_id,device_id,labels"""
+    users: int = 40
+    """users; of a real data set those with the most images; 0: all"""
+    images_per_device: int = 64
+    """made users: images on a device; real data sets: at least so many"""
+    prior_images: int = 0
+    """made users: images on the prior device; 0: as on the anonymous one"""
+    alpha: float = 0.5
+    """made users: Dirichlet prior over classes"""
+    style: bool = True
+    """made users: each has a style of drawing"""
+    skew: bool = True
+    """made users: each has a preference for classes"""
+    drift: float = 0.0
+    """made users: 0 both halves alike (the paper's random split), 1 the anonymous half is unlike the prior one"""
+    iid: bool = False
+    """made users: replace every image by a draw from all users"""
+    background: int = 1188
+    """background images; fewer than there are: a class-balanced subset (made users) or the first ones"""
+    side: int = 16
+    """pixels of an image"""
+    shard: str = "random"
+    """real data sets: the cut of a user's images into two devices: random, chrono (in the order of their ids), or given
+    (by the device_id of the table)"""
+    model: str = "mlp"
+    """mlp, mobilenet-head (a linear layer on frozen features), mobilenet (all of it)"""
+    hidden: int = 32
+    """units of the mlp"""
+    bn: str = "frozen"
+    """mobilenet: running statistics frozen, local (of the batch) or sent; the last two with engine loop"""
+    pretrained: bool = True
+    """mobilenet: start from ImageNet's weights"""
+    pretrain_epochs: int = 0
+    """epochs on the background before the first round"""
+    rounds: int = 200
+    """of federated averaging"""
+    clients_per_round: int = 8
+    """devices that train in a round (the paper: a tenth)"""
+    local_epochs: int = 1
+    """passes of a client over its data"""
+    batch_size: int = 8
+    """images per local step (not printed in the paper)"""
+    lr: float = 0.01
+    """of local SGD"""
+    momentum: float = 0.0
+    """of local SGD"""
+    weight_decay: float = 0.0
+    """of local SGD"""
+    engine: str = "batched"
+    """batched, loop, flower-inprocess or flower-ray"""
+    clients_at_once: int = 0
+    """clients in one batched step; 0: all of the round"""
+    keep: str = "all"
+    """parameters whose updates are stored: all, or beginnings of names joined by |"""
+    mitigation: str = "none"
+    """none, noise, bkg-repl, rand-aug, mm-aug, calibrated, decoys, style-jitter, clip, local-dp, central-dp, or two
+    joined by a plus sign"""
+    ratio: float = 1.0
+    """background images relative to the device's own"""
+    clusters: int = 40
+    """mm-aug: M"""
+    std: float = 0.0
+    """noise: standard deviation per weight"""
+    clip_norm: float = 0.5
+    """clip, local-dp, central-dp"""
+    epsilon: float = 50.0
+    """local-dp: of one round"""
+    delta: float = 1e-5
+    """local-dp, central-dp"""
+    noise_multiplier: float = 1.0
+    """central-dp: noise over clipping norm"""
+    who: str = "anon"
+    """which devices mitigate: anon (the paper) or both"""
+    refresh: str = "fixed"
+    """background images: drawn once, or in every round"""
+
+    measure: str = "reid"
+    """what to measure on the updates"""
+    attack: str = "paper-mlp"
+    """see fl_linkability.attacks"""
+    layers: str = "fc2"
+    """layer that the attack sees, or all"""
+    center: str = "none"
+    """none (the paper) or leave-one-out"""
+    aux_until: int = 0
+    """known updates are those before this round, probes those from it on; 0: all rounds for both"""
+    deltas_per_user: int = 0
+    """known updates per user; 0: all"""
+    seen: float = 0.5
+    """open-reid, open-matching: share of users with known updates"""
+    set_size: int = 1
+    """images: images per set; groups: updates per sum"""
+    learner: str = "federated"
+    """utility: who learns the task"""
+    control: str = "none"
+    """permute the known users (labels) or the probes' users over devices"""
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for part in self.mitigation.split("+"):
+            if part not in MITIGATIONS:
+                raise ValueError(f"mitigation must be one of {', '.join(MITIGATIONS)}, got {part!r}")
+        if not 0 <= self.seen <= 1:
+            raise ValueError(f"seen must lie in [0, 1], got {self.seen}")
+        if self.set_size < 1:
+            raise ValueError(f"set_size must be at least 1, got {self.set_size}")
+
+    def federation(self) -> dict:
+        """The settings that decide the updates; runs that share them share one simulation."""
+        return {name: value for name, value in asdict(self).items() if name not in MEASUREMENT}
+
+
+MEASUREMENT = (
+    "measure", "attack", "layers", "center", "aux_until", "deltas_per_user", "seen", "set_size", "learner", "control",
+)  # fmt: skip
+DATA_SETTINGS = (
+    "dataset", "users", "images_per_device", "prior_images", "alpha", "style", "skew", "drift", "iid", "background",
+    "side", "shard", "model", "pretrained",
+)  # fmt: skip
+_PAPER_EMBEDDED = Settings()
+_OURS = Settings(
+    rounds=60, local_epochs=2, lr=0.1, who="both", measure="protocol", attack="centroid", layers="all",
+    center="leave-one-out",
+)  # fmt: skip
+_PHOTOS = Settings(
+    dataset="csv", users=0, images_per_device=0, background=0, side=224, shard="given", model="mobilenet-head",
+    rounds=2000, clients_per_round=10, keep="fc", layers="fc", clusters=100,
+)  # fmt: skip
+PRESETS = {
+    "paper-embedded": _PAPER_EMBEDDED,
+    "ours-all-devices": replace(_OURS, rounds=20, clients_per_round=80, aux_until=10, measure="reid"),
+    "ours": _OURS,
+    "mnist": replace(_PAPER_EMBEDDED, dataset="mnist", side=28, hidden=64, background=2000, clusters=40),
+    "femnist": replace(
+        _PHOTOS, dataset="femnist", users=200, images_per_device=50, side=28, model="mlp", hidden=128, layers="fc2",
+        keep="all", shard="random", rounds=200, clients_per_round=40,
+    ),
+    "photos-head": _PHOTOS,
+    "photos-full": replace(_PHOTOS, model="mobilenet", clients_at_once=16),
+    "flair": replace(
+        _PHOTOS, dataset="flair", users=327, images_per_device=50, shard="chrono", model="mobilenet",
+        clients_at_once=16, clients_per_round=65,
+    ),
+}  # fmt: skip

@@ -1,0 +1,316 @@
+"""Tables and their settings, protocol and claims, what an attack may not see, figures and commands."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fl_linkability import catalogue, claims, cli, experiments, studies
+from fl_linkability.catalogue import tables
+from fl_linkability.evaluate import Adversary, user_resamples
+from fl_linkability.experiments import Experiment, cluster_background, execute, load_settings, make_mitigation
+from fl_linkability.settings import MEASUREMENT, PRESETS, Settings
+from fl_linkability.store import UpdateStore
+from fl_linkability.train import make_fabric
+from shared_utils.runlog import RunLog
+
+FABRIC = make_fabric("cpu")
+SMALL = replace(
+    PRESETS["paper-embedded"], users=6, images_per_device=16, background=120, rounds=30, clients_per_round=4
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Experiment(SMALL, 0, Path("."), FABRIC)
+
+
+def test_every_row_has_valid_settings():
+    for table in tables():
+        for scale in set(table.scales) - {"text"}:  # published alone
+            for run in table.runs(scale):
+                Settings(**run.settings)
+
+
+@pytest.mark.parametrize(
+    "table, row, scale, preset",
+    [
+        ("table-3", "Digits, random, MLP", "embedded", "paper-embedded"),
+        ("table-3", "MNIST, random, MLP", "mnist", "mnist"),
+        ("table-3", "FLAIR (substitute), chrono, MLP", "paper", "flair"),
+        ("table-3", "FEMNIST (substitute), random, MLP", "paper", "femnist"),
+        ("table-3", "PIPA, photoset, MLP", "paper", "photos-full"),
+        ("table-3", "PIPA, photoset, MLP", "head", "photos-head"),
+        ("T5", "none", "embedded", "ours"),
+        ("T7", "skew and style", "embedded", "ours-all-devices"),
+    ],
+)
+def test_scales_are_the_presets(table, row, scale, preset):
+    chosen = next(each for each in tables() if each.id == table)
+    settings = Settings(**chosen.settings(chosen.row(row), scale))
+    if preset.startswith("photos"):
+        settings = replace(settings, dataset="csv")
+    assert settings == PRESETS[preset]
+
+
+def test_published_cells_stay_out_of_our_scales():
+    for table in tables():
+        for row in table.rows:
+            if row.published:
+                assert set(row.scales) <= {"paper", "head", "text"}, (table.id, row.name)
+
+
+# ---- protocol --------------------------------------------------------------------------------------------------
+
+
+def test_one_federation_serves_many_runs(monkeypatch):
+    calls = []
+    original = experiments.simulate
+    monkeypatch.setattr(experiments, "simulate", lambda *a, **k: calls.append(1) or original(*a, **k))
+    rows = [vars(replace(SMALL, attack=attack)) for attack in ("paper-knn", "centroid")]
+    outcomes = execute(rows, [0, 0], data_root=Path("."))
+    assert len(calls) == 1 and outcomes[0].metrics["mAP_macro"] != outcomes[1].metrics["mAP_macro"]
+    assert outcomes[0].details["engine"] == {"name": "batched"} and len(outcomes[0].details["users"]["ap"]) == 6
+    json.dumps(outcomes[0].details, allow_nan=False)
+
+
+def test_biased_users_are_found_and_unbiased_ones_are_not():
+    biased = Experiment(replace(SMALL, rounds=60), 0, Path("."), FABRIC)
+    outcome = biased.measure(replace(biased.settings, attack="paper-knn")).metrics
+    assert outcome["times_chance_ap"] > 3.5 and outcome["above_floor"] > 0 and outcome["known_users"] == 6
+    for change in ({"iid": True}, {"style": False, "skew": False}):
+        settings = replace(SMALL, rounds=60, attack="paper-knn", **change)
+        assert Experiment(settings, 0, Path("."), FABRIC).measure(settings).metrics["above_floor"] < 0
+    permuted = biased.measure(replace(biased.settings, attack="paper-knn", control="permuted-labels")).metrics
+    assert permuted["times_chance_ap"] < outcome["times_chance_ap"] - 1
+
+
+def test_identity_does_not_reach_the_features(small):
+    """Numbers of devices, users, counts and the order of arrival may change: the features stay what they were."""
+    store = small.simulation.updates
+    order = np.random.default_rng(0).permutation(len(store))
+    renamed = np.random.default_rng(1).permutation(12)
+    other = UpdateStore(store.layer_slices)
+    columns = {name: store.column(name)[order] for name in ("round", "user", "role", "n_examples")}
+    device = renamed[store.column("device")[order]]
+    other.append(store.delta[order], device=device, **columns | {"n_examples": columns["n_examples"] * 0 + 7})
+    for center in ("none", "leave-one-out"):
+        a, b = (each.features("all", center) for each in (store, other))
+        np.testing.assert_allclose(b, a[order], rtol=0, atol=1e-12)
+    settings = replace(SMALL, attack="centroid")
+    found = [Adversary(each, 6, 0, settings).reid()[0] for each in (store, other)]
+    assert found[0]["mAP_macro"] == pytest.approx(found[1]["mAP_macro"], abs=1e-9)
+
+
+@pytest.mark.parametrize("measure", sorted(set(experiments.MEASURES)))
+def test_every_measure(small, measure):
+    settings = replace(SMALL, measure=measure, attack="paper-siamese" if measure == "open-matching" else "paper-knn")
+    if measure in ("pairs", "stage"):
+        settings = replace(settings, attack={"pairs": "cosine", "stage": "centroid"}[measure])
+    if measure == "stage":
+        with_more = Experiment(replace(SMALL, rounds=60, clients_per_round=8), 0, Path("."), FABRIC)
+        outcome = with_more.measure(replace(with_more.settings, measure="stage", attack="centroid"))
+        assert np.array(outcome.details["matrix"]).shape == (5, 5)
+    else:
+        outcome = small.measure(settings)
+    assert outcome.metrics["user_accuracy"] > 10 and all(np.isfinite(v) for v in outcome.metrics.values())
+
+
+def test_learners_and_sizes(small):
+    accuracy = {
+        learner: small.measure(replace(SMALL, measure="utility", learner=learner)).metrics["population_accuracy"]
+        for learner in ("central", "background", "k-nn", "chance")
+    }
+    assert accuracy["chance"] == 10 and min(accuracy["k-nn"], accuracy["background"]) > 30
+    sizes = small.measure(replace(SMALL, measure="describe"))
+    assert sizes.metrics["parameters"] == 8554 and sizes.metrics["examples"] == 192
+    one, eight = (small.measure(replace(SMALL, measure="images", set_size=n)).metrics["mAP_macro"] for n in (1, 8))
+    assert eight > one > 30
+    with pytest.raises(ValueError, match="set_size: no anonymous device has 17 images"):
+        small.measure(replace(SMALL, measure="images", set_size=17))
+
+
+def test_secure_aggregation_hides_more_in_larger_sums(small):
+    hit = {k: small.measure(replace(SMALL, measure="groups", attack="centroid", set_size=k)) for k in (1, 2)}
+    assert hit[1].metrics["times_chance"] > hit[2].metrics["times_chance"]
+    with pytest.raises(ValueError, match="set_size: no round has 9 anonymous updates"):
+        small.measure(replace(SMALL, measure="groups", set_size=9))
+
+
+def test_open_world_needs_a_seen_user(small):
+    with pytest.raises(ValueError, match="re-identification needs a seen user"):
+        studies.open_reid(Adversary(small.simulation.updates, 6, 0, replace(SMALL, seen=0.0)))
+
+
+def test_pretraining_and_mitigations_from_settings(small):
+    start = Experiment(replace(SMALL, pretrain_epochs=40, rounds=5), 0, Path("."), FABRIC)
+    cold = Experiment(replace(SMALL, rounds=5), 0, Path("."), FABRIC)
+    utility = [
+        run.measure(replace(run.settings, measure="utility")).metrics["population_accuracy"] for run in (start, cold)
+    ]
+    assert utility[0] > utility[1] + 10
+    for name in ("noise", "mm-aug", "calibrated", "style-jitter", "clip", "local-dp", "central-dp", "decoys+noise"):
+        make_mitigation(replace(SMALL, mitigation=name, clusters=5), small.bundle, 0)
+    outcome = execute([vars(replace(SMALL, mitigation="local-dp", attack="centroid"))], [0], data_root=Path("."))[0]
+    assert outcome.metrics["epsilon"] > 50
+    with pytest.raises(ValueError, match="clusters must lie in 1 .. 120"):
+        cluster_background(small.bundle.background, 121, 0)
+    with pytest.raises(ValueError, match="belong to another federation"):
+        small.measure(replace(SMALL, rounds=3))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dataset": "blog"}, "dataset must be one of digits, mnist"),
+        ({"mitigation": "noise+nothing"}, "mitigation must be one of none, noise"),
+        ({"seen": 1.5}, r"seen must lie in \[0, 1\]"),
+        ({"set_size": 0}, "set_size must be at least 1"),
+    ],
+)
+def test_wrong_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)
+
+
+def test_measurement_settings_are_fields():
+    assert set(MEASUREMENT) <= set(vars(Settings()))
+
+
+# ---- claims ----------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_is_the_definition(small):
+    outcome = small.measure(replace(SMALL, attack="centroid"))
+    record = {"metrics": outcome.metrics, "details": outcome.details, "seed": 0}
+    counts = user_resamples(6, 0)
+    assert (counts.sum(1) == 6).all() and len(counts) == 200
+    ap = np.array(outcome.details["users"]["ap"])
+    value, draws = claims.replicates(record, "mAP_macro")
+    slow = [100 * np.mean(np.repeat(ap, count)) for count in counts]
+    assert value == outcome.metrics["mAP_macro"] and np.allclose(draws, slow)
+    top1, n = (np.array(outcome.details["users"][name]) for name in ("top1", "probes"))
+    slow = [100 * np.sum(c * top1 * n) / np.sum(c * n) for c in counts]
+    assert np.allclose(claims.replicates(record, "top1")[1], slow)
+    for name in claims.FROM_USERS:  # without resampling each is the metric itself
+        if name in outcome.metrics and name in ("mAP_macro", "times_chance_ap", "top1", "log2_top1", "above_floor"):
+            users = [np.array(outcome.details["users"][each], float) for each in claims.FROM_USERS[name][0]]
+            once = claims.FROM_USERS[name][1](outcome.metrics, np.ones((1, 6)), *users)
+            assert once[0] == pytest.approx(outcome.metrics[name], rel=1e-2, abs=2e-2)
+    assert claims.replicates(record, "population_accuracy") is None
+
+
+def test_verdicts(tmp_path):
+    table = next(each for each in tables() if each.id == "T7")
+    log = RunLog(tmp_path / "log.jsonl")
+    rng = np.random.default_rng(0)
+    for run in table.runs("embedded"):
+        ap = rng.uniform(0.02, 0.06, 40) if run.row in ("neither (no bias)", "permuted labels") else np.full(40, 0.9)
+        metrics = {name: 1.0 for name in table.metrics}
+        times = float(ap.mean() * 40)
+        metrics |= {"floor_q99": 5.0, "times_chance_ap": times, "above_floor": times - 5.0, "known_users": 40}
+        users = {"ap": ap.tolist(), "top1": ap.tolist(), "probes": [10] * 40}
+        record = {
+            "table": run.table,
+            "row": run.row,
+            "scale": run.scale,
+            "seed": run.seed,
+            "settings_hash": run.key[-1],
+        }
+        log.append(record | {"metrics": metrics, "details": {"users": users}, "settings": run.settings})
+    verdicts = {v.claim.text: v for v in claims.judge(table, "embedded", log)}
+    assert verdicts["Claim 12: without skew and style the attack is at the permuted-device floor"].verdict == "holds"
+    assert verdicts["So it is under IID replacement"].verdict == "fails"
+    assert verdicts["Claim 13: skew alone gives more than 10 times chance (top-1)"].verdict == "holds"
+    assert {v.verdict for v in claims.judge(table, "embedded", RunLog(tmp_path / "none.jsonl"))} == {"not measured"}
+
+
+# ---- commands --------------------------------------------------------------------------------------------------
+
+
+def command(*words, cwd=None):
+    return subprocess.run([sys.executable, "-m", "fl_linkability", *words], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "PROJECT", tmp_path)
+    (tmp_path / "tables").symlink_to(Path(cli.__file__).parents[2] / "tables")
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def test_every_table_at_smoke_scale_then_figures(project, capsys):
+    run = cli.Run(scale="smoke", jobs=1)
+    run()
+    out = capsys.readouterr().out
+    lines = (project / "runs" / "smoke.jsonl").read_text().splitlines()
+    assert len(lines) == sum(len(t.runs("smoke")) for t in tables() if "smoke" in t.scales)
+    assert all(len(line) < 20_000 for line in lines) and "P3. Closed-world re-identification" in out
+    run()
+    assert (project / "runs" / "smoke.jsonl").read_text().splitlines() == lines
+    cli.Run(("T7",), scale="smoke", dry_run=True)()
+    assert "expected seconds" in capsys.readouterr().out
+    embedded = [json.loads(line) for line in lines]
+    by_row = {(t.id, row.name): t for t in tables() for row in t.rows if "embedded" in t.scales}
+    log = RunLog(project / "results" / "embedded.jsonl")
+    for record in embedded:  # stand in for recorded runs: the figures need their shape, not their size
+        table = by_row[record["table"], record["row"]]
+        wanted = table.runs("embedded", [record["row"]], [20])[0]
+        log.append(record | {"scale": "embedded", "seed": 20, "settings_hash": wanted.key[-1]})
+    cli.Tables()()
+    page = (project / "results" / "RESULTS.md").read_text()
+    assert "## Claims by cluster bootstrap over users" in page and "PIPA, random, MLP" in page
+    drawn = {path.stem for path in (project / "results" / "figures").glob("*.png")}
+    assert drawn == {"figure-12", "figure-8", "F3", "table-5", "figure-5", "figure-6"}
+
+
+def test_train_then_attack_from_the_command_line(tmp_path):
+    folder = str(tmp_path / "run")
+    flags = ("--users", "5", "--images-per-device", "12", "--background", "100", "--rounds", "20")
+    trained = command("train", "--output", folder, "paper-embedded", *flags, "--attack", "paper-knn")
+    assert trained.returncode == 0, trained.stderr
+    attacked = command("attack", folder, "--attack", "paper-knn", "--layers", "fc2")
+    assert json.loads(attacked.stdout)["mAP_macro"] == json.loads(trained.stdout)["mAP_macro"]
+    assert load_settings(Path(folder))[0].users == 5
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("run", "table-9"), "unknown table 'table-9'; there are"),
+        (("attack", "none"), "none: no federation here (settings.json is missing)"),
+    ],
+)
+def test_mistakes_end_with_one_line(words, message):
+    done = command(*words)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_more_mistakes(project, monkeypatch, capsys):
+    for words, message in (
+        (["run", "table-3", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"], "lacks MNIST/raw"),
+        (["run", "table-3", "--scale", "text", "--jobs", "1"], "dataset must be one of digits"),
+        (["run", "--scale", "large"], "no table has a scale 'large'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fl-linkability", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_preview(tmp_path, capsys):
+    cli.Data(tmp_path, preview=tmp_path / "p.png")()
+    assert "FLAIR" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_the_public_names_are_there():
+    import fl_linkability
+
+    assert all(getattr(fl_linkability, name).__name__ == name for name in fl_linkability.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fl_linkability.nothing  # noqa: B018

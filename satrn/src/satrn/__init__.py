@@ -1,0 +1,33 @@
+"""SATRN: recognition of text of arbitrary shape with two-dimensional self-attention (arXiv 1910.04396).
+
+Names are imported when they are first used, so that the command line's --help needs no torch.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "CHARSET_94": "config",
+    "SATRN": "models",
+    "AdaptivePositionalEncoding2D": "positional",
+    "EncoderOutput": "models",
+    "LocalityAwareFeedForward": "laff",
+    "Recognition": "decoding",
+    "SATRNConfig": "config",
+    "Tokenizer": "charset",
+    "costs": "complexity",
+    "evaluate_rotation": "evaluate",
+    "load_mmocr_checkpoint": "pretrained",
+    "load_pretrained": "pretrained",
+    "preset": "config",
+    "render_words": "data.render",
+    "rotate_words": "rotation",
+    "sinusoid": "positional",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    """The public API, by name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'satrn' has no attribute {name!r}")
+    return getattr(import_module(f"satrn.{_HOME[name]}"), name)

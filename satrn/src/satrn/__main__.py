@@ -1,0 +1,5 @@
+"""`python -m satrn`."""
+
+from satrn.cli import main
+
+main()

@@ -1,0 +1,138 @@
+"""Speed in one process, contenders in turn on the same inputs, equality checked: ratios with their spread.
+
+The peer decodes as MMOCR does: at every one of 25 steps the whole decoder runs on all 26 positions, keys and values of
+the encoder's tokens included. Only the decoding differs; encoder and weights are the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.table import Table as Grid
+from torch import Tensor
+
+from satrn.charset import END
+from satrn.config import preset
+from satrn.decoding import greedy
+from satrn.models import SATRN
+from satrn.settings import PRESETS
+from satrn.train import build_model, make_fabric, text_loss
+from shared_utils.logging import console
+
+STEPS = 25
+WORD_STEPS = 7  # a word of six characters and its end
+
+
+def run(repeats: int, threads: int) -> None:
+    """Print one line per comparison."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
+    grid = Grid("what", "ours (ms)", "peer (ms)", "ratio: median (min .. max)", "target", title=f"satrn bench, {name}")
+    rows = [*_decoding(device, "mmocr"), *_decoding(device, "paper")]
+    rows += _training_step(device) if device.type == "cuda" else []
+    for what, ours, peer, target in rows:
+        times = _in_turn(ours, peer, repeats, device)
+        ratios = [b / a for a, b in zip(*times, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
+        grid.add_row(what, *(f"{1e3 * statistics.median(t):.1f}" for t in times), spread, target)
+    console().print(grid)
+
+
+def _in_turn(ours: Callable, peer: Callable, repeats: int, device: torch.device) -> tuple[list[float], list[float]]:
+    def timed(work: Callable) -> float:
+        if device.type == "cpu":  # CPU time: other processes disturb it least
+            start = time.process_time()
+            work()
+            return time.process_time() - start
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for work in (ours, peer):
+        work()
+    pairs = [(timed(ours), timed(peer)) for _ in range(repeats)]
+    return tuple(map(list, zip(*pairs, strict=True)))
+
+
+@torch.no_grad()
+def recompute_everything(model: SATRN, memory: Tensor, hw: tuple[int, int], steps: int = STEPS) -> Tensor:
+    """MMOCR's greedy decoding: the whole decoder on steps + 1 positions at every step; class numbers [B, steps]."""
+    history = torch.full((len(memory), steps + 1), END, device=memory.device)
+    history[:, 0] = model.cfg.classes
+    for step in range(steps):
+        history[:, step + 1] = model.decoder(history, memory, hw)[:, step].float().softmax(dim=-1).argmax(dim=-1)
+    return history[:, 1:]
+
+
+def _decoding(device: torch.device, variant: str):
+    """Decoder alone, end to end, and end to end with early stop: 6 + 6 layers, d = 256."""
+    torch.manual_seed(0)
+    batch = 64 if device.type == "cuda" else 4
+    cfg = preset("middle", enc_layers=6, variant=variant)
+    model = SATRN(cfg).to(device, memory_format=torch.channels_last).eval()
+    images = (torch.rand(batch, 1, 32, 100, device=device) - 0.5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        encoded = model.encode(images)
+
+    @torch.no_grad()
+    def ours(steps: int) -> Tensor:
+        return greedy(model.decoder, model.encode(images), steps, early_stop=False)[0]
+
+    @torch.no_grad()
+    def peer() -> Tensor:
+        fresh = model.encode(images)
+        return recompute_everything(model, fresh.tokens, fresh.hw)
+
+    cached = greedy(model.decoder, encoded, STEPS, early_stop=False)[0]
+    ended = (cached == END).long().cumsum(dim=1) > 0
+    if not torch.equal(cached, recompute_everything(model, encoded.tokens, encoded.hw).masked_fill(ended, END)):
+        raise RuntimeError("cached and recomputed decoding read differently")
+    what = f"{variant}, 6 + 6 layers, d 256, batch {batch}"
+
+    def decoder_only() -> None:
+        with torch.no_grad():
+            greedy(model.decoder, encoded, STEPS, early_stop=False)
+
+    targets = (">= 5", ">= 3", ">= 4.5") if device.type == "cpu" else (">= 5", "", "")
+    yield f"decoder, {what}", decoder_only, lambda: recompute_everything(model, encoded.tokens, encoded.hw), targets[0]
+    yield f"end to end, {what}", lambda: ours(STEPS), peer, targets[1]
+    # random weights never end a word: a stop after seven steps stands for words of six characters
+    yield f"end to end, stopping after {WORD_STEPS} steps, {what}", lambda: ours(WORD_STEPS), peer, targets[2]
+
+
+def _training_step(device: torch.device):
+    """A training step of SATRN-small at batch 256, compiled against eager, both in bf16."""
+    fabric = make_fabric(device.type)
+    s = PRESETS["small"]
+    images = torch.rand(s.batch_size, 1, *s.img_size, device=device) - 0.5
+    images = images.contiguous(memory_format=torch.channels_last)
+    targets = torch.randint(2, 96, (s.batch_size, s.max_length), device=device)
+
+    def stepper(compiled: bool) -> Callable:
+        model = build_model(s, 0, fabric).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+        forward = torch.compile(model) if compiled else model
+
+        def step() -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = text_loss(forward(images, targets), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        for _ in range(3):
+            step()
+        return step
+
+    yield (
+        f"training step, small, bf16, batch {s.batch_size}: compiled; peer: eager",
+        stepper(True),
+        stepper(False),
+        ">= 1.5",
+    )

@@ -1,0 +1,71 @@
+"""Parameters and FLOPs of a network by the rule that reproduces the paper's figures (tables 2 and 3b, figures 5 and 8).
+
+FLOPs are 2 x multiply-adds of convolutions, dense layers and LSTMs for one image and `max_length` decoding steps,
+without the two attention-matrix products. The Transformer decoder computes keys and values of the encoder's tokens
+anew at every step unless they are kept.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from satrn.config import SATRNConfig
+from satrn.models import SATRN
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one network; FLOPs of reading one image."""
+
+    parameters: int
+    flops: int
+    """keys and values of the map anew at every step, as the official code (and as the printed figures need)"""
+    flops_kept: int
+    """keys and values of the map once, as `generate`"""
+
+
+@lru_cache(maxsize=32)
+def costs(cfg: SATRNConfig) -> Costs:
+    """Count a network without computing anything (on torch's meta device). SAR's keys are always kept."""
+    with torch.device("meta"):
+        model = SATRN(cfg).eval()
+        image = torch.empty(1, cfg.in_channels, *cfg.img_size)
+        previous = torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        with _multiply_adds(model) as encoding:
+            encoded = model.encode(image)
+        with _multiply_adds(model) as starting:
+            state = model.decoder.start(encoded.tokens, encoded.hw)
+        with _multiply_adds(model) as stepping:
+            model.decoder.step(previous, state)
+    tied_output = cfg.classes * cfg.d_model if model.decoder.classifier is None else 0
+    once = sum(encoding) + sum(starting) + cfg.max_length * (sum(stepping) + tied_output)
+    again = (cfg.max_length - 1) * sum(starting) if cfg.decoder == "satrn" else 0
+    return Costs(sum(p.numel() for p in model.parameters()), 2 * (once + again), 2 * once)
+
+
+@contextmanager
+def _multiply_adds(model: nn.Module):
+    """A list that receives the multiply-adds of every call of a counted module."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple, output) -> None:
+        if isinstance(module, nn.Conv2d):
+            counts.append(output.numel() * module.weight[0].numel())
+        elif isinstance(module, nn.Linear):
+            counts.append(output.numel() * module.in_features)
+        elif isinstance(module, nn.LSTM):
+            weights = sum(w.numel() for name, w in module.named_parameters() if name.startswith("weight"))
+            counts.append(inputs[0].shape[:2].numel() * weights)
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()

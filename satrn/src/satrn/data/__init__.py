@@ -1,0 +1,1 @@
+"""Words to train and test on: rendered here, or read from LMDBs."""

@@ -1,0 +1,178 @@
+"""A renderer of words in batches: glyphs of matplotlib's DejaVu fonts, each placed by its own affine map.
+
+A word may be rotated, bent along an arc or broken into two lines; backgrounds have no edge that would tell the angle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WARPS = ("straight", "rotate", "curve", "multi_line", "upright_or_vertical")
+FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf", "DejaVuSans-Oblique.ttf")
+CELL = 1.5  # side of a glyph's cell, in units of the font size
+CELL_PIXELS = 30
+LINE_HEIGHT = 1.05  # in units of the font size
+
+
+@lru_cache(maxsize=8)
+def glyphs(charset: str) -> tuple[Tensor, Tensor]:
+    """Coverage [fonts, characters, CELL_PIXELS, CELL_PIXELS] in 0 .. 1 and advances [fonts, characters] in font sizes.
+
+    The middle of a capital's height is in the middle of its cell.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    size = CELL_PIXELS / CELL
+    cells = np.zeros((len(FONTS), len(charset), CELL_PIXELS, CELL_PIXELS), dtype=np.float32)
+    advances = np.zeros(cells.shape[:2], dtype=np.float32)
+    for i, name in enumerate(FONTS):
+        font = ImageFont.truetype(str(folder / name), round(size))
+        for j, character in enumerate(charset):
+            image = Image.new("L", (CELL_PIXELS, CELL_PIXELS))
+            baseline = CELL_PIXELS / 2 + 0.365 * size
+            ImageDraw.Draw(image).text((CELL_PIXELS / 2, baseline), character, 255, font, anchor="ms")
+            cells[i, j] = np.asarray(image, dtype=np.float32) / 255
+            advances[i, j] = font.getlength(character) / size
+    return torch.from_numpy(cells), torch.from_numpy(advances)
+
+
+def random_words(count: int, charset: str, lengths: tuple[int, int], generator: torch.Generator) -> list[str]:
+    """Strings of uniform characters and uniform length between two bounds (included).
+
+    Raises:
+        ValueError: count below 1 or impossible lengths.
+    """
+    shortest, longest = lengths
+    if count < 1 or not 1 <= shortest <= longest:
+        raise ValueError(f"need count >= 1 and 1 <= shortest <= longest, got {count} and {lengths}")
+    drawn = torch.randint(len(charset), (count, longest), generator=generator).tolist()
+    sizes = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return ["".join(charset[i] for i in row[:size]) for row, size in zip(drawn, sizes, strict=True)]
+
+
+def render_words(
+    words: Sequence[str],
+    seed: int,
+    warp: str = "rotate",
+    size: tuple[int, int] = (32, 100),
+    font_pixels: float = 24.0,
+    degrees: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw words: dark on light, contrast 0.35 to 0.5, noise of standard deviation 0.05.
+
+    Args:
+        words: to draw; multi_line breaks each into two lines, the first getting the odd character.
+        seed: of fonts, angles, arcs, shades and noise.
+        warp: straight; rotate (0 to 360 degrees); curve (an arc of 0.9 to 1.9 radians, up or down, and rotated by up
+            to 15 degrees); multi_line; upright_or_vertical (each word at 0 or 90 degrees).
+        size: height and width of the images.
+        font_pixels: font size; words that do not fit are drawn smaller.
+        degrees: rotate all words by this angle instead.
+
+    Returns:
+        Images uint8 [N, 1, H, W] and the angles of the words in degrees [N] (anticlockwise).
+
+    Raises:
+        ValueError: no words, an empty word, or another warp.
+    """
+    if warp not in WARPS:
+        raise ValueError(f"warp must be one of {', '.join(WARPS)}, got {warp!r}")
+    if not words or not all(words):
+        raise ValueError("words must not be empty")
+    generator = torch.Generator().manual_seed(seed)
+    count = len(words)
+    uniform = torch.rand(7, count, generator=generator)
+    fonts = (uniform[0] * len(FONTS)).long()
+    angles = {
+        "rotate": 360 * uniform[1],
+        "curve": 30 * uniform[1] - 15,
+        "upright_or_vertical": 90.0 * (uniform[1] < 0.5),
+    }.get(warp, torch.zeros(count))
+    angles = angles if degrees is None else torch.full((count,), float(degrees))
+    cells, places, turns, extent = _layout(words, fonts, warp, uniform[2], uniform[3])
+    scale = _fit(extent, angles, size, font_pixels)
+    coverage = torch.cat(
+        [
+            _draw(cells[i : i + 512], places[i : i + 512], turns[i : i + 512], scale[i : i + 512], part, size)
+            for i, part in zip(range(0, count, 512), torch.deg2rad(angles).split(512), strict=True)
+        ]
+    )
+    contrast, light = 0.35 + 0.15 * uniform[4], 0.55 + 0.4 * uniform[5]
+    pixels = light[:, None, None] - contrast[:, None, None] * coverage
+    pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=generator)
+    return (255 * pixels.clamp(0, 1)).round().to(torch.uint8)[:, None], angles
+
+
+def _layout(words: Sequence[str], fonts: Tensor, warp: str, arc: Tensor, sign: Tensor) -> tuple[Tensor, ...]:
+    """Cells [N, L, G, G], centres [N, L, 2] (x to the right, y down) and turns [N, L] of glyphs, and extents [N, 2].
+
+    Units are font sizes; a word's centre is at 0. Cells behind a word's end are empty.
+    """
+    charset = "".join(sorted(set("".join(words))))
+    bank, advance_of = glyphs(charset)
+    longest = max(map(len, words))
+    number = torch.tensor([[charset.index(c) for c in word] + [-1] * (longest - len(word)) for word in words])
+    present = number >= 0
+    cells = bank[fonts[:, None], number.clamp(min=0)] * present[..., None, None]
+    advances = advance_of[fonts[:, None], number.clamp(min=0)] * present
+    line = torch.zeros_like(number)
+    if warp == "multi_line":
+        lengths = present.sum(dim=1, keepdim=True)
+        line = (torch.arange(longest) >= (lengths + 1) // 2).long() * present
+    x, widths = torch.zeros_like(advances), []
+    for each in (0, 1):
+        on_line = advances * (line == each)
+        before = on_line.cumsum(dim=1) - on_line / 2
+        width = on_line.sum(dim=1, keepdim=True)
+        x = torch.where(line == each, before - width / 2, x)
+        widths.append(width[:, 0])
+    y = (line - 0.5 * (warp == "multi_line")) * LINE_HEIGHT
+    turns = torch.zeros_like(x)
+    width = torch.stack(widths).amax(dim=0)
+    height = torch.full_like(width, 2 * LINE_HEIGHT if warp == "multi_line" else LINE_HEIGHT)
+    if warp == "curve":  # along a circle whose arc has the word's length
+        radius = (width / (0.9 + arc) * (sign > 0.5).float().mul(2).sub(1))[:, None]  # its sign: bent up or down
+        turns = x / radius
+        x, y = radius * turns.sin(), radius * (1 - turns.cos())
+        middle = (y * present).sum(dim=1) / present.sum(dim=1)
+        height = height + (y * present).abs().amax(dim=1)
+        y = y - middle[:, None]
+    return cells, torch.stack([x, y.expand_as(x)], dim=-1), turns, torch.stack([height, width], dim=1)
+
+
+def _fit(extent: Tensor, angles: Tensor, size: tuple[int, int], font_pixels: float) -> Tensor:
+    """Pixels per font size [N]: as wished, or what lets the rotated word fit."""
+    cos, sin = torch.deg2rad(angles).cos().abs(), torch.deg2rad(angles).sin().abs()
+    height, width = extent.unbind(dim=1)
+    fit = torch.minimum(size[0] / (height * cos + width * sin), size[1] / (height * sin + width * cos))
+    return fit.clamp(max=font_pixels)
+
+
+def _draw(cells: Tensor, places: Tensor, turns: Tensor, scale: Tensor, angles: Tensor, size: tuple[int, int]) -> Tensor:
+    """Coverage [N, H, W] of words: each glyph is sampled where its turned cell lies."""
+    count, length = cells.shape[:2]
+    # pixel -> font sizes from the image's centre -> turned back by the word's angle -> from the glyph's centre
+    rows, columns = (torch.arange(n) + 0.5 - n / 2 for n in size)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    points = torch.stack([x, y], dim=-1) / scale[:, None, None, None]  # (N, H, W, 2)
+    points = _turn(points, angles[:, None, None])[:, None] - places[:, :, None, None]  # (N, L, H, W, 2)
+    grid = _turn(points, -turns[:, :, None, None]) * (2 / CELL)
+    shape = (count * length, 1, CELL_PIXELS, CELL_PIXELS)
+    sampled = F.grid_sample(cells.reshape(shape), grid.flatten(0, 1), align_corners=False)
+    return 1 - (1 - sampled.view(count, length, *size)).prod(dim=1)
+
+
+def _turn(points: Tensor, angles: Tensor) -> Tensor:
+    """Points [..., 2] (x right, y down) turned clockwise on the screen: a word sampled there stands anticlockwise."""
+    cos, sin = angles.cos(), angles.sin()
+    x, y = points.unbind(dim=-1)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)

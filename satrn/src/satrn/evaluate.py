@@ -1,0 +1,101 @@
+"""Word accuracy as the field counts it, over test sets, angles and lines; A2DPE's gates as a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from satrn.data.streams import normalise
+from satrn.models import SATRN
+from satrn.rotation import rotate_words
+
+
+def same_word(read: str, label: str, strict: bool = False) -> bool:
+    """Equal after lower-casing and keeping [0-9a-z] in both (strict: as they are)."""
+    if strict:
+        return read == label
+    return re.sub("[^0-9a-z]", "", read.lower()) == re.sub("[^0-9a-z]", "", label.lower())
+
+
+def read_all(model: SATRN, data, batch_size: int = 500, degrees: float = 0.0) -> tuple[list[str], list[str]]:
+    """Readings and labels of a data set, optionally rotated; the model is left as it was (training or not)."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    readings, labels = [], []
+    for images, words in data.batches(batch_size):
+        images = images.to(device, non_blocking=True)
+        if degrees:
+            images = rotate_words(images, degrees)
+        images = normalise(images, model.cfg.in_channels).contiguous(memory_format=torch.channels_last)
+        readings += model.generate(images).texts
+        labels += words
+    model.train(was_training)
+    return readings, labels
+
+
+def correct(model: SATRN, data, batch_size: int = 500, strict: bool = False, degrees: float = 0.0) -> np.ndarray:
+    """Whether each word was read, bool [N].
+
+    Raises:
+        ValueError: an empty data set.
+    """
+    readings, labels = read_all(model, data, batch_size, degrees)
+    if not labels:
+        raise ValueError("cannot evaluate an empty data set")
+    return np.array([same_word(*pair, strict) for pair in zip(readings, labels, strict=True)])
+
+
+def evaluate_rotation(model: SATRN, data, angles: Iterable[float], batch_size: int = 500) -> pd.DataFrame:
+    """Word accuracy by angle.
+
+    Args:
+        model: to evaluate.
+        data: upright words.
+        angles: degrees by which all words are rotated (anticlockwise), edges repeated.
+        batch_size: of reading.
+
+    Returns:
+        Columns angle, n, accuracy (0 .. 1).
+    """
+    lines = []
+    for angle in angles:
+        hits = correct(model, data, batch_size, degrees=float(angle))
+        lines.append({"angle": float(angle), "n": len(hits), "accuracy": float(hits.mean())})
+    return pd.DataFrame(lines)
+
+
+@torch.no_grad()
+def aspect_ratios(model: SATRN, images: Tensor, batch_size: int = 500) -> Tensor:
+    """A2DPE's ratio r = ||alpha||_1 / ||beta||_1 per image [B] (figure 7): low horizontal, high vertical words.
+
+    Raises:
+        ValueError: a network without A2DPE.
+    """
+    if model.cfg.pos != "a2dpe" or model.encoder is None:
+        raise ValueError(f"aspect ratios need pos='a2dpe', got {model.cfg.pos!r}")
+    ratios = []
+    for part in images.split(batch_size):
+        encoded = model.encode(normalise(part, model.cfg.in_channels))
+        ratios.append(encoded.alpha.float().sum(dim=1) / encoded.beta.float().sum(dim=1))
+    return torch.cat(ratios)
+
+
+def group_by_ratio(ratios: Sequence[float]) -> dict[str, int]:
+    """How many images lie in the paper's three groups."""
+    r = np.asarray(ratios)
+    return {"r < 0.6": int((r < 0.6).sum()), "0.6 .. 0.8": int(((r >= 0.6) & (r <= 0.8)).sum()),
+            "r > 0.8": int((r > 0.8).sum())}  # fmt: skip
+
+
+def line_jumps(attention: Tensor, steps: int) -> int:
+    """How often the row that one word's attention (steps, H', W') looks at most moves down, over its characters.
+
+    A reader of two lines moves down once.
+    """
+    rows = attention[:steps].sum(dim=2).argmax(dim=1)
+    return int((rows[1:] > rows[:-1]).sum())

@@ -1,0 +1,73 @@
+"""CNNs in front of the encoder: the paper's shallow one (section 3.2.1), and SAR's ResNet-31 for table 2."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from satrn.laff import ConvNormReLU
+
+
+class ShallowCNN(nn.Module):
+    """Two 3x3 convolutions, each with batch norm, ReLU and max pooling: [B, C, H, W] to [B, d, H/4, W/4].
+
+    Any further downsampling happens in the first pooling (the reading that fits table 3b's FLOPs).
+
+    Args:
+        channels_in: 1 or 3.
+        d: channels out; d/2 in between.
+        downsample: reduction of height and width, powers of two from 2 on.
+    """
+
+    def __init__(self, channels_in: int, d: int, downsample: tuple[int, int] = (4, 4)):
+        super().__init__()
+        self.conv1 = ConvNormReLU(channels_in, d // 2, 3)
+        self.conv2 = ConvNormReLU(d // 2, d, 3)
+        self.first_pool = tuple(factor // 2 for factor in downsample)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv2(F.max_pool2d(self.conv1(images), self.first_pool)), 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut (a 1x1 convolution where the channels change)."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv1 = ConvNormReLU(channels_in, channels_out, 3)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.shortcut = nn.Identity()
+        if channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.bn2(self.conv2(self.conv1(x))), inplace=True)
+
+
+class ResNet31(nn.Module):
+    """SAR's CNN: [B, C, H, W] to [B, d, H/4, W/4]; channels are the published ones at d = 512.
+
+    SAR pools the height once more, before the third stage; without it, as here, table 2's FLOPs are reproduced.
+
+    Args:
+        channels_in: 1 or 3.
+        d: channels out.
+    """
+
+    def __init__(self, channels_in: int, d: int):
+        super().__init__()
+        layers = [ConvNormReLU(channels_in, d // 8, 3), ConvNormReLU(d // 8, d // 4, 3)]
+        width = d // 4
+        for pooled, channels, count in ((True, d // 2, 1), (True, d // 2, 2), (False, d, 5), (False, d, 3)):
+            layers += [nn.MaxPool2d(2)] if pooled else []
+            for _ in range(count):
+                layers.append(ResidualBlock(width, channels))
+                width = channels
+            layers.append(ConvNormReLU(channels, channels, 3))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)

@@ -1,0 +1,99 @@
+"""What the command line does with one's own images: read them, turn them, measure their gates, render new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from satrn.data.render import random_words, render_words
+from satrn.data.streams import normalise
+from satrn.data.words_lmdb import LmdbWords, decode_image, write_lmdb
+from satrn.evaluate import aspect_ratios, evaluate_rotation
+from satrn.experiments import load_model
+from satrn.models import SATRN
+from satrn.pretrained import load_mmocr_checkpoint
+from satrn.train import make_fabric
+
+
+def load_images(paths: Sequence[Path], model: SATRN) -> Tensor:
+    """Image files as uint8 [N, C, H, W] in the model's size.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: none given, or one that is no image.
+    """
+    if not paths:
+        raise ValueError("no image given")
+    images = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such image")
+        try:
+            images.append(decode_image(path, model.cfg.img_size, model.cfg.in_channels))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return torch.stack(images)
+
+
+def read_images(
+    paths: Sequence[Path], checkpoint: Path, mmocr: str, beam: int, attention: Path | None, device: str
+) -> list[tuple[str, float]]:
+    """Text and confidence of every image file.
+
+    Args:
+        paths: image files.
+        checkpoint: of `satrn train`, or of MMOCR.
+        mmocr: MMOCR's version (1.x or 0.x), or empty.
+        beam: width of the beam.
+        attention: PNG to write attention maps to.
+        device: auto, cpu or cuda.
+    """
+    fabric = make_fabric(device)
+    model = load_mmocr_checkpoint(checkpoint, layout=mmocr) if mmocr else load_model(checkpoint, fabric)
+    model.to(fabric.device)
+    images = load_images(paths, model)
+    pixels = normalise(images.to(fabric.device), model.cfg.in_channels)
+    read = model.generate(pixels, beam=beam, attention=attention is not None)
+    if attention is not None:
+        from satrn.figures import draw_attention
+
+        draw_attention(images, read, attention)
+    return list(zip(read.texts, read.confidence, strict=True))
+
+
+def rotation_frame(checkpoint: Path, words: Path, angles: Sequence[float], device: str) -> pd.DataFrame:
+    """Accuracy by angle of a checkpoint on an LMDB; see `evaluate_rotation`."""
+    model = load_model(checkpoint, make_fabric(device))
+    return evaluate_rotation(model, LmdbWords(words, model.cfg.img_size, model.cfg.in_channels), angles)
+
+
+def image_ratios(paths: Sequence[Path], checkpoint: Path) -> list[float]:
+    """Ratio r of every image file; see `aspect_ratios`."""
+    model = load_model(checkpoint, make_fabric("cpu"))
+    return aspect_ratios(model, load_images(paths, model)).tolist()
+
+
+def render_lmdb(
+    folder: Path,
+    count: int,
+    warp: str,
+    words: Path | None,
+    charset: str,
+    lengths: tuple[int, int],
+    size: tuple[int, int],
+    seed: int,
+) -> int:
+    """Write an LMDB of `count` rendered words: the lines of a file in turn, or random strings; returns the count."""
+    if words is not None:
+        lines = [line.strip() for line in words.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{words}: holds no word")
+        labels = [lines[i % len(lines)] for i in range(count)]
+    else:
+        labels = random_words(count, charset, lengths, torch.Generator().manual_seed(seed))
+    images, _ = render_words(labels, seed, warp, size, font_pixels=float(max(size)))
+    return write_lmdb(folder, zip(images, labels, strict=True))

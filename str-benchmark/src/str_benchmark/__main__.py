@@ -1,0 +1,5 @@
+"""`python -m str_benchmark`."""
+
+from str_benchmark.cli import main
+
+main()

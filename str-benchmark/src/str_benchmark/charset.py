@@ -1,0 +1,36 @@
+"""Alphabets: the presets of the field, and the text that an evaluation compares."""
+
+from __future__ import annotations
+
+import string
+
+PRESETS = {
+    "36": string.digits + string.ascii_lowercase,
+    "62": string.digits + string.ascii_letters,
+    "94": string.digits + string.ascii_letters + string.punctuation,
+}
+
+
+def resolve_charset(charset: str) -> str:
+    """The characters of a preset ("36", "62", "94"), or of an alphabet of one's own.
+
+    Raises:
+        ValueError: an empty alphabet, or a character that stands in it twice.
+    """
+    characters = PRESETS.get(charset, charset)
+    if not characters:
+        raise ValueError(f"charset: expected one of {', '.join(PRESETS)} or characters, got an empty string")
+    repeated = sorted({character for character in characters if characters.count(character) > 1})
+    if repeated:
+        raise ValueError(f"charset: each character once, got {repeated[0]!r} {characters.count(repeated[0])} times")
+    return characters
+
+
+def normalise(text: str, test_charset: str = "36") -> str:
+    """A text as an evaluation compares it: without characters outside the test alphabet.
+
+    It is lower-cased first where the alphabet knows no upper case (the paper's protocol: 36 characters).
+    """
+    characters = resolve_charset(test_charset)
+    text = text if any(character.isupper() for character in characters) else text.lower()
+    return "".join(character for character in text if character in characters)

@@ -1,0 +1,49 @@
+"""What new LMDBs are made of: listed image files, or rendered words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared_utils.logging import get_logger
+from str_benchmark.data import images
+from str_benchmark.render import random_words, render_words
+
+logger = get_logger("str-benchmark")
+
+
+def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator[tuple[bytes, str]]:
+    """Encoded images and labels of a list with lines `path<TAB>label`.
+
+    Raises:
+        FileNotFoundError: no list, or an image that is missing.
+        ValueError: a line without a tab, an empty label, or a broken image; with list and line number.
+    """
+    for number, line in enumerate(Path(gt).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        path, tab, label = line.partition("\t")
+        if not tab or not label.strip():
+            raise ValueError(f"{gt}, line {number}: expected path<TAB>label, got {line!r}")
+        try:
+            data = (folder / path).read_bytes()
+            images.decode(data)
+        except (ValueError, FileNotFoundError) as error:
+            if not skip_broken:
+                raise type(error)(f"{gt}, line {number}: {folder / path}: {error}") from error
+            logger.warning("%s, line %d: %s: %s, left out", gt, number, path, error)
+            continue
+        yield data, label.strip()
+
+
+def rendered_items(
+    words: Sequence[str] | None, n: int, alphabet: str, fonts: str, warp: str, seed: int
+) -> Iterator[tuple[Image.Image, str]]:
+    """Rendered words, or n random ones of 2 to 8 characters."""
+    if words is None:
+        words = random_words(n, alphabet, (2, 8), np.random.default_rng([seed, 0]))
+    for image, word in zip(*render_words(words, [seed, 1], fonts, warp), strict=True):
+        yield Image.fromarray(image), word

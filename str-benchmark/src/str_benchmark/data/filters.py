@@ -1,0 +1,121 @@
+"""Which labels stay: for training by alphabet and length, for evaluation by the rules that share a set's name."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from str_benchmark.charset import resolve_charset
+
+FILTERS = ("report", "reference", "off")
+EXAMPLES = 5
+
+
+@dataclass
+class FilterReport:
+    """What a filter removed, rule by rule, with examples."""
+
+    total: int
+    kept: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def remove(self, rule: str, what: str) -> None:
+        self.removed[rule] = self.removed.get(rule, 0) + 1
+        shown = self.examples.setdefault(rule, [])
+        if len(shown) < EXAMPLES:
+            shown.append(what)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept:,} of {self.total:,} kept"]
+        for rule, count in sorted(self.removed.items()):
+            lines.append(f"{count:,} {rule}: " + ", ".join(map(repr, self.examples[rule])))
+        return "; ".join(lines)
+
+
+class LabelFilter:
+    """Judges and cleans labels.
+
+    Args:
+        charset: preset or characters.
+        case_sensitive: False lower-cases labels first; None: True where the charset has upper-case letters.
+        max_length: longest label kept.
+        mode: "report" (drop empty, too long and unknown), "reference" (the released code's filter, quirks included:
+            the alphabet is an unescaped regular expression, lower-casing comes before the test even where case counts,
+            empty labels stay), "off" (keep all).
+    """
+
+    def __init__(self, charset: str, case_sensitive: bool | None = None, max_length: int = 25, mode: str = "report"):
+        if mode not in FILTERS:
+            raise ValueError(f"filter: expected one of {', '.join(FILTERS)}, got {mode!r}")
+        if max_length < 1:
+            raise ValueError(f"max_length: expected 1 or more, got {max_length}")
+        self.charset, self.max_length, self.mode = resolve_charset(charset), max_length, mode
+        self.case_sensitive = any(map(str.isupper, self.charset)) if case_sensitive is None else case_sensitive
+        inside = self.charset if mode == "reference" else re.escape(self.charset)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of the unescaped form
+                self._outside = re.compile(f"[^{inside}]")
+        except re.error as error:
+            raise ValueError(
+                f"charset: {self.charset!r} is no character class as the released code reads it ({error}); "
+                'use filter="report"'
+            ) from error
+
+    @property
+    def settings(self) -> dict:
+        """What decides which labels stay."""
+        return {
+            "charset": self.charset,
+            "case_sensitive": self.case_sensitive,
+            "max_length": self.max_length,
+            "mode": self.mode,
+        }
+
+    def broken_rule(self, label: str) -> str | None:
+        """The rule that removes a label, or None where it stays."""
+        if self.mode == "off":
+            return None
+        if len(label) > self.max_length:
+            return f"longer than {self.max_length}"
+        if self.mode == "reference":
+            return "with unknown characters" if self._outside.search(label.lower()) else None
+        label = self._cased(label)
+        if not label:
+            return "empty"
+        return "with unknown characters" if self._outside.search(label) else None
+
+    def clean(self, label: str) -> str:
+        """The label as it is trained and compared: cased, without characters outside the charset."""
+        return self._outside.sub("", self._cased(label))
+
+    def _cased(self, label: str) -> str:
+        return label if self.case_sensitive else label.lower()
+
+
+def is_alphanumeric(label: str) -> bool:
+    """Only ASCII letters and digits, at least one."""
+    return label.isascii() and label.isalnum()
+
+
+SUBSET_RULES: dict[str, Callable[[str], bool]] = {
+    "IC13_1015": is_alphanumeric,
+    "IC13_857": lambda label: is_alphanumeric(label) and len(label) >= 3,
+    "IC03_867": lambda label: is_alphanumeric(label) and len(label) >= 3,
+    "IC15_2077": lambda label: True,
+}
+"""rules that share a set's name and follow from the label alone; IC03_860 and IC15_1811 are hand-made lists"""
+
+
+def subset(labels: Sequence[str], rule: str) -> list[int]:
+    """Indices of the labels that a rule keeps.
+
+    Raises:
+        ValueError: a rule that no label decides (IC03_860, IC15_1811): their lists must come with the images.
+    """
+    if rule not in SUBSET_RULES:
+        raise ValueError(f"rule: expected one of {', '.join(SUBSET_RULES)}, got {rule!r}; other subsets are lists")
+    return [index for index, label in enumerate(labels) if SUBSET_RULES[rule](label)]

@@ -1,0 +1,77 @@
+"""Encoded image to the pixels a network sees: decode, gray or RGB, resize, pad, normalise. Bit-equal to Pillow."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # it is announced to go; Pillow alone is slower and gives the same pixels
+    decode_jpeg = None
+
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
+
+JPEG_MAGIC = b"\xff\xd8\xff"
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode(data: bytes | memoryview, channels: int = 1) -> Image.Image:
+    """A gray (1) or RGB (3) image.
+
+    JPEGs take torchvision's decoder, which saves Pillow's reading of their headers in Python; gray from colour is
+    Pillow's own conversion, so the pixels are the same.
+
+    Raises:
+        ValueError: bytes that are no image, or a cut-off one.
+    """
+    try:
+        if decode_jpeg is not None and data[:3] == JPEG_MAGIC:
+            try:
+                return _decode_jpeg(data, channels)
+            except RuntimeError:  # CMYK and other forms that Pillow knows
+                pass
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... on broken files
+        raise ValueError(f"broken image ({str(error) or type(error).__name__})") from error
+
+
+def _decode_jpeg(data: bytes | memoryview, channels: int) -> Image.Image:
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    pixels = decode_jpeg(buffer).numpy()  # (1 or 3, H, W)
+    if len(pixels) not in MODES:
+        raise RuntimeError(f"{len(pixels)} channels")
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def fit(image: Image.Image, size: tuple[int, int], pad: bool = False) -> np.ndarray:
+    """Bicubic to (H, W), uint8: (H, W) gray or (H, W, 3).
+
+    With `pad` the ratio is kept up to the full width, and the last column is repeated to the right.
+    """
+    height, width = size
+    new = min(width, math.ceil(height * image.width / image.height)) if pad else width
+    pixels = np.asarray(image.resize((new, height), Image.Resampling.BICUBIC))
+    if new < width:
+        pixels = np.pad(pixels, [(0, 0), (0, width - new)] + [(0, 0)] * (pixels.ndim - 2), mode="edge")
+    return pixels
+
+
+def stack(images: list[Image.Image], size: tuple[int, int], pad: bool = False) -> Tensor:
+    """Images of one mode to (B, C, H, W) uint8, in one allocation."""
+    batch = np.stack([fit(image, size, pad) for image in images])
+    return torch.from_numpy(batch).unsqueeze(1) if batch.ndim == 3 else torch.from_numpy(batch.transpose(0, 3, 1, 2))
+
+
+def to_input(pixels: Tensor) -> Tensor:
+    """Pixels uint8 to the network's float32 in [-1, 1]: (v / 255 - 0.5) / 0.5, on the device they lie on."""
+    return pixels.float().div_(255).sub_(0.5).div_(0.5)

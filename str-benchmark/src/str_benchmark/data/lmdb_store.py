@@ -1,0 +1,314 @@
+"""Word images in LMDBs (keys image-%09d, label-%09d from 1, num-samples): written, checked, indexed, read lazily.
+
+An environment is opened on first use, once per process and file, and closed before a fork (LMDB forbids sharing one),
+so a data set may be handed to any kind of worker. Which samples a filter keeps is computed once per file and settings,
+and cached beside the LMDB, or under ~/.cache where that folder cannot be written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import lmdb
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shared_utils.logging import get_logger
+from str_benchmark.data import images
+from str_benchmark.data.filters import FilterReport, LabelFilter
+
+logger = get_logger("str-benchmark")
+
+MAP_SIZE = 1 << 40  # address space, not disk
+META = struct.Struct("<IIQQ")  # magic, version, address, map size; two databases of 48 bytes follow, then the last page
+MAGIC = 0xBEEFC0DE
+CACHE_VERSION = 1
+
+_open: dict[str, tuple[lmdb.Environment, lmdb.Transaction]] = {}
+
+
+def _close_all() -> None:
+    for environment, transaction in _open.values():
+        transaction.abort()
+        environment.close()
+    _open.clear()
+
+
+os.register_at_fork(before=_close_all)
+
+
+def _transaction(folder: str) -> lmdb.Transaction:
+    if folder not in _open:
+        environment = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+        _open[folder] = environment, environment.begin(buffers=True)
+    return _open[folder][1]
+
+
+def check_file(folder: Path) -> Path:
+    """The data file of an LMDB, complete as far as its own header says.
+
+    A truncated file must not be mapped: reading past its end kills the process (SIGBUS).
+
+    Raises:
+        FileNotFoundError: no data.mdb.
+        ValueError: a file that is no LMDB, or that is shorter than its header says.
+    """
+    path = Path(folder) / "data.mdb"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no LMDB there (no data.mdb)")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(200)
+        if len(first) < 200 or META.unpack_from(first, 16)[0] != MAGIC:
+            raise ValueError(f"{path}: not an LMDB file")
+        page = struct.unpack_from("<I", first, 40)[0]  # page size: md_pad of the first database
+        file.seek(page)
+        second = file.read(200)
+    newest = (0, 0)  # transaction, last page; LMDB reads the newer of its two meta pages
+    for meta in (first, second):
+        if len(meta) == 200 and META.unpack_from(meta, 16)[0] == MAGIC:
+            last_page, transaction = struct.unpack_from("<QQ", meta, 16 + META.size + 2 * 48)
+            newest = max(newest, (transaction, last_page))
+    expected = (newest[1] + 1) * page
+    if size < expected or len(second) < 200:
+        raise ValueError(f"{path}: truncated: {size:,} bytes, its header speaks of {max(expected, 2 * page):,}")
+    return path
+
+
+def write_lmdb(items: Iterable[tuple[bytes | Image.Image, str]], path: Path | str) -> int:
+    """Write images (encoded bytes, or Pillow images as PNG) with labels into a new LMDB; returns their number.
+
+    It is written beside its place and renamed, so that a kill leaves no half of it.
+
+    Raises:
+        FileExistsError: something is there already.
+        ValueError: no items; the error of an item, with nothing left behind.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        with lmdb.open(str(part), map_size=MAP_SIZE, sync=False) as environment:
+            number = _write(environment, items)
+            if not number:
+                raise ValueError(f"{path}: no samples to write")
+            environment.sync(True)
+        (part / "lock.mdb").unlink(missing_ok=True)
+        os.replace(part, path)
+    finally:
+        for left in part.glob("*") if part.exists() else ():
+            left.unlink()
+        if part.exists():
+            part.rmdir()
+    return number
+
+
+def _write(environment: lmdb.Environment, items: Iterable[tuple[bytes | Image.Image, str]]) -> int:
+    number, transaction = 0, environment.begin(write=True)
+    for image, label in items:
+        number += 1
+        if isinstance(image, Image.Image):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            image = buffer.getvalue()
+        transaction.put(b"image-%09d" % number, image)
+        transaction.put(b"label-%09d" % number, label.encode())
+        if number % 10_000 == 0:
+            transaction.commit()
+            transaction = environment.begin(write=True)
+    transaction.put(b"num-samples", str(number).encode())
+    transaction.commit()
+    return number
+
+
+class LMDBDataset(Dataset):
+    """Samples of one LMDB that a label filter keeps; items are (Pillow image, label).
+
+    Args:
+        path: folder of the LMDB.
+        charset: preset or characters.
+        case_sensitive: False lower-cases labels; None: as the charset says.
+        max_length: longest label.
+        filter: "report", "reference" or "off", see `LabelFilter`.
+        channels: 1 (gray) or 3 (RGB).
+
+    Raises:
+        FileNotFoundError, ValueError: no LMDB, a truncated one, one without samples or without num-samples.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        charset: str = "36",
+        case_sensitive: bool | None = None,
+        max_length: int = 25,
+        filter: str = "report",
+        channels: int = 1,
+    ):
+        self.path, self.channels = Path(path).resolve(), channels
+        self.filter = LabelFilter(charset, case_sensitive, max_length, filter)
+        data = check_file(self.path)
+        self.total = self._count()
+        self.indices, self.report = _cached_index(self.path, data, self.total, self.filter)
+
+    def _count(self) -> int:
+        value = _transaction(str(self.path)).get(b"num-samples")
+        text = b"" if value is None else bytes(value)
+        if not text.strip().isdigit():
+            raise ValueError(f"{self.path}: num-samples is {text.decode(errors='replace') or 'missing'}")
+        if int(text) == 0:
+            raise ValueError(f"{self.path}: an empty LMDB (num-samples is 0)")
+        return int(text)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, fraction: float) -> LMDBDataset:
+        """This data set with the first int(total * fraction) samples, as the released code takes a share."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction: expected (0, 1], got {fraction}")
+        part = object.__new__(LMDBDataset)
+        part.__dict__.update(self.__dict__)
+        part.indices = self.indices[: int(len(self.indices) * fraction)]
+        return part
+
+    def name(self, index: int) -> str:
+        """Where a sample lies, for messages."""
+        return f"{self.path} image-{self.indices[index]:09d}"
+
+    def label(self, index: int) -> str:
+        """The cleaned label of a sample."""
+        value = _transaction(str(self.path)).get(b"label-%09d" % self.indices[index])
+        if value is None:
+            raise ValueError(f"{self.path}: label-{self.indices[index]:09d} is missing")
+        return self.filter.clean(str(value, "utf-8"))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        """ValueError naming file and key where the image is missing or broken."""
+        data = _transaction(str(self.path)).get(b"image-%09d" % self.indices[index])
+        if data is None:
+            raise ValueError(f"{self.name(index)}: missing")
+        try:
+            image = images.decode(data, self.channels)
+        except ValueError as error:
+            raise ValueError(f"{self.name(index)}: {error}") from error
+        return image, self.label(index)
+
+
+class Loaded(NamedTuple):
+    """Samples as one batch."""
+
+    pixels: Tensor
+    """(n, C, H, W) uint8"""
+    labels: list[str]
+    kept: list[int]
+    """positions among the samples asked for"""
+    broken: list[str]
+    """messages of those left out"""
+
+
+def load_samples(
+    samples: Sequence[tuple[LMDBDataset, int]], size: tuple[int, int], pad: bool = False, skip_broken: bool = False
+) -> Loaded:
+    """Samples of any data sets, decoded and fitted to (H, W).
+
+    Raises:
+        ValueError: naming the first broken image, unless skip_broken.
+    """
+    pictures, labels, kept, broken = [], [], [], []
+    for position, (data, index) in enumerate(samples):
+        try:
+            picture, label = data[index]
+        except ValueError as error:
+            if not skip_broken:
+                raise ValueError(f"{error}; --skip-broken goes on without such images") from error
+            broken.append(str(error))
+            continue
+        pictures.append(picture)
+        labels.append(label)
+        kept.append(position)
+    pixels = images.stack(pictures, size, pad) if pictures else torch.empty(0, 1, *size, dtype=torch.uint8)
+    return Loaded(pixels, labels, kept, broken)
+
+
+def _cached_index(folder: Path, data: Path, total: int, rules: LabelFilter) -> tuple[np.ndarray, FilterReport]:
+    """Kept sample numbers (from 1, uint32), from the cache or by reading every label."""
+    about = data.stat()
+    key = json.dumps([CACHE_VERSION, str(folder), about.st_size, about.st_mtime_ns, rules.settings])
+    name = f"index-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    home = folder if os.access(folder, os.W_OK) else Path.home() / ".cache" / "str-benchmark" / "index"
+    try:
+        with np.load(home / name, allow_pickle=False) as content:
+            return content["indices"], FilterReport(**json.loads(str(content["report"])))
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if not isinstance(error, FileNotFoundError):
+            logger.warning("%s: unreadable index (%s), computed again", home / name, error)
+    indices, report = _index(folder, total, rules)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        part = home / f"{name}.part-{os.getpid()}"
+        with open(part, "wb") as file:
+            np.savez(file, indices=indices, report=json.dumps(vars(report)))
+        os.replace(part, home / name)
+    except OSError as error:
+        logger.warning("%s: the index is not kept (%s)", folder, error)
+    return indices, report
+
+
+def _index(folder: Path, total: int, rules: LabelFilter) -> tuple[np.ndarray, FilterReport]:
+    """One walk over all labels in key order."""
+    transaction, report = _transaction(str(folder)), FilterReport(total)
+    pictured = _pictured(transaction, total)
+    kept = np.zeros(total + 1, dtype=bool)
+    seen = np.zeros(total + 1, dtype=bool)
+    cursor = transaction.cursor()
+    for key, value in cursor.iternext() if cursor.set_range(b"label-") else ():
+        key = bytes(key)
+        if not key.startswith(b"label-"):
+            break
+        number = int(key[6:]) if key[6:].isdigit() else 0
+        if not 1 <= number <= total:
+            continue
+        seen[number] = True
+        try:
+            label = str(value, "utf-8")
+        except UnicodeDecodeError:
+            report.remove("with a label that is not UTF-8", f"label-{number:09d}")
+            continue
+        rule = "without an image" if pictured is not None and not pictured[number] else rules.broken_rule(label)
+        if rule:
+            report.remove(rule, label)
+        else:
+            kept[number] = True
+    for number in np.flatnonzero(~seen[1:]) + 1:
+        report.remove("without a label", f"label-{number:09d}")
+    indices = np.flatnonzero(kept).astype(np.uint32)
+    report.kept = len(indices)
+    return indices, report
+
+
+def _pictured(transaction: lmdb.Transaction, total: int) -> np.ndarray | None:
+    """Which samples have an image; None where the number of entries says that nothing is missing."""
+    if transaction.stat()["entries"] >= 2 * total + 1:
+        return None
+    found = np.zeros(total + 1, dtype=bool)
+    cursor = transaction.cursor()
+    for key in cursor.iternext(values=False) if cursor.set_range(b"image-") else ():
+        key = bytes(key)
+        if not key.startswith(b"image-"):
+            break
+        number = int(key[6:]) if key[6:].isdigit() else 0
+        found[number if number <= total else 0] = True
+    return found

@@ -1,0 +1,153 @@
+"""The paper's protocol (section 4.1): greedy reading, words compared on the test alphabet, every score with its n."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shared_utils.logging import get_logger
+from str_benchmark.data.images import to_input
+from str_benchmark.data.lmdb_store import LMDBDataset, load_samples
+from str_benchmark.data.sets import SETS
+from str_benchmark.metrics import bootstrap_interval, correct_words, edit_similarity, normalise
+from str_benchmark.models import Recognizer
+from str_benchmark.tokenizers import BLANK
+
+logger = get_logger("str-benchmark")
+
+BLANK_PLATEAU = 0.95  # share of blank columns above which a CTC model has learnt to say nothing
+
+
+@dataclass
+class Reading:
+    """What a model read of one set, in the set's order; broken images are left out and named."""
+
+    texts: list[str]
+    labels: list[str]
+    confidences: list[float]
+    broken: list[str]
+    blank_share: float | None
+    """CTC: share of columns whose best class is the blank"""
+
+
+@torch.inference_mode()
+def read_pixels(model: Recognizer, pixels: Tensor) -> tuple[list[str], list[float], Tensor]:
+    """Texts, confidences and probabilities (B, T, K) float32 on the CPU, of pixels (B, C, H, W) uint8."""
+    device = next(model.parameters()).device
+    logits = model(to_input(pixels.to(device)), early_stop=True)
+    probs = logits.float().softmax(-1).cpu()
+    return *model.tokenizer.decode(probs), probs
+
+
+def read(
+    model: Recognizer, datasets: Sequence[LMDBDataset], *, pad: bool = False, batch_size: int = 256,
+    skip_broken: bool = False,
+) -> Reading:  # fmt: skip
+    """Read whole data sets; with several ranks each reads its part, and all get everything."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    samples = [(data, index) for data in datasets for index in range(len(data))]
+    parts: list[tuple] = []
+    training = model.training
+    model.eval()
+    mine = range(rank, len(samples), world)
+    for start in range(0, len(mine), batch_size):
+        positions = mine[start : start + batch_size]
+        loaded = load_samples([samples[p] for p in positions], model.config.img_size, pad, skip_broken)
+        texts, confidences, blanks = [], [], []
+        if loaded.kept:
+            texts, confidences, probs = read_pixels(model, loaded.pixels)
+            blanks = (probs.argmax(-1) == BLANK).float().mean(1).tolist()
+        kept = [positions[k] for k in loaded.kept]
+        parts.append((kept, texts, loaded.labels, confidences, blanks, loaded.broken))
+    model.train(training)
+    if world > 1:
+        gathered: list = [None] * world
+        dist.all_gather_object(gathered, parts)
+        parts = [part for each in gathered for part in each]
+    columns = [[value for part in parts for value in part[number]] for number in range(6)]
+    order = np.argsort(columns[0], kind="stable")
+    texts, labels, confidences, blanks = ([column[i] for i in order] for column in columns[1:5])
+    share = float(np.mean(blanks)) if model.config.pred == "CTC" and blanks else None
+    return Reading(texts, labels, confidences, columns[5], share)
+
+
+def evaluate(
+    model: Recognizer,
+    sets: Mapping[str, Sequence[LMDBDataset]],
+    *,
+    test_charset: str = "36",
+    pad: bool = False,
+    skip_broken: bool = False,
+    batch_size: int = 256,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, Reading]]:
+    """Score a model on sets.
+
+    Args:
+        model: a recognizer.
+        sets: name: data sets, opened with filter "off" and the test charset.
+        test_charset: characters that count.
+        pad: as in training.
+        skip_broken: leave broken images out, named in the log and counted in the column `broken`.
+        batch_size: words at once.
+
+    Returns:
+        A frame with one row per set (set, n, correct, accuracy, low, high, ned, broken, empty_labels); which words
+        were read (n,) bool; and the readings. `low`, `high`: 95 % bootstrap interval of the accuracy.
+
+    Raises:
+        ValueError: no sets, an empty set, a broken image.
+    """
+    if not sets:
+        raise ValueError("sets: expected one or more, got none")
+    rows, correct, readings = [], {}, {}
+    for name, datasets in sets.items():
+        reading = read(model, datasets, pad=pad, batch_size=batch_size, skip_broken=skip_broken)
+        hits = correct_words(reading.texts, reading.labels, test_charset)
+        pairs = [
+            (normalise(text, test_charset), normalise(label, test_charset))
+            for text, label in zip(reading.texts, reading.labels, strict=True)
+        ]
+        low, high = bootstrap_interval(hits)
+        similarity = float(np.mean([edit_similarity(*pair) for pair in pairs]))
+        rows.append((name, len(hits), int(hits.sum()), hits.mean(), low, high, similarity, len(reading.broken),
+                     sum(not label for _, label in pairs)))  # fmt: skip
+        correct[name], readings[name] = hits, reading
+        _warn(name, reading, len(hits))
+    columns = ["set", "n", "correct", "accuracy", "low", "high", "ned", "broken", "empty_labels"]
+    return pd.DataFrame(rows, columns=columns), correct, readings
+
+
+def _warn(name: str, reading: Reading, n: int) -> None:
+    expected = SETS[name].n if name in SETS else None
+    if expected is not None and n != expected:
+        logger.warning("%s has %d words, %d are expected: this is another set of the same name", name, n, expected)
+    for message in reading.broken[:20]:
+        logger.warning("%s: left out: %s", name, message)
+    if reading.blank_share is not None and reading.blank_share > BLANK_PLATEAU:
+        share = 100 * reading.blank_share
+        logger.warning("%s: %.1f %% of the columns are blank: CTC has not left its plateau", name, share)
+
+
+def latency_ms(model: Recognizer, repeats: int = 10, warmup: int = 3) -> float:
+    """Median milliseconds for one image, warm and synchronised; the attention head takes all its steps."""
+    device, config = next(model.parameters()).device, model.config
+    image = torch.zeros(1, config.in_channels, *config.img_size, device=device)
+    times = []
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(warmup + repeats):
+            start = time.perf_counter()
+            model(image)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    model.train(training)
+    return float(np.median(times[warmup:]))

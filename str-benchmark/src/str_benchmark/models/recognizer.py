@@ -1,0 +1,91 @@
+"""The four stages in a row, and the factory of all 24 combinations (section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from str_benchmark.config import STRConfig
+from str_benchmark.models.attention import Attention
+from str_benchmark.models.rcnn import RCNN
+from str_benchmark.models.resnet import ResNet
+from str_benchmark.models.sequence import BiLSTM
+from str_benchmark.models.transformation import TPSTransformation
+from str_benchmark.models.vgg import VGG
+from str_benchmark.tokenizers import AttnTokenizer, CTCTokenizer, make_tokenizer
+
+FEATURES = {"VGG": VGG, "RCNN": RCNN, "ResNet": ResNet}
+
+
+class Recognizer(nn.Module):
+    """A recognizer; keys of `state_dict()` are those of the public checkpoints.
+
+    Call it with images (B, C, H, W) float in [-1, 1]. CTC: logits (B, T, K). Attention: logits (B, steps, K), teacher
+    forced where `targets` (B, L+1) int64 are given (`AttnTokenizer.encode(...)[0][:, :-1]`), else greedy.
+    """
+
+    def __init__(self, config: STRConfig):
+        super().__init__()
+        self.config = config
+        self.tokenizer: CTCTokenizer | AttnTokenizer = make_tokenizer(config.pred, config.charset)
+        width, hidden, classes = config.output_channel, config.hidden_size, self.tokenizer.num_classes
+        self.Transformation = nn.Identity()
+        if config.trans == "TPS":
+            self.Transformation = TPSTransformation(
+                config.num_fiducial, config.img_size, config.in_channels, config.localization_channel
+            )
+        self.FeatureExtraction = FEATURES[config.feat](config.in_channels, width)
+        self.SequenceModeling = nn.Identity()
+        if config.seq == "BiLSTM":
+            direct = config.pred == "CTC" and config.ctc_head == "paper"
+            second = BiLSTM(hidden, hidden, None if direct else hidden)
+            self.SequenceModeling = nn.Sequential(BiLSTM(width, hidden, hidden), second)
+            width = 2 * hidden if direct else hidden
+        if config.pred == "CTC":
+            self.Prediction = nn.Linear(width, classes)
+        else:
+            self.Prediction = Attention(width, hidden, classes, config.max_length)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
+        config = self.config
+        if images.ndim != 4 or images.shape[1:] != (config.in_channels, *config.img_size):
+            expected = f"(B, {config.in_channels}, {config.img_size[0]}, {config.img_size[1]})"
+            raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
+        features = self.FeatureExtraction(self.Transformation(images))  # (B, C, 1, T)
+        columns = features.mean(2).transpose(1, 2).contiguous()  # (B, T, C)
+        columns = self.SequenceModeling(columns)
+        if config.pred == "CTC":
+            return self.Prediction(columns)
+        return self.Prediction(columns, targets, early_stop)
+
+
+def build_model(config: STRConfig | str, **changes) -> Recognizer:
+    """A recognizer with fresh weights: He-normal for every weight matrix, biases 0, batch norm 1 (section 4.1).
+
+    Args:
+        config: a configuration, or a name as for `STRConfig.from_name`.
+        changes: fields of the configuration, where a name is given.
+    """
+    if isinstance(config, str):
+        config = STRConfig.from_name(config, **changes)
+    elif changes:
+        raise TypeError("build_model: changes go with a name; use dataclasses.replace on a configuration")
+    model = Recognizer(config)
+    _initialise(model)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: Recognizer) -> None:
+    for name, parameter in model.named_parameters():
+        if "localization_fc2" in name:
+            continue
+        if parameter.ndim >= 2:
+            nn.init.kaiming_normal_(parameter)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # 1-D weights are batch norm's
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Learnable parameters, as the paper counts memory."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,380 @@
+"""LMDBs, filters, pixels, mixtures and the renderer."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from str_benchmark import bench
+from str_benchmark.charset import PRESETS
+from str_benchmark.data import images
+from str_benchmark.data.create import listed_images, rendered_items
+from str_benchmark.data.filters import LabelFilter, subset
+from str_benchmark.data.lmdb_store import LMDBDataset, check_file, load_samples, write_lmdb
+from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares, lmdb_weights
+from str_benchmark.data.rendered import RENDERED, rendered_lmdb
+from str_benchmark.data.sets import SETS, inventory, locate, open_set
+from str_benchmark.render import WARPS, font_files, random_words, render_words
+from str_benchmark.tokenizers import CTCTokenizer
+
+
+@pytest.fixture
+def tiny(golden, tmp_path):
+    shutil.copytree(golden / "tiny_lmdb", tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+# ---- filters and fixtures ------------------------------------------------------------------------------
+
+
+def test_the_reference_s_filter(tiny, golden):
+    content = json.loads((golden / "lmdb_filter.json").read_text())
+    for run in content["runs"]:
+        mode = "off" if run["filtering_off"] else "reference"
+        data = LMDBDataset(tiny, run["charset"], run["sensitive"], run["max_length"], mode)
+        assert data.indices.tolist() == run["kept_index"]
+        assert [data.label(i) for i in range(len(data))] == run["labels"]
+
+
+def test_the_report_says_which_rule_took_what(tiny):
+    report = LMDBDataset(tiny).report
+    assert (report.total, report.kept) == (10, 4)
+    assert report.removed == {"with unknown characters": 4, "longer than 25": 1, "empty": 1}
+    assert report.examples["longer than 25"] == ["ThisLabelIsFarTooLongToKeep"]
+    assert "4 of 10 kept" in str(report) and "'a-b'" in str(report)
+
+
+def test_metacharacters_in_a_charset():
+    odd = "a]\\^-["
+    rules = LabelFilter(odd)
+    assert rules.broken_rule("a\\") is None and rules.clean("x]\\^-[b") == "]\\^-["
+    quirky = LabelFilter("94", case_sensitive=True, mode="reference")
+    assert quirky.broken_rule("a\\b") == "with unknown characters"  # "\]" of the 94 swallows the backslash
+    assert LabelFilter("94").broken_rule("a\\b") is None
+    with pytest.raises(ValueError, match="no character class as the released code reads it"):
+        LabelFilter("z-a", mode="reference")
+    with pytest.raises(ValueError, match="filter: expected one of report, reference, off"):
+        LabelFilter("36", mode="none")
+
+
+def test_upper_case_alphabets_keep_their_words():
+    assert LabelFilter("ABC").broken_rule("AB") is None  # the released code lower-cases first and drops all
+    assert LabelFilter("ABC", True, mode="reference").broken_rule("AB") == "with unknown characters"
+
+
+def test_subsets_that_share_a_name():
+    labels = ["cafe", "it", "it's", "2019", "naïve"]
+    assert subset(labels, "IC13_1015") == [0, 1, 3] and subset(labels, "IC13_857") == [0, 3]
+    assert subset(labels, "IC15_2077") == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="IC15_1811"):
+        subset(labels, "IC15_1811")
+
+
+# ---- pixels --------------------------------------------------------------------------------------------
+
+
+def test_preprocessing(golden):
+    with np.load(golden / "preprocess.npz") as content:
+        for mode in ("gray", "rgb"):
+            raw = [Image.fromarray(content[f"{mode}_{i}"]) for i in range(3)]
+            for pad in (0, 1):
+                found = images.to_input(images.stack(raw, (32, 100), bool(pad)))
+                expected = torch.from_numpy(content[f"{mode}_pad{pad}"])
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000), st.sampled_from(["L", "RGB", "CMYK"]), st.sampled_from(["JPEG", "PNG"]), st.integers(30, 95)
+)
+def test_decoding_is_pillow_s(seed, mode, form, quality):
+    if (mode, form) == ("CMYK", "PNG"):
+        mode = "RGB"
+    rng = np.random.default_rng(seed)
+    shape = (*rng.integers(5, 40, 2), {"L": 1, "RGB": 3, "CMYK": 4}[mode])
+    smooth = np.kron(rng.integers(0, 255, shape, dtype=np.uint8), np.ones((3, 3, 1), dtype=np.uint8)).squeeze()
+    buffer = io.BytesIO()
+    Image.fromarray(smooth, mode).save(buffer, form, **({"quality": quality} if form == "JPEG" else {}))
+    for channels, wanted in ((1, "L"), (3, "RGB")):
+        expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert(wanted))
+        assert np.array_equal(np.asarray(images.decode(buffer.getvalue(), channels)), expected)
+
+
+def test_batches_equal_the_plain_loader_s(tmp_path):
+    write_lmdb(bench._jpegs(), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    data = LMDBDataset(tmp_path / "a")
+    loaded = load_samples([(data, i) for i in range(40)], (32, 100))
+    environment = lmdb.open(str(tmp_path / "b"), readonly=True, lock=False)
+    pixels, labels = bench.plain_batch(environment, range(1, 41))
+    assert torch.equal(images.to_input(loaded.pixels), pixels) and loaded.labels == labels
+
+
+# ---- LMDBs ---------------------------------------------------------------------------------------------
+
+
+def test_a_cached_index_is_used_until_anything_changes(tmp_path, word_lmdb, monkeypatch):
+    path = word_lmdb(tmp_path / "w", ["abc", "a-c", "abcdef"])
+    first = LMDBDataset(path)
+    from str_benchmark.data import lmdb_store
+
+    def never(*_):
+        raise AssertionError("the labels are read again")
+
+    monkeypatch.setattr(lmdb_store, "_index", never)
+    again = LMDBDataset(path)
+    assert again.indices.tolist() == first.indices.tolist() == [1, 3] and again.report == first.report
+    for changes in ({"charset": "62"}, {"max_length": 3}, {"filter": "off"}, {"case_sensitive": True}):
+        with pytest.raises(AssertionError):
+            LMDBDataset(path, **changes)
+    os.utime(path / "data.mdb", (1, 1))
+    with pytest.raises(AssertionError):
+        LMDBDataset(path)
+    monkeypatch.undo()
+    for file in path.glob("index-*"):
+        file.write_bytes(b"torn")
+    assert LMDBDataset(path).report == first.report
+
+
+def test_missing_keys_are_counted(tmp_path, word_lmdb):
+    path = word_lmdb(tmp_path / "w", ["a", "b", "c", "d"])
+    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(b"label-000000002")
+        transaction.delete(b"image-000000003")
+        transaction.put(b"label-000000004", b"\xff\xfe")
+    data = LMDBDataset(path)
+    assert data.indices.tolist() == [1]
+    assert data.report.removed == {"without a label": 1, "without an image": 1, "with a label that is not UTF-8": 1}
+
+
+@pytest.mark.parametrize("value, message", [(b"0", "an empty LMDB"), (None, "num-samples is missing"), (b"x", "is x")])
+def test_empty_lmdbs(tmp_path, word_lmdb, value, message):
+    path = word_lmdb(tmp_path / "w", ["a"])
+    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(b"num-samples")
+        if value:
+            transaction.put(b"num-samples", value)
+    with pytest.raises(ValueError, match=message):
+        LMDBDataset(path)
+
+
+def test_a_truncated_lmdb_is_never_mapped(tmp_path, word_lmdb):
+    whole = word_lmdb(tmp_path / "w", [f"w{i}" for i in range(200)])
+    content = (check_file(whole)).read_bytes()
+    for share in (0.999, 0.5, 0.01):
+        part = tmp_path / f"p{share}"
+        part.mkdir()
+        (part / "data.mdb").write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match="truncated|not an LMDB"):
+            LMDBDataset(part)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "data.mdb").write_text("hello" * 100)
+    with pytest.raises(ValueError, match="not an LMDB file"):
+        LMDBDataset(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="no LMDB there"):
+        LMDBDataset(tmp_path)
+
+
+def test_broken_images_are_named_and_never_trained(tmp_path):
+    good = io.BytesIO()
+    Image.effect_noise((40, 16), 90).save(good, "PNG")
+    jpeg = io.BytesIO()
+    Image.effect_noise((40, 16), 90).save(jpeg, "JPEG")
+    items = [
+        (good.getvalue(), "one"),
+        (b"no image", "two"),
+        (good.getvalue()[:300], "three"),
+        (jpeg.getvalue()[:150], "4"),
+    ]
+    write_lmdb(items, tmp_path / "w")
+    data = LMDBDataset(tmp_path / "w")
+    samples = [(data, i) for i in range(4)]
+    with pytest.raises(ValueError, match="image-000000002: broken image"):
+        load_samples(samples, (32, 100))
+    loaded = load_samples(samples, (32, 100), skip_broken=True)
+    assert loaded.labels == ["one"] and loaded.kept == [0] and len(loaded.broken) == 3
+    sampler = BalancedBatchSampler([data], [1], 4, seed=0)
+    stream = TrainingData([data], sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), skip_broken=True)
+    batches = list(stream.batches(0, 2))
+    assert [len(pixels) for pixels, _, _ in batches] == [1, 1] and stream.broken == 6
+
+
+def test_workers_and_a_second_process_read_the_same_file(tmp_path, word_lmdb):
+    path = word_lmdb(tmp_path / "w", [f"w{i}" for i in range(16)])
+    data = LMDBDataset(path)
+    data[0]  # opened here, before the fork
+    whole = LMDBDataset(path, "62")  # a second data set on the same folder
+    assert whole[1][1] == "w1"
+    streams = []
+    for workers in (0, 2):
+        sampler = BalancedBatchSampler([data, whole], [0.5, 0.5], 4, seed=1)
+        options = {"workers": workers}
+        stream = TrainingData([data, whole], sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), **options)
+        streams.append(list(stream.batches(3, 9)))
+    for a, b in zip(*streams, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    code = f"from str_benchmark import LMDBDataset; print(LMDBDataset({str(path)!r})[2][1])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "w2"
+
+
+def test_writing_leaves_nothing_half_done(tmp_path, word_lmdb):
+    def failing():
+        yield Image.new("L", (4, 4)), "a"
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        write_lmdb(failing(), tmp_path / "w")
+    with pytest.raises(ValueError, match="no samples to write"):
+        write_lmdb([], tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+    word_lmdb(tmp_path / "w", ["a"])
+    with pytest.raises(FileExistsError):
+        word_lmdb(tmp_path / "w", ["a"])
+
+
+def test_lists_of_images(tmp_path):
+    Image.new("L", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("broken")
+    gt = tmp_path / "gt.txt"
+    gt.write_text("a.png\thello world\n\n")
+    assert [label for _, label in listed_images(gt, tmp_path)] == ["hello world"]
+    for text, error, message in (
+        ("a.png hello", ValueError, "line 1: expected path<TAB>label"),
+        ("a.png\t ", ValueError, "line 1: expected path<TAB>label"),
+        ("b.png\tx", ValueError, "line 1: .*broken image"),
+        ("c.png\tx", FileNotFoundError, "line 1: "),
+    ):
+        gt.write_text(text)
+        with pytest.raises(error, match=message):
+            list(listed_images(gt, tmp_path))
+    gt.write_text("b.png\tx\na.png\ty")
+    assert [label for _, label in listed_images(gt, tmp_path, skip_broken=True)] == ["y"]
+
+
+# ---- mixtures ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.05, 1), min_size=1, max_size=4), st.integers(80, 300))
+def test_shares_are_exact(ratios, batch):
+    shares = batch_shares(ratios, batch)
+    assert sum(shares) == batch
+    assert all(abs(share - batch * ratio / sum(ratios)) < 1 for share, ratio in zip(shares, ratios, strict=True))
+
+
+def test_several_lmdbs_of_one_set_share_its_ratio():
+    assert lmdb_weights([6, 18, 5], [0, 0, 1], [0.5, 0.5]) == pytest.approx([0.125, 0.375, 0.5])
+    assert lmdb_weights([6, 18], [0, 1], None) == pytest.approx([0.25, 0.75])
+
+
+def test_each_set_is_used_up_before_it_comes_again():
+    sampler = BalancedBatchSampler([range(10), range(7)], [0.5, 0.5], 8, seed=3)
+    drawn = [pair for step in range(35) for pair in sampler.batch(step)]
+    for number, size in ((0, 10), (1, 7)):
+        mine = [index for which, index in drawn if which == number]
+        assert len(mine) == 35 * 4
+        for epoch in range(len(mine) // size):
+            assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert sampler.batch(5) == BalancedBatchSampler([range(10), range(7)], [1, 1], 8, seed=3).batch(5)
+    assert sampler.batch(5) != BalancedBatchSampler([range(10), range(7)], [1, 1], 8, seed=4).batch(5)
+
+
+def test_ranks_share_a_batch():
+    sets, ratios = [range(50), range(20)], [0.5, 0.5]
+    whole = BalancedBatchSampler(sets, ratios, 8, 1).batch(4)
+    parts = [BalancedBatchSampler(sets, ratios, 8, 1, rank, 2).batch(4) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+    assert all([which for which, _ in part] == [0, 0, 1, 1] for part in parts)
+
+
+def test_a_stream_goes_on_where_its_state_says():
+    first = BalancedBatchSampler([range(50)], [1], 4, seed=1, stop=9)
+    begun = [next(iter(first)) for _ in range(3)]
+    second = BalancedBatchSampler([range(50)], [1], 4, seed=1, stop=9)
+    second.load_state_dict(first.state_dict())
+    assert begun + list(second) == [BalancedBatchSampler([range(50)], [1], 4, seed=1).batch(i) for i in range(9)]
+    with pytest.raises(ValueError, match="sampler state of other data"):
+        BalancedBatchSampler([range(51)], [1], 4, seed=1).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda: batch_shares([0.5, 0], 8), "expected positive numbers"),
+        (lambda: batch_shares([1, 0.001], 8), "leave a set without a sample"),
+        (lambda: BalancedBatchSampler([range(3)], [0.5, 0.5], 8, 0), "expected 1, one per data set, got 2"),
+        (lambda: BalancedBatchSampler([range(3)], [1], 8, 0, world=3), "cannot be shared by 3 ranks"),
+        (lambda: BalancedBatchSampler([[]], [1], 8, 0), "number 0 is empty"),
+    ],
+)
+def test_wrong_mixtures(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
+# ---- sets by name --------------------------------------------------------------------------------------
+
+
+def test_sets_by_name(tmp_path, released_layout, word_lmdb):
+    root = released_layout(tmp_path, n=3)
+    word_lmdb(root / "training" / "MJ" / "valid", ["x1", "x2"])
+    assert [len(part) for part in open_set("MJ", root)] == [3, 2]
+    assert len(SETS) == 14 and {row[3] for row in inventory(root)} == {"yes"}
+    shutil.rmtree(root / "evaluation" / "SVT")
+    (root / "evaluation" / "CUTE80" / "data.mdb").write_bytes(b"short")
+    found = {row[0]: row[3:] for row in inventory(root)}
+    assert found["SVT_647"][0] == "no" and "DATA_ROOT/evaluation/SVT" in found["SVT_647"][1]
+    assert found["CUTE_288"][0] == "damaged"
+    with pytest.raises(FileNotFoundError, match="no LMDB at or below it"):
+        locate("SVT_647", root)
+    with pytest.raises(FileNotFoundError, match="neither a set .*MJ.* nor a folder"):
+        locate("MJS", root)
+
+
+# ---- renderer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warp", WARPS)
+def test_rendering_is_reproducible_and_visible(warp):
+    words = random_words(6, PRESETS["36"], (1, 8), np.random.default_rng(0))
+    first, labels = render_words(words, 5, "all", warp)
+    again, _ = render_words(words, 5, "all", warp)
+    assert labels == words and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    for image in first:
+        assert image.dtype == np.uint8 and image.ndim == 2 and image.std() > 20  # contrast 0.35 or more
+    other, _ = render_words(words, 6, "all", warp)
+    assert any(a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_folder_of_fonts(tmp_path):
+    shutil.copy(font_files("sans")[0], tmp_path / "mine.ttf")
+    assert font_files(tmp_path) == [tmp_path / "mine.ttf"]
+    assert len(render_words(["ab"], 0, tmp_path)[0]) == 1
+    for act, message in (
+        (lambda: font_files(tmp_path / "none"), "expected one of sans, serif, all or a folder"),
+        (lambda: render_words(["a"], 0, warp="wave"), "warp: expected one of none, rotate"),
+        (lambda: render_words([" "], 0), "expected something to draw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            act()
+
+
+def test_rendered_sets_are_lmdbs(tmp_path):
+    path = rendered_lmdb("tiny", tmp_path)
+    data = LMDBDataset(path, "0123456789")
+    assert len(data) == RENDERED["tiny"].n == 64 and all(len(data.label(i)) == 3 for i in range(64))
+    assert rendered_lmdb("tiny", tmp_path) == path
+    assert len(data.take(0.5)) == 32
+    with pytest.raises(ValueError, match="expected one of A, B"):
+        rendered_lmdb("C", tmp_path)
+    assert [label for _, label in rendered_items(["hi"], 0, "", "sans", "none", 0)] == ["hi"]
