@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from rl_adv_reward.atn import TOLERANCE, perturbation_size
@@ -35,6 +36,8 @@ class Evaluation:
     """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits, l2, l0 (sums)"""
     linf: float
     """largest |x' - x| of any step"""
+    excess: float
+    """largest excess of any step over the bound; 0: within it"""
     landings: np.ndarray
     """(20,) counts over the enemy's line, from its top"""
     landing_mean: float
@@ -59,6 +62,7 @@ class Evaluation:
             "miss_rate": self.rate("misses"),
             "flip_rate": self.rate("flips") / 1000,
             "linf": self.linf,
+            "excess": self.excess,
             "l2": self.rate("l2") / 1000,
             "l0_share": self.rate("l0") / 1000,
             "episode_steps": float(e["steps"].mean()),
@@ -222,7 +226,8 @@ class _Tally:
         total = int(self.landings.sum())
         mean = float(self.landing_sum) / total if total else float("nan")
         episodes = dict(zip(SUMS, np.concatenate(self.finished, 1), strict=True))
-        return Evaluation(episodes, float(self.worst[0]), self.landings.cpu().numpy(), mean, trajectory, frames)
+        linf, excess, _ = self.worst.tolist()  # worst begins at 0: no excess is below it
+        return Evaluation(episodes, linf, excess, self.landings.cpu().numpy(), mean, trajectory, frames)
 
 
 def bootstrap_rate(
@@ -244,6 +249,16 @@ def lead(attack: Evaluation, others: dict[str, Evaluation], draws: int = 2000, s
     low, high = np.quantile(bootstrap_rate(attack, draws, rng) - best, [0.025, 0.975])
     value = attack.rate() - max(other.rate() for other in others.values())
     return {"lead": value, "lead_low": float(low), "lead_high": float(high)}
+
+
+def landing_shift(attack: Evaluation, nothing: Evaluation) -> dict[str, float]:
+    """How far an attack moves the mean landing, and the two-sided p of Mann-Whitney on the landings (in 20 bins).
+
+    Landings of one episode are not independent: p is a measure of separation, the seeds are the test.
+    """
+    samples = (np.repeat(np.arange(BINS), each.landings) for each in (attack, nothing))
+    p = float(mannwhitneyu(*samples).pvalue)
+    return {"landing_shift": attack.landing_mean - nothing.landing_mean, "landing_p": p}
 
 
 def success_share(evaluation: Evaluation, nothing: Evaluation) -> float:

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from rl_adv_reward.atn import ATN, AttackedQ
 from rl_adv_reward.attacks import NOT_LEARNED, ATNAttack, Attack, make_attack, none
 from rl_adv_reward.envs import ENVIRONMENTS, sizes
-from rl_adv_reward.evaluation import Evaluation, evaluate, lead, pack, success_share
+from rl_adv_reward.evaluation import Evaluation, evaluate, landing_shift, lead, pack, success_share
 from rl_adv_reward.learners import Distiller, Learner, QLearner
 from rl_adv_reward.models import NETWORKS, Victim
 from rl_adv_reward.rewards import AdversarialReward, lose, make_reward
@@ -29,6 +29,9 @@ from rl_adv_reward.train import fit, logger, make_fabric, own_reward
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
@@ -77,6 +80,8 @@ def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
     }
     if s.eps == 0:
         metrics["same_trajectory"] = float(found.trajectory == subject.evaluate("none").trajectory)
+    if s.measure:
+        metrics |= landing_shift(found, subject.evaluate("none"))
     if s.compare:
         metrics |= subject.compare(found)
     if subject.curve:

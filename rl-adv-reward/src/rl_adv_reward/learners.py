@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, huber_loss
 
@@ -15,6 +14,9 @@ from rl_adv_reward.dqn import dqn_targets
 from rl_adv_reward.models import Victim, to_unit
 from rl_adv_reward.replay import Batch
 from rl_adv_reward.settings import Loop
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 class Learner(Protocol):

@@ -13,10 +13,9 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from rl_adv_reward.envs import ENVIRONMENTS
@@ -29,6 +28,9 @@ from rl_adv_reward.settings import Loop
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 logger = get_logger("rl-adv-reward")
 
 
@@ -39,6 +41,8 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         device: auto (CUDA where there is one), cpu or cuda.
         precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
+    from lightning.fabric import Fabric  # seconds; who only reads tables need not wait
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
