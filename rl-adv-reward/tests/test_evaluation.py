@@ -1,15 +1,17 @@
 """Evaluation: counts, the bound, eps = 0, the bootstrap."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 from torch import nn
 
 from rl_adv_reward.atn import ATN
 from rl_adv_reward.attacks import ATNAttack, make_attack, none
-from rl_adv_reward.evaluation import Evaluation, Frames, bootstrap_rate, evaluate, lead, pack, unpack
+from rl_adv_reward.evaluation import Evaluation, Frames, bootstrap_rate, evaluate, landing_shift, lead, pack, unpack
 from rl_adv_reward.models import Victim
 from rl_adv_reward.rewards import lose, make_reward
 
@@ -96,7 +98,7 @@ def made_up(returns, steps):
         name: np.zeros(len(steps)) for name in ("victim_return", "misses", "flips", "crossings", "hits", "l2", "l0")
     }
     episodes |= {"adv_return": np.array(returns, float), "steps": np.array(steps, float)}
-    return Evaluation(episodes, 0.0, np.zeros(20, int), float("nan"), "", {})
+    return Evaluation(episodes, 0.0, 0.0, np.zeros(20, int), float("nan"), "", {})
 
 
 def test_rates_are_ratios_of_sums_and_the_lead_covers_the_truth():
@@ -109,6 +111,19 @@ def test_rates_are_ratios_of_sums_and_the_lead_covers_the_truth():
     found = lead(strong, {"weak": weak, "weaker": made_up([0] * 200, [100] * 200)})
     assert 0 < found["lead_low"] < found["lead"] == strong.rate() - weak.rate() < found["lead_high"]
     assert lead(weak, {"weak": weak})["lead_low"] < 0
+
+
+def landed(counts):
+    return replace(
+        made_up([0], [1]), landings=np.array(counts), landing_mean=float(np.average(range(3), weights=counts))
+    )
+
+
+def test_landings_are_compared_by_rank():
+    found = landing_shift(landed([60, 30, 10]), landed([10, 30, 60]))
+    expected = mannwhitneyu([0] * 60 + [1] * 30 + [2] * 10, [0] * 10 + [1] * 30 + [2] * 60).pvalue
+    assert found == {"landing_shift": -1.0, "landing_p": expected} and expected < 1e-9
+    assert landing_shift(landed([10, 10, 10]), landed([20, 20, 20]))["landing_p"] > 0.99
 
 
 def test_packed_frames_come_back():

@@ -256,7 +256,7 @@ def landing_shift(attack: Evaluation, nothing: Evaluation) -> dict[str, float]:
 
     Landings of one episode are not independent: p is a measure of separation, the seeds are the test.
     """
-    samples = (np.repeat(np.arange(BINS), each.landings) for each in (attack, nothing))
+    samples = (np.repeat(np.arange(len(each.landings)), each.landings) for each in (attack, nothing))
     p = float(mannwhitneyu(*samples).pvalue)
     return {"landing_shift": attack.landing_mean - nothing.landing_mean, "landing_p": p}
 
