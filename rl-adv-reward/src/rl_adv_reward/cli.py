@@ -1,0 +1,305 @@
+"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rl_adv_reward.settings import PRESETS, Settings
+
+PROGRAM = "rl-adv-reward"
+Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+
+
+@dataclass
+class Run:
+    """Run what is missing of the tables (into runs/) and print published | ours | yours."""
+
+    tables: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Table ids such as table-1; none means all that have the scale."""
+    scale: str = "embedded"
+    """smoke, embedded, atari-short or paper."""
+    rows: tuple[str, ...] = ()
+    """Only these rows."""
+    seeds: tuple[int, ...] = ()
+    """Instead of the table's seeds."""
+    jobs: int = 0
+    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    force: bool = False
+    """Run again what is there already."""
+    dry_run: bool = False
+    """List the missing runs and their expected cost only."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward import experiments
+        from shared_utils.report import print_table
+        from shared_utils.runlog import RunLog
+
+        known = {table.id: table for table in experiments.tables()}
+        for name in self.tables:
+            if name not in known:
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
+        if not chosen:
+            raise ValueError(f"no table has a scale {self.scale!r}")
+        if self.dry_run:
+            return _list_missing(chosen, self)
+        options = {"rows": self.rows, "seeds": self.seeds, "force": self.force, "jobs": self.jobs}
+        yours = experiments.run_tables(chosen, self.scale, **options)
+        ours = RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl")
+        for table in chosen:
+            print_table(table, self.scale, ours, yours)
+
+
+def _list_missing(chosen: list, options: Run) -> None:
+    from rich.table import Table as Grid
+
+    from rl_adv_reward.experiments import PROJECT
+    from shared_utils.logging import console
+    from shared_utils.runlog import RunLog
+
+    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
+    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
+    for table in chosen:
+        runs = {run.key for run in table.runs(options.scale, options.rows, options.seeds or None)}
+        missing = [key for key in runs - done if key[0] == table.id]
+        seconds = len(missing) * (table.scales[options.scale].expected_seconds or 0)
+        total += seconds
+        grid.add_row(table.id, str(len(missing)), f"{seconds:.0f}")
+    grid.add_row("all", "", f"{total:.0f}")
+    console().print(grid)
+
+
+@dataclass
+class Common:
+    """What training and evaluation share."""
+
+    settings: Preset
+    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    seed: int = 0
+    """Of training and evaluation."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    store: Path = Path("runs/artifacts")
+    """Folder of trainings; an interrupted one goes on from there, a finished one is taken from there."""
+
+    def subject(self, settings: Settings, victim=None):
+        """The victim, given or trained, with what is to be tried on it."""
+        from rl_adv_reward.experiments import Subject
+        from rl_adv_reward.train import make_fabric
+
+        return Subject(settings, self.seed, make_fabric(self.device), self.store, victim)
+
+
+@dataclass
+class OnVictim(Common):
+    """Common to the verbs that may be given a victim."""
+
+    victim: Path | None = None
+    """The victim's file; none: it is trained."""
+    format: str = "ours"
+    """Of the victim's file: ours, cleanrl, sb3-dqn, sb3-ppo or sb3-a2c."""
+
+    def subject(self, settings: Settings, victim=None):
+        from rl_adv_reward.files import load_victim
+
+        victim = load_victim(self.victim, settings.env, self.format) if self.victim else None
+        return super().subject(settings, victim)
+
+
+@dataclass
+class Train(Common):
+    """Train a victim until it passes its gate; interrupted, the same command goes on. JSON on stdout."""
+
+    output: Path = Path("victim.pt")
+    """File of the trained victim."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward.files import save_victim
+
+        subject = self.subject(self.settings)
+        save_victim(self.output, subject.victim, self.settings.env)
+        metrics = subject.evaluate("none").metrics()
+        print(json.dumps({name: metrics[name] for name in ("victim_return", "miss_rate", "episode_steps")}, indent=2))
+
+
+@dataclass
+class Attack(OnVictim):
+    """Train an attack on a victim towards a goal, evaluate it, and keep it. JSON on stdout."""
+
+    output: Path = Path("atn.pt")
+    """File of the trained attack."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward.files import save_atn
+
+        subject = self.subject(replace(self.settings, attack="atn"))
+        save_atn(self.output, subject.atn)
+        print(json.dumps(subject.evaluate("atn").metrics(), indent=2))
+
+
+@dataclass
+class Eval(OnVictim):
+    """Evaluate the attack that the settings name (--attack), or a file of `attack`. JSON on stdout."""
+
+    atn: Path | None = None
+    """Trained attack; its own eps and norm hold."""
+
+    def __call__(self) -> None:
+        print(json.dumps(_evaluated(self, self.atn).metrics(), indent=2))
+
+
+def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = None):
+    """An attack by name or from a file, against no loaded or trained victim but the command's."""
+    from rl_adv_reward.files import load_atn
+
+    settings = command.settings
+    if atn:
+        network = load_atn(atn)
+        settings = replace(settings, attack="atn", eps=network.eps, norm=network.norm)
+    subject = command.subject(settings)
+    if atn:
+        subject.use(network)
+    return subject.evaluate(settings.attack, keep_frames=keep_frames)
+
+
+@dataclass
+class Sweep(OnVictim):
+    """Train and evaluate the attack at several bounds: a table on stdout."""
+
+    bounds: str = "0,1/255,2/255,4/255,8/255,16/255"
+    """Values of eps, in units of [0, 1]."""
+
+    def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from shared_utils.logging import console
+
+        names = ("adv_rate", "victim_return", "flip_rate", "linf")
+        grid = Grid("eps", *names)
+        for bound in self.bounds.split(","):
+            eps = float(Fraction(bound))
+            metrics = self.subject(replace(self.settings, eps=eps, attack="atn")).evaluate("atn").metrics()
+            grid.add_row(bound, *(f"{metrics[name]:.3f}" for name in names))
+        console().print(grid)
+
+
+@dataclass
+class Play(OnVictim):
+    """Play a few steps under an attack and draw clean frame, perturbation and attacked frame (.gif or .png)."""
+
+    atn: Path | None = None
+    """Trained attack; none: the attack that the settings name."""
+    output: Path = Path("attack.gif")
+    """A GIF, or a PNG strip."""
+    steps: int = 60
+    """Steps to draw."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward.figures import draw_play
+
+        draw_play(self.output, _evaluated(self, self.atn, self.steps).frames)
+
+
+@dataclass
+class Data:
+    """What is needed, and what is there: nothing is ever downloaded."""
+
+    def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from rl_adv_reward.envs import inventory
+        from shared_utils.logging import console
+
+        grid = Grid("environment", "scale", "from", "found")
+        for row in inventory():
+            grid.add_row(*row)
+        console().print(grid)
+
+
+@dataclass
+class Tables:
+    """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward import experiments
+        from rl_adv_reward.figures import draw_all
+        from shared_utils.report import results_page
+
+        results, all_tables = experiments.PROJECT / "results", experiments.tables()
+        draw_all(all_tables, results)
+        (results / "RESULTS.md").write_text(results_page(PROGRAM, all_tables, results, f"{PROGRAM} run"))
+
+
+@dataclass
+class Record:
+    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward.experiments import PROJECT
+        from shared_utils.logging import get_logger
+        from shared_utils.runlog import RunLog, record
+
+        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
+        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
+        get_logger(PROGRAM).info("%d runs recorded", record(moves, PROJECT))
+        Tables()()
+
+
+@dataclass
+class Bench:
+    """Speed: ALE's vector environment, DQN training, and one ATN forward against one FGSM."""
+
+    repeats: int = 5
+    """Measurements per contender, taken in turn."""
+    threads: int = 1
+    """CPU threads."""
+
+    def __call__(self) -> None:
+        from rl_adv_reward.bench import run
+
+        run(self.repeats, self.threads)
+
+
+VERBS = {
+    "run": Run, "train": Train, "attack": Attack, "eval": Eval, "sweep": Sweep, "play": Play,
+    "data": Data, "tables": Tables, "record": Record, "bench": Bench,
+}  # fmt: skip
+FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        verbs = {name: _call(kind) for name, kind in VERBS.items()}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; what is finished or saved is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        sys.exit(2 if known else 1)
+
+
+def _call(kind: type):
+    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+        command()
+
+    act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]
+    act.__doc__ = kind.__doc__
+    return act
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Targets of Double DQN with n-step returns, and the exact attack on a finite MDP. Pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dqn_targets(
+    reward: Tensor,
+    terminated: Tensor,
+    q_target_next: Tensor,
+    gamma: float | Tensor,
+    q_online_next: Tensor | None = None,
+) -> Tensor:
+    """Y = reward + gamma * (1 - terminated) * Q_target(s', a'); a' from the online network where it is given.
+
+    Args:
+        reward: (B,) reward, or n-step return.
+        terminated: (B,) bool; truncation must not be in it, since it bootstraps.
+        q_target_next: (B, A) target network at s'.
+        gamma: discount, or (B,) one per sample (gamma ** n).
+        q_online_next: (B, A) online network at s' (Double DQN); None: the maximum of the target network.
+
+    Returns:
+        (B,) targets; the first action wins ties.
+    """
+    chooser = q_target_next if q_online_next is None else q_online_next
+    value = q_target_next.gather(1, chooser.argmax(1, keepdim=True)).squeeze(1)
+    return reward + gamma * (~terminated).to(value.dtype) * value
+
+
+def window_returns(
+    reward: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Discounted sum over a window of steps that ends early at a terminal or a truncation.
+
+    Args:
+        reward: (n, B) rewards of n consecutive steps.
+        terminated: (n, B) bool.
+        truncated: (n, B) bool.
+        gamma: discount per step.
+
+    Returns:
+        returns (B,); terminated (B,) bool; discount (B,) gamma ** steps; steps (B,) int64 in 1 .. n, after which the
+        value of the observation is to be added (that of the true final one after a truncation).
+    """
+    ended = (terminated | truncated).to(reward.dtype)
+    alive = torch.cat([torch.ones_like(ended[:1]), 1 - ended[:-1]]).cumprod(0)  # (n, B)
+    powers = gamma ** torch.arange(len(reward) + 1, dtype=reward.dtype, device=reward.device)
+    steps = alive.sum(0).long()
+    returns = (powers[:-1, None] * reward * alive).sum(0)
+    return returns, (terminated & alive.bool()).any(0), powers[steps], steps
+
+
+def nstep_returns(
+    reward: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    bootstrap_value: Tensor,
+    final_value: Tensor,
+    n: int,
+    gamma: float,
+) -> Tensor:
+    """n-step return from every step of a segment of T steps in N environments.
+
+    Args:
+        reward: (T, N).
+        terminated: (T, N) bool: no bootstrap.
+        truncated: (T, N) bool: bootstraps with final_value.
+        bootstrap_value: (T + 1, N) value of the observation at time t.
+        final_value: (T, N) value of the true final observation, read where truncated.
+        n: steps; fewer where the segment ends.
+        gamma: discount per step.
+
+    Returns:
+        (T, N).
+
+    Raises:
+        ValueError: n below 1, or shapes that do not fit.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if bootstrap_value.shape != (len(reward) + 1, *reward.shape[1:]):
+        raise ValueError(f"bootstrap_value must be {(len(reward) + 1, *reward.shape[1:])}, got {bootstrap_value.shape}")
+    rows, environments = [], torch.arange(reward.shape[1])
+    for t in range(len(reward)):
+        window = slice(t, t + n)
+        returns, dead, discount, steps = window_returns(reward[window], terminated[window], truncated[window], gamma)
+        last = t + steps - 1
+        cut = truncated[last, environments]
+        value = torch.where(cut, final_value[last, environments], bootstrap_value[last + 1, environments])
+        rows.append(returns + discount * ~dead * value)
+    return torch.stack(rows)
+
+
+def tabular_attack(transition: Tensor, reward: Tensor, allowed: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """The exact optimum of an attacker who may make the victim take any allowed action of a finite MDP.
+
+    With only the victim's own action allowed this is its value without attack; with all, that of full control.
+
+    Args:
+        transition: (S, A, S) probabilities.
+        reward: (S, A) adversarial reward.
+        allowed: (S, A) bool, at least one per state.
+        gamma: discount below 1.
+
+    Returns:
+        values (S,) and best actions (S,) int64, by policy iteration (the first action wins ties).
+
+    Raises:
+        ValueError: a state without an allowed action.
+    """
+    if not allowed.any(1).all():
+        raise ValueError(f"allowed: state {int((~allowed.any(1)).nonzero()[0])} has no allowed action")
+    states = torch.arange(len(reward))
+    policy = allowed.to(torch.uint8).argmax(1)
+    while True:
+        system = torch.eye(len(reward), dtype=reward.dtype) - gamma * transition[states, policy]
+        values = torch.linalg.solve(system, reward[states, policy])
+        q = (reward + gamma * transition @ values).masked_fill(~allowed, -torch.inf)
+        better = q.max(1).values > q[states, policy] + 1e-10  # a tie must not let the policy cycle
+        if not better.any():
+            return values, policy
+        policy = torch.where(better, q.argmax(1), policy)

@@ -1,0 +1,267 @@
+"""What an attack achieves: whole episodes, greedy, on the clean game's adversarial reward; rates per 1000 steps.
+
+Every metric counts real steps of the first `episodes` episodes, the same number from every environment, so that short
+episodes are not preferred. The bound is checked on the tensor that reaches the victim.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from rl_adv_reward.atn import TOLERANCE, perturbation_size
+from rl_adv_reward.attacks import Attack
+from rl_adv_reward.models import Victim, to_unit
+from rl_adv_reward.play import Play
+from rl_adv_reward.rewards import AdversarialReward, crossing
+
+BINS = 20
+SUMS = ("adv_return", "victim_return", "steps", "misses", "flips", "crossings", "hits", "l2", "l0")
+MOST_ENVS = 64
+
+
+@dataclass
+class Evaluation:
+    """One array per episode, and what holds for all."""
+
+    episodes: dict[str, np.ndarray]
+    """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits, l2, l0 (sums)"""
+    linf: float
+    """largest |x' - x| of any step"""
+    excess: float
+    """largest excess of any step over the bound; 0: within it"""
+    landings: np.ndarray
+    """(20,) counts over the enemy's line, from its top"""
+    landing_mean: float
+    """mean landing position in [0, 1]; NaN without a crossing"""
+    trajectory: str
+    """SHA-256 of all actions: two attacks with the same one did the same"""
+    frames: dict[str, np.ndarray]
+    """newest clean and attacked frame of the first environment at some steps, uint8"""
+
+    def rate(self, name: str = "adv_return") -> float:
+        """Per 1000 steps, over all episodes."""
+        return 1000 * float(self.episodes[name].sum() / self.episodes["steps"].sum())
+
+    def metrics(self) -> dict[str, float]:
+        """All finite metrics; see the README for each."""
+        e = self.episodes
+        crossings = e["crossings"].sum()
+        found = {
+            "adv_rate": self.rate(),
+            "adv_return": float(e["adv_return"].mean()),
+            "victim_return": float(e["victim_return"].mean()),
+            "miss_rate": self.rate("misses"),
+            "flip_rate": self.rate("flips") / 1000,
+            "linf": self.linf,
+            "excess": self.excess,
+            "l2": self.rate("l2") / 1000,
+            "l0_share": self.rate("l0") / 1000,
+            "episode_steps": float(e["steps"].mean()),
+        }
+        if crossings:
+            found |= {"hit_fraction": float(e["hits"].sum() / crossings), "landing_mean": self.landing_mean}
+        return found
+
+
+def pack(frames: np.ndarray) -> dict:
+    """(T, H, W) uint8 as a shape and a base64 string of compressed bytes, for a run record."""
+    return {"shape": list(frames.shape), "zlib": base64.b64encode(zlib.compress(frames.tobytes(), 9)).decode()}
+
+
+def unpack(packed: dict) -> np.ndarray:
+    """What `pack` was given."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(packed["zlib"])), np.uint8).reshape(packed["shape"])
+
+
+class Frames:
+    """Perturbs only the newest frame of a stack; earlier ones stay as they reached the victim.
+
+    A camera is attacked once per frame, while an attack on the whole stack rewrites the past at every step.
+    """
+
+    def __init__(self):
+        self.shown: Tensor | None = None
+
+    def __call__(self, x_adv: Tensor, fresh: Tensor) -> Tensor:
+        """(N, C, H, W) attacked stacks and where an episode begins (N,), to what the victim sees."""
+        if self.shown is not None:
+            moved = torch.cat([self.shown[:, 1:], x_adv[:, -1:]], 1)
+            x_adv = torch.where(fresh.reshape(-1, 1, 1, 1), x_adv, moved)
+        self.shown = x_adv
+        return x_adv
+
+
+@torch.no_grad()
+def evaluate(
+    victim: Victim,
+    attack: Attack,
+    goal: AdversarialReward,
+    env: str,
+    episodes: int,
+    seed: int,
+    *,
+    eps: float | None = None,
+    norm: str = "linf",
+    temporal: str = "stack",
+    policy: Callable[[Tensor], Tensor] | None = None,
+    keep_frames: int = 0,
+) -> Evaluation:
+    """Play whole episodes with the greedy victim behind an attack.
+
+    Args:
+        victim: on the device to use.
+        attack: (x, victim) -> x'.
+        goal: adversarial reward, from clean observations.
+        env: name of the environment.
+        episodes: at least so many, the same number in each of up to 64 environments.
+        seed: of environments; the same seed gives the same starts to every attack.
+        eps: bound to be checked; None: none.
+        norm: of the bound.
+        temporal: "stack", or "frame" (see `Frames`).
+        policy: acts instead of the victim: x (N, C, H, W) -> actions (N,). For the full-control reference only.
+        keep_frames: so many steps of the first environment are kept as pictures.
+
+    Raises:
+        RuntimeError: an observation that left the bound or [0, 1], or a victim whose weights changed.
+    """
+    device = next(victim.parameters()).device
+    n = min(episodes, MOST_ENVS)
+    play, weights = Play(env, n, seed, device), victim.weights_hash()
+    tally = _Tally(n, -(-episodes // n), device)
+    memory, fresh = Frames(), torch.ones(n, dtype=torch.bool, device=device)
+    digest, pictures = hashlib.sha256(), {"clean": [], "attacked": []}
+    while not tally.complete:
+        x = to_unit(play.obs)
+        x_adv = attack(x, victim)
+        if temporal == "frame":
+            x_adv = memory(x_adv, fresh)
+        action = victim.q(x_adv).argmax(1) if policy is None else policy(x)
+        flipped = action != victim.q(x).argmax(1)
+        if len(pictures["clean"]) < keep_frames:
+            for name, stack in (("clean", x), ("attacked", x_adv)):
+                pictures[name].append((255 * stack[0, -1]).round().to(torch.uint8).cpu().numpy())
+        digest.update(action.cpu().numpy().tobytes())
+
+        adversarial, own, _, _, valid, info = play.step(action, goal)
+        position = crossing(env, play.last_obs, play.obs, info)
+        size = tally.bounded(x_adv, x, eps, norm)
+        tally.add(adversarial, own, flipped, position, *size, valid=valid, over=play.over)
+        fresh = ~valid
+    play.envs.close()
+    tally.check()
+    if victim.weights_hash() != weights:
+        raise RuntimeError("the victim's weights changed during the evaluation")
+    frames = {name: np.array(each) for name, each in pictures.items()}
+    return tally.evaluation(digest.hexdigest(), frames)
+
+
+class _Tally:
+    """Sums per environment until an episode ends, on the device; only the end of an episode waits for it."""
+
+    def __init__(self, num_envs: int, quota: int, device: torch.device):
+        self.quota, self.device = quota, device
+        self.done = np.zeros(num_envs, int)
+        self.finished: list[np.ndarray] = []
+        self.sums = torch.zeros(len(SUMS), num_envs, dtype=torch.float64, device=device)
+        self.landings = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self.landing_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.worst = torch.zeros(3, device=device)  # linf, excess over the bound, excess over [0, 1]
+
+    @property
+    def complete(self) -> bool:
+        return bool((self.done >= self.quota).all())
+
+    def bounded(self, x_adv: Tensor, x: Tensor, eps: float | None, norm: str) -> tuple[Tensor, Tensor]:
+        """L2 and the changed share (N,) of a perturbation, whose worst values are kept for `check`."""
+        linf, l2, l0 = perturbation_size(x_adv, x)
+        size = l2 if norm == "l2" else linf
+        excess = size - (size if eps is None else eps)
+        outside = (x_adv - 0.5).abs().amax() - 0.5
+        self.worst = torch.maximum(self.worst, torch.stack([linf.amax(), excess.amax(), outside]))  # keeps NaN
+        return l2, l0 / x[0].numel()
+
+    def check(self) -> None:
+        """RuntimeError where the bound or the valid range was left, or an observation was NaN."""
+        _, excess, outside = self.worst.tolist()
+        if not (excess <= TOLERANCE and outside <= TOLERANCE):
+            raise RuntimeError(f"the bound is broken: {excess:.3g} above eps, {outside:.3g} outside [0, 1]")
+
+    def add(
+        self,
+        adversarial: Tensor,
+        own: Tensor,
+        flipped: Tensor,
+        position: Tensor,
+        l2: Tensor,
+        l0: Tensor,
+        *,
+        valid: Tensor,
+        over: Tensor,
+    ) -> None:
+        """One step (N,) of everything, in the order of SUMS; dummies and episodes beyond the quota do not count."""
+        counted = valid & torch.from_numpy(self.done < self.quota).to(self.device)
+        crossed = ~position.isnan() & counted
+        hit = crossed & (adversarial > 0)
+        step = [adversarial, own, torch.ones_like(own), own < 0, flipped, crossed, hit, l2, l0]
+        self.sums += torch.stack([value.double() for value in step]) * counted
+        landed = position[crossed]
+        self.landings += torch.bincount((landed * BINS).long().clamp(0, BINS - 1), minlength=BINS)
+        self.landing_sum += landed.sum()
+        ended = (over & counted).cpu().numpy()
+        if ended.any():
+            self.finished.append(self.sums[:, ended].cpu().numpy())
+            self.sums[:, ended] = 0
+            self.done += ended
+
+    def evaluation(self, trajectory: str, frames: dict[str, np.ndarray]) -> Evaluation:
+        total = int(self.landings.sum())
+        mean = float(self.landing_sum) / total if total else float("nan")
+        episodes = dict(zip(SUMS, np.concatenate(self.finished, 1), strict=True))
+        linf, excess, _ = self.worst.tolist()  # worst begins at 0: no excess is below it
+        return Evaluation(episodes, linf, excess, self.landings.cpu().numpy(), mean, trajectory, frames)
+
+
+def bootstrap_rate(
+    evaluation: Evaluation, draws: int, rng: np.random.Generator, name: str = "adv_return"
+) -> np.ndarray:
+    """(draws,) rates per 1000 steps of resampled episodes: a ratio of sums, since episodes differ in length."""
+    value, steps = evaluation.episodes[name], evaluation.episodes["steps"]
+    chosen = rng.integers(len(value), size=(draws, len(value)))
+    return 1000 * value[chosen].sum(1) / steps[chosen].sum(1)
+
+
+def lead(attack: Evaluation, others: dict[str, Evaluation], draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """adv_rate of an attack minus the best of the others, with its 95 % bootstrap interval over episodes.
+
+    The best is chosen anew in every draw, so that choosing it after the fact is part of the interval.
+    """
+    rng = np.random.default_rng(seed)
+    best = np.max([bootstrap_rate(other, draws, rng) for other in others.values()], axis=0)
+    low, high = np.quantile(bootstrap_rate(attack, draws, rng) - best, [0.025, 0.975])
+    value = attack.rate() - max(other.rate() for other in others.values())
+    return {"lead": value, "lead_low": float(low), "lead_high": float(high)}
+
+
+def landing_shift(attack: Evaluation, nothing: Evaluation) -> dict[str, float]:
+    """How far an attack moves the mean landing, and the two-sided p of Mann-Whitney on the landings (in 20 bins).
+
+    Landings of one episode are not independent: p is a measure of separation, the seeds are the test.
+    """
+    samples = (np.repeat(np.arange(len(each.landings)), each.landings) for each in (attack, nothing))
+    p = float(mannwhitneyu(*samples).pvalue)
+    return {"landing_shift": attack.landing_mean - nothing.landing_mean, "landing_p": p}
+
+
+def success_share(evaluation: Evaluation, nothing: Evaluation) -> float:
+    """Share of episodes whose adversarial return exceeds the 95th percentile of those without attack."""
+    bar = np.quantile(nothing.episodes["adv_return"], 0.95)
+    return float((evaluation.episodes["adv_return"] > bar).mean())

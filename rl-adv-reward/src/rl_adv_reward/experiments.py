@@ -1,0 +1,318 @@
+"""From the settings of a table's row to the outcome of a run: a victim, an attack on it, and what it achieves."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rl_adv_reward.atn import ATN, AttackedQ
+from rl_adv_reward.attacks import NOT_LEARNED, ATNAttack, Attack, make_attack, none
+from rl_adv_reward.envs import ENVIRONMENTS, sizes
+from rl_adv_reward.evaluation import Evaluation, evaluate, landing_shift, lead, pack, success_share
+from rl_adv_reward.learners import Distiller, Learner, QLearner
+from rl_adv_reward.models import NETWORKS, Victim
+from rl_adv_reward.rewards import AdversarialReward, lose, make_reward
+from rl_adv_reward.settings import Loop, Settings
+from rl_adv_reward.train import fit, logger, make_fabric, own_reward
+from shared_utils.runlog import Outcome, RunLog, run_missing
+from shared_utils.seeding import seed_everything
+from shared_utils.tables import Table, load_tables
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+PROJECT = Path(__file__).parents[2]
+PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
+CURVE_EPISODES = 8
+SEEDS = {"victim": 0, "critic": 1_000_000, "atn": 2_000_000, "check": 3_000_000, "evaluation": 4_000_000}
+
+
+def tables() -> list[Table]:
+    """All table files, checked against the settings."""
+    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def run_tables(
+    chosen: Sequence[Table],
+    scale: str,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+) -> RunLog:
+    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    store = PROJECT / "runs" / "artifacts"
+    if force:
+        shutil.rmtree(store, ignore_errors=True)
+    work = partial(execute, store=store)
+    run_missing("rl-adv-reward", runs, log, work, repository=PROJECT, packages=PACKAGES, force=force, jobs=jobs)
+    return log
+
+
+def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
+    """One run of a table; what it trains is kept in the store, shared by all runs that need the same."""
+    s = Settings(**settings)
+    subject = Subject(s, seed, fabric(), store)
+    found = subject.evaluate(s.attack)
+    metrics = found.metrics()
+    details = {
+        "victim_hash": subject.victim_hash,
+        "trajectory": found.trajectory,
+        "episodes": len(found.episodes["steps"]),
+        "env_steps_trained": subject.trained_steps,
+        "landings": found.landings.tolist(),
+        "frames": {name: pack(frames) for name, frames in found.frames.items()},
+    }
+    if s.eps == 0:
+        metrics["same_trajectory"] = float(found.trajectory == subject.evaluate("none").trajectory)
+    if s.measure:
+        metrics |= landing_shift(found, subject.evaluate("none"))
+    if s.compare:
+        metrics |= subject.compare(found)
+    if subject.curve:
+        details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in subject.curve]
+        rates = [point["adv_rate"] for point in subject.curve]
+        fifth = max(1, len(rates) // 5)
+        early, late = sum(rates[:fifth]) / fifth, sum(rates[-fifth:]) / fifth
+        metrics |= {"early_rate": early, "late_rate": late, "gain": late - early}
+    return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes})
+
+
+class Subject:
+    """A victim and everything that is tried on it; each part is trained when it is first asked for.
+
+    Args:
+        settings: of the run.
+        seed: of every training and evaluation.
+        fabric: device and precision.
+        store: folder of trainings, finished and unfinished.
+        victim: the user's own; None: trained here.
+    """
+
+    def __init__(self, settings: Settings, seed: int, fabric: Fabric, store: Path, victim: Victim | None = None):
+        self.s, self.seed, self.fabric, self.store = settings, seed, fabric, store
+        self.curve: list[dict] = []
+        self.trained_steps = 0
+        self.victim = victim.to(fabric.device) if victim else self.train_victim(seed)
+        self.victim_hash = self.victim.weights_hash()
+        self.goal = make_reward(settings.goal, settings.env, **settings.goal_options())
+
+    # ---- training ------------------------------------------------------------
+
+    def train_victim(self, seed: int) -> Victim:
+        """The victim of a seed, which has passed its gate. RuntimeError where it has not."""
+        s, environment = self.s, ENVIRONMENTS[self.s.env]
+        loop = s.loop("victim")
+        seed_everything(seed + SEEDS["victim"])
+        learner = QLearner(self.network(), loop, self.fabric)
+        short: list[float] = []
+
+        def check(iteration: int) -> tuple[dict, bool]:
+            victim = Victim(copy.deepcopy(learner.q))
+            found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed + SEEDS["check"])
+            value = found.metrics()[environment.gate]
+            short.append(environment.short_of(value))
+            logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
+            if iteration >= loop.iterations / 2 and len(short) > 1 and short[-1] > 0.9 * short[0]:
+                logger.warning("the victim has hardly improved since its first check: another seed may be needed")
+            return {environment.gate: value}, environment.short_of(value) == 0
+
+        every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
+        curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
+        if curve and environment.short_of(curve[-1][environment.gate]) > 0:
+            raise RuntimeError(
+                f"the victim of seed {seed} is too weak to be worth an attack after {loop.iterations} iterations: "
+                f"{environment.gate} {curve[-1][environment.gate]:.2f} is not within {environment.bounds}"
+            )
+        return Victim(learner.q)
+
+    def network(self) -> nn.Module:
+        """A fresh network of this environment's victims."""
+        environment = ENVIRONMENTS[self.s.env]
+        return NETWORKS[environment.network](*sizes(self.s.env), environment.background)
+
+    @cached_property
+    def critic(self) -> nn.Module:
+        """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights on."""
+        loop = self.s.loop("critic")
+        seed_everything(self.seed + SEEDS["critic"])
+        q = self.network()
+        if self.victim.output == "q":
+            self.warm_start(q)
+        learner = QLearner(q, loop, self.fabric)
+        self.fit("critic", self.seed, learner, self.goal, loop)
+        return learner.q.requires_grad_(False).eval()
+
+    def warm_start(self, q: nn.Module) -> None:
+        """From the victim's weights where it is the same network; one of another kind is left as a fresh start."""
+        try:
+            q.load_state_dict(self.victim.module.state_dict())
+        except RuntimeError:
+            logger.info("the victim is another network: the critic starts from scratch")
+
+    @cached_property
+    def atn(self) -> ATN:
+        """The trained attack; at eps = 0 it stays as it began, since nothing that it learned could show."""
+        s, background = self.s, ENVIRONMENTS[self.s.env].background
+        critic = self.critic if s.learner == "critic" and s.eps > 0 else None
+        seed_everything(self.seed + SEEDS["atn"])
+        atn = ATN(sizes(s.env)[0], s.eps, s.norm, s.atn_width, background).to(self.fabric.device)
+        if s.eps > 0:
+            self.train_atn(atn, critic)
+        return atn.requires_grad_(False).eval()
+
+    def train_atn(self, atn: ATN, critic: nn.Module | None) -> None:
+        """By frozen_q, or by distillation from the critic."""
+        s = self.s
+        if critic is None:
+            if self.victim.output != "q":
+                raise ValueError("learner frozen_q needs a victim with action values; this one has logits: use critic")
+            loop = s.loop("frozen")
+            learner: Learner = QLearner(AttackedQ(atn, self.victim), loop, self.fabric)
+        else:
+            loop = s.distill_loop()
+            learner = Distiller(atn, self.victim, critic, s.distill_tau, s.distill_own, loop, self.fabric)
+
+        def check(iteration: int) -> tuple[dict, bool]:
+            seed = self.seed + SEEDS["check"]
+            found = evaluate(
+                self.victim, ATNAttack(atn), self.goal, s.env, CURVE_EPISODES, seed, eps=s.eps, norm=s.norm
+            )
+            return {"adv_rate": found.rate(), "victim_return": found.metrics()["victim_return"]}, False
+
+        start = [{"iteration": 0} | check(0)[0]] if s.eval_every else []
+        self.curve = start + self.fit("atn", self.seed, learner, self.goal, loop, check, s.eval_every)
+
+    def fit(
+        self,
+        kind: str,
+        seed: int,
+        learner: Learner,
+        goal: AdversarialReward,
+        loop: Loop,
+        check: Callable | None = None,
+        every: int = 0,
+    ) -> list[dict]:
+        """Train into the store, go on from there, or take what is finished there; one process at a time."""
+        identity = {"kind": kind, "settings": self.s.key(kind), "code": code_hash()}
+        identity["victim"] = None if kind == "victim" else self.victim_hash
+        name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
+        path = self.store / f"{kind}-{seed}-{name}.pt"
+        with exclusive(path):
+            trained = fit(
+                learner,
+                goal,
+                loop,
+                seed + SEEDS[kind],
+                self.fabric,
+                evaluate=check,
+                evaluate_every=every,
+                checkpoint=path,
+                checkpoint_every=self.s.save_every,
+                identity=identity,
+                compile=self.fabric.device.type == "cuda",
+            )
+        self.trained_steps += trained.iterations * loop.num_envs
+        return trained.curve
+
+    # ---- evaluation ------------------------------------------------------------
+
+    def use(self, atn: ATN) -> None:
+        """Take this attack instead of training one. ValueError where its observations are not this environment's."""
+        shape, _ = sizes(self.s.env)
+        if atn.obs_shape != shape:
+            raise ValueError(f"the attack is made for observations {atn.obs_shape}, those of {self.s.env} are {shape}")
+        self.atn = atn.to(self.fabric.device)
+
+    def evaluate(self, attack: str, keep_frames: int | None = None) -> Evaluation:
+        """Whole episodes under an attack of the table; the same seed for all of them."""
+        s = self.s
+        if keep_frames is None:
+            keep_frames = 6 if s.env == "minipong" else 2
+        victim = self.train_victim(self.seed + s.transfer) if s.transfer else self.victim
+        goal = make_reward(s.measure, s.env) if s.measure else self.goal
+        return evaluate(
+            victim,
+            none if attack == "oracle" else self.attack(attack),
+            goal,
+            s.env,
+            s.episodes,
+            self.seed + SEEDS["evaluation"],
+            eps=s.eps,
+            norm=s.norm,
+            temporal=s.temporal,
+            policy=self.critic_policy() if attack == "oracle" else None,
+            keep_frames=keep_frames,
+        )
+
+    def attack(self, name: str) -> Attack:
+        """An attack by name, with whatever it needs trained."""
+        s = self.s
+        return make_attack(
+            name,
+            eps=s.eps,
+            norm=s.norm,
+            quantize=s.quantize,
+            generator=torch.Generator(self.fabric.device).manual_seed(self.seed),
+            target=self.critic_policy() if name.startswith("targeted") else None,
+            atn=self.atn if name == "atn" else None,
+            threshold=s.timed_threshold,
+        )
+
+    def critic_policy(self) -> Callable[[Tensor], Tensor]:
+        """The actions that are best for the adversarial reward; trained here, not at the first call."""
+        critic = self.critic
+        return lambda x: critic(x).argmax(1)
+
+    def compare(self, found: Evaluation) -> dict[str, float]:
+        """Lead over everything that learns nothing, success, and the score between no attack and full control."""
+        others = {name: self.evaluate(name) for name in NOT_LEARNED}
+        nothing = others["none"]
+        metrics = lead(found, others) | {
+            "success": success_share(found, nothing),
+            "best_baseline": max(other.rate() for other in others.values()),
+        }
+        if self.s.learner == "critic" and self.s.eps > 0:
+            span = self.evaluate("oracle").rate() - nothing.rate()
+            if span > 0:
+                metrics["normalised_score"] = (found.rate() - nothing.rate()) / span
+        return metrics
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time for a path; others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Of this package's source: what another version trained is never taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def fabric() -> Fabric:
+    """This process's device."""
+    return make_fabric()

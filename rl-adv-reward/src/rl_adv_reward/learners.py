@@ -1,0 +1,109 @@
+"""What learns: a Q-network (victim, critic, or the ATN through the frozen victim's head), and an ATN from a critic."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, huber_loss
+
+from rl_adv_reward.atn import ATN, AttackedQ
+from rl_adv_reward.dqn import dqn_targets
+from rl_adv_reward.models import Victim, to_unit
+from rl_adv_reward.replay import Batch
+from rl_adv_reward.settings import Loop
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+class Learner(Protocol):
+    """What the loop in train.py drives."""
+
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def act(self, x: Tensor, iteration: int) -> Tensor: ...
+
+    def loss(self, batch: Batch) -> Tensor: ...
+
+    def after(self, iteration: int) -> None: ...
+
+
+def _adam(parameters, loop: Loop) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=loop.lr, eps=loop.adam_eps, fused=True)
+
+
+class QLearner:
+    """Double DQN with n-step returns.
+
+    With `AttackedQ` this is the learner frozen_q: the targets use the target ATN and the same frozen victim.
+    """
+
+    def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric):
+        self.loop, self.fabric = loop, fabric
+        self.q = q.to(fabric.device, memory_format=torch.channels_last)
+        self.target = copy.deepcopy(self.q).requires_grad_(False)
+        self.modules = {"q": self.q, "target": self.target}
+        self.optimizer = _adam(self.q.parameters(), loop)
+
+    def exploration(self, iteration: int) -> float:
+        first, last, share = self.loop.explore
+        return first + (last - first) * min(1.0, iteration / max(1.0, share * self.loop.iterations))
+
+    @torch.no_grad()
+    def act(self, x: Tensor, iteration: int) -> Tensor:
+        with self.fabric.autocast():
+            q = self.q(x)
+        explored = torch.rand(len(x), device=x.device) < self.exploration(iteration)
+        return torch.where(explored, torch.randint(q.shape[1], (len(x),), device=x.device), q.argmax(1))
+
+    def loss(self, batch: Batch) -> Tensor:
+        then = to_unit(batch.next_obs)
+        with self.fabric.autocast():
+            with torch.no_grad():
+                online, target = self.q(then), self.target(then)
+            q = self.q(to_unit(batch.obs))
+        y = dqn_targets(batch.returns, batch.terminated, target.float(), batch.discount, online.float())
+        q = q.float().gather(1, batch.action[:, None]).squeeze(1)
+        return (huber_loss(q, y, reduction="none") * batch.weight).mean()
+
+    def after(self, iteration: int) -> None:
+        if iteration % self.loop.sync_every == 0:
+            self.target.load_state_dict(self.q.state_dict())
+
+
+class Distiller:
+    """The ATN learns to make the victim take the critic's action, on states of the critic's and then its own play.
+
+    Loss: cross-entropy of (Q_v(g(s)) - mean) / tau with argmax Q_A(s), weighted by how much the choice matters,
+    max Q_A - mean Q_A.
+    """
+
+    def __init__(self, atn: ATN, victim: Victim, critic: nn.Module, tau: float, own: int, loop: Loop, fabric: Fabric):
+        self.fabric, self.tau, self.own = fabric, tau, own
+        self.q = AttackedQ(atn.to(fabric.device, memory_format=torch.channels_last), victim)
+        self.critic = critic.to(fabric.device).requires_grad_(False).eval()
+        self.modules = {"q": self.q}
+        self.optimizer = _adam(self.q.parameters(), loop)
+
+    @torch.no_grad()
+    def act(self, x: Tensor, iteration: int) -> Tensor:
+        with self.fabric.autocast():
+            return (self.critic if iteration < self.own else self.q)(x).argmax(1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        x = to_unit(batch.obs)
+        with self.fabric.autocast():
+            with torch.no_grad():
+                wanted = self.critic(x)
+            q = self.q(x)
+        wanted, q = wanted.float(), q.float()
+        matters = (wanted.amax(1) - wanted.mean(1)) * batch.weight
+        logits = (q - q.mean(1, keepdim=True)) / self.tau
+        return (cross_entropy(logits, wanted.argmax(1), reduction="none") * matters).mean()
+
+    def after(self, iteration: int) -> None:
+        """Nothing to do: there is no target network."""

@@ -1,0 +1,179 @@
+"""Victim networks, and the frozen victim that every attack sees."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+OUTPUTS = ("q", "logits")
+
+
+class Centre(nn.Module):
+    """(x - background) * 3: without it a constant grey background stalls a small network completely."""
+
+    def __init__(self, background: float):
+        super().__init__()
+        self.background = background
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.background) * 3
+
+
+def feature_size(network: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Values per sample that a network makes of (C, H, W). ValueError where the input is too small for it."""
+    try:
+        with torch.no_grad():
+            return network(torch.zeros(1, *shape)).numel()
+    except RuntimeError as error:
+        raise ValueError(f"observations of shape {shape} are too small for the network ({error})") from error
+
+
+def mlp(obs_shape: tuple[int, int, int], n_actions: int, background: float = 0.0, width: int = 96) -> nn.Sequential:
+    """Two hidden layers; the victim of MiniPong."""
+    return nn.Sequential(
+        Centre(background),
+        nn.Flatten(),
+        nn.Linear(math.prod(obs_shape), width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, n_actions),
+    )
+
+
+def nature_cnn(obs_shape: tuple[int, int, int], n_actions: int, background: float = 0.0) -> nn.Sequential:
+    """The network of Mnih et al. 2015: 32 @ 8x8 s4, 64 @ 4x4 s2, 64 @ 3x3 s1, 512 units."""
+    features = nn.Sequential(
+        Centre(background) if background else nn.Identity(),
+        nn.Conv2d(obs_shape[0], 32, 8, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
+    return nn.Sequential(
+        *features, nn.Linear(feature_size(features, obs_shape), 512), nn.ReLU(), nn.Linear(512, n_actions)
+    )
+
+
+NETWORKS = {"mlp": mlp, "nature": nature_cnn}
+
+
+class Victim(nn.Module):
+    """A frozen policy network: eval mode, no gradient to its weights, gradients to its input allowed.
+
+    Args:
+        module: (N, C, H, W) to (N, A).
+        scale: of the module's input per pixel value 0 .. 255: 1/255 where it takes [0, 1], 1 where it takes raw pixels.
+        output: "q" (action values) or "logits" (of a policy); both act by argmax.
+
+    Raises:
+        ValueError: an unknown output, or a batch norm layer in train mode, whose statistics every input would change.
+    """
+
+    def __init__(self, module: nn.Module, *, scale: float = 1 / 255, output: str = "q"):
+        super().__init__()
+        if output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+                raise ValueError(f"module: {type(layer).__name__} {name!r} is in train mode; call module.eval() first")
+        self.module, self.scale, self.output = module, scale, output
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Victim:
+        """Stays in eval mode whatever is asked for."""
+        return self
+
+    def q(self, x: Tensor) -> Tensor:
+        """Values or logits (N, A), float32 or better, of observations (N, C, H, W) in [0, 1]."""
+        factor = 255 * self.scale
+        out = self.module(x if factor == 1 else x * factor)
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+
+    forward = q
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Greedy actions (N,) int64, the first on ties, of uint8 frames or of floats in [0, 1]."""
+        return self.q(to_unit(obs)).argmax(1)
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names, shapes and values of weights and buffers."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_cleanrl(cls, path: Path | str, obs_shape: tuple[int, int, int] = (4, 84, 84)) -> Victim:
+        """A DQN saved by CleanRL's `dqn_atari` (`--save-model`): state dict with keys network.0.weight and so on."""
+        weights = _load_weights(Path(path))
+        try:
+            n_actions = len(weights["network.9.bias"])
+            module = nature_cnn(obs_shape, n_actions)
+            module.load_state_dict({_cleanrl_key(name): value for name, value in weights.items()})
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: not the state dict of CleanRL's dqn_atari ({error})") from error
+        return cls(module)
+
+    @classmethod
+    def from_sb3(cls, path: Path | str, algorithm: str = "DQN") -> Victim:
+        """A stable-baselines3 DQN (values) or PPO, A2C (logits) with an image policy; needs the extra `sb3`."""
+        try:
+            import stable_baselines3
+        except ImportError as error:
+            raise ValueError("stable-baselines3 is not installed: pip install 'rl-adv-reward[sb3]'") from error
+        if algorithm not in ("DQN", "PPO", "A2C"):
+            raise ValueError(f"algorithm must be DQN, PPO or A2C, got {algorithm!r}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        policy = getattr(stable_baselines3, algorithm).load(path, device="cpu").policy.eval()
+        return cls(SB3Network(policy), output="q" if algorithm == "DQN" else "logits")
+
+
+class SB3Network(nn.Module):
+    """The network inside a stable-baselines3 policy, on observations that are scaled to [0, 1] already."""
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self.policy, "q_net"):
+            head = self.policy.q_net
+            return head.q_net(head.features_extractor(x))
+        extractor = getattr(self.policy, "pi_features_extractor", self.policy.features_extractor)
+        return self.policy.action_net(self.policy.mlp_extractor.forward_actor(extractor(x)))
+
+
+def to_unit(obs: Tensor) -> Tensor:
+    """Floats in [0, 1] of uint8 frames; floats pass. TypeError for anything else."""
+    if obs.dtype == torch.uint8:
+        return obs.float() / 255
+    if not obs.is_floating_point():
+        raise TypeError(f"observations must be uint8 or floating point, got {obs.dtype}")
+    return obs
+
+
+def _cleanrl_key(name: str) -> str:
+    """network.i is layer i + 1 here: ours has the background's layer in front."""
+    _, number, kind = name.split(".")
+    return f"{int(number) + 1}.{kind}"
+
+
+def _load_weights(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip and pickle errors of a damaged or foreign file
+        raise ValueError(f"{path}: cannot be read as a state dict ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,50 @@
+"""Many environments stepped together, seen as clean transitions; training and evaluation both play through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rl_adv_reward.envs import make_envs
+from rl_adv_reward.rewards import AdversarialReward
+
+
+class Play:
+    """Environments in NEXT_STEP mode, with what every step needs: clean observations on the device and their age."""
+
+    def __init__(self, env: str, num_envs: int, seed: int, device: torch.device):
+        self.envs = make_envs(env, num_envs)
+        self.device = device
+        self.obs = self._upload(self.envs.reset(seed=seed)[0])  # (N, C, H, W) uint8
+        self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self.over = torch.zeros(num_envs, dtype=torch.bool, device=device)
+
+    def _upload(self, array) -> Tensor:
+        return torch.as_tensor(array).to(self.device, copy=True)
+
+    def step(self, action: Tensor, goal: AdversarialReward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict]:
+        """Adversarial reward, the game's own, terminated, truncated, valid (all (N,)), and info; moves on `obs`.
+
+        Where an episode ended in the step before, this one only resets: valid is False there.
+        """
+        array, own, terminated, truncated, info = self.envs.step(action.cpu().numpy())
+        next_obs, own = self._upload(array), self._upload(own).float()
+        terminated, truncated = self._upload(terminated), self._upload(truncated)
+        adversarial = goal(self.obs, action, own, terminated, next_obs, info)
+        valid = ~self.over
+        self.age = torch.where(self.over, 0, self.age + 1)
+        self.over = terminated | truncated
+        self.last_obs, self.obs = self.obs, next_obs
+        return adversarial, own, terminated, truncated, valid, info
+
+    def state(self) -> dict | None:
+        """For a checkpoint; None where the environments cannot save theirs."""
+        if not hasattr(self.envs, "state"):
+            return None
+        envs = {k: torch.from_numpy(v) if hasattr(v, "dtype") else v for k, v in self.envs.state().items()}
+        return {"envs": envs, "obs": self.obs.cpu(), "age": self.age.cpu(), "over": self.over.cpu()}
+
+    def restore(self, state: dict) -> None:
+        """Put back a `state`."""
+        self.envs.restore({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()})
+        self.obs, self.age, self.over = (state[name].to(self.device) for name in ("obs", "age", "over"))

@@ -1,0 +1,217 @@
+"""The training loop: any learner, many environments, a replay on the device; killed at any instant and continued.
+
+One step of all environments, then the learner's updates. On the CPU a killed and continued MiniPong training ends
+bit-equal to one that was not. ALE's vector environment cannot save its state: there a continued training starts new
+episodes and keeps everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl_adv_reward.envs import ENVIRONMENTS
+from rl_adv_reward.learners import Learner
+from rl_adv_reward.models import to_unit
+from rl_adv_reward.play import Play
+from rl_adv_reward.replay import Replay
+from rl_adv_reward.rewards import AdversarialReward
+from rl_adv_reward.settings import Loop
+from shared_utils.logging import get_logger
+from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = get_logger("rl-adv-reward")
+
+
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """Fabric on one device; runs, not ranks, are what is spread over several.
+
+    Args:
+        device: auto (CUDA where there is one), cpu or cuda.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
+    """
+    from lightning.fabric import Fabric  # seconds; who only reads tables need not wait
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        precision = "bf16-mixed" if modern else "32-true"
+    return Fabric(accelerator=device, devices=1, precision=precision)
+
+
+def own_reward(obs, action, reward, terminated, next_obs, info) -> Tensor:
+    """The game's own reward, clipped to its sign: what victims are trained on."""
+    return reward.sign()
+
+
+class Trained(NamedTuple):
+    """What a training leaves behind, beside the learner's weights."""
+
+    curve: list[dict]
+    iterations: int
+
+
+def fit(
+    learner: Learner,
+    goal: AdversarialReward,
+    loop: Loop,
+    seed: int,
+    fabric: Fabric,
+    *,
+    evaluate: Callable[[int], tuple[dict, bool]] | None = None,
+    evaluate_every: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 1000,
+    identity: dict | None = None,
+    before: Callable[[int], None] = lambda iteration: None,
+    compile: bool = False,
+) -> Trained:
+    """Train; the same arguments give the same weights on a CPU (MiniPong), killed and started again or not.
+
+    Args:
+        learner: see learners.py; fresh.
+        goal: the reward that is learned.
+        loop: sizes and rates.
+        seed: of everything drawn here.
+        fabric: device and precision.
+        evaluate: called with the iterations done; what it measured, and whether training may end.
+        evaluate_every: iterations between calls; 0: none.
+        checkpoint: file to continue from and to save to; that of another run is refused.
+        checkpoint_every: iterations between saves; the end of training saves as well.
+        identity: what else, beside loop and seed, makes a checkpoint that of this run.
+        before: called with the iterations done, before each one.
+        compile: torch.compile the loss.
+
+    Returns:
+        The curve, one point per evaluation with the mean loss since the last, and the iterations done.
+
+    Raises:
+        ValueError: a checkpoint that is damaged or of another run.
+        RuntimeError: the loss became NaN or infinite.
+    """
+    run = json.loads(json.dumps({"loop": asdict(loop), "seed": seed, **(identity or {})}))
+    saved = _open(checkpoint, run, learner) if checkpoint is not None and checkpoint.exists() else None
+    if saved and saved["state"]["finished"]:
+        return Trained(saved["state"]["curve"], saved["state"]["iteration"])
+    seed_everything(seed)
+    play = Play(loop.env, loop.num_envs, seed, fabric.device)
+    shape = play.envs.single_observation_space.shape
+    replay = Replay(loop.capacity, loop.num_envs, shape, ENVIRONMENTS[loop.env].padding, fabric.device)
+    state = {"iteration": 0, "curve": [], "count": 0, "finished": False}
+    loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # summed since the last evaluation
+    if saved:
+        state, loss = saved["state"], saved["loss"].to(fabric.device)
+        _restore(saved, learner, replay, play, loop)
+        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint.name)
+    compute_loss = torch.compile(learner.loss) if compile else learner.loss
+
+    while not state["finished"]:
+        before(state["iteration"])
+        obs, age = play.obs, play.age
+        action = learner.act(to_unit(obs), state["iteration"])
+        reward, _, terminated, truncated, valid, _ = play.step(action, goal)
+        replay.add(obs, age, action, reward, terminated, truncated, valid)
+        state["iteration"] += 1
+        if state["iteration"] > loop.starts:
+            for _ in range(loop.updates):
+                batch = replay.sample(loop.batch_size, loop.n_step, loop.gamma)
+                loss += _update(learner.optimizer, compute_loss(batch))
+                state["count"] += 1
+        learner.after(state["iteration"])
+        state["finished"] = state["iteration"] == loop.iterations
+        if evaluate and evaluate_every and (state["finished"] or state["iteration"] % evaluate_every == 0):
+            point, enough = evaluate(state["iteration"])
+            point |= {"iteration": state["iteration"], "loss": _finite(loss, state) / max(1, state["count"])}
+            state |= {"curve": [*state["curve"], point], "count": 0, "finished": state["finished"] or enough}
+            loss = torch.zeros_like(loss)
+        if state["finished"] or state["iteration"] % checkpoint_every == 0:
+            _finite(loss, state)
+            if checkpoint is not None:
+                _save(checkpoint, run, state, loss, learner, replay, play)
+    play.envs.close()
+    return Trained(state["curve"], state["iteration"])
+
+
+def _finite(loss: Tensor, state: dict) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise RuntimeError(f"iteration {state['iteration']}: the loss is NaN or infinite")
+    return value
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+# ---- checkpoints ------------------------------------------------------------
+
+
+def _save(path: Path, run: dict, state: dict, loss: Tensor, learner: Learner, replay: Replay, play: Play) -> None:
+    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one.
+
+    A finished training keeps no replay: it is large, and nobody needs it any more.
+    """
+    content = {"run": run, "state": state, "loss": loss.cpu()}
+    content["modules"] = {name: module.state_dict() for name, module in learner.modules.items()}
+    if not state["finished"]:
+        content |= {"optimizer": learner.optimizer.state_dict(), "rng": rng_state()}
+        content |= {"replay": replay.state(), "play": play.state()}
+    write_atomically(path, content)
+
+
+def write_atomically(path: Path, content: dict) -> None:
+    """torch.save to a temporary name beside the path, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> dict:
+    """A file of `write_atomically` on the CPU. FileNotFoundError, or ValueError where it is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["run"], content["modules"]
+    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+    return content
+
+
+def _open(path: Path, run: dict, learner: Learner) -> dict:
+    """A checkpoint of this very run, its weights taken over. ValueError where it is of another."""
+    content = read(path)
+    if content["run"] != run:
+        parts = {key for key in run | content["run"] if run.get(key) != content["run"].get(key)}
+        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(sorted(parts))}); name another file")
+    for name, module in learner.modules.items():
+        module.load_state_dict(content["modules"][name])
+    return content
+
+
+def _restore(content: dict, learner: Learner, replay: Replay, play: Play, loop: Loop) -> None:
+    """Everything else that decides the future."""
+    learner.optimizer.load_state_dict(content["optimizer"])
+    replay.restore(content["replay"])
+    if content["play"] is None:
+        replay.cut(loop.n_step)
+    else:
+        play.restore(content["play"])
+    restore_rng_state(content["rng"])

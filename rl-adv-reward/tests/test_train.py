@@ -1,0 +1,205 @@
+"""The learners and their loop: losses by hand, kill and resume, when it ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rl_adv_reward.atn import ATN, AttackedQ
+from rl_adv_reward.attacks import none
+from rl_adv_reward.evaluation import evaluate
+from rl_adv_reward.learners import Distiller, QLearner
+from rl_adv_reward.models import Victim, mlp, nature_cnn
+from rl_adv_reward.replay import Batch
+from rl_adv_reward.rewards import lose
+from rl_adv_reward.settings import PRESETS
+from rl_adv_reward.train import fit, make_fabric, own_reward, read
+
+SHAPE = (2, 10, 10)
+CPU = make_fabric("cpu")
+
+
+# ---- learners ------------------------------------------------------------
+
+
+def batch(n=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    frames = torch.randint(0, 256, (2, n, *SHAPE), generator=g, dtype=torch.uint8)
+    action = torch.randint(3, (n,), generator=g)
+    return Batch(
+        frames[0],
+        action,
+        torch.rand(n, generator=g),
+        torch.rand(n, generator=g) < 0.3,
+        torch.full((n,), 0.9),
+        frames[1],
+        torch.ones(n),
+    )
+
+
+def test_the_q_loss_is_double_dqn_by_hand_and_dummies_have_no_weight(small):
+    torch.manual_seed(0)
+    learner = QLearner(mlp(SHAPE, 3), small().loop("victim"), CPU)
+    learner.q[-1].weight.data.mul_(5)  # so that online and target networks disagree
+    b = batch()
+    x, then = b.obs.float() / 255, b.next_obs.float() / 255
+    expected = []
+    for i in range(32):
+        a = learner.q(then[i : i + 1]).argmax()
+        y = b.returns[i] + (0 if b.terminated[i] else 0.9 * learner.target(then[i : i + 1])[0, a])
+        error = abs((learner.q(x[i : i + 1])[0, b.action[i]] - y).item())
+        expected.append(error**2 / 2 if error < 1 else error - 0.5)
+    assert abs(learner.loss(b).item() - np.mean(expected)) < 1e-5
+    half = b._replace(weight=(torch.arange(32) < 16).float())
+    assert abs(learner.loss(half).item() - np.sum(expected[:16]) / 32) < 1e-5
+
+
+def test_exploration_falls_linearly_and_then_stays(small):
+    loop = replace(small(), victim_iterations=100, victim_explore=(1.0, 0.2, 0.5)).loop("victim")
+    learner = QLearner(mlp(SHAPE, 3), loop, CPU)
+    assert [round(learner.exploration(i), 3) for i in (0, 25, 50, 99)] == [1.0, 0.6, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("kind", ["frozen_q", "critic"])
+def test_an_update_moves_the_attack_and_never_the_victim(victim, small, kind):
+    atn, before = ATN(SHAPE, 0.1), victim.weights_hash()
+    if kind == "frozen_q":
+        learner = QLearner(AttackedQ(atn, victim), small().loop("frozen"), CPU)
+    else:
+        learner = Distiller(atn, victim, mlp(SHAPE, 3), 0.05, 0, small().distill_loop(), CPU)
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in atn.parameters()}
+    start = [p.clone() for p in atn.parameters()]
+    for seed in range(3):
+        learner.optimizer.zero_grad()
+        learner.loss(batch(seed=seed)).backward()
+        learner.optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(start, atn.parameters(), strict=True))
+    assert victim.weights_hash() == before
+
+
+def test_distillation_teaches_the_critic_s_actions(victim, small):
+    torch.manual_seed(0)
+    atn, critic = ATN(SHAPE, 0.3), mlp(SHAPE, 3)
+    learner = Distiller(atn, victim, critic, 0.05, 0, small().distill_loop(), CPU)
+    b = batch(256)
+    x = b.obs.float() / 255
+    wanted = critic(x).argmax(1)
+    agree = (victim.q(x).argmax(1) == wanted).double().mean()
+    for _ in range(60):
+        learner.optimizer.zero_grad()
+        learner.loss(b).backward()
+        learner.optimizer.step()
+    assert (victim.q(atn(x)).argmax(1) == wanted).double().mean() > max(0.9, agree + 0.2)
+
+
+# ---- the loop ------------------------------------------------------------
+
+
+def killed_training(name, slow):
+    """What the child of the next test does, and what it is compared with."""
+    loop = replace(PRESETS["smoke"], victim_iterations=420, num_envs=4).loop("victim")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    learner = QLearner(mlp(SHAPE, 3), loop, CPU)
+
+    def before(iteration):
+        if iteration > 60:
+            time.sleep(slow)
+
+    fit(learner, own_reward, loop, 5, CPU, checkpoint=name, checkpoint_every=50, before=before)
+    return learner.q.state_dict()
+
+
+def test_sigkill_and_continue_is_bit_equal(tmp_path):
+    path = tmp_path / "killed"
+    code = f"import pathlib, runpy; runpy.run_path({__file__!r})['killed_training'](pathlib.Path({str(path)!r}), 0.05)"
+    child = subprocess.Popen([sys.executable, "-c", code])
+    while not path.exists() or read(path)["state"]["iteration"] < 100:
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert 100 <= read(path)["state"]["iteration"] < 420
+    killed, whole = killed_training(path, 0), killed_training(tmp_path / "whole", 0)
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def train(loop, path=None, **options):
+    torch.manual_seed(0)
+    learner = QLearner(mlp(SHAPE, 3, 87 / 255), loop, CPU)
+    return learner, fit(learner, own_reward, loop, 0, CPU, checkpoint=path, **options)
+
+
+def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):
+    loop, path = small().loop("victim"), tmp_path / "c.pt"
+    train(loop, path)
+    assert "replay" not in read(path)  # finished
+    with pytest.raises(ValueError, match="of another run .other loop."):
+        train(replace(loop, lr=0.5), path)
+    with pytest.raises(ValueError, match="of another run .other goal."):
+        train(loop, path, identity={"goal": "other"})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        train(loop, path)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        read(tmp_path / "nothing.pt")
+
+
+def test_ale_continues_with_new_episodes_and_all_the_rest(tmp_path, small):
+    path = tmp_path / "c.pt"
+    loop = replace(small(env="pong", num_envs=2, starts=8, capacity=200, batch_size=4), victim_iterations=24).loop(
+        "victim"
+    )
+
+    class Stop(Exception):
+        pass
+
+    def stop(iteration):
+        if iteration == 20:
+            raise Stop
+
+    def learner():
+        torch.manual_seed(0)
+        return QLearner(nature_cnn((4, 84, 84), 6), loop, CPU)
+
+    with pytest.raises(Stop):
+        fit(learner(), own_reward, loop, 0, CPU, checkpoint=path, checkpoint_every=10, before=stop)
+    assert read(path)["state"]["iteration"] == 20 and read(path)["play"] is None
+    fit(learner(), own_reward, loop, 0, CPU, checkpoint=path, checkpoint_every=10)
+    assert read(path)["state"] == {"iteration": 24, "curve": [], "count": 16, "finished": True}
+
+
+def test_training_ends_when_the_check_says_so_and_nan_is_an_error(small):
+    loop = replace(small(), victim_iterations=100).loop("victim")
+    _, trained = train(loop, evaluate=lambda i: ({"value": i}, i >= 50), evaluate_every=25)
+    assert [point["iteration"] for point in trained.curve] == [25, 50] and trained.iterations == 50
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        train(replace(loop, lr=float("inf")))
+
+
+def test_a_short_training_learns_to_return_the_ball(small):
+    settings = replace(PRESETS["minipong"], victim_iterations=700, victim_explore=(1.0, 0.02, 0.5), num_envs=16)
+    learner, _ = train(settings.loop("victim"))
+    trained = evaluate(Victim(learner.q), none, lose, "minipong", 8, 1).rate("misses")
+    torch.manual_seed(1)
+    fresh = evaluate(Victim(mlp(SHAPE, 3, 87 / 255)), none, lose, "minipong", 8, 1).rate("misses")
+    assert trained < 0.7 * fresh
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pong_trains_on_cuda(tmp_path, small):
+    fabric = make_fabric("cuda")
+    loop = small(env="pong", num_envs=4, capacity=400, batch_size=16, victim_iterations=40).loop("victim")
+    learner = QLearner(nature_cnn((4, 84, 84), 6), loop, fabric)
+    start = [p.clone() for p in learner.q.parameters()]
+    trained = fit(learner, own_reward, loop, 0, fabric, checkpoint=tmp_path / "c.pt", compile=True)
+    assert trained.iterations == 40
+    assert all(p.is_cuda and p.dtype == torch.float32 for p in learner.q.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(start, learner.q.parameters(), strict=True))
