@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ class ATN(nn.Module):
         check_bound(eps, norm)
         if len(obs_shape) != 3:
             raise ValueError(f"obs_shape must be (C, H, W), got {tuple(obs_shape)}")
-        self.obs_shape, self.eps, self.norm = tuple(obs_shape), float(eps), norm
+        channels, height, width_ = obs_shape
+        self.obs_shape, self.eps, self.norm = (channels, height, width_), float(eps), norm
         self.arguments = {"obs_shape": list(obs_shape), "eps": self.eps, "norm": norm}
         self.arguments |= {"width": width, "background": background}
         dense = obs_shape[1] < 36
@@ -146,7 +148,7 @@ class AttackedQ(nn.Module):
     def __init__(self, atn: ATN, victim: nn.Module):
         super().__init__()
         self.atn = atn
-        self._victim = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
+        self._victim: list[Any] = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
 
     def __deepcopy__(self, memo: dict) -> AttackedQ:
         """A copy (the target network) has its own ATN and the same victim."""
@@ -157,11 +159,12 @@ class AttackedQ(nn.Module):
         return self._victim[0].q(self.atn.attacked(x))
 
 
-def _start_small(layer: nn.Module) -> nn.Module:
+def _start_small(layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
     """An untrained ATN hardly changes anything."""
     with torch.no_grad():
         layer.weight.mul_(0.1)
-        layer.bias.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
     return layer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 class Learner(Protocol):
     """What the loop in train.py drives."""
 
-    modules: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def act(self, x: Tensor, iteration: int) -> Tensor: ...
 
@@ -32,7 +36,7 @@ class Learner(Protocol):
     def after(self, iteration: int) -> None: ...
 
 
-def _adam(parameters, loop: Loop) -> torch.optim.Adam:
+def _adam(parameters: Iterable[nn.Parameter], loop: Loop) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=loop.lr, eps=loop.adam_eps, fused=True)
 
 
@@ -44,7 +48,7 @@ class QLearner:
 
     def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric):
         self.loop, self.fabric = loop, fabric
-        self.q = q.to(fabric.device, memory_format=torch.channels_last)
+        self.q = q.to(fabric.device).to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
         self.modules = {"q": self.q, "target": self.target}
         self.optimizer = _adam(self.q.parameters(), loop)
@@ -84,7 +88,7 @@ class Distiller:
 
     def __init__(self, atn: ATN, victim: Victim, critic: nn.Module, tau: float, own: int, loop: Loop, fabric: Fabric):
         self.fabric, self.tau, self.own = fabric, tau, own
-        self.q = AttackedQ(atn.to(fabric.device, memory_format=torch.channels_last), victim)
+        self.q = AttackedQ(atn.to(fabric.device).to(memory_format=torch.channels_last), victim)
         self.critic = critic.to(fabric.device).requires_grad_(False).eval()
         self.modules = {"q": self.q}
         self.optimizer = _adam(self.q.parameters(), loop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ class SB3Network(nn.Module):
 
     def __init__(self, policy: nn.Module):
         super().__init__()
-        self.policy = policy
+        self.policy: Any = policy  # of stable-baselines3
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self.policy, "q_net"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from rl_adv_reward.envs import make_envs
+from rl_adv_reward.envs.minipong import MiniPongVec
 from rl_adv_reward.rewards import AdversarialReward
 
 
@@ -19,7 +23,7 @@ class Play:
         self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.over = torch.zeros(num_envs, dtype=torch.bool, device=device)
 
-    def _upload(self, array) -> Tensor:
+    def _upload(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array).to(self.device, copy=True)
 
     def step(self, action: Tensor, goal: AdversarialReward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict]:
@@ -46,5 +50,6 @@ class Play:
 
     def restore(self, state: dict) -> None:
         """Put back a `state`."""
-        self.envs.restore({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()})
+        envs = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()}
+        cast(MiniPongVec, self.envs).restore(envs)
         self.obs, self.age, self.over = (state[name].to(self.device) for name in ("obs", "age", "over"))

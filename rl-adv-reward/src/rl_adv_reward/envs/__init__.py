@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from rl_adv_reward.envs.minipong import BACKGROUND, MiniPong, MiniPongVec
+from rl_adv_reward.envs.minipong import BACKGROUND, MiniPongVec
 
 if "MiniPong-v0" not in gym.registry:
-    gym.register("MiniPong-v0", entry_point=MiniPong, vector_entry_point=MiniPongVec)
+    gym.register(
+        "MiniPong-v0",
+        entry_point="rl_adv_reward.envs.minipong:MiniPong",
+        vector_entry_point="rl_adv_reward.envs.minipong:MiniPongVec",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,9 @@ def make_envs(name: str, num_envs: int) -> VectorEnv:
 def sizes(name: str) -> tuple[tuple[int, int, int], int]:
     """Shape (C, H, W) of an environment's observations, and its number of actions."""
     envs = make_envs(name, 1)
-    shape, n_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+    shape, actions = envs.single_observation_space.shape, envs.single_action_space
     envs.close()
-    return shape, n_actions
+    return cast(tuple[int, int, int], shape), int(cast(gym.spaces.Discrete, actions).n)
 
 
 def check_envs(envs: VectorEnv) -> None:
