@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
 from cutmix_robustness.data.ood import outliers
-from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.data.sources import ResidentImages, generator_for
 from cutmix_robustness.evaluation import Evaluator, top1_error
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
@@ -100,6 +100,8 @@ def train_and_evaluate(
         load_network(model, load_checkpoint(path)["network"], str(path), keep_head=False)
     side_images = None
     if settings.outliers != "none":
+        if not isinstance(benchmark.train, ResidentImages):
+            raise ValueError(f"outliers need a training set that fits in memory, got {benchmark.train.name}")
         side = benchmark.train.images.shape[-1]
         side_images = outliers(settings.outliers, data_root, side, seed, fabric.device)
     curve = fit(
