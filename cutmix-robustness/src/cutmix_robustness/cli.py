@@ -222,7 +222,7 @@ class Record:
 class Bench:
     """Speed: mixing against timm and torchvision, corruptions against imagecorruptions, training against eager."""
 
-    repeats: int = 9
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""

@@ -229,7 +229,7 @@ class Record:
 class Bench:
     """Speed: batched trainer against the per-client loop, the cost of Flower's messages, and Ray's start-up."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""

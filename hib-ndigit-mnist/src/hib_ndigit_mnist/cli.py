@@ -240,7 +240,7 @@ class Record:
 class Bench:
     """Speed against PCME's way of computing the pair loss, and time and memory of all-pairs evaluation."""
 
-    repeats: int = 9
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""

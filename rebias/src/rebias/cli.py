@@ -226,7 +226,7 @@ class Record:
 class Bench:
     """Speed: HSIC against its O(m^3) form, a ReBias step against a vanilla one, colouring against a PIL loader."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""

@@ -342,7 +342,7 @@ class Record:
 class Bench:
     """Speed: cached decoding against recompute-everything, equality checked; on CUDA also the training step."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
