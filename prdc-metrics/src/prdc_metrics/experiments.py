@@ -17,7 +17,7 @@ from prdc_metrics.embeddings import load_embedding
 from prdc_metrics.expectation import expected_coverage
 from prdc_metrics.features import extract_features
 from prdc_metrics.metrics import knn_radii, prdc
-from prdc_metrics.train import fit_vae, sample
+from prdc_metrics.train import VAE, fit_vae, sample
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Table, load_tables
 

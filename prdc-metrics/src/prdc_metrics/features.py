@@ -29,7 +29,6 @@ from shared_utils.logging import progress
 logger = logging.getLogger(__name__)
 
 
-
 @runtime_checkable
 class MapStyle(Protocol):
     """What a map-style Dataset has; torch's Dataset promises no length."""
