@@ -351,7 +351,7 @@ def main() -> None:
     """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
-    warnings.showwarning = lambda message, *_: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warn
     try:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments)
@@ -367,6 +367,12 @@ def main() -> None:
         known = wrong_input or isinstance(error, RuntimeError | OSError)
         print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
         sys.exit(2 if wrong_input else 1)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    from shared_utils.logging import get_logger
+
+    get_logger(PROGRAM).warning("%s", message)
 
 
 def _call(kind: type) -> Callable[..., None]:
