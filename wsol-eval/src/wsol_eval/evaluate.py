@@ -186,8 +186,7 @@ def score_maps(
 
     Raises:
         FileNotFoundError: an image without a map, a mask that is not there.
-        KeyError: an image without boxes or predictions.
-        ValueError: a damaged map, or one of the wrong size.
+        ValueError: an image without boxes or predictions; a damaged map, or one of the wrong size.
     """
     options = {"cam_curve_interval": interval, "box_convention": convention, "keep_images": keep_images}
     options |= {"resolution": "native" if native else CROP, "workers": workers}
@@ -222,7 +221,7 @@ def _flags_of(names: list[str], metadata: Metadata, predictions: dict[str, list[
         return None, None
     missing = [name for name in names if name not in predictions]
     if missing:
-        raise KeyError(f"image {missing[0]!r} has no prediction")
+        raise ValueError(f"image {missing[0]!r} has no prediction")
     truth = [metadata.class_labels[name] for name in names]
     first = np.array([predictions[name][0] == label for name, label in zip(names, truth, strict=True)])
     return first, np.array([label in predictions[name][:5] for name, label in zip(names, truth, strict=True)])
