@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Diverged(RuntimeError):
 
 def build_network(recipe: Recipe, num_classes: int) -> WSOLNetwork:
     """The network of a recipe, newly initialised from the global random state."""
-    hp = {"acol_threshold": recipe.acol_threshold, "adl_drop_rate": recipe.adl_drop_rate}
+    hp: dict[str, Any] = {"acol_threshold": recipe.acol_threshold, "adl_drop_rate": recipe.adl_drop_rate}
     hp |= {"adl_threshold": recipe.adl_threshold, "spg": tuple(map(tuple, recipe.spg))}
     return build_model(recipe.arch, recipe.method, num_classes, recipe.feature_map, recipe.pretrained, **hp)
 
