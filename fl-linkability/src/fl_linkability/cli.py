@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fl_linkability.settings import PRESETS
+
+if TYPE_CHECKING:
+    from shared_utils.runlog import RunLog
+    from shared_utils.tables import Table
 
 PROGRAM = "fl-linkability"
 
@@ -68,7 +73,7 @@ class Run:
         _print_tables(chosen, self.scale, yours)
 
 
-def _print_tables(chosen: list, scale: str, yours) -> None:
+def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
     from fl_linkability import claims
     from fl_linkability.catalogue import PROJECT
     from shared_utils.logging import console
@@ -104,7 +109,7 @@ def _list_missing(chosen: list, options: Run) -> None:
 class Train:
     """Run one federation, keep its updates and weights, and print one attack as JSON; interrupted, the same goes on."""
 
-    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]  # type: ignore[valid-type]  # made at run time
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("federation")
     """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
@@ -273,8 +278,8 @@ def main() -> None:
         sys.exit(2 if known else 1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[[Callable[[], None]], None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]
