@@ -49,7 +49,7 @@ def test_train_attack_eval_and_play_from_the_command_line(tmp_path, monkeypatch,
     assert json.loads(capsys.readouterr().out) == attacked
     call(monkeypatch, "play", "--victim", "victim.pt", "--atn", "atn.pt", "--steps", "5", "smoke")
     assert (tmp_path / "attack.gif").read_bytes()[:3] == b"GIF"
-    call(monkeypatch, "sweep", "--victim", "victim.pt", "--bounds", "0,1/10", "smoke", "--learner", "frozen_q")
+    call(monkeypatch, "sweep", "--victim", "victim.pt", "--bounds", "0", "1/10", "smoke", "--learner", "frozen_q")
     assert "1/10" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ Names are imported when they are first used, so that the command line's --help d
 """
 
 from importlib import import_module
+from typing import Any
 
 _HOME = {
     "atn": ("ATN", "AttackedQ", "perturbation_size", "project"),
@@ -21,7 +22,7 @@ _HOME = {
 __all__ = sorted(name for names in _HOME.values() for name in names)  # noqa: PLE0605
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     for module, names in _HOME.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

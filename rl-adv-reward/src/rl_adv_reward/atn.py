@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rl_adv_reward.models import Centre, feature_size
+from rl_adv_reward.models import Centre, Victim, feature_size
 
 NORMS = ("linf", "l2")
 TOLERANCE = 1e-6
@@ -117,11 +118,12 @@ class ATN(nn.Module):
         check_bound(eps, norm)
         if len(obs_shape) != 3:
             raise ValueError(f"obs_shape must be (C, H, W), got {tuple(obs_shape)}")
-        self.obs_shape, self.eps, self.norm = tuple(obs_shape), float(eps), norm
+        channels, height, side = obs_shape
+        self.obs_shape, self.eps, self.norm = (channels, height, side), float(eps), norm
         self.arguments = {"obs_shape": list(obs_shape), "eps": self.eps, "norm": norm}
         self.arguments |= {"width": width, "background": background}
-        dense = obs_shape[1] < 36
-        self.body = (_DenseBody if dense else _ConvBody)(self.obs_shape, width, background)
+        body = _DenseBody if height < 36 else _ConvBody
+        self.body: nn.Module = body(self.obs_shape, width, background)
 
     def attacked(self, x: Tensor) -> Tensor:
         """`forward` without the check of x, for hot loops."""
@@ -143,7 +145,7 @@ class ATN(nn.Module):
 class AttackedQ(nn.Module):
     """Q_theta(s, a) = Q_v(g_theta(s), a): the ATN's weights are the only parameters, the victim is frozen."""
 
-    def __init__(self, atn: ATN, victim: nn.Module):
+    def __init__(self, atn: ATN, victim: Victim):
         super().__init__()
         self.atn = atn
         self._victim = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
@@ -157,7 +159,7 @@ class AttackedQ(nn.Module):
         return self._victim[0].q(self.atn.attacked(x))
 
 
-def _start_small(layer: nn.Module) -> nn.Module:
+def _start_small(layer: Any) -> nn.Module:
     """An untrained ATN hardly changes anything."""
     with torch.no_grad():
         layer.weight.mul_(0.1)

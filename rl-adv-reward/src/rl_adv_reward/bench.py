@@ -1,65 +1,68 @@
-"""Speed in one process, contenders in turn, equality checked: ratios with their spread."""
+"""Speed against the usual forms, equality checked where both compute the same."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
 import torch
-from rich.table import Table as Grid
+from gymnasium.vector import VectorEnv
+from torch import nn
 from torch.nn.functional import huber_loss
 
 from rl_adv_reward.atn import ATN
-from rl_adv_reward.attacks import ATNAttack, fgsm
+from rl_adv_reward.attacks import ATNAttack, Attack, fgsm
 from rl_adv_reward.envs import ENVIRONMENTS
+from rl_adv_reward.experiments import PACKAGES, PROJECT
 from rl_adv_reward.learners import QLearner
 from rl_adv_reward.models import Victim, mlp, nature_cnn
-from rl_adv_reward.settings import PRESETS
+from rl_adv_reward.settings import PRESETS, Loop
 from rl_adv_reward.train import fit, make_fabric, own_reward
-from shared_utils.logging import console
+from shared_utils.benchmark import Timing, in_turn, report
 
-STEPS = 600  # agent steps per measurement of an environment
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+STEPS = 800  # agent steps per measurement of an environment
+NUM_ENVS = 8  # of the vector environment
 
 
 def run(repeats: int, threads: int) -> None:
-    """Print one line per comparison."""
+    """Measure every comparison into runs/bench.json and print the table."""
     torch.set_num_threads(threads)
     fabric = make_fabric()
-    name = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"CPU, {threads} threads"
-    grid = Grid("what", "ours", "other", "ratio: median (min .. max)", "target", title=f"rl-adv-reward bench, {name}")
-    for what, unit, ours, other, target in (*_environments(), *_training(fabric), *_attacks(fabric)):
-        ours(), other()
-        pairs = [(ours(), other()) for _ in range(repeats)]
-        ratios = [a / b for a, b in pairs]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
-        rates = [f"{statistics.median(side):,.0f} {unit}" for side in zip(*pairs, strict=True)]
-        grid.add_row(what, *rates, spread, target)
-    console().print(grid)
+    timings = chain(_environments(repeats), _training(fabric, repeats), _attacks(fabric.device, repeats))
+    packages = (*PACKAGES, "opencv-python-headless")
+    report("rl-adv-reward", timings, PROJECT, packages, {"repeats": repeats, "num_envs": NUM_ENVS})
 
 
 # ---- ALE ------------------------------------------------------------
 
 
-def _environments():
-    """ale-py's vector environment against gymnasium's wrappers around one game, per second of CPU time."""
-    vector, single = _vector(), _single()
-    _same_frames(vector, single)
-    yield "ALE/Pong, agent steps per CPU second", "steps/s", partial(_rate, vector), partial(_rate, single), ">= 1.4"
+def _environments(repeats: int) -> Iterator[Timing]:
+    """ale-py's vector environment against gymnasium's wrappers around one game; CPU time, also on a CUDA machine."""
+    single = _single()
+    _same_frames(_vector(1), single)
+    times = in_turn(
+        partial(_play_vector, _vector(NUM_ENVS)), partial(_play_single, single), repeats, torch.device("cpu")
+    )
+    what = f"{STEPS} agent steps of ALE/Pong, vector environment of {NUM_ENVS}"
+    yield Timing(what, "gymnasium's wrappers", *times, target=">= 1.4")
 
 
-def _vector(num_envs: int = 1):
+def _vector(num_envs: int) -> VectorEnv:
     from ale_py.vector_env import AtariVectorEnv
 
     return AtariVectorEnv("pong", num_envs, num_threads=1, noop_max=0, reward_clipping=False, use_fire_reset=False)
 
 
-def _single():
+def _single() -> gym.Env:
     import ale_py
 
     gym.register_envs(ale_py)
@@ -68,7 +71,7 @@ def _single():
     return gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
 
 
-def _same_frames(vector, single) -> None:
+def _same_frames(vector: VectorEnv, single: gym.Env) -> None:
     """Both stacks of frames are equal over 60 steps. RuntimeError where they are not."""
     rng = np.random.default_rng(0)
     (a, _), (b, _) = vector.reset(seed=0), single.reset(seed=0)
@@ -79,58 +82,62 @@ def _same_frames(vector, single) -> None:
         a, b = vector.step(np.array([action]))[0], single.step(action)[0]
 
 
-def _rate(env) -> float:
-    """Agent steps per second of CPU time, random actions."""
-    vector = hasattr(env, "num_envs")
+def _play_vector(envs: VectorEnv) -> None:
     rng = np.random.default_rng(0)
-    actions = rng.integers(6, size=STEPS)
+    envs.reset(seed=0)
+    for actions in rng.integers(6, size=(STEPS // NUM_ENVS, NUM_ENVS)):
+        envs.step(actions)
+
+
+def _play_single(env: gym.Env) -> None:
+    rng = np.random.default_rng(0)
     env.reset(seed=0)
-    start = time.process_time()
-    for action in actions:
-        over = env.step(np.array([action]) if vector else int(action))[2:4]
-        if not vector and any(over):
+    for action in rng.integers(6, size=STEPS):
+        _, _, terminated, truncated, _ = env.step(int(action))
+        if terminated or truncated:
             env.reset()
-    return STEPS / (time.process_time() - start)
 
 
 # ---- DQN ------------------------------------------------------------
 
 
-def _training(fabric):
-    """Environment steps per second of training, ours against a plain loop: one environment, an update per 4 steps."""
+def _training(fabric: Fabric, repeats: int) -> Iterator[Timing]:
+    """Environment steps of training, ours against a plain loop: one environment, an update per 4 steps."""
+    on_minipong = partial(mlp, (2, 10, 10), 3, ENVIRONMENTS["minipong"].background)
+    games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[], gym.Env], str]]
+    games = [("MiniPong", PRESETS["minipong"].loop("victim"), on_minipong, partial(gym.make, "MiniPong-v0"), "")]
     if fabric.device.type == "cuda":
-        loop, iterations = replace(PRESETS["pong"].loop("victim"), starts=20, capacity=20_000), 200
-        ours = partial(_ours, loop, iterations, partial(nature_cnn, (4, 84, 84), 6), fabric)
-        other = partial(_plain, _single, partial(nature_cnn, (4, 84, 84), 6), fabric.device)
-        yield "DQN training on ALE/Pong, environment steps", "steps/s", ours, other, ">= 10 on a GPU"
-    loop, iterations = PRESETS["minipong"].loop("victim"), 300
-    network = partial(mlp, (2, 10, 10), 3, ENVIRONMENTS["minipong"].background)
-    ours = partial(_ours, loop, iterations, network, fabric)
-    other = partial(_plain, lambda: gym.make("MiniPong-v0"), network, fabric.device)
-    yield "DQN training on MiniPong, environment steps", "steps/s", ours, other, ""
+        loop = replace(PRESETS["pong"].loop("victim"), starts=20, capacity=20_000)
+        games.append(("ALE/Pong", loop, partial(nature_cnn, (4, 84, 84), 6), _single, ">= 10"))
+    for game, loop, network, make, target in games:
+        loop, steps = replace(loop, iterations=200), 1200
+        ours, plain = in_turn(
+            partial(_ours, loop, network, fabric),
+            partial(_plain, make, network, fabric.device, steps),
+            repeats,
+            fabric.device,
+        )
+        per_step = [ms / (loop.iterations * loop.num_envs) for ms in ours], [ms / steps for ms in plain]
+        yield Timing(f"DQN training, one environment step of {game}", "a plain loop", *per_step, target=target)
 
 
-def _ours(loop, iterations: int, network: Callable, fabric) -> float:
-    learner = QLearner(network(), loop, fabric)
-    start = time.perf_counter()
-    fit(learner, own_reward, replace(loop, iterations=iterations), 0, fabric)
-    return iterations * loop.num_envs / (time.perf_counter() - start)
+def _ours(loop: Loop, network: Callable[[], nn.Module], fabric: Fabric) -> None:
+    fit(QLearner(network(), loop, fabric), own_reward, loop, 0, fabric)
 
 
-def _plain(make: Callable, network: Callable, device: torch.device, steps: int = 1200) -> float:
+def _plain(make: Callable[[], gym.Env], network: Callable[[], nn.Module], device: torch.device, steps: int) -> None:
     """The loop as usually written: one environment, a replay in host memory, batches of 32."""
     env, q, target = make(), network().to(device), network().to(device)
     optimizer = torch.optim.Adam(q.parameters(), lr=1e-4)
-    memory: deque = deque(maxlen=10_000)
+    memory: deque[tuple] = deque(maxlen=10_000)
     rng = np.random.default_rng(0)
     obs, _ = env.reset(seed=0)
-    start = time.perf_counter()
     for step in range(steps):
         with torch.no_grad():
             values = q(torch.as_tensor(np.array(obs), device=device).float()[None] / 255)
         action = int(rng.integers(values.shape[1])) if rng.random() < 0.1 else int(values.argmax())
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        memory.append((np.array(obs), action, float(np.sign(reward)), np.array(next_obs), terminated))
+        memory.append((np.array(obs), action, np.sign(float(reward)), np.array(next_obs), terminated))
         obs = env.reset()[0] if terminated or truncated else next_obs
         if step >= 64 and step % 4 == 0:
             chosen = [memory[i] for i in rng.integers(len(memory), size=32)]
@@ -142,34 +149,23 @@ def _plain(make: Callable, network: Callable, device: torch.device, steps: int =
             loss.backward()
             optimizer.step()
     env.close()
-    return steps / (time.perf_counter() - start)
 
 
 # ---- attacks ------------------------------------------------------------
 
 
-def _attacks(fabric):
-    """One ATN forward against one FGSM (forward and backward through the victim), 32 observations, victim included."""
-    for what, shape, network in (
+def _attacks(device: torch.device, repeats: int) -> Iterator[Timing]:
+    """One ATN forward against one FGSM (forward and backward through the victim); the victim's action is in both."""
+    for game, shape, network in (
         ("MiniPong", (2, 10, 10), partial(mlp, (2, 10, 10), 3)),
         ("Atari", (4, 84, 84), partial(nature_cnn, (4, 84, 84), 6)),
     ):
-        victim, atn = Victim(network()).to(fabric.device), ATN(shape, 8 / 255).to(fabric.device)
-        x = torch.rand(32, *shape, device=fabric.device)
-        ours, other = ATNAttack(atn), partial(fgsm, eps=8 / 255)
-        rounds = 200 if what == "MiniPong" else 5
-        measured = (partial(_calls, attack, x, victim, rounds) for attack in (ours, other))
-        yield f"one step under attack, 32 observations of {what}: ATN against FGSM", "steps/s", *measured, "> 1"
+        victim, atn = Victim(network()).to(device), ATN(shape, 8 / 255).to(device)
+        x = torch.rand(32, *shape, device=device)
+        learned, gradient = ATNAttack(atn), partial(fgsm, eps=8 / 255)
+        times = in_turn(partial(_act, learned, x, victim), partial(_act, gradient, x, victim), repeats, device)
+        yield Timing(f"one attacked step, 32 observations of {game}: ATN", "FGSM", *times, target=">= 1")
 
 
-def _calls(attack, x: torch.Tensor, victim: Victim, rounds: int) -> float:
-    def synchronize() -> None:
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(rounds):
-        victim.act(attack(x, victim))
-    synchronize()
-    return rounds / (time.perf_counter() - start)
+def _act(attack: Attack, x: torch.Tensor, victim: Victim) -> None:
+    victim.act(attack(x, victim))

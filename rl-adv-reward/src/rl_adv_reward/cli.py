@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from rl_adv_reward.settings import PRESETS, Settings
 
 PROGRAM = "rl-adv-reward"
-Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+if TYPE_CHECKING:
+    from rl_adv_reward.evaluation import Evaluation
+    from rl_adv_reward.experiments import Subject
+    from rl_adv_reward.models import Victim
+
+    Preset = Settings
+else:
+    Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
 
 
 @dataclass
@@ -38,7 +46,7 @@ class Run:
 
     def __call__(self) -> None:
         from rl_adv_reward import experiments
-        from shared_utils.report import print_table
+        from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
 
         known = {table.id: table for table in experiments.tables()}
@@ -49,31 +57,14 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return _list_missing(chosen, self)
-        options = {"rows": self.rows, "seeds": self.seeds, "force": self.force, "jobs": self.jobs}
-        yours = experiments.run_tables(chosen, self.scale, **options)
+            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+        yours = experiments.run_tables(
+            chosen, self.scale, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
+        )
         ours = RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl")
         for table in chosen:
             print_table(table, self.scale, ours, yours)
-
-
-def _list_missing(chosen: list, options: Run) -> None:
-    from rich.table import Table as Grid
-
-    from rl_adv_reward.experiments import PROJECT
-    from shared_utils.logging import console
-    from shared_utils.runlog import RunLog
-
-    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
-    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-    for table in chosen:
-        runs = {run.key for run in table.runs(options.scale, options.rows, options.seeds or None)}
-        missing = [key for key in runs - done if key[0] == table.id]
-        seconds = len(missing) * (table.scales[options.scale].expected_seconds or 0)
-        total += seconds
-        grid.add_row(table.id, str(len(missing)), f"{seconds:.0f}")
-    grid.add_row("all", "", f"{total:.0f}")
-    console().print(grid)
 
 
 @dataclass
@@ -89,7 +80,7 @@ class Common:
     store: Path = Path("runs/artifacts")
     """Folder of trainings; an interrupted one goes on from there, a finished one is taken from there."""
 
-    def subject(self, settings: Settings, victim=None):
+    def subject(self, settings: Settings, victim: Victim | None = None) -> Subject:
         """The victim, given or trained, with what is to be tried on it."""
         from rl_adv_reward.experiments import Subject
         from rl_adv_reward.train import make_fabric
@@ -106,7 +97,7 @@ class OnVictim(Common):
     format: str = "ours"
     """Of the victim's file: ours, cleanrl, sb3-dqn, sb3-ppo or sb3-a2c."""
 
-    def subject(self, settings: Settings, victim=None):
+    def subject(self, settings: Settings, victim: Victim | None = None) -> Subject:
         from rl_adv_reward.files import load_victim
 
         victim = load_victim(self.victim, settings.env, self.format) if self.victim else None
@@ -155,7 +146,7 @@ class Eval(OnVictim):
         print(json.dumps(_evaluated(self, self.atn).metrics(), indent=2))
 
 
-def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = None):
+def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = None) -> Evaluation:
     """An attack by name or from a file, against no loaded or trained victim but the command's."""
     from rl_adv_reward.files import load_atn
 
@@ -173,7 +164,7 @@ def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = No
 class Sweep(OnVictim):
     """Train and evaluate the attack at several bounds: a table on stdout."""
 
-    bounds: str = "0,1/255,2/255,4/255,8/255,16/255"
+    bounds: tuple[str, ...] = ("0", "1/255", "2/255", "4/255", "8/255", "16/255")
     """Values of eps, in units of [0, 1]."""
 
     def __call__(self) -> None:
@@ -183,7 +174,7 @@ class Sweep(OnVictim):
 
         names = ("adv_rate", "victim_return", "flip_rate", "linf")
         grid = Grid("eps", *names)
-        for bound in self.bounds.split(","):
+        for bound in self.bounds:
             eps = float(Fraction(bound))
             metrics = self.subject(replace(self.settings, eps=eps, attack="atn")).evaluate("atn").metrics()
             grid.add_row(bound, *(f"{metrics[name]:.3f}" for name in names))
@@ -217,7 +208,7 @@ class Data:
         from rl_adv_reward.envs import inventory
         from shared_utils.logging import console
 
-        grid = Grid("environment", "scale", "from", "found")
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory():
             grid.add_row(*row)
         console().print(grid)
@@ -239,16 +230,14 @@ class Tables:
 
 @dataclass
 class Record:
-    """Move finished runs from runs/ to results/ (clean tree only) and regenerate the tables."""
+    """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
         from rl_adv_reward.experiments import PROJECT
+        from shared_utils.benchmark import record
         from shared_utils.logging import get_logger
-        from shared_utils.runlog import RunLog, record
 
-        paths = [path for path in sorted((PROJECT / "runs").glob("*.jsonl")) if path.stem != "smoke"]
-        moves = [(RunLog(path), RunLog(PROJECT / "results" / path.name)) for path in paths]
-        get_logger(PROGRAM).info("%d runs recorded", record(moves, PROJECT))
+        get_logger(PROGRAM).info("%d runs recorded", record(PROJECT))
         Tables()()
 
 
@@ -288,12 +277,13 @@ def main() -> None:
         if debug:
             raise
         known = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        message = str(error) if known or isinstance(error, RuntimeError | OSError) else repr(error)
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
         sys.exit(2 if known else 1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Annotated[Callable[[], None], tyro.conf.arg(name="")]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

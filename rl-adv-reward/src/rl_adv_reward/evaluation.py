@@ -88,7 +88,7 @@ class Frames:
     A camera is attacked once per frame, while an attack on the whole stack rewrites the past at every step.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.shown: Tensor | None = None
 
     def __call__(self, x_adv: Tensor, fresh: Tensor) -> Tensor:
@@ -138,7 +138,8 @@ def evaluate(
     play, weights = Play(env, n, seed, device), victim.weights_hash()
     tally = _Tally(n, -(-episodes // n), device)
     memory, fresh = Frames(), torch.ones(n, dtype=torch.bool, device=device)
-    digest, pictures = hashlib.sha256(), {"clean": [], "attacked": []}
+    digest = hashlib.sha256()
+    pictures: dict[str, list[np.ndarray]] = {"clean": [], "attacked": []}
     while not tally.complete:
         x = to_unit(play.obs)
         x_adv = attack(x, victim)

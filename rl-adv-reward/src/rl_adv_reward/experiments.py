@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ SEEDS = {"victim": 0, "critic": 1_000_000, "atn": 2_000_000, "check": 3_000_000,
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings."""
+    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
+    if not (PROJECT / "tables").is_dir():
+        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -209,7 +211,7 @@ class Subject:
         every: int = 0,
     ) -> list[dict]:
         """Train into the store, go on from there, or take what is finished there; one process at a time."""
-        identity = {"kind": kind, "settings": self.s.key(kind), "code": code_hash()}
+        identity: dict[str, Any] = {"kind": kind, "settings": self.s.key(kind), "code": code_hash()}
         identity["victim"] = None if kind == "victim" else self.victim_hash
         name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
         path = self.store / f"{kind}-{seed}-{name}.pt"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from rl_adv_reward.atn import ATN
 from rl_adv_reward.envs import ENVIRONMENTS, sizes
 from rl_adv_reward.models import NETWORKS, Victim
@@ -64,7 +66,7 @@ def _of_kind(path: Path, kind: str) -> dict:
     return content
 
 
-def _fill(path: Path, module, weights: dict) -> None:
+def _fill(path: Path, module: nn.Module, weights: dict) -> None:
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

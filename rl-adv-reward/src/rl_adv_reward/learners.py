@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -32,7 +33,7 @@ class Learner(Protocol):
     def after(self, iteration: int) -> None: ...
 
 
-def _adam(parameters, loop: Loop) -> torch.optim.Adam:
+def _adam(parameters: Iterable[nn.Parameter], loop: Loop) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=loop.lr, eps=loop.adam_eps, fused=True)
 
 
@@ -44,9 +45,9 @@ class QLearner:
 
     def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric):
         self.loop, self.fabric = loop, fabric
-        self.q = q.to(fabric.device, memory_format=torch.channels_last)
+        self.q = q.to(fabric.device).to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
-        self.modules = {"q": self.q, "target": self.target}
+        self.modules: dict[str, nn.Module] = {"q": self.q, "target": self.target}
         self.optimizer = _adam(self.q.parameters(), loop)
 
     def exploration(self, iteration: int) -> float:
@@ -84,9 +85,9 @@ class Distiller:
 
     def __init__(self, atn: ATN, victim: Victim, critic: nn.Module, tau: float, own: int, loop: Loop, fabric: Fabric):
         self.fabric, self.tau, self.own = fabric, tau, own
-        self.q = AttackedQ(atn.to(fabric.device, memory_format=torch.channels_last), victim)
+        self.q = AttackedQ(atn.to(fabric.device).to(memory_format=torch.channels_last), victim)
         self.critic = critic.to(fabric.device).requires_grad_(False).eval()
-        self.modules = {"q": self.q}
+        self.modules: dict[str, nn.Module] = {"q": self.q}
         self.optimizer = _adam(self.q.parameters(), loop)
 
     @torch.no_grad()

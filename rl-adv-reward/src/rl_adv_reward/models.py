@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class Victim(nn.Module):
 class SB3Network(nn.Module):
     """The network inside a stable-baselines3 policy, on observations that are scaled to [0, 1] already."""
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: Any):
         super().__init__()
         self.policy = policy
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +16,13 @@ class Play:
     """Environments in NEXT_STEP mode, with what every step needs: clean observations on the device and their age."""
 
     def __init__(self, env: str, num_envs: int, seed: int, device: torch.device):
-        self.envs = make_envs(env, num_envs)
+        self.envs: Any = make_envs(env, num_envs)  # a VectorEnv; some have state() and restore() as well
         self.device = device
         self.obs = self._upload(self.envs.reset(seed=seed)[0])  # (N, C, H, W) uint8
         self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.over = torch.zeros(num_envs, dtype=torch.bool, device=device)
 
-    def _upload(self, array) -> Tensor:
+    def _upload(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array).to(self.device, copy=True)
 
     def step(self, action: Tensor, goal: AdversarialReward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict]:

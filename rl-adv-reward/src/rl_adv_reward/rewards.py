@@ -46,7 +46,9 @@ class Zone:
     high: float
     miss_penalty: float = 1.0
 
-    def __call__(self, obs, action, reward, terminated, next_obs, info) -> Tensor:
+    def __call__(
+        self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict
+    ) -> Tensor:
         return inside(self.position(obs, next_obs, info), self) - self.miss_penalty * (reward < 0)
 
 
@@ -59,7 +61,9 @@ class GoalZone:
     high: float
     miss_penalty: float = 1.0
 
-    def __call__(self, obs, action, reward, terminated, next_obs, info) -> Tensor:
+    def __call__(
+        self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict
+    ) -> Tensor:
         hit = inside(self.position(obs, next_obs, info), self) * (reward > 0)
         return hit - self.miss_penalty * (reward < 0)
 
@@ -74,23 +78,25 @@ class PaddleZone:
     miss_penalty: float = 1.0
     bonus: float = 0.1
 
-    def __call__(self, obs, action, reward, terminated, next_obs, info) -> Tensor:
+    def __call__(
+        self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict
+    ) -> Tensor:
         return self.bonus * inside(self.position(next_obs, info), self) - self.miss_penalty * (reward < 0)
 
 
-def lose(obs, action, reward, terminated, next_obs, info) -> Tensor:
+def lose(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict) -> Tensor:
     """The victim's reward, negated."""
     return -reward.float()
 
 
-def inside(position: Tensor, zone) -> Tensor:
+def inside(position: Tensor, zone: Zone | GoalZone | PaddleZone) -> Tensor:
     """1.0 within the zone, else (and for NaN) 0.0."""
     return ((position >= zone.low) & (position <= zone.high)).float()
 
 
 THIRD = 1 / 3
 PARK = 0.22  # the paddle's centre at the very edge: row 0 in MiniPong, 0.2
-KINDS = {
+KINDS: dict[str, tuple[type[Zone | GoalZone | PaddleZone], dict[str, Position], dict[str, float]]] = {
     "zone": (Zone, CROSSING, {}),
     "aim_top": (Zone, CROSSING, {"low": 0.0, "high": THIRD}),
     "aim_bottom": (Zone, CROSSING, {"low": 2 * THIRD, "high": 1.0}),

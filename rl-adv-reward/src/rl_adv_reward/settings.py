@@ -151,7 +151,7 @@ class Settings:
     timed_threshold: float = 0.3
     """preference above which the strategically timed attack strikes"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("victim_explore", "frozen_explore", "critic_explore"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in (("attack", ATTACKS), ("learner", LEARNERS), ("temporal", TEMPORAL)):

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,10 +48,11 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     if precision == "auto":
         modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16-mixed" if modern else "32-true"
-    return Fabric(accelerator=device, devices=1, precision=precision)
+    # any string: Fabric refuses what it does not know
+    return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
 
 
-def own_reward(obs, action, reward, terminated, next_obs, info) -> Tensor:
+def own_reward(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict) -> Tensor:
     """The game's own reward, clipped to its sign: what victims are trained on."""
     return reward.sign()
 
@@ -107,14 +108,14 @@ def fit(
         return Trained(saved["state"]["curve"], saved["state"]["iteration"])
     seed_everything(seed)
     play = Play(loop.env, loop.num_envs, seed, fabric.device)
-    shape = play.envs.single_observation_space.shape
+    shape = play.obs.shape[1:]
     replay = Replay(loop.capacity, loop.num_envs, shape, ENVIRONMENTS[loop.env].padding, fabric.device)
-    state = {"iteration": 0, "curve": [], "count": 0, "finished": False}
+    state: dict[str, Any] = {"iteration": 0, "curve": [], "count": 0, "finished": False}
     loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # summed since the last evaluation
     if saved:
         state, loss = saved["state"], saved["loss"].to(fabric.device)
         _restore(saved, learner, replay, play, loop)
-        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint.name)
+        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint)
     compute_loss = torch.compile(learner.loss) if compile else learner.loss
 
     while not state["finished"]:

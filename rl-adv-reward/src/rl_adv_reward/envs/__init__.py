@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from rl_adv_reward.envs.minipong import BACKGROUND, MiniPong, MiniPongVec
+from rl_adv_reward.envs.minipong import BACKGROUND, MiniPongVec
 
 if "MiniPong-v0" not in gym.registry:
-    gym.register("MiniPong-v0", entry_point=MiniPong, vector_entry_point=MiniPongVec)
+    gym.register(
+        "MiniPong-v0",
+        entry_point="rl_adv_reward.envs.minipong:MiniPong",
+        vector_entry_point="rl_adv_reward.envs.minipong:MiniPongVec",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,10 @@ def make_envs(name: str, num_envs: int) -> VectorEnv:
 def sizes(name: str) -> tuple[tuple[int, int, int], int]:
     """Shape (C, H, W) of an environment's observations, and its number of actions."""
     envs = make_envs(name, 1)
-    shape, n_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+    channels, height, side = cast(gym.spaces.Box, envs.single_observation_space).shape
+    n_actions = int(cast(gym.spaces.Discrete, envs.single_action_space).n)
     envs.close()
-    return shape, n_actions
+    return (channels, height, side), n_actions
 
 
 def check_envs(envs: VectorEnv) -> None:
@@ -115,16 +121,15 @@ def check_image_space(space: gym.Space) -> None:
         )
 
 
-def inventory() -> list[tuple[str, str, str, str]]:
-    """Environment, scales, where it comes from, and whether it is there."""
+def inventory() -> list[tuple[str, ...]]:
+    """Rows: data, scale, size, licence, found, where, what to do if missing."""
     import importlib.resources
 
     import ale_py
 
-    rows = [("MiniPong", "smoke, embedded", "made by the project", "yes")]
+    rows: list[tuple[str, ...]] = [("MiniPong", "smoke, embedded", "", "MIT", "yes", "made by the project", "")]
     for game, scales in (("pong", "atari-short, paper"), ("breakout", "paper")):
         rom = importlib.resources.files("ale_py") / "roms" / f"{game}.bin"
-        rows.append(
-            (f"ALE/{game}", scales, f"ROM inside ale-py {ale_py.__version__}", "yes" if rom.is_file() else "no")
-        )
+        found, mend = ("yes", "") if rom.is_file() else ("no", "pip install --force-reinstall ale-py")
+        rows.append((f"ALE/{game}", scales, "2 kB", "", found, f"inside ale-py {ale_py.__version__}", mend))
     return rows

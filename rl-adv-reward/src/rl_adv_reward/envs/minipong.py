@@ -55,8 +55,9 @@ class MiniPongVec(VectorEnv):
         self.action_space = batch_space(_ACTION, num_envs)
         self._all = np.arange(num_envs)
         self._rng = np.random.default_rng()
-        for name in ("x", "y", "vx", "vy", "top", "enemy", "goals", "misses", "steps"):
-            setattr(self, name, np.zeros(num_envs, np.int64 if name in ("x", "vx") else np.float64))
+        self.x, self.vx = (np.zeros(num_envs, np.int64) for _ in range(2))
+        self.y, self.vy, self.top, self.enemy = (np.zeros(num_envs) for _ in range(4))
+        self.goals, self.misses, self.steps = (np.zeros(num_envs) for _ in range(3))
         self.over = np.ones(num_envs, bool)
         self.frames = np.zeros((num_envs, 2, SIZE, SIZE), np.uint8)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, SupportsFloat
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -9,12 +11,13 @@ import torch
 from rl_adv_reward.atn import check_bound, perturbation_size, project
 from rl_adv_reward.attacks import Attack
 from rl_adv_reward.envs import check_image_space
+from rl_adv_reward.models import Victim
 
 
 class _Seen:
     """What both wrappers do to a batch of observations."""
 
-    def __init__(self, space: gym.Space, attack: Attack, victim, eps: float, norm: str, device: str):
+    def __init__(self, space: gym.Space, attack: Attack, victim: Victim, eps: float, norm: str, device: str):
         check_image_space(space)
         check_bound(eps, norm)
         self.attack, self.victim, self.eps, self.norm, self.device = attack, victim, eps, norm, device
@@ -46,15 +49,17 @@ class AttackWrapper(gym.Wrapper):
         ValueError: an observation space that does not fit, or a bound out of range.
     """
 
-    def __init__(self, env: gym.Env, attack: Attack, victim, *, eps: float, norm: str = "linf", device: str = "cpu"):
+    def __init__(
+        self, env: gym.Env, attack: Attack, victim: Victim, *, eps: float, norm: str = "linf", device: str = "cpu"
+    ):
         super().__init__(env)
         self._seen = _Seen(env.observation_space, attack, victim, eps, norm, device)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)
         return self._attacked(obs, info)
 
-    def step(self, action):
+    def step(self, action: Any) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         obs, info = self._attacked(obs, info)
         return obs, reward, terminated, truncated, info
@@ -72,16 +77,25 @@ class AttackVectorWrapper(gym.vector.VectorWrapper):
     """
 
     def __init__(
-        self, env: gym.vector.VectorEnv, attack: Attack, victim, *, eps: float, norm: str = "linf", device: str = "cpu"
+        self,
+        env: gym.vector.VectorEnv,
+        attack: Attack,
+        victim: Victim,
+        *,
+        eps: float,
+        norm: str = "linf",
+        device: str = "cpu",
     ):
         super().__init__(env)
         self._seen = _Seen(env.single_observation_space, attack, victim, eps, norm, device)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)
         return self._attacked(obs, info)
 
-    def step(self, actions):
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(actions)
         obs, info = self._attacked(obs, info)
         return obs, reward, terminated, truncated, info
