@@ -140,6 +140,25 @@ def test_mistakes_end_with_one_line(words, code, message, monkeypatch, capsys):
     assert ended.value.code == code and message in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (RuntimeError("epoch 1: the loss is NaN"), 1, "epoch 1: the loss is NaN"),
+        (PermissionError(13, "Permission denied", "x.pt"), 1, "[Errno 13] Permission denied: 'x.pt'"),
+        (KeyError("fc"), 1, "KeyError('fc')"),
+    ],
+)
+def test_failures_end_with_one_line(error, code, message, monkeypatch, capsys):
+    def fail(data_root):
+        raise error
+
+    monkeypatch.setattr("cutmix_robustness.data.inventory.inventory", fail)
+    monkeypatch.setattr(sys, "argv", ["cutmix-robustness", "data"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code and capsys.readouterr().err == f"cutmix-robustness: {message}\n"
+
+
 def test_data_lists_what_is_missing(tmp_path, capsys):
     cli.Data(tmp_path)()
     assert "CIFAR-100" in capsys.readouterr().out

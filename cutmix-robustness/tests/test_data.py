@@ -231,6 +231,14 @@ def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, small_networ
         open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
 
 
+def test_outliers_need_a_training_set_in_memory(tmp_path, write_image_folder, small_network):
+    for part in ("train", "test"):
+        write_image_folder(tmp_path / part, ["cat", "dog", "owl"], 2)
+    settings = settings_of("image-folder", network="resnet50", batch_size=4, outliers="uniform")
+    with pytest.raises(ValueError, match="outliers need a training set that fits in memory, got image folder, train"):
+        execute(settings, 0, data_root=tmp_path)
+
+
 def write_voc(root, save_picture, n=4):
     for year, parts in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
         base = root / "VOCdevkit" / f"VOC{year}"

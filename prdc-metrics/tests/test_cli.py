@@ -25,12 +25,19 @@ def sets(tmp_path_factory):
 
 
 def test_eval_prints_json_and_explains_on_stderr(sets):
-    done = prdc_metrics("eval", sets / "real.npy", sets / "fake.npz", "--nearest-k", "3,5", "--json", sets / "out.json")
+    done = prdc_metrics("eval", sets / "real.npy", sets / "fake.npz", "--nearest-k", 3, 5, "--json", sets / "out.json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((sets / "out.json").read_text())
     assert set(result["values"]) == {"3", "5"} and result["num_fake"] == 80
     assert "identical laws: density 1" in done.stderr and "100 reals and 80 fakes" in done.stderr
+
+
+def test_num_samples_of_feature_files(sets):
+    done = prdc_metrics("eval", sets / "real.npy", sets / "fake.npz", "--num-samples", 40, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["num_real"] == result["num_fake"] == 40
 
 
 def test_fit_then_eval_equals_eval(sets):

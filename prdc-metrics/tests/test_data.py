@@ -185,7 +185,7 @@ def test_corrupt_image_is_named_or_handed_back(suffix, share, tmp_path):
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ValueError, match=rf"sub/bad\.{suffix}: cannot be read as an image"):
         ImageFiles(tmp_path)[0]
-    assert isinstance(ImageFiles(tmp_path, skip_corrupt=True)[0], ValueError)
+    assert isinstance(ImageFiles(tmp_path, skip_broken=True)[0], ValueError)
 
 
 def test_missing_and_empty_folders(tmp_path):

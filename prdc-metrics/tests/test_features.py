@@ -126,20 +126,20 @@ def test_corrupt_file_fails_by_name(folder, num_workers):
     assert str(error.value).startswith(f"{first_image(folder)}: cannot be read as an image")
 
 
-def test_skip_corrupt_names_and_counts(folder, log, tmp_path):
+def test_skip_broken_names_and_counts(folder, log, tmp_path):
     whole = extract_features(folder, Pool())
     first_image(folder).write_bytes(b"no png")
     (folder / "1" / "7.png").write_bytes(b"")
     keep = [i for i in range(10) if i not in (0, 7)]
     for _ in range(2):  # the second time from the cache: as loud as the first
         log.clear()
-        features = extract_features(folder, Pool(), skip_corrupt=True, batch_size=1, cache=tmp_path / "cache")
+        features = extract_features(folder, Pool(), skip_broken=True, batch_size=1, cache=tmp_path / "cache")
         assert torch.equal(features, whole[keep])
         assert "0/0.png" in log.text and "1/7.png" in log.text
-    with pytest.raises(ValueError, match=r"0\.png"):  # what was cached with skip_corrupt is no answer without it
+    with pytest.raises(ValueError, match=r"0\.png"):  # what was cached with skip_broken is no answer without it
         extract_features(folder, Pool(), cache=tmp_path / "cache")
     log.clear()
-    extract_features(folder, Pool(), skip_corrupt=True)
+    extract_features(folder, Pool(), skip_broken=True)
     assert "skipped 2 of 10 images as unreadable" in log.text
 
 
@@ -147,7 +147,7 @@ def test_nothing_readable(folder):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="all 10 images are unreadable"):
-        extract_features(folder, Pool(), skip_corrupt=True)
+        extract_features(folder, Pool(), skip_broken=True)
 
 
 # ---- precision and global state ----

@@ -34,7 +34,7 @@ def project(tmp_path, monkeypatch):
 def measure(project):
     timings = [
         Timing("sort", "peer 1.0", [1.0, 2.0, 4.0], [3.0, 4.0, 16.0], target=">= 2"),
-        Timing("whole set", None, [130.0], unit="s", target="<= 120", note="on two cores"),
+        Timing("whole set [s]", None, [130.0], unit="s", target="<= 120", note="on two cores"),
     ]
     report("shop", iter(timings), project, ["numpy"], {"repeats": 3})
 
@@ -96,7 +96,7 @@ def test_the_record_holds_samples_and_where_they_come_from(project, capsys):
     assert found["clean"] is True and len(found["commit"]) == 40
     assert {"python", "torch", "numpy"} == set(found["versions"])
     shown = capsys.readouterr().out
-    assert "3.00 (2.00 .. 4.00)" in shown and "threads" in shown
+    assert "3.00 (2.00 .. 4.00)" in shown and "threads" in shown and "[s]" in shown
     assert [path.name for path in (project / "runs").iterdir()] == ["bench.json"]
 
 
@@ -111,7 +111,7 @@ def test_a_summary_has_a_line_per_timing_of_all_files(project):
     measure(project)
     path = project / "runs" / "bench.json"
     frame = summary([path, path])
-    assert frame.what.tolist() == ["sort", "whole set"] * 2
+    assert frame.what.tolist() == ["sort", "whole set [s]"] * 2
     assert frame.iloc[0][["ours", "peer's", "ratio", "met"]].tolist() == [
         "2.00 ms",
         "4.00 ms",

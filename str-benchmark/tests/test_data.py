@@ -20,10 +20,11 @@ from str_benchmark.charset import PRESETS
 from str_benchmark.data import images
 from str_benchmark.data.create import listed_images, rendered_items
 from str_benchmark.data.filters import LabelFilter, subset
+from str_benchmark.data.inventory import inventory
 from str_benchmark.data.lmdb_store import LMDBDataset, check_file, load_samples, write_lmdb
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares, lmdb_weights
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
-from str_benchmark.data.sets import SETS, inventory, locate, open_set
+from str_benchmark.data.sets import SETS, locate, open_set
 from str_benchmark.render import WARPS, font_files, random_words, render_words
 from str_benchmark.tokenizers import CTCTokenizer
 
@@ -329,11 +330,11 @@ def test_sets_by_name(tmp_path, released_layout, word_lmdb):
     root = released_layout(tmp_path, n=3)
     word_lmdb(root / "training" / "MJ" / "valid", ["x1", "x2"])
     assert [len(part) for part in open_set("MJ", root)] == [3, 2]
-    assert len(SETS) == 14 and {row[3] for row in inventory(root)} == {"yes"}
+    assert len(SETS) == 14 and {row[4] for row in inventory(root)} == {"yes"}
     shutil.rmtree(root / "evaluation" / "SVT")
     (root / "evaluation" / "CUTE80" / "data.mdb").write_bytes(b"short")
-    found = {row[0]: row[3:] for row in inventory(root)}
-    assert found["SVT_647"][0] == "no" and "DATA_ROOT/evaluation/SVT" in found["SVT_647"][1]
+    found = {row[0]: row[4:] for row in inventory(root)}
+    assert found["SVT_647"] == ("no", "evaluation/SVT", "put the released LMDB there")
     assert found["CUTE_288"][0] == "damaged"
     with pytest.raises(FileNotFoundError, match="no LMDB at or below it"):
         locate("SVT_647", root)

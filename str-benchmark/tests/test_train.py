@@ -440,12 +440,13 @@ def test_the_program_as_a_process(tmp_path):
     assert done.returncode == 2 and done.stderr == f"str-benchmark: {tmp_path / 'none.pt'}: no such checkpoint\n"
 
 
-def test_verbs_that_print(project, capsys, tmp_path):
+def test_verbs_that_print(project, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     cli.Data(data_root=tmp_path / "none")()
-    assert "put the released LMDB at" in capsys.readouterr().out
+    assert "put the released LMDB there" in capsys.readouterr().out
     cli.Frontier()()
     assert capsys.readouterr().out.count("True") == 10
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="expected nothing, or inspect"):
         cli.Data(("look",))()
     cli.Tables()()
     page = (project / "results" / "RESULTS.md").read_text()

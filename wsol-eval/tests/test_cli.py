@@ -95,7 +95,7 @@ def test_conformance(wsol_eval, tmp_path):
 def test_train_eval_search_on_scenes(wsol_eval, tmp_path):
     recipe = ["--arch", "small", "--feature-map", 8, "--lr", 0.02, "--epochs", 1, "--lr-decay-frequency", 2]
     recipe += ["--batch-size", 50, "--device", "cpu"]
-    trained = wsol_eval("train", tmp_path / "cam.pt", *recipe)
+    trained = wsol_eval("train", "--output", tmp_path / "cam.pt", *recipe)
     assert trained.returncode == 0, trained.stderr
     measured = wsol_eval("eval", tmp_path / "cam.pt", "--split", "test", "--device", "cpu", "--cam-curve-interval", 0.1,
                          "--scoremap-root", tmp_path / "maps.lmdb")  # fmt: skip
@@ -122,7 +122,7 @@ def test_run_and_its_mistakes(wsol_eval, maps):
         ([*score, maps / "none"], 2, "no score map of image 'a/0.png'"),
         ([*score, maps / "cam", "--metadata-root", maps], 2, "image_ids.txt: no such metadata file"),
         (["eval", maps / "none.pt"], 2, "no such checkpoint"),
-        (["train", maps / "x.pt", "--dataset", "CUB", "--data-root", maps], 2, "no such metadata file"),
+        (["train", "--output", maps / "x.pt", "--dataset", "CUB", "--data-root", maps], 2, "no such metadata file"),
     ):
         done = wsol_eval(*words)
         assert done.returncode == code, (words, done.stderr)

@@ -61,7 +61,7 @@ def fabric():
 
 
 def source(root, split="val", **options):
-    return FolderSource(WSOLDataset(root, root / "metadata", split, **options), num_workers=0)
+    return FolderSource(WSOLDataset(root, root / "metadata", split, **options), workers=0)
 
 
 def test_metadata_round_trip(birds, masked, tmp_path):

@@ -12,7 +12,7 @@ from wsol_eval.scenes import make_split
 from wsol_eval.train import fit, make_fabric
 
 torch.set_num_threads(1)
-fabric = make_fabric("cpu", devices=2)
+fabric = make_fabric("cpu")
 recipe = Recipe(arch="small", feature_map=8, lr=0.02, epochs=2, lr_decay_frequency=2, batch_size=16)
 network = fit(recipe, SceneSource(make_split("train", 48, 1)), 3, fabric)
 report = evaluate(network, SceneSource(make_split("test", 31, 1)), fabric, 0.05, batch_size=4)

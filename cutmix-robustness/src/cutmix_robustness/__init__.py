@@ -4,6 +4,7 @@ The public names are loaded on first use, so that `from cutmix_robustness import
 """
 
 from importlib import import_module
+from typing import Any
 
 _MODULES = {
     "attacks": ("fgsm", "pgd"),
@@ -23,7 +24,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    """The public API, by name."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def _halve(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **options) -> nn.Module:
+def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **options: Any) -> nn.Module:
     """A torchvision detector for VOC's 20 classes.
 
     Args:

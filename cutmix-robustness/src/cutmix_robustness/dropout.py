@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,12 +98,12 @@ class StochasticDepth(nn.Module):
 
 class _Shake(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual: Tensor, forward_scale: Tensor, backward_scale: Tensor) -> Tensor:
+    def forward(ctx: Any, residual: Tensor, forward_scale: Tensor, backward_scale: Tensor) -> Tensor:
         ctx.save_for_backward(backward_scale)
         return residual * forward_scale
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
         return gradient * scale, None, None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from cutmix_robustness.attacks import fgsm, input_gradient, pgd
 from cutmix_robustness.corruption_error import mean_corruption_error
 from cutmix_robustness.corruptions import CORRUPTIONS
 from cutmix_robustness.data.benchmark import Benchmark
-from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator_for
+from cutmix_robustness.data.sources import Batches, generator_for
 from cutmix_robustness.localization import class_activation_map, localization_accuracy
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.occlusion import in_between, occlude
@@ -39,7 +40,7 @@ class Evaluation:
 
 
 def collect(
-    source: ResidentImages | ImageFiles, measure: Callable[[Tensor, Tensor, int], dict[str, Tensor]], fabric: Fabric
+    source: Batches, measure: Callable[[Tensor, Tensor, int], dict[str, Tensor]], fabric: Fabric
 ) -> dict[str, Tensor]:
     """Map batches and concatenate what comes back, in the order of the source, over all processes.
 
@@ -63,14 +64,14 @@ def collect(
     return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
 
 
-def logits_of(model: Classifier, source: ResidentImages | ImageFiles, fabric: Fabric) -> tuple[Tensor, Tensor]:
+def logits_of(model: Classifier, source: Batches, fabric: Fabric) -> tuple[Tensor, Tensor]:
     """(N, K) logits and (N,) labels of a source, on the CPU."""
     with torch.no_grad():
         found = collect(source, lambda images, labels, _: {"logits": model(images), "labels": labels}, fabric)
     return found["logits"], found["labels"]
 
 
-def top1_error(model: Classifier, source: ResidentImages | ImageFiles, fabric: Fabric) -> float:
+def top1_error(model: Classifier, source: Batches, fabric: Fabric) -> float:
     """In %; leaves the model in training mode."""
     logits, labels = logits_of(model.eval(), source, fabric)
     model.train()
@@ -134,7 +135,8 @@ class Evaluator:
         side = self._side()
         sizes = [round(tenth * side) for tenth in TENTHS]
         mean = self.model.mean.flatten()
-        metrics, details = {}, {}
+        metrics: dict[str, float] = {}
+        details: dict[str, object] = {}
         for where in ("center", "boundary"):
 
             def measure(images: Tensor, labels: Tensor, _: int, where: str = where) -> dict[str, Tensor]:
@@ -151,7 +153,7 @@ class Evaluator:
         _, images, _ = next(iter(self.benchmark.test.batches()))
         return min(images.shape[2:])
 
-    def _curve(self, source, measure: Callable) -> list[float]:
+    def _curve(self, source: Batches, measure: Callable) -> list[float]:
         with torch.no_grad():
             right = collect(source, measure, self.fabric)["right"]
         return [round(100 - 100 * value, 3) for value in right.double().mean(0).tolist()]
@@ -212,7 +214,8 @@ class Evaluator:
     def in_between(self) -> Evaluation:
         """Images between random pairs: how often neither class is predicted, and their top-1 error (figure 5b)."""
         pairs = self.probes.select(torch.randperm(len(self.probes), generator=generator_for(self.seed, 5)))
-        metrics, details = {}, {}
+        metrics: dict[str, float] = {}
+        details: dict[str, object] = {}
         for kind in ("mixup", "cutmix"):
 
             def measure(images: Tensor, labels: Tensor, _: int, kind: str = kind) -> dict[str, Tensor]:
@@ -256,7 +259,7 @@ def evaluate(
     suites: Sequence[str],
     benchmark: Benchmark,
     fabric: Fabric | None = None,
-    **options,
+    **options: Any,
 ) -> pd.DataFrame:
     """One row per model with every column of the suites.
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
 from cutmix_robustness.data.ood import outliers
-from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.data.sources import ResidentImages, generator_for
 from cutmix_robustness.evaluation import Evaluator, top1_error
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
@@ -31,7 +32,9 @@ WITH_BRANCHES = ("small", "resnet", "wrn", "pyramidnet", "resnext")
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings."""
+    """The project's table files, checked against the settings. FileNotFoundError outside a source checkout."""
+    if not (PROJECT / "tables").is_dir():
+        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -40,8 +43,8 @@ def run_tables(
     scale: str,
     data_root: Path,
     *,
-    rows: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
 ) -> RunLog:
@@ -97,6 +100,8 @@ def train_and_evaluate(
         load_network(model, load_checkpoint(path)["network"], str(path), keep_head=False)
     side_images = None
     if settings.outliers != "none":
+        if not isinstance(benchmark.train, ResidentImages):
+            raise ValueError(f"outliers need a training set that fits in memory, got {benchmark.train.name}")
         side = benchmark.train.images.shape[-1]
         side_images = outliers(settings.outliers, data_root, side, seed, fabric.device)
     curve = fit(
@@ -131,7 +136,7 @@ def build_classifier(settings: Settings, benchmark: Benchmark, seed: int) -> Cla
     """
     if settings.network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {settings.network!r}")
-    options = {"num_classes": benchmark.num_classes}
+    options: dict[str, Any] = {"num_classes": benchmark.num_classes}
     if settings.branch != "none":
         if not settings.network.startswith(WITH_BRANCHES):
             raise ValueError(f"{settings.network} has no residual branches for {settings.branch}")
@@ -153,7 +158,7 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, suites: Sequen
     benchmark = open_benchmark(settings, content["run"]["seed"], data_root, fabric.device)
     model = build_classifier(settings, benchmark, content["run"]["seed"])
     load_network(model, content["network"], str(path))
-    model.to(fabric.device, memory_format=torch.channels_last)
+    model.to(fabric.device).to(memory_format=torch.channels_last)
     seed = content["run"]["seed"]
     evaluator = Evaluator(model, benchmark, fabric, settings.severities, settings.probe_images, seed)
     return evaluator.run(suites or settings.suites).metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -15,6 +16,9 @@ import numpy as np
 from shared_utils.report import interval, values
 from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALES = ("paper", "twowave", "embedded")
 COLOURS = {"Baseline": "tab:gray", "Mixup": "tab:green", "Cutout": "tab:orange", "CutMix": "tab:blue"}
@@ -61,10 +65,11 @@ def _means(table: Table, scale: str, results: Path, metric: str) -> dict[str, tu
     return {row: interval([each[metric] for each in seeds.values()]) for row, seeds in found.items()}
 
 
-def _error_curves(table: Table, scale: str, results: Path) -> plt.Figure:
+def _error_curves(table: Table, scale: str | None, results: Path) -> plt.Figure:
     """Figure 2: test error over the epochs, mean and range of the seeds."""
     figure, panel = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for row, seeds in _details(table, scale, results).items():
+    found = _details(table, scale, results) if scale else {}
+    for row, seeds in found.items():
         epochs = [int(epoch) for epoch in seeds[0]["test_errors"]]
         errors = np.array([list(each["test_errors"].values()) for each in seeds])
         panel.plot(epochs, errors.mean(0), color=COLOURS[row], label=f"{row}, {len(seeds)} seeds")
@@ -81,7 +86,7 @@ def _where(title: str, scale: str | None) -> str:
 def _alpha_and_layer(table: Table, scale: str | None, results: Path) -> plt.Figure:
     """Figure 3: error against alpha and against the layer, published and ours."""
     found = _means(table, scale, results, "top1_error") if scale else {}
-    panels = {
+    panels: dict[str, dict[float, str]] = {
         "alpha": {float(row.name.removeprefix("alpha ")): row.name for row in table.rows if "alpha" in row.name},
         "layer": {int(row.name.removeprefix("layer ")): row.name for row in table.rows if "layer" in row.name},
     }
@@ -163,7 +168,7 @@ DRAW: dict[str, Callable[[Table, str | None, Path], plt.Figure]] = {
 }
 
 
-def photographs(side: int = 224):
+def photographs(side: int = 224) -> Tensor:
     """Two pictures that matplotlib ships, (2, 3, side, side) uint8."""
     import torch
     from matplotlib.cbook import get_sample_data
@@ -171,7 +176,7 @@ def photographs(side: int = 224):
 
     found = []
     for name, box in (("grace_hopper.jpg", (40, 20, 472, 452)), ("Minduka_Present_Blue_Pack.png", None)):
-        with get_sample_data(name, asfileobj=True) as file:
+        with get_sample_data(name, asfileobj=True) as file:  # type: ignore[union-attr]  # an array only for .npy
             picture = Image.open(file).convert("RGBA")
             page = Image.new("RGBA", picture.size, "white")
             page.alpha_composite(picture)
@@ -179,7 +184,7 @@ def photographs(side: int = 224):
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
-def _picture(image) -> np.ndarray:
+def _picture(image: Tensor) -> np.ndarray:
     """(3, H, W) tensor to what matplotlib shows."""
     return image.permute(1, 2, 0).numpy()
 
@@ -203,7 +208,7 @@ def draw_methods() -> plt.Figure:
     shown = [("A", a), ("B", b), ("Mixup: A 0.5, B 0.5", (a + b) / 2), ("Cutout: A 1", cutout)]
     shown.append((f"CutMix: A {lam:.2f}, B {1 - lam:.2f}", cutmix))
     figure = plt.figure(figsize=(11, 7), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15))
     for (title, image), panel in zip(shown, top.subplots(1, 5), strict=True):
         panel.imshow(_picture(image))
         panel.set_title(title, fontsize=9)

@@ -68,7 +68,7 @@ def localization_accuracy(
     Returns:
         `localization_accuracy` as above and `gt_known_localization`, the box alone.
     """
-    overlap = np.array([box_iou(cam_box(cam, sigma), b).max() for cam, b in zip(cams, boxes, strict=True)])
+    overlap = np.array([box_iou(np.array(cam_box(cam, sigma)), b).max() for cam, b in zip(cams, boxes, strict=True)])
     hit = overlap > 0.5
     return {
         "localization_accuracy": 100 * float((hit & np.asarray(correct, bool)).mean()),

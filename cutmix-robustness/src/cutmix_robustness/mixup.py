@@ -72,7 +72,7 @@ class ManifoldMix:
         self,
         network: nn.Module,
         points: tuple[str, ...],
-        mix: Mixup | CutMix,
+        mix: Mixup | CutMix | MixupCutMix,
         only: int | None = None,
         forward: Callable[[Tensor], Tensor] | None = None,
     ):
@@ -83,7 +83,9 @@ class ManifoldMix:
         if only is not None and not 0 <= only <= len(points):
             raise ValueError(f"only must lie in 0 .. {len(points)}, got {only}")
         self.mix, self.n_points, self.only, self.forward = mix, len(points) + 1, only, forward or network
-        self._point, self._labels, self._mixed = 0, None, None
+        self._point = 0
+        self._labels: Tensor | None = None
+        self._mixed: MixedBatch | None = None
         for number, name in enumerate(points, 1):
             known[name].register_forward_hook(self._hook(number))
 
@@ -98,15 +100,19 @@ class ManifoldMix:
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, MixedBatch]:
         """Logits (N, K) of the mixed pass, and the mixed batch, whose `images` are those of the point."""
-        self._point = self.only
         if self.only is None:
             self._point = int(torch.randint(self.n_points, (), generator=self.mix.generator))
+        else:
+            self._point = self.only
         if self._point == 0:
             batch = self.mix(images, labels)
             return self.forward(batch.images), batch
         self._labels = labels
         try:
-            return self.forward(images), self._mixed
+            logits = self.forward(images)
+            if self._mixed is None:
+                raise RuntimeError(f"the network was run without its submodule of point {self._point}")
+            return logits, self._mixed
         finally:
             self._labels = self._mixed = None
 

@@ -30,7 +30,8 @@ def occlude(images: Tensor, size: int, where: str = "center", fill: float | Tens
         raise ValueError(f"images must be 4-D (N, C, H, W), got shape {tuple(images.shape)}")
     if where not in ("center", "boundary"):
         raise ValueError(f"where must be center or boundary, got {where!r}")
-    rows, columns = hole(*images.shape[2:], size)
+    height, width = images.shape[2:]
+    rows, columns = hole(height, width, size)
     fill = torch.as_tensor(fill, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
     if where == "center":
         covered = images.clone()
@@ -61,7 +62,8 @@ def in_between(images_a: Tensor, images_b: Tensor, ratio: float, kind: str) -> T
         return torch.lerp(images_a, images_b, ratio)
     if kind != "cutmix":
         raise ValueError(f"kind must be mixup or cutmix, got {kind!r}")
-    rows, columns = hole(*images_a.shape[2:], round(ratio * min(images_a.shape[2:])))
+    height, width = images_a.shape[2:]
+    rows, columns = hole(height, width, round(ratio * min(height, width)))
     mixed = images_a.clone()
     mixed[:, :, rows, columns] = images_b[:, :, rows, columns]
     return mixed

@@ -44,8 +44,8 @@ class Recipe:
         fill = tuple(model.mean.flatten().tolist())  # 0 after normalisation
         self.cutout = Cutout(settings.cutout, fill, self.generator) if settings.cutout else None
         self.mix = self._mix()
-        self.in_network = None
-        if settings.mix in MIXED_IN_THE_NETWORK:
+        self.in_network: ManifoldMix | None = None
+        if self.mix is not None and settings.mix in MIXED_IN_THE_NETWORK:
             point = settings.mix_point if settings.mix_point >= 0 else None
             self.in_network = ManifoldMix(model.network, model.network.points, self.mix, point, forward)
 
@@ -55,7 +55,11 @@ class Recipe:
         cutmix = CutMix(
             s.alpha, s.prob, s.mode, s.partner, s.rounding, s.correct_lam, s.variant, s.fixed_size, self.generator
         )
-        kinds = {"mixup": mixup, "cutmix": cutmix, "mixup+cutmix": MixupCutMix(mixup, cutmix)}
+        kinds: dict[str, Mixup | CutMix | MixupCutMix] = {
+            "mixup": mixup,
+            "cutmix": cutmix,
+            "mixup+cutmix": MixupCutMix(mixup, cutmix),
+        }
         return kinds.get(s.mix.replace("manifold-mixup", "mixup").replace("feature-cutmix", "cutmix"))
 
     def loss(
@@ -124,6 +128,10 @@ class Recipe:
         return attacked
 
     def _draw_outliers(self, n: int) -> Tensor:
+        if self.outliers is None:
+            raise ValueError(
+                f"outliers {self.settings.outliers!r} need images that are to get the uniform label, got none"
+            )
         index = torch.randint(len(self.outliers), (n,), generator=self.generator)
         images = self.outliers.images[index.to(self.outliers.images.device)]
         return (images.float() / 255).contiguous(memory_format=torch.channels_last)

@@ -99,7 +99,7 @@ class Settings:
     steps: int = 120_000
     """task detection: iterations"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("milestones", "suites", "severities"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in CHOICES.items():

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -38,7 +39,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
+    )
     fabric.launch()
     return fabric
 
@@ -96,12 +103,12 @@ def fit(
     s, rank, world = settings, fabric.global_rank, fabric.world_size
     if s.batch_size % world:
         raise ValueError(f"a global batch of {s.batch_size} cannot be shared by {world} ranks")
-    model.to(fabric.device, memory_format=torch.channels_last)
+    model.to(fabric.device).to(memory_format=torch.channels_last)
     if compile:
         model.compile()
     optimizer = build_optimizer(s, model)
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
-    state = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
+    state: dict[str, Any] = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, fabric)
         logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
@@ -130,7 +137,9 @@ def fit(
                 bar.advance(task)
                 if checkpoint is not None and state["total"] % checkpoint_every == 0:
                     _save(checkpoint, run, state, model, optimizer, fabric)
-            point = {name: (fabric.all_reduce(total) / steps).item() for name, total in state["sums"].items()}
+            point = {
+                name: (cast(Tensor, fabric.all_reduce(total)) / steps).item() for name, total in state["sums"].items()
+            }
             if not all(math.isfinite(value) for value in point.values()):
                 raise RuntimeError(f"epoch {epoch + 1}: the loss is NaN or infinite: {point}")
             last = epoch + 1 == s.epochs
@@ -148,13 +157,15 @@ def fit(
     return state["curve"]
 
 
-def _save(path: Path, run: dict, state: dict, model: Classifier, optimizer, fabric: Fabric) -> None:
+def _save(
+    path: Path, run: dict, state: dict, model: Classifier, optimizer: torch.optim.Optimizer, fabric: Fabric
+) -> None:
     """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     if fabric.global_rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state, "network": model.network.state_dict()}
-        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        scaler = _scaler(fabric)
         content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
         torch.save(content, temporary)
         os.replace(temporary, path)
@@ -170,11 +181,16 @@ def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Opt
         raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
     model.network.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
-    if content["scaler"]:
-        fabric.strategy.precision.scaler.load_state_dict(content["scaler"])
+    scaler = _scaler(fabric)
+    if scaler and content["scaler"]:
+        scaler.load_state_dict(content["scaler"])
     device = next(model.parameters()).device
     sums = {name: value.to(device) for name, value in content["state"]["sums"].items()}
     return content["state"] | {"sums": sums}
+
+
+def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
+    return getattr(fabric.strategy.precision, "scaler", None)
 
 
 def load_checkpoint(path: Path) -> dict:

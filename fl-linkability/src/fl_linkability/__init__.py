@@ -4,6 +4,7 @@ The public API by name; a module is imported when a name of it is first used, so
 """
 
 from importlib import import_module
+from typing import Any
 
 _MODULE_OF = {
     "MLP": "models",
@@ -38,7 +39,7 @@ _MODULE_OF = {
 __all__ = list(_MODULE_OF)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -7,18 +7,22 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fl_linkability.settings import PRESETS
+
+if TYPE_CHECKING:
+    from shared_utils.runlog import RunLog
+    from shared_utils.tables import Table
 
 PROGRAM = "fl-linkability"
 
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/fl-linkability."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "fl-linkability")
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -48,12 +52,16 @@ class Run:
         known = {table.id: table for table in catalogue.tables()}
         for name in self.tables:
             if name not in known:
-                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return _list_missing(chosen, self)
+            from shared_utils.report import print_missing
+            from shared_utils.runlog import RunLog
+
+            log = RunLog(catalogue.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
         from fl_linkability import experiments
 
         yours = experiments.run_tables(
@@ -68,7 +76,7 @@ class Run:
         _print_tables(chosen, self.scale, yours)
 
 
-def _print_tables(chosen: list, scale: str, yours) -> None:
+def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
     from fl_linkability import claims
     from fl_linkability.catalogue import PROJECT
     from shared_utils.logging import console
@@ -79,25 +87,6 @@ def _print_tables(chosen: list, scale: str, yours) -> None:
         print_table(table, scale, RunLog(PROJECT / "results" / f"{scale}.jsonl"), yours)
         for verdict in claims.judge(table, scale, yours):
             console().print(f"  {'over users':<12} {verdict.claim.text} ({verdict})", highlight=False)
-
-
-def _list_missing(chosen: list, options: Run) -> None:
-    from rich.table import Table as Grid
-
-    from fl_linkability.catalogue import PROJECT
-    from shared_utils.logging import console
-    from shared_utils.runlog import RunLog
-
-    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
-    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-    for table in chosen:
-        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
-        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
-        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
-        total += seconds
-        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-    grid.add_row("all", "", f"{total:.0f}")
-    console().print(grid)
 
 
 @dataclass
@@ -115,7 +104,7 @@ class Train:
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
-    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    """auto (bf16-mixed on CUDA since Ampere), or a precision of Fabric's."""
 
     def __call__(self) -> None:
         from fl_linkability.experiments import Experiment, save_settings
@@ -229,7 +218,7 @@ class Record:
 class Bench:
     """Speed: batched trainer against the per-client loop, the cost of Flower's messages, and Ray's start-up."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
@@ -240,12 +229,6 @@ class Bench:
         from fl_linkability.bench import run
 
         run(self.repeats, self.threads, self.ray)
-
-
-def usage(message: str) -> SystemExit:
-    """Wrong usage: the message on stderr, exit code 2."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
 
 
 VERBS = {
@@ -263,14 +246,17 @@ def main() -> None:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; finished runs and rounds are kept, the same command goes on", file=sys.stderr)
+        print(
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+        )
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        told = wrong or isinstance(error, RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if told else repr(error)}", file=sys.stderr)
+        sys.exit(2 if wrong else 1)
 
 
 def _call(kind: type):

@@ -6,6 +6,8 @@ is not defined is NaN, never 0. "times chance" is printed beside the number of u
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -73,18 +75,18 @@ def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.nda
     out = np.empty((scores.shape[1], n_groups))
     for column, values in enumerate(scores.T):
         rank = np.unique(values, return_inverse=True)[1]  # equal scores share a rank
-        above = _at_least(rank, n)
-        within = _at_least(groups.astype(np.int64) * n + rank, n * n_groups, groups, sizes)
+        above = _at_least(rank)
+        within = _at_least(groups.astype(np.int64) * n + rank, groups, sizes)
         with np.errstate(invalid="ignore"):
             out[column] = np.bincount(groups, within / above, n_groups) / sizes
     return out
 
 
-def _at_least(key: np.ndarray, n_keys: int, groups: np.ndarray | None = None, sizes: np.ndarray | None = None):
+def _at_least(key: np.ndarray, groups: np.ndarray | None = None, sizes: np.ndarray | None = None) -> np.ndarray:
     """How many keys (of the same group, where groups are given) are as large as each one, itself included."""
     order = np.sort(key)
     below = np.searchsorted(order, key, side="left")
-    if groups is None:
+    if groups is None or sizes is None:
         return len(key) - below
     start = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
     return sizes[groups] - (below - start[groups])
@@ -115,13 +117,13 @@ def permuted_device_chance(
     rng = np.random.default_rng(seed)
     if len(names) == len(present):  # one device per user: its AP for every user's scores, computed once
         table = ap_by_group(scores, device, len(names))
-        draws = [table[owner[rng.permutation(len(names))], np.arange(len(names))].mean() for _ in range(n)]
+        means = [table[owner[rng.permutation(len(names))], np.arange(len(names))].mean() for _ in range(n)]
     else:
-        draws = []
+        means = []
         for _ in range(n):
             table = ap_by_group(scores, owner[rng.permutation(len(names))][device], scores.shape[1])
-            draws.append(np.diag(table)[present].mean())
-    draws = np.array(draws) * len(present)
+            means.append(np.diag(table)[present].mean())
+    draws = np.array(means) * len(present)
     return float(draws.mean()), float(np.quantile(draws, 0.99))
 
 
@@ -174,7 +176,7 @@ def open_world_metrics(scores: np.ndarray, labels: np.ndarray, far: tuple[float,
     """
     scores, labels = _checked(scores, labels, lowest=-1)
     known, largest, best = labels >= 0, scores.max(1), scores.argmax(1)
-    result = {"auroc": float("nan"), "ap": float("nan")}
+    result: dict[str, Any] = {"auroc": float("nan"), "ap": float("nan")}
     if known.any() and not known.all():
         result = {"auroc": float(roc_auc_score(known, largest)), "ap": float(average_precision_score(known, largest))}
     unknown = np.sort(largest[~known])

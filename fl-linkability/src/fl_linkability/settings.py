@@ -131,7 +131,7 @@ class Settings:
     control: str = "none"
     """permute the known users (labels) or the probes' users over devices"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fl_linkability.features import leave_one_out, unit
 
@@ -34,7 +35,7 @@ class UpdateStore:
         self._index: list[np.ndarray] = []
         if self.path:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_meta()
+            self._check_meta(self.path)
 
     @classmethod
     def open(cls, path: Path) -> UpdateStore:
@@ -44,16 +45,16 @@ class UpdateStore:
             raise FileNotFoundError(f"{path}: no update store (meta.json is missing)")
         return cls(json.loads(meta.read_text())["layers"], path)
 
-    def _check_meta(self) -> None:
-        meta, layers = self.path / "meta.json", {name: list(span) for name, span in self.layer_slices.items()}
+    def _check_meta(self, path: Path) -> None:
+        meta, layers = path / "meta.json", {name: list(span) for name, span in self.layer_slices.items()}
         if not meta.exists():
             temporary = meta.with_suffix(".tmp")
             temporary.write_text(json.dumps({"layers": layers}))
             os.replace(temporary, meta)
         elif json.loads(meta.read_text())["layers"] != layers:
-            raise ValueError(f"{self.path}: holds updates of another network; delete it or name another folder")
+            raise ValueError(f"{path}: holds updates of another network; delete it or name another folder")
 
-    def append(self, deltas: np.ndarray, **columns) -> None:
+    def append(self, deltas: np.ndarray, **columns: ArrayLike) -> None:
         """Add updates (k, D); round, device, user, role and n_examples are (k,) or one number for all."""
         deltas = np.ascontiguousarray(deltas, dtype=np.float32)
         if deltas.ndim != 2 or deltas.shape[1] != self.dimension:

@@ -14,7 +14,7 @@ import torch
 from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match
 from hib_ndigit_mnist.reports import REPORTS
-from hib_ndigit_mnist.settings import Settings
+from hib_ndigit_mnist.settings import PROGRAM, Settings
 from hib_ndigit_mnist.train import Trained, train
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
@@ -39,11 +39,11 @@ def run_tables(
     chosen: Sequence[Table],
     scale: str,
     data_root: Path,
+    *,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
-    device: str = "auto",
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -53,10 +53,10 @@ def run_tables(
     runs.sort(key=lambda run: -cost[stackable(run)])  # the longest first, so that no core waits at the end
     checkpoints = PROJECT / "runs" / "checkpoints"
     run_missing(
-        "hib-ndigit-mnist",
+        PROGRAM,
         runs,
         log,
-        partial(execute, data_root=data_root, device=device, checkpoints=checkpoints),
+        partial(execute, data_root=data_root, checkpoints=checkpoints),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+PROGRAM = "hib-ndigit-mnist"
+
 
 @dataclass(frozen=True)
 class Training:
@@ -147,4 +149,4 @@ SCALES: dict[str, dict[str, Any]] = {
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/hib-ndigit-mnist."""
-    return Path(os.environ.get("DATA_ROOT", Path.home() / ".cache" / "hib-ndigit-mnist"))
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)

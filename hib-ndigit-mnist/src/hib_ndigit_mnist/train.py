@@ -56,7 +56,7 @@ def train(
     seeds: Sequence[int],
     *,
     device: str = "auto",
-    precision: str | None = None,
+    precision: str = "auto",
     graph: bool = True,
     checkpoint: Path | None = None,
     checkpoint_every: int = 5000,
@@ -73,8 +73,7 @@ def train(
         trainings: one per model, of equal `shape()`.
         seeds: one per model: of its weights and of all its random numbers.
         device: "auto", "cpu" or "cuda".
-        precision: of Fabric; default bf16-mixed on CUDA (the encoder; everything behind it stays float32), else
-            32-true.
+        precision: "auto" or one of Fabric's, as in `make_fabric`; for the encoder, everything behind it stays float32.
         graph: on CUDA, replay the step as a CUDA graph (single process).
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves, rounded up to whole chunks.
@@ -119,7 +118,7 @@ class _Run:
     """The stack, its optimizer and its random streams between two chunks."""
 
     def __init__(self, data, trainings, seeds, device, precision, graph):
-        self.fabric = _fabric(device, precision)
+        self.fabric = make_fabric(device, precision)
         self.training, self.step, self.history = trainings[0], 0, []
         self.data = data.to(self.fabric.device)
         self.index = ClassIndex(self.data.labels)
@@ -273,20 +272,22 @@ class _Graph:
         return self.outputs
 
 
-def _fabric(device: str, precision: str | None) -> Fabric:
-    accelerator = "gpu" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if precision is None:
-        ampere = accelerator == "gpu" and torch.cuda.is_bf16_supported()
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """Fabric on one process, or on all that torchrun or Slurm started (DDP).
+
+    Args:
+        device: auto (CUDA where there is one), cpu or cuda.
+        precision: auto (bf16-mixed on CUDA since Ampere, else 32-true) or one of Fabric's.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16-mixed" if ampere else "32-true"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=local,
-        num_nodes=ranks // local,
-        strategy="ddp" if ranks > 1 else "auto",
-        precision=precision,
-    )
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+    strategy = "ddp" if world > 1 else "auto"
+    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
     fabric.launch()
     return fabric
 

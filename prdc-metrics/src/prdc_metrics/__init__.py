@@ -1,24 +1,30 @@
-"""Precision, recall, density and coverage for generative models (arXiv 2002.09797)."""
+"""Precision, recall, density and coverage for generative models (arXiv 2002.09797).
 
-from prdc_metrics.expectation import expected_coverage, expected_density, smallest_k
-from prdc_metrics.features import extract_features
-from prdc_metrics.manifold import RealManifold
-from prdc_metrics.metrics import PRDCResult, compute_prdc, knn_radii, prdc
-from prdc_metrics.realism import realism
-from prdc_metrics.resampling import subsample_intervals
-from prdc_metrics.streaming import PRDCMetric
+Names are imported when they are first used, so that the command line's --help needs no torch.
+"""
 
-__all__ = [
-    "PRDCMetric",
-    "PRDCResult",
-    "RealManifold",
-    "compute_prdc",
-    "expected_coverage",
-    "expected_density",
-    "extract_features",
-    "knn_radii",
-    "prdc",
-    "realism",
-    "smallest_k",
-    "subsample_intervals",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "PRDCMetric": "streaming",
+    "PRDCResult": "metrics",
+    "RealManifold": "manifold",
+    "compute_prdc": "metrics",
+    "expected_coverage": "expectation",
+    "expected_density": "expectation",
+    "extract_features": "features",
+    "knn_radii": "metrics",
+    "prdc": "metrics",
+    "realism": "manifold",
+    "smallest_k": "expectation",
+    "subsample_intervals": "resampling",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """The public API, by name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'prdc_metrics' has no attribute {name!r}")
+    return getattr(import_module(f"prdc_metrics.{_HOME[name]}"), name)

@@ -1,29 +1,29 @@
-"""Command line: parse, call, print, exit code."""
+"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
-from rich.table import Table as Grid
 
-from prdc_metrics import experiments
-from prdc_metrics.data import FEATURE_SUFFIXES, load_digits, load_features
-from prdc_metrics.expectation import expected_coverage, smallest_k
-from prdc_metrics.features import extract_features
-from prdc_metrics.manifold import RealManifold
-from prdc_metrics.metrics import PRDCResult, prdc
-from shared_utils.logging import console, get_logger
-from shared_utils.report import print_table, results_page
-from shared_utils.runlog import RunLog
+if TYPE_CHECKING:
+    from torch import Tensor
 
-logger = get_logger("prdc-metrics")
+    from prdc_metrics.metrics import PRDCResult
+
+PROGRAM = "prdc-metrics"
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/prdc-metrics."""
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Run:
     """Only these rows."""
     seeds: tuple[int, ...] = ()
     """Instead of the table's seeds."""
-    data_root: Path = field(default_factory=experiments.default_data_root)
+    data_root: Path = field(default_factory=default_data_root)
     """Where MNIST and sample folders are."""
     jobs: int = 0
     """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
@@ -48,38 +48,31 @@ class Run:
     """List the missing runs and their expected cost only."""
 
     def __call__(self) -> None:
-        chosen = [t for t in experiments.tables() if (t.id in self.tables if self.tables else self.scale in t.scales)]
-        known = [table.id for table in experiments.tables()]
+        from prdc_metrics import experiments
+        from shared_utils.report import print_missing, print_table
+        from shared_utils.runlog import RunLog
+
+        known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise tyro_usage(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise tyro_usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            self._list(chosen)
-            return
+            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
         yours = experiments.run_tables(
             chosen,
             self.scale,
             self.data_root,
-            list(self.rows) or None,
-            list(self.seeds) or None,
+            rows=self.rows,
+            seeds=self.seeds,
             force=self.force,
             jobs=self.jobs,
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
-
-    def _list(self, chosen: list) -> None:
-        done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl").keys()
-        grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-        for table in chosen:
-            runs = [r for r in table.runs(self.scale, self.rows, self.seeds or None) if r.key not in done]
-            seconds = len(runs) * (table.scales[self.scale].expected_seconds or 0)
-            total += seconds
-            grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-        grid.add_row("all", "", f"{total:.0f}")
-        console().print(grid)
 
 
 @dataclass
@@ -90,8 +83,8 @@ class Eval:
     """Image folder, or features as .npy, .npz, .pt or .safetensors, or a manifold written by `fit`."""
     fake: tyro.conf.Positional[Path]
     """Image folder or features."""
-    nearest_k: str = "5"
-    """k, or several as 3,5,10."""
+    nearest_k: tuple[int, ...] = (5,)
+    """k, or several as 3 5 10."""
     metrics: tuple[str, ...] = ("precision", "recall", "density", "coverage")
     """Without recall the fake-fake distances are skipped."""
     embedding: str = "vgg16-fc2-relu"
@@ -99,11 +92,11 @@ class Eval:
     weights: Path | None = None
     """State dict of a pretrained embedding."""
     num_samples: int | None = 10_000
-    """Seeded subset of each side."""
+    """Seeded subset of each side; a manifold is taken whole."""
     seed: int = 0
     """Of the subset and of a random embedding."""
-    device: str | None = None
-    """cpu or cuda; default: CUDA where there is one."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     tile: int | None = None
     """Side of a distance tile."""
     precision: str = "auto"
@@ -112,29 +105,35 @@ class Eval:
     """Count points on the sphere as inside."""
     cache: Path | None = None
     """Folder for features."""
-    skip_corrupt: bool = False
-    """Leave unreadable images out, named in the log."""
+    skip_broken: bool = False
+    """Go on without broken images (they are counted and named)."""
     json: Path | None = None
     """Also write the JSON to this file."""
 
     def __call__(self) -> None:
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        from prdc_metrics.manifold import RealManifold
+        from prdc_metrics.metrics import prdc
+
+        device = _device(self.device)
         options: dict[str, Any] = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
         options["closed_ball"] = self.closed_ball
-        fake = self._features(self.fake).to(device)
+        fake = self._features(self.fake, device).to(device)
         if self.real.suffix == ".manifold":
             result = RealManifold.load(self.real, device).score(fake, **options)
         else:
-            ks = [int(k) for k in self.nearest_k.split(",")]
-            result = prdc(self._features(self.real).to(device), fake, ks, **options)
+            result = prdc(self._features(self.real, device).to(device), fake, self.nearest_k, **options)
         explain(result)
         print(result.to_json())
         if self.json:
             self.json.write_text(result.to_json() + "\n")
 
-    def _features(self, path: Path) -> torch.Tensor:
+    def _features(self, path: Path, device: str) -> Tensor:
+        from prdc_metrics.data import FEATURE_SUFFIXES, load_features, subset
+        from prdc_metrics.features import extract_features
+
         if path.suffix in FEATURE_SUFFIXES:
-            return load_features(path)
+            features = load_features(path)
+            return features[subset(len(features), self.num_samples, self.seed)]
         return extract_features(
             path,
             self.embedding,
@@ -142,9 +141,9 @@ class Eval:
             seed=self.seed,
             num_samples=self.num_samples,
             sample_seed=self.seed,
-            device=self.device,
+            device=device,
             cache=self.cache,
-            skip_corrupt=self.skip_corrupt,
+            skip_broken=self.skip_broken,
         )
 
 
@@ -164,11 +163,14 @@ class Features:
     """Seeded subset."""
     seed: int = 0
     """Of the subset and of a random embedding."""
-    skip_corrupt: bool = False
-    """Leave unreadable images out."""
+    skip_broken: bool = False
+    """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         import numpy as np
+
+        from prdc_metrics.features import extract_features
+        from shared_utils.logging import get_logger
 
         features = extract_features(
             self.folder,
@@ -177,10 +179,10 @@ class Features:
             seed=self.seed,
             num_samples=self.num_samples,
             sample_seed=self.seed,
-            skip_corrupt=self.skip_corrupt,
+            skip_broken=self.skip_broken,
         )
         np.save(self.output, features.numpy())
-        logger.info("%d features of %d dimensions in %s", *features.shape, self.output)
+        get_logger(PROGRAM).info("%d features of %d dimensions in %s", *features.shape, self.output)
 
 
 @dataclass
@@ -191,13 +193,16 @@ class Fit:
     """Features."""
     output: tyro.conf.Positional[Path]
     """File to write, ending in .manifold."""
-    nearest_k: str = "5"
-    """k, or several as 3,5,10."""
+    nearest_k: tuple[int, ...] = (5,)
+    """k, or several as 3 5 10."""
 
     def __call__(self) -> None:
+        from prdc_metrics.data import load_features
+        from prdc_metrics.manifold import RealManifold
+
         if self.output.suffix != ".manifold":
-            raise tyro_usage(f"a manifold file ends in .manifold, got {self.output}")
-        RealManifold.fit(load_features(self.real), [int(k) for k in self.nearest_k.split(",")]).save(self.output)
+            raise ValueError(f"a manifold file ends in .manifold, got {self.output}")
+        RealManifold.fit(load_features(self.real), self.nearest_k).save(self.output)
 
 
 @dataclass
@@ -212,6 +217,8 @@ class Expect:
     """Of expected coverage."""
 
     def __call__(self) -> None:
+        from prdc_metrics.expectation import expected_coverage, smallest_k
+
         best = smallest_k(self.n, self.m, self.target)
         expected = {k: expected_coverage(self.n, self.m, k) for k in range(1, best + 1)}
         print(json.dumps({"smallest_k": best, "expected_density": 1.0, "expected_coverage": expected}, indent=2))
@@ -221,52 +228,49 @@ class Expect:
 class Data:
     """What is needed, where it is looked for, and what is there."""
 
-    data_root: Path = field(default_factory=experiments.default_data_root)
+    data_root: Path = field(default_factory=default_data_root)
     """Where to look."""
     download: bool = False
     """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
 
     def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from prdc_metrics.inventory import inventory
+        from shared_utils.logging import console
+
         if self.download:
             from torchvision.datasets import MNIST
 
             MNIST(str(self.data_root), download=True)
-        grid = Grid("data", "scale", "size", "found", "where")
-        grid.add_row("scikit-learn digits", "embedded", "1 MB", "yes", "ships with scikit-learn")
-        places = {"MNIST": ("MNIST/raw", "mnist", "53 MB")}
-        for name in (
-            "ffhq",
-            "celeba-stylegan",
-            "lsun-bedroom-stylegan",
-            "ffhq-stylegan",
-            "mnist-dcgan",
-            "sc09-wavegan",
-        ):
-            places[name] = (name, "paper", "your samples")
-        for name, (part, scale, size) in places.items():
-            found = (self.data_root / part).is_dir()
-            grid.add_row(name, scale, size, "yes" if found else "no", f"DATA_ROOT/{part}")
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
         console().print(grid)
-        logger.info("DATA_ROOT is %s", self.data_root)
 
 
 @dataclass
 class Train:
     """Train the VAE of figure 7's embedded run on digits and write its weights; interrupted, it resumes."""
 
-    output: tyro.conf.Positional[Path]
+    output: Path = Path("prdc-metrics.pt")
     """File for the weights; the checkpoint lies beside it."""
     seed: int = 0
     """Of everything."""
     epochs: int = 150
     """Passes over the digits."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
 
     def __call__(self) -> None:
+        import torch
+
+        from prdc_metrics.data import load_digits
         from prdc_metrics.train import fit_vae
 
-        images = load_digits()[0].flatten(1)
+        images = load_digits().images.flatten(1)
         checkpoint = self.output.with_suffix(".checkpoint")
-        model = fit_vae(images, seed=self.seed, epochs=self.epochs, checkpoint=checkpoint)
+        model = fit_vae(images, seed=self.seed, epochs=self.epochs, device=_device(self.device), checkpoint=checkpoint)
         torch.save(model.state_dict(), self.output)
 
 
@@ -275,13 +279,13 @@ class Tables:
     """Regenerate results/RESULTS.md and figures from the committed run logs; no training."""
 
     def __call__(self) -> None:
+        from prdc_metrics import experiments
         from prdc_metrics.figures import draw_all
+        from shared_utils.report import results_page
 
         results = experiments.PROJECT / "results"
         draw_all(experiments.tables(), results)
-        page = results_page("prdc-metrics", experiments.tables(), results, "prdc-metrics run")
-        (results / "RESULTS.md").write_text(page)
-        logger.info("wrote results/RESULTS.md and figures")
+        (results / "RESULTS.md").write_text(results_page(PROGRAM, experiments.tables(), results, "prdc-metrics run"))
 
 
 @dataclass
@@ -289,9 +293,11 @@ class Record:
     """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
+        from prdc_metrics.experiments import PROJECT
         from shared_utils.benchmark import record
+        from shared_utils.logging import get_logger
 
-        logger.info("%d runs recorded", record(experiments.PROJECT))
+        get_logger(PROGRAM).info("%d runs recorded", record(PROJECT))
         Tables()()
 
 
@@ -312,6 +318,9 @@ class Bench:
 
 def explain(result: PRDCResult) -> None:
     """Expectations beside the values, and what to be careful about, on stderr."""
+    from shared_utils.logging import get_logger
+
+    logger = get_logger(PROGRAM)
     for k in result.ks:
         expected = result.expected_coverage[k]
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result.values[k].items())
@@ -324,10 +333,12 @@ def explain(result: PRDCResult) -> None:
         logger.warning("%d reals and %d fakes: compare only with runs of these sizes", result.num_real, result.num_fake)
 
 
-def tyro_usage(message: str) -> SystemExit:
-    """Wrong usage: the message on stderr, exit code 2."""
-    print(f"prdc-metrics: {message}", file=sys.stderr)
-    return SystemExit(2)
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 VERBS = {
@@ -340,23 +351,28 @@ def main() -> None:
     """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
-    warnings.showwarning = lambda message, *_: logger.warning("%s", message)
-    verb = tyro.extras.subcommand_cli_from_dict
+    warnings.showwarning = _warn
     try:
-        verb({name: _call(kind) for name, kind in VERBS.items()}, prog="prdc-metrics", args=arguments)
+        verbs = {name: _call(kind) for name, kind in VERBS.items()}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments)
     except KeyboardInterrupt:
-        print("prdc-metrics: interrupted; finished runs are kept, the same command goes on", file=sys.stderr)
+        print(
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+        )
         sys.exit(130)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"prdc-metrics: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, OSError) as error:
-        if debug:
-            raise
-        print(f"prdc-metrics: {error}", file=sys.stderr)
-        sys.exit(1)
+        wrong_input = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        known = wrong_input or isinstance(error, RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        sys.exit(2 if wrong_input else 1)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    from shared_utils.logging import get_logger
+
+    get_logger(PROGRAM).warning("%s", message)
 
 
 def _call(kind: type) -> Callable[..., None]:

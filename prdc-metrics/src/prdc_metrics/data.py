@@ -147,7 +147,7 @@ class ImageFiles(Dataset):
     Args:
         folder: searched for png, jpg, jpeg, webp and bmp files, suffix in any case.
         size: (H, W) to resize to while loading, so that images of different sizes batch; None keeps the size.
-        skip_corrupt: an unreadable image comes back as the ValueError that names it instead of being raised,
+        skip_broken: an unreadable image comes back as the ValueError that names it instead of being raised,
             so that a loader's main process can count, log and leave it out.
 
     Raises:
@@ -155,8 +155,8 @@ class ImageFiles(Dataset):
         ValueError: a file instead of a folder, a folder without images; on access: an unreadable image.
     """
 
-    def __init__(self, folder: str | Path, *, size: tuple[int, int] | None = None, skip_corrupt: bool = False):
-        self.folder, self.size, self.skip_corrupt = Path(folder), size, skip_corrupt
+    def __init__(self, folder: str | Path, *, size: tuple[int, int] | None = None, skip_broken: bool = False):
+        self.folder, self.size, self.skip_broken = Path(folder), size, skip_broken
         if not self.folder.exists():
             raise FileNotFoundError(f"{self.folder}: no such image folder")
         if not self.folder.is_dir():
@@ -179,7 +179,7 @@ class ImageFiles(Dataset):
                 rgb = as_rgb(image)
         except Exception as cause:  # decoders raise nearly every type on damaged bytes
             error = ValueError(f"{path}: cannot be read as an image ({type(cause).__name__}: {cause})")
-            if self.skip_corrupt:
+            if self.skip_broken:
                 return error
             raise error from cause
         return rgb if self.size is None else resize(rgb, self.size)

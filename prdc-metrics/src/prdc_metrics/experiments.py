@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from prdc_metrics.embeddings import load_embedding
 from prdc_metrics.expectation import expected_coverage
 from prdc_metrics.features import extract_features
 from prdc_metrics.metrics import knn_radii, prdc
-from prdc_metrics.train import fit_vae, sample
+from prdc_metrics.train import VAE, fit_vae, sample
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Table, load_tables
 
@@ -77,11 +77,6 @@ class Settings:
     """images are resized to side x side before VGG16"""
 
 
-def default_data_root() -> Path:
-    """DATA_ROOT, else ~/.cache/prdc-metrics."""
-    return Path(os.environ.get("DATA_ROOT", Path.home() / ".cache" / "prdc-metrics"))
-
-
 def tables() -> list[Table]:
     """The project's table files. FileNotFoundError outside a source checkout."""
     if not (PROJECT / "tables").is_dir():
@@ -90,14 +85,14 @@ def tables() -> list[Table]:
 
 
 def run_tables(
-    chosen: list[Table],
+    chosen: Sequence[Table],
     scale: str,
     data_root: Path,
-    rows: list[str] | None = None,
-    seeds: list[int] | None = None,
     *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     force: bool = False,
-    jobs: int = 1,
+    jobs: int = 0,
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")

@@ -29,7 +29,6 @@ from shared_utils.logging import progress
 logger = logging.getLogger(__name__)
 
 
-
 @runtime_checkable
 class MapStyle(Protocol):
     """What a map-style Dataset has; torch's Dataset promises no length."""
@@ -57,7 +56,7 @@ def extract_features(
     device: str | torch.device | None = None,
     precision: Literal["float32", "bf16"] = "float32",
     cache: str | Path | None = None,
-    skip_corrupt: bool = False,
+    skip_broken: bool = False,
 ) -> Tensor:
     """Embed images (the paper's experiments on images; the embedding is part of every result).
 
@@ -78,7 +77,7 @@ def extract_features(
         precision: "float32" (tf32 off), or "bf16" autocast, which changes the features.
         cache: folder of stored features, keyed by the images' bytes, the embedding and the precision. Not for
             a Dataset, nor for a callable without a `.provenance` dict: these are computed each time.
-        skip_corrupt: leave out unreadable files of a folder, each named in the log, instead of failing.
+        skip_broken: leave out unreadable files of a folder, each named in the log, instead of failing.
 
     Returns:
         (n, D) float32 on the CPU, rows in the order of the source.
@@ -101,7 +100,7 @@ def extract_features(
     indices = subset(len(images), num_samples, sample_seed)
     entry = None
     if cache is not None and _can_cache(images, provenance):
-        settings = dict(embedding=provenance, size=size, precision=precision, skip_corrupt=skip_corrupt)
+        settings = dict(embedding=provenance, size=size, precision=precision, skip_broken=skip_broken)
         entry = CacheEntry(Path(cache), settings, images.content_digest(indices))
         if (features := entry.read()) is not None:
             return features
@@ -116,14 +115,14 @@ def extract_features(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
-    features, skipped = _embed(loader, len(indices), embedding, device, precision, skip_corrupt)
+    features, skipped = _embed(loader, len(indices), embedding, device, precision, skip_broken)
     if entry is not None:
         entry.write(features, skipped)
     return features
 
 
 def _embed(
-    loader: DataLoader, total: int, embedding: Embedding, device: torch.device, precision: str, skip_corrupt: bool
+    loader: DataLoader, total: int, embedding: Embedding, device: torch.device, precision: str, skip_broken: bool
 ) -> tuple[Tensor, list[str]]:
     """All batches through the embedding -> (n, D) float32 on the CPU, and a line for every skipped file."""
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
@@ -137,7 +136,7 @@ def _embed(
         task = bar.add_task("features", total=total)
         for images, errors in loader:
             for error in errors:
-                if not skip_corrupt:
+                if not skip_broken:
                     raise error
                 logger.warning("skipped %s", error)
                 skipped.append(str(error))
@@ -231,7 +230,7 @@ class Collate:
 
 def _open_images(source: Source, size: tuple[int, int] | None) -> ImageFiles | ImageArray | DatasetImages:
     if isinstance(source, str | Path):
-        return ImageFiles(source, size=size, skip_corrupt=True)  # errors come back as items; `_embed` decides
+        return ImageFiles(source, size=size, skip_broken=True)  # errors come back as items; `_embed` decides
     if isinstance(source, Tensor | np.ndarray):
         return ImageArray(source)
     if isinstance(source, MapStyle):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import cast
 
 import torch
 from lightning.fabric import Fabric
@@ -15,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from rebias.data.biased import BiasedDigits, assign_bias, colourise
 from rebias.experiments import PACKAGES, PROJECT, build_method
 from rebias.hsic import hsic, rbf_gram
+from rebias.methods import Method
 from rebias.models import SimpleConvNet
 from rebias.settings import Settings
+from rebias.tasks import Task
 from rebias.train import make_fabric
 from shared_utils.benchmark import Timing, in_turn, report
 
@@ -68,14 +71,18 @@ class _Task:
         return SimpleConvNet(kernel_size=7), [SimpleConvNet(kernel_size=1)]
 
 
+def _method(name: str, order: str, fabric: Fabric) -> Method:
+    return build_method(cast(Task, _Task(name, order, fabric)))
+
+
 def _steps(device: torch.device, repeats: int) -> Iterator[Timing]:
     fabric = make_fabric(device.type)
     batch = 256 if device.type == "cuda" else 32
     images = torch.rand(batch, 3, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(10, (batch,), device=device)
-    vanilla = build_method(_Task("vanilla", "g-first", fabric))
+    vanilla = _method("vanilla", "g-first", fabric)
     for order, target in (("g-first", ">= 1/1.4"), ("f-first", "")):
-        rebias = build_method(_Task("rebias", order, fabric))
+        rebias = _method("rebias", order, fabric)
         ours, peer = (partial(method.step, images, targets) for method in (rebias, vanilla))
         times = in_turn(ours, peer, repeats, device)
         yield Timing(f"ReBias step, {order}, k = 7, batch {batch}", "vanilla step", *times, target=target)

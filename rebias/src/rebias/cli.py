@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rebias.settings import PRESETS
+from rebias.settings import PRESETS, Settings
 
 PROGRAM = "rebias"
+
+if TYPE_CHECKING:
+    Preset = Settings
+else:
+    Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
 
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/rebias."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "rebias")
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -46,18 +52,19 @@ class Run:
 
     def __call__(self) -> None:
         from rebias import experiments
-        from shared_utils.report import print_table
+        from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
 
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return _list_missing(chosen, self)
+            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -72,30 +79,11 @@ class Run:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
 
 
-def _list_missing(chosen: list, options: Run) -> None:
-    from rich.table import Table as Grid
-
-    from rebias.experiments import PROJECT
-    from shared_utils.logging import console
-    from shared_utils.runlog import RunLog
-
-    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
-    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-    for table in chosen:
-        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
-        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
-        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
-        total += seconds
-        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-    grid.add_row("all", "", f"{total:.0f}")
-    console().print(grid)
-
-
 @dataclass
 class Train:
     """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
 
-    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    settings: Preset
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("rebias.pt")
     """Checkpoint; `rebias eval` reads it."""
@@ -238,7 +226,7 @@ class Record:
 class Bench:
     """Speed: HSIC against its O(m^3) form, a ReBias step against a vanilla one, colouring against a PIL loader."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
@@ -247,12 +235,6 @@ class Bench:
         from rebias.bench import run
 
         run(self.repeats, self.threads)
-
-
-def usage(message: str) -> SystemExit:
-    """Wrong usage: the message on stderr, exit code 2."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
 
 
 VERBS = {
@@ -278,13 +260,13 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        plain = isinstance(error, ValueError | TypeError | RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if plain else repr(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError | TypeError | FileNotFoundError) else 1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

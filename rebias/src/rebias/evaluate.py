@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from rebias.hsic import hsic, median_sigma
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from rebias.data.dataset import Dataset
+
 
 @torch.no_grad()
-def predict(model: nn.Module, data, fabric: Fabric, batch_size: int = 1024) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, data: Dataset, fabric: Fabric, batch_size: int = 1024) -> tuple[Tensor, Tensor]:
     """Run a network over a whole set in eval mode; under DDP the ranks share it and all get everything.
 
     Args:
@@ -36,7 +38,7 @@ def predict(model: nn.Module, data, fabric: Fabric, batch_size: int = 1024) -> t
         logits.append(batch_logits.float())
         features.append(batch_features.flatten(1).float())
     model.train(mode)
-    return tuple(_in_order(torch.cat(parts), len(data), fabric) for parts in (logits, features))
+    return _in_order(torch.cat(logits), len(data), fabric), _in_order(torch.cat(features), len(data), fabric)
 
 
 def _in_order(local: Tensor, total: int, fabric: Fabric) -> Tensor:
@@ -45,7 +47,8 @@ def _in_order(local: Tensor, total: int, fabric: Fabric) -> Tensor:
         return local.cpu()
     padded = local.new_zeros(-(-total // fabric.world_size), local.shape[1])
     padded[: len(local)] = local
-    return fabric.all_gather(padded).transpose(0, 1).flatten(0, 1)[:total].cpu()
+    gathered = cast(Tensor, fabric.all_gather(padded))  # (world, padded length, d)
+    return gathered.transpose(0, 1).flatten(0, 1)[:total].cpu()
 
 
 def group_accuracy(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
 
 from lightning.fabric import Fabric
 from scipy import stats
+from torch import nn
 
 from rebias.methods import METHODS, Method
 from rebias.models import BagNet18, ResNet3D, ResNet18, SimpleConvNet, receptive_field
@@ -21,7 +22,7 @@ from shared_utils.tables import Table, load_tables, settings_hash
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy")
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mnist-f": SimpleConvNet,
     "mnist-g": partial(SimpleConvNet, kernel_size=1),
     "imagenet9-f": ResNet18,
@@ -32,7 +33,9 @@ NETWORKS = {
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings."""
+    """The project's table files, checked against the settings. FileNotFoundError outside a source checkout."""
+    if not (PROJECT / "tables").is_dir():
+        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -41,8 +44,8 @@ def run_tables(
     scale: str,
     data_root: Path,
     *,
-    rows: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
     skip_missing: bool = False,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rebias.hsic import dimension_sigma, median_sigma
-from rebias.models import HexNet
+from rebias.models import HexNet, Network
 from rebias.objectives import (
     LearnedMixinLoss,
     ReBiasLoss,
@@ -36,17 +37,20 @@ class Method(ABC):
 
     Attributes:
         modules: everything with weights, by name; "f" is the network that is evaluated.
-        optimizers: by name.
+        optimizers: by name, as Fabric wraps them.
+        loss: where its bandwidths belong into a checkpoint.
     """
+
+    loss: ReBiasLoss | None = None
 
     def __init__(self, settings: Settings, fabric: Fabric):
         self.settings, self.fabric = settings, fabric
         self.modules: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.optimizers: dict[str, Any] = {}
 
     def add(self, name: str, *modules: nn.Module) -> list[nn.Module]:
         """Put modules under one Adam; returns them as Fabric wraps them."""
-        wrapped = [self.fabric.setup_module(module) for module in modules]
+        wrapped: list[nn.Module] = [self.fabric.setup_module(module) for module in modules]
         weights = itertools.chain(*(module.parameters() for module in modules))
         s = self.settings
         adam = torch.optim.Adam(weights, lr=s.lr, weight_decay=s.weight_decay, fused=True)
@@ -76,7 +80,7 @@ class Method(ABC):
 class Vanilla(Method):
     """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
         super().__init__(settings, fabric)
         (self.f,) = self.add("f", f)
         if settings.monitor_g:
@@ -102,7 +106,9 @@ class ReBias(Method):
     gradient. Forwards without gradient leave batch norm's running statistics alone.
     """
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+    loss: ReBiasLoss
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
         super().__init__(settings, fabric)
         s = settings
         sigma = "median" if s.sigma == "median" and s.sigma_every == "batch" else s.sigma_value
@@ -172,7 +178,7 @@ class ReBias(Method):
 class RUBi(Method):
     """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
         super().__init__(settings, fabric)
         head = RUBiLoss(gs[0].fc.in_features, gs[0].fc.out_features)
         (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
@@ -188,7 +194,7 @@ class RUBi(Method):
 class LearnedMixin(Method):
     """f beside a g that was trained before and is frozen."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
         super().__init__(settings, fabric)
         head = LearnedMixinLoss(f.fc.in_features)
         (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
@@ -211,7 +217,9 @@ class LearnedMixin(Method):
 class HEX(Method):
     """Logits projected away from what the grey-level co-occurrence branch alone can say."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+    f: Any  # HexNet as Fabric wraps it, which forwards `both`
+
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
         super().__init__(settings, fabric)
         (self.f,) = self.add("f", HexNet(f, f.fc.in_features, f.fc.out_features))
         self.f.mark_forward_method("both")
@@ -225,7 +233,7 @@ class HEX(Method):
 class LfF(Method):
     """Learning from failure: a twin of f is trained to be biased, f on the samples that the twin finds hard."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: nn.Module, gs: list[nn.Module]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
         super().__init__(settings, fabric)
         (self.f,), (self.g,) = self.add("f", f), self.add("g0", gs[0])
 
@@ -238,7 +246,7 @@ class LfF(Method):
         return {"f_weighted_cross_entropy": loss.detach()}
 
 
-METHODS = {
+METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network]], Method]] = {
     "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
     "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
 }  # fmt: skip
@@ -279,4 +287,6 @@ def gather_with_gradient(x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
+    from torch.distributed.nn.functional import all_gather  # not there in a build without distributed
+
+    return torch.cat(all_gather(x.contiguous()))

@@ -58,7 +58,8 @@ class ReBiasLoss:
             targets: (B,) int64.
         """
         classification = F.cross_entropy(f_logits, targets)
-        dependence = sum(self.dependence(f_feat, g_feat.detach(), targets) for g_feat in g_feats)
+        terms = (self.dependence(f_feat, g_feat.detach(), targets) for g_feat in g_feats)
+        dependence = sum(terms, start=classification.new_zeros(()))
         total = classification + self.f_lambda * dependence
         return total, {"f_cross_entropy": classification.detach(), "f_hsic": dependence.detach()}
 

@@ -95,7 +95,7 @@ class Settings:
     network: str = ""
     """measure a network instead of training one: mnist-f, mnist-g, imagenet9-f, imagenet9-g, kinetics10-f or -g"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("f_widths", "f_strides", "g_widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in CHOICES.items():

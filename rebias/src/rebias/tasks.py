@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric import Fabric
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rebias.data.biased import NUM_CLASSES, BiasedDigits, biased_mnist, biased_sklearn_digits
+from rebias.data.dataset import BiasedDataset, Dataset
 from rebias.data.toy import ToyPoints
 from rebias.evaluate import (
     dependence,
@@ -22,13 +25,16 @@ from rebias.evaluate import (
 )
 from rebias.hsic import median_sigma
 from rebias.methods import Method
-from rebias.models import MLP, BagNet18, ResNet3D, ResNet18, SimpleConvNet
+from rebias.models import MLP, BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet
 from rebias.settings import Settings
+
+if TYPE_CHECKING:
+    from rebias.data.action import VideoFiles
 
 Result = tuple[dict[str, float], dict]
 
 
-class Task:
+class Task(ABC):
     """What every task has: `train`, `tests` (for the run record), `f()`, `g()` and `evaluate(method)`.
 
     Args:
@@ -39,15 +45,32 @@ class Task:
         skip_missing: go on without missing videos.
     """
 
-    train = None
-    tests: tuple = ()
+    train: Dataset
+    tests: tuple[Dataset, ...]
     memory_format = torch.channels_last
 
     def __init__(self, settings: Settings, seed: int, data_root: Path, fabric: Fabric, skip_missing: bool = False):
         self.settings, self.seed, self.data_root = settings, seed, data_root
         self.fabric, self.skip_missing = fabric, skip_missing
+        self.load()
 
-    def networks(self) -> tuple[nn.Module, list[nn.Module]]:
+    @abstractmethod
+    def load(self) -> None:
+        """Open the data sets."""
+
+    @abstractmethod
+    def f(self) -> Network:
+        """A fresh target network."""
+
+    @abstractmethod
+    def g(self) -> Network:
+        """A fresh biased network."""
+
+    @abstractmethod
+    def evaluate(self, method: Method) -> Result:
+        """Metrics of a trained method, and details for the run record."""
+
+    def networks(self) -> tuple[Network, list[Network]]:
         """Fresh f and gs; f's weights depend on the seed alone, whatever the method trains beside it."""
         method, make_g = self.settings.method, self.f if self.settings.method == "lff" else self.g
         torch.manual_seed(self.seed)
@@ -67,6 +90,10 @@ class SmallTask(Task):
     """Sets in memory with a bias label per sample: toy, digits, MNIST."""
 
     n_biases: int
+    train: BiasedDataset
+    unbiased: BiasedDataset
+    biased: BiasedDataset | None = None
+    groups: BiasedDataset
 
     def point(self, method: Method) -> dict[str, float]:
         """Accuracies, HSIC, bandwidth and feature norm on the unbiased test set, cross-entropy by training group."""
@@ -117,18 +144,16 @@ class Toy(SmallTask):
     """Section 3.2: perceptrons on (B, S) and on B alone."""
 
     n_biases = 3
-    biased = None
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def load(self) -> None:
         self.train = ToyPoints(900, True, self.seed).to(self.fabric.device)
         self.unbiased = self.groups = ToyPoints(9000, False, (1 << 20) + self.seed).to(self.fabric.device)
         self.tests = (self.unbiased,)
 
-    def f(self) -> nn.Module:
+    def f(self) -> Network:
         return MLP()
 
-    def g(self) -> nn.Module:
+    def g(self) -> Network:
         return MLP(columns=(0,))
 
     def evaluate(self, method: Method) -> Result:
@@ -145,28 +170,25 @@ class Digits(SmallTask):
     """scikit-learn's digits; every test digit in all ten colours, its own colour being the biased test."""
 
     n_biases = NUM_CLASSES
-    biased = None
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def load(self) -> None:
         s = self.settings
         self.train = biased_sklearn_digits(True, s.rho, s.n_confusing, self.seed).to(self.fabric.device)
         self.unbiased = biased_sklearn_digits(False, 1.0).in_all_colours().to(self.fabric.device)
         self.groups, self.tests = self.unbiased, (self.unbiased,)
 
-    def f(self) -> nn.Module:
+    def f(self) -> Network:
         s = self.settings
         return SimpleConvNet(NUM_CLASSES, s.f_kernel, s.f_widths, s.f_strides)
 
-    def g(self) -> nn.Module:
+    def g(self) -> Network:
         return SimpleConvNet(NUM_CLASSES, 1, self.settings.g_widths)
 
 
 class Mnist(Digits):
     """Biased MNIST: the paper's test sets (rho 1, 0.1 and 0), drawn once and for all, and all ten colours."""
 
-    def __init__(self, *args, **options):
-        SmallTask.__init__(self, *args, **options)
+    def load(self) -> None:
         s, device = self.settings, self.fabric.device
 
         def test(rho: float) -> BiasedDigits:
@@ -188,8 +210,7 @@ class Mnist(Digits):
 class ImageNet9(Task):
     """9-class ImageNet: validation accuracy, mean over cells of class and texture, ImageNet-A and, if there, -C."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def load(self) -> None:
         from rebias.data import imagenet9
 
         where = {"device": self.fabric.device}
@@ -199,10 +220,10 @@ class ImageNet9(Task):
         self.corrupted = imagenet9.corrupted_sets(self.data_root, **where)
         self.tests = (self.validation, self.hard)
 
-    def f(self) -> nn.Module:
+    def f(self) -> Network:
         return ResNet18(9)
 
-    def g(self) -> nn.Module:
+    def g(self) -> Network:
         return BagNet18(9)
 
     def evaluate(self, method: Method) -> Result:
@@ -216,10 +237,10 @@ class ImageNet9(Task):
             each = {name: self._accuracy(f, data) for name, data in self.corrupted.items()}
             metrics["imagenet_c_accuracy"] = sum(each.values()) / len(each)
         cells, counts = group_accuracy(predictions, labels, self.clusters[0], 9, 9)
-        cells = [[None if math.isnan(cell) else round(cell, 4) for cell in row] for row in cells.tolist()]
-        return metrics, {"cluster_matrix": cells, "cluster_counts": counts.tolist()}
+        matrix = [[None if math.isnan(cell) else round(cell, 4) for cell in row] for row in cells.tolist()]
+        return metrics, {"cluster_matrix": matrix, "cluster_counts": counts.tolist()}
 
-    def _accuracy(self, f: nn.Module, data) -> float:
+    def _accuracy(self, f: nn.Module, data: Dataset) -> float:
         return top1_accuracy(predict(f, data, self.fabric, batch_size=128)[0], data.labels)
 
 
@@ -227,19 +248,19 @@ class Action(Task):
     """Kinetics-10 for training and the biased test, Mimetics-10 for the unbiased one."""
 
     memory_format = torch.channels_last_3d
+    tests: tuple[VideoFiles, VideoFiles]
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def load(self) -> None:
         from rebias.data import action
 
         where = {"device": self.fabric.device, "skip_missing": self.skip_missing}
         self.train = action.kinetics10(self.data_root, True, seed=self.seed, **where)
         self.tests = (action.kinetics10(self.data_root, False, **where), action.mimetics10(self.data_root, **where))
 
-    def f(self) -> nn.Module:
+    def f(self) -> Network:
         return ResNet3D(10, "33333")
 
-    def g(self) -> nn.Module:
+    def g(self) -> Network:
         return ResNet3D(10, "11111")
 
     def evaluate(self, method: Method) -> Result:
@@ -250,4 +271,10 @@ class Action(Task):
         return metrics, {}
 
 
-TASKS = {"toy": Toy, "digits": Digits, "mnist": Mnist, "imagenet9": ImageNet9, "kinetics10": Action}
+TASKS: dict[str, type[Task]] = {
+    "toy": Toy,
+    "digits": Digits,
+    "mnist": Mnist,
+    "imagenet9": ImageNet9,
+    "kinetics10": Action,
+}

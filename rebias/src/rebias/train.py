@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from rebias.data.dataset import Dataset
 from rebias.methods import Method
 from rebias.settings import Settings
 from shared_utils.logging import get_logger
@@ -38,7 +40,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
+    )
     fabric.launch()
     return fabric
 
@@ -69,7 +77,7 @@ def index_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int, wor
 
 def fit(
     method: Method,
-    data,
+    data: Dataset,
     seed: int,
     *,
     on_epoch: Callable[[int, Method], dict | None] = lambda epoch, method: None,
@@ -97,7 +105,7 @@ def fit(
     """
     s, fabric = method.settings, method.fabric
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": _digest(data)}
-    state = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
+    state: dict[str, Any] = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, method)
         logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
@@ -131,7 +139,7 @@ def fit(
     return state["curve"]
 
 
-def _digest(data) -> str:
+def _digest(data: Dataset) -> str:
     return hashlib.sha256(json.dumps(data.record(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -178,5 +186,4 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def _bandwidths(method: Method) -> dict:
-    loss = getattr(method, "loss", None)
-    return {} if loss is None else {"sigma_f": loss.sigma_f, "sigma_g": loss.sigma_g}
+    return {} if method.loss is None else {"sigma_f": method.loss.sigma_f, "sigma_g": method.loss.sigma_g}

@@ -7,25 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rl_adv_reward.atn import ATN, check_observation, project
-from rl_adv_reward.models import Victim
-
-Attack = Callable[[Tensor, Victim], Tensor]
 
 
-def none(x: Tensor, victim: Victim) -> Tensor:
+class HasValues(Protocol):
+    """What an attack needs of a victim, such as `models.Victim`."""
+
+    def q(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to action values, or logits, (N, A)."""
+        ...
+
+
+Attack = Callable[[Tensor, HasValues], Tensor]
+
+
+def none(x: Tensor, victim: HasValues) -> Tensor:
     """No attack: x itself."""
     return x
 
 
 def random_uniform(
-    x: Tensor, victim: Victim, *, eps: float, norm: str = "linf", quantize: bool = False, generator: torch.Generator
+    x: Tensor, victim: HasValues, *, eps: float, norm: str = "linf", quantize: bool = False, generator: torch.Generator
 ) -> Tensor:
     """Uniform noise in [-eps, eps]; under L2 a uniformly drawn direction of length eps."""
     if norm == "l2":
@@ -36,21 +44,21 @@ def random_uniform(
 
 
 def random_sign(
-    x: Tensor, victim: Victim, *, eps: float, norm: str = "linf", quantize: bool = False, generator: torch.Generator
+    x: Tensor, victim: HasValues, *, eps: float, norm: str = "linf", quantize: bool = False, generator: torch.Generator
 ) -> Tensor:
     """Every value moved by the whole of eps, up or down at random: the strong random baseline."""
     noise = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
     return _moved(x, (2 * noise - 1).to(x.dtype), eps, norm, quantize)
 
 
-def fgsm(x: Tensor, victim: Victim, *, eps: float, norm: str = "linf", quantize: bool = False) -> Tensor:
+def fgsm(x: Tensor, victim: HasValues, *, eps: float, norm: str = "linf", quantize: bool = False) -> Tensor:
     """Untargeted (Huang et al. 2017): up the cross-entropy of the victim's own greedy action."""
     return _moved(x, gradient(x, victim, greedy(x, victim)), eps, norm, quantize)
 
 
 def targeted_fgsm(
     x: Tensor,
-    victim: Victim,
+    victim: HasValues,
     *,
     target: Callable[[Tensor], Tensor],
     eps: float,
@@ -63,7 +71,7 @@ def targeted_fgsm(
 
 def pgd(
     x: Tensor,
-    victim: Victim,
+    victim: HasValues,
     *,
     eps: float,
     norm: str = "linf",
@@ -82,7 +90,7 @@ def pgd(
 
 
 def strategically_timed(
-    x: Tensor, victim: Victim, *, attack: Attack, threshold: float, temperature: float = 1.0
+    x: Tensor, victim: HasValues, *, attack: Attack, threshold: float, temperature: float = 1.0
 ) -> Tensor:
     """`attack`, only where the victim's preference max - min of softmax(Q / temperature) exceeds the threshold.
 
@@ -101,17 +109,17 @@ class ATNAttack:
         self.atn, self.quantize = atn, quantize
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, victim: Victim) -> Tensor:
+    def __call__(self, x: Tensor, victim: HasValues) -> Tensor:
         return project(self.atn(x), x, self.atn.eps, self.atn.norm, quantize=self.quantize)
 
 
-def greedy(x: Tensor, victim: Victim) -> Tensor:
+def greedy(x: Tensor, victim: HasValues) -> Tensor:
     """The victim's actions (N,) on x, the first on ties."""
     with torch.no_grad():
         return victim.q(x).argmax(1)
 
 
-def gradient(x: Tensor, victim: Victim, action: Tensor) -> Tensor:
+def gradient(x: Tensor, victim: HasValues, action: Tensor) -> Tensor:
     """Gradient in x of the summed cross-entropy between the victim's values (as logits) and actions (N,).
 
     Values within rounding error of zero are zero: the sign of a rounding error must not become an attack.
@@ -136,8 +144,7 @@ def _moved(x: Tensor, direction: Tensor, eps: float, norm: str, quantize: bool) 
     return project(_step(x, direction, eps, norm), x, eps, norm, quantize=quantize)
 
 
-NEEDS = {"random-uniform": "generator", "random-sign": "generator", "atn": "atn"}
-NEEDS |= {"targeted-fgsm": "target", "targeted-pgd": "target"}
+NOISE = {"random-uniform": random_uniform, "random-sign": random_sign}
 NOT_LEARNED = ("none", "random-uniform", "random-sign", "fgsm", "pgd", "timed")
 
 
@@ -168,20 +175,23 @@ def make_attack(
     Raises:
         ValueError: an unknown name, or what it needs is not given.
     """
+    needs: dict[str, tuple[str, object]] = {
+        "atn": ("atn", atn), "targeted-fgsm": ("target", target), "targeted-pgd": ("target", target)
+    }  # fmt: skip
+    needs |= {noise: ("generator", generator) for noise in NOISE}
+    if name in needs and needs[name][1] is None:
+        raise ValueError(f"attack {name!r} needs {needs[name][0]}")
     bound: dict[str, Any] = {"eps": eps, "norm": norm, "quantize": quantize}
-    given: dict[str, Any] = {"generator": generator, "target": target, "atn": atn}
-    if name in NEEDS and given[NEEDS[name]] is None:
-        raise ValueError(f"attack {name!r} needs {NEEDS[name]}")
     makers: dict[str, Callable[[], Attack]] = {
         "none": lambda: none,
-        "random-uniform": lambda: partial(random_uniform, generator=given["generator"], **bound),
-        "random-sign": lambda: partial(random_sign, generator=given["generator"], **bound),
+        "random-uniform": lambda: partial(random_uniform, **bound, generator=cast(torch.Generator, generator)),
+        "random-sign": lambda: partial(random_sign, **bound, generator=cast(torch.Generator, generator)),
         "fgsm": lambda: partial(fgsm, **bound),
         "pgd": lambda: partial(pgd, **bound),
         "timed": lambda: partial(strategically_timed, attack=partial(fgsm, **bound), threshold=threshold),
-        "targeted-fgsm": lambda: partial(targeted_fgsm, target=given["target"], **bound),
-        "targeted-pgd": lambda: partial(pgd, target=target, **bound),
-        "atn": lambda: ATNAttack(given["atn"], quantize),
+        "targeted-fgsm": lambda: partial(targeted_fgsm, **bound, target=cast(Callable[[Tensor], Tensor], target)),
+        "targeted-pgd": lambda: partial(pgd, **bound, target=target),
+        "atn": lambda: ATNAttack(cast(ATN, atn), quantize),
     }
     if name not in makers:
         raise ValueError(f"attack must be one of {', '.join(makers)}, got {name!r}")

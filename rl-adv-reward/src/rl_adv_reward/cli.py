@@ -15,6 +15,7 @@ import tyro
 from rl_adv_reward.settings import PRESETS, Settings
 
 PROGRAM = "rl-adv-reward"
+
 if TYPE_CHECKING:
     from rl_adv_reward.evaluation import Evaluation
     from rl_adv_reward.experiments import Subject
@@ -57,8 +58,8 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            runs = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, runs)
         yours = experiments.run_tables(
             chosen, self.scale, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
         )
@@ -277,8 +278,8 @@ def main() -> None:
         if debug:
             raise
         known = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        message = str(error) if known or isinstance(error, RuntimeError | OSError) else repr(error)
-        print(f"{PROGRAM}: {message}", file=sys.stderr)
+        told = known or isinstance(error, RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if told else repr(error)}", file=sys.stderr)
         sys.exit(2 if known else 1)
 
 

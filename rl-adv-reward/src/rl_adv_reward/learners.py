@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 class Learner(Protocol):
     """What the loop in train.py drives."""
 
-    modules: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def act(self, x: Tensor, iteration: int) -> Tensor: ...
 
@@ -33,7 +36,7 @@ class Learner(Protocol):
     def after(self, iteration: int) -> None: ...
 
 
-def _adam(parameters: Iterable[nn.Parameter], loop: Loop) -> torch.optim.Optimizer:
+def _adam(parameters: Iterable[nn.Parameter], loop: Loop) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=loop.lr, eps=loop.adam_eps, fused=True)
 
 
@@ -47,7 +50,7 @@ class QLearner:
         self.loop, self.fabric = loop, fabric
         self.q = q.to(fabric.device).to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
-        self.modules: dict[str, nn.Module] = {"q": self.q, "target": self.target}
+        self.modules = {"q": self.q, "target": self.target}
         self.optimizer = _adam(self.q.parameters(), loop)
 
     def exploration(self, iteration: int) -> float:
@@ -87,7 +90,7 @@ class Distiller:
         self.fabric, self.tau, self.own = fabric, tau, own
         self.q = AttackedQ(atn.to(fabric.device).to(memory_format=torch.channels_last), victim)
         self.critic = critic.to(fabric.device).requires_grad_(False).eval()
-        self.modules: dict[str, nn.Module] = {"q": self.q}
+        self.modules = {"q": self.q}
         self.optimizer = _adam(self.q.parameters(), loop)
 
     @torch.no_grad()

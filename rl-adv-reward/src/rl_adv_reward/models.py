@@ -144,9 +144,9 @@ class Victim(nn.Module):
 class SB3Network(nn.Module):
     """The network inside a stable-baselines3 policy, on observations that are scaled to [0, 1] already."""
 
-    def __init__(self, policy: Any):
+    def __init__(self, policy: nn.Module):
         super().__init__()
-        self.policy = policy
+        self.policy: Any = policy  # of stable-baselines3
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self.policy, "q_net"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rl_adv_reward.envs import make_envs
+from rl_adv_reward.envs.minipong import MiniPongVec
 from rl_adv_reward.rewards import AdversarialReward
 
 
@@ -16,7 +17,7 @@ class Play:
     """Environments in NEXT_STEP mode, with what every step needs: clean observations on the device and their age."""
 
     def __init__(self, env: str, num_envs: int, seed: int, device: torch.device):
-        self.envs: Any = make_envs(env, num_envs)  # a VectorEnv; some have state() and restore() as well
+        self.envs = make_envs(env, num_envs)
         self.device = device
         self.obs = self._upload(self.envs.reset(seed=seed)[0])  # (N, C, H, W) uint8
         self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -49,5 +50,6 @@ class Play:
 
     def restore(self, state: dict) -> None:
         """Put back a `state`."""
-        self.envs.restore({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()})
+        envs = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()}
+        cast(MiniPongVec, self.envs).restore(envs)
         self.obs, self.age, self.over = (state[name].to(self.device) for name in ("obs", "age", "over"))

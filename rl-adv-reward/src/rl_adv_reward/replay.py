@@ -42,7 +42,7 @@ class Replay:
     """
 
     def __init__(
-        self, capacity: int, num_envs: int, obs_shape: tuple[int, ...], padding: str, device: torch.device | str
+        self, capacity: int, num_envs: int, obs_shape: tuple[int, int, int], padding: str, device: torch.device | str
     ):
         self.stack, self.padding = obs_shape[0], padding
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -48,13 +48,21 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     if precision == "auto":
         modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16-mixed" if modern else "32-true"
-    # any string: Fabric refuses what it does not know
-    return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+    return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]  # any of Fabric's
 
 
 def own_reward(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict) -> Tensor:
     """The game's own reward, clipped to its sign: what victims are trained on."""
     return reward.sign()
+
+
+class State(TypedDict):
+    """Where a training stands."""
+
+    iteration: int
+    curve: list[dict]
+    count: int  # updates since the last evaluation
+    finished: bool
 
 
 class Trained(NamedTuple):
@@ -108,14 +116,14 @@ def fit(
         return Trained(saved["state"]["curve"], saved["state"]["iteration"])
     seed_everything(seed)
     play = Play(loop.env, loop.num_envs, seed, fabric.device)
-    shape = play.obs.shape[1:]
+    shape = cast(tuple[int, int, int], play.envs.single_observation_space.shape)
     replay = Replay(loop.capacity, loop.num_envs, shape, ENVIRONMENTS[loop.env].padding, fabric.device)
-    state: dict[str, Any] = {"iteration": 0, "curve": [], "count": 0, "finished": False}
+    state: State = {"iteration": 0, "curve": [], "count": 0, "finished": False}
     loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # summed since the last evaluation
-    if saved:
+    if saved and checkpoint is not None:
         state, loss = saved["state"], saved["loss"].to(fabric.device)
         _restore(saved, learner, replay, play, loop)
-        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint)
+        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint.name)
     compute_loss = torch.compile(learner.loss) if compile else learner.loss
 
     while not state["finished"]:
@@ -135,7 +143,8 @@ def fit(
         if evaluate and evaluate_every and (state["finished"] or state["iteration"] % evaluate_every == 0):
             point, enough = evaluate(state["iteration"])
             point |= {"iteration": state["iteration"], "loss": _finite(loss, state) / max(1, state["count"])}
-            state |= {"curve": [*state["curve"], point], "count": 0, "finished": state["finished"] or enough}
+            state["curve"], state["count"] = [*state["curve"], point], 0
+            state["finished"] = state["finished"] or enough
             loss = torch.zeros_like(loss)
         if state["finished"] or state["iteration"] % checkpoint_every == 0:
             _finite(loss, state)
@@ -145,7 +154,7 @@ def fit(
     return Trained(state["curve"], state["iteration"])
 
 
-def _finite(loss: Tensor, state: dict) -> float:
+def _finite(loss: Tensor, state: State) -> float:
     value = loss.item()
     if not math.isfinite(value):
         raise RuntimeError(f"iteration {state['iteration']}: the loss is NaN or infinite")
@@ -162,12 +171,12 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 # ---- checkpoints ------------------------------------------------------------
 
 
-def _save(path: Path, run: dict, state: dict, loss: Tensor, learner: Learner, replay: Replay, play: Play) -> None:
+def _save(path: Path, run: dict, state: State, loss: Tensor, learner: Learner, replay: Replay, play: Play) -> None:
     """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one.
 
     A finished training keeps no replay: it is large, and nobody needs it any more.
     """
-    content = {"run": run, "state": state, "loss": loss.cpu()}
+    content: dict[str, Any] = {"run": run, "state": state, "loss": loss.cpu()}
     content["modules"] = {name: module.state_dict() for name, module in learner.modules.items()}
     if not state["finished"]:
         content |= {"optimizer": learner.optimizer.state_dict(), "rng": rng_state()}

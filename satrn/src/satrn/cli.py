@@ -24,7 +24,7 @@ else:
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/satrn."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "satrn")
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -52,18 +52,19 @@ class Run:
 
     def __call__(self) -> None:
         from satrn import experiments
-        from shared_utils.report import print_table
+        from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
 
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return _list_missing(chosen, self)
+            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -80,25 +81,6 @@ class Run:
 
         for path in draw_all(chosen, yours.path.parent, (self.scale,)):
             print(path)
-
-
-def _list_missing(chosen: list, options: Run) -> None:
-    from rich.table import Table as Grid
-
-    from satrn.experiments import PROJECT
-    from shared_utils.logging import console
-    from shared_utils.runlog import RunLog
-
-    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
-    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-    for table in chosen:
-        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
-        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
-        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
-        total += seconds
-        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-    grid.add_row("all", "", f"{total:.0f}")
-    console().print(grid)
 
 
 @dataclass
@@ -126,7 +108,7 @@ class Train:
     workers: int = 4
     """Loader processes."""
     skip_broken: bool = False
-    """Take the next word instead of a broken image (counted and named)."""
+    """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from satrn.experiments import train_and_evaluate
@@ -155,7 +137,7 @@ class Eval:
     device: str = "auto"
     """auto, cpu or cuda."""
     skip_broken: bool = False
-    """Leave broken images out (counted and named)."""
+    """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from satrn.experiments import evaluate_checkpoint
@@ -342,7 +324,7 @@ class Record:
 class Bench:
     """Speed: cached decoding against recompute-everything, equality checked; on CUDA also the training step."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
@@ -351,12 +333,6 @@ class Bench:
         from satrn.bench import run
 
         run(self.repeats, self.threads)
-
-
-def usage(message: str) -> SystemExit:
-    """Wrong usage: the message on stderr, exit code 2."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
 
 
 VERBS = {
@@ -383,10 +359,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        message = str(error) if known or isinstance(error, RuntimeError) else repr(error)
-        print(f"{PROGRAM}: {message}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        plain = wrong or isinstance(error, RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if plain else repr(error)}", file=sys.stderr)
+        sys.exit(2 if wrong else 1)
 
 
 def _call(kind: type) -> Callable[..., None]:

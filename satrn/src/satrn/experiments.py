@@ -37,7 +37,9 @@ logger = get_logger("satrn")
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings."""
+    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
+    if not (PROJECT / "tables").is_dir():
+        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -46,15 +48,15 @@ def run_tables(
     scale: str,
     data_root: Path,
     *,
-    rows: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
     skip_broken: bool = False,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
-    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
     execute_here = partial(execute, data_root=data_root, skip_broken=skip_broken)
     run_missing("satrn", runs, log, execute_here, repository=PROJECT, packages=PACKAGES, force=force, jobs=jobs)
     return log

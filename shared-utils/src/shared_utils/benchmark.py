@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 import rich.table
 import torch
+from rich.markup import escape
 
 from shared_utils import runlog
 from shared_utils.logging import console, progress
@@ -151,7 +152,7 @@ def print_summary(frame: pd.DataFrame) -> None:
     for name in shown:
         table.add_column(name, no_wrap=name not in ("what", "peer", "note"))
     for cells in shown.itertuples(index=False):
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     console().print(table)
     for project, device in places.itertuples(index=False):
         console().print(f"{project}: {device}", highlight=False)

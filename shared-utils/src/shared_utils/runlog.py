@@ -27,6 +27,8 @@ from shared_utils.tables import Run
 
 logger = get_logger(__name__)
 
+CODE = (":/", ":(top,exclude,glob)**/results/**", ":(top,exclude)RESULTS.md", ":(top,exclude)README.md")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -91,7 +93,10 @@ class RunLog:
 
 
 def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Device, versions, git commit and whether the tree was clean (False outside git)."""
+    """Device, versions, git commit and whether all code was committed (False outside git).
+
+    What is generated from run logs is no code: several projects may be recorded one after the other.
+    """
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True)
@@ -102,7 +107,7 @@ def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({_processor()})",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)},
         "commit": git("rev-parse", "HEAD"),
-        "clean": git("status", "--porcelain") == "",
+        "clean": git("status", "--porcelain", "--", *CODE) == "",
     }
 
 
@@ -199,7 +204,7 @@ def record(moves: Sequence[tuple[RunLog, RunLog]], repository: Path) -> int:
 
     Args:
         moves: (from, to), one pair per scale.
-        repository: must have no uncommitted changes.
+        repository: must have no uncommitted changes but in what is generated from run logs.
 
     Raises:
         RuntimeError: the working tree is not clean, or a run was measured on one that was not.

@@ -27,7 +27,7 @@ else:
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/str-benchmark."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "str-benchmark")
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -56,19 +56,20 @@ class Run:
     """List the missing runs and their expected cost only."""
 
     def __call__(self) -> None:
-        from shared_utils.report import print_table
+        from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
         from str_benchmark import experiments
 
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return _list_missing(chosen, self)
+            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -96,25 +97,6 @@ def _show_words(chosen: list[Table], log: RunLog) -> None:
     if words:
         print("label read: " + ", ".join(f"{label} {text or '-'}" for label, text in words))
         print(f"beside their images: {sheet.relative_to(PROJECT)}")
-
-
-def _list_missing(chosen: list, options: Run) -> None:
-    from rich.table import Table as Grid
-
-    from shared_utils.logging import console
-    from shared_utils.runlog import RunLog
-    from str_benchmark.experiments import PROJECT
-
-    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
-    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-    for table in chosen:
-        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
-        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
-        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
-        total += seconds
-        grid.add_row(table.id, str(len(runs)), f"{seconds:,.0f}")
-    grid.add_row("all", "", f"{total:,.0f}")
-    console().print(grid)
 
 
 @dataclass
@@ -210,7 +192,7 @@ class Predict:
     device: str = "auto"
     """auto, cpu or cuda."""
     skip_broken: bool = False
-    """Leave unreadable files out, named in the log."""
+    """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from str_benchmark.experiments import load_any
@@ -245,11 +227,11 @@ class Data:
     """Where to look."""
 
     def __call__(self) -> None:
-        from str_benchmark.data.sets import inventory, open_set
-
         if self.words:
+            from str_benchmark.data.sets import open_set
+
             if self.words[0] != "inspect" or len(self.words) < 2:
-                raise usage(f"data: expected nothing, or inspect and LMDBs, got {' '.join(self.words)}")
+                raise ValueError(f"data: expected nothing, or inspect and LMDBs, got {' '.join(self.words)}")
             for name in self.words[1:]:
                 options = {"charset": self.charset, "max_length": self.max_length, "filter": self.filter}
                 for data in open_set(name, self.data_root, **options):
@@ -258,8 +240,10 @@ class Data:
         from rich.table import Table as Grid
 
         from shared_utils.logging import console
+        from str_benchmark.data.inventory import inventory
 
-        grid = Grid("set", "what", "words", "found", "where, or what to do", title=f"DATA_ROOT = {self.data_root}")
+        columns = ("data", "scale", "size", "licence", "found", "where", "if missing")
+        grid = Grid(*columns, title=f"below {self.data_root}")
         for row in inventory(self.data_root):
             grid.add_row(*row)
         console().print(grid)
@@ -276,7 +260,7 @@ class CreateLmdb:
     images: Path = Path(".")
     """Folder that the paths start from."""
     skip_broken: bool = False
-    """Leave unreadable images out, named in the log."""
+    """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from str_benchmark.data.create import listed_images
@@ -398,12 +382,6 @@ class Bench:
         run(self.repeats, self.threads)
 
 
-def usage(message: str) -> SystemExit:
-    """Wrong usage: the message on stderr, exit code 2."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
-
-
 VERBS = {
     "run": Run, "train": Train, "eval": Eval, "predict": Predict, "data": Data, "create-lmdb": CreateLmdb,
     "render": Render, "export": Export, "frontier": Frontier, "tables": Tables, "record": Record, "bench": Bench,
@@ -427,9 +405,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, ValueError | TypeError | FileNotFoundError | FileExistsError)
-        print(f"{PROGRAM}: {error if known or isinstance(error, RuntimeError) else repr(error)}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        plain = wrong or isinstance(error, RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if plain else repr(error)}", file=sys.stderr)
+        sys.exit(2 if wrong else 1)
 
 
 def _call(kind: type) -> Callable[..., None]:

@@ -42,7 +42,9 @@ AGGREGATES = {"mean": mean_of_runs, "failures": failures_of_runs}
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings."""
+    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
+    if not (PROJECT / "tables").is_dir():
+        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -51,8 +53,8 @@ def run_tables(
     scale: str,
     data_root: Path,
     *,
-    rows: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
     workers: int = 0,
@@ -60,7 +62,7 @@ def run_tables(
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; those computed from other runs come last."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
-    runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
+    runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
     combined = [run for run in runs if run.settings.get("measure") in AGGREGATES]
     common: dict[str, Any] = {"repository": PROJECT, "packages": PACKAGES, "force": force}
     act = partial(execute, data_root=data_root, workers=workers, skip_broken=skip_broken)

@@ -6,7 +6,7 @@ Names are imported when they are first used, so that the command line starts wit
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
+_HOME = {
     "BoxLocalization": "localization",
     "BoxResult": "localization",
     "Interval": "intervals",
@@ -28,10 +28,11 @@ _HOMES = {
     "resize_normalize": "scoremaps",
     "write_metadata": "metadata",
 }
-__all__ = list(_HOMES)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """The public API, by name."""
+    if name not in _HOME:
         raise AttributeError(f"module 'wsol_eval' has no attribute {name!r}")
-    return getattr(import_module(f"wsol_eval.{_HOMES[name]}"), name)
+    return getattr(import_module(f"wsol_eval.{_HOME[name]}"), name)

@@ -1,29 +1,23 @@
-"""Command line: parse, call, print, exit code. Heavy modules are imported by the verbs that need them."""
+"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsol_eval.recipe import Recipe
+from wsol_eval.recipe import OnData, Recipe, default_data_root
 
 Split = Literal["train", "val", "test"]
 
 
-def default_data_root() -> Path:
-    """DATA_ROOT, else ~/.cache/wsol-eval."""
-    return Path(os.environ.get("DATA_ROOT", Path.home() / ".cache" / "wsol-eval"))
-
-
-class Usage(Exception):
-    """Wrong usage: one line on stderr, exit code 2."""
+PROGRAM = "wsol-eval"
 
 
 @dataclass
@@ -48,40 +42,31 @@ class Run:
     """List the missing runs and their expected cost only."""
 
     def __call__(self) -> None:
-        from shared_utils.report import print_table
+        from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
         from wsol_eval import experiments
 
-        known = experiments.tables()
+        known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
-            if name not in [table.id for table in known]:
-                raise Usage(f"unknown table {name!r}; there are {', '.join(table.id for table in known)}")
-        chosen = [t for t in known if (t.id in self.tables if self.tables else self.scale in t.scales)]
+            if name not in known:
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise Usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return self._list(chosen)
-        options = (list(self.rows) or None, list(self.seeds) or None, self.force, self.jobs)
-        yours = experiments.run_tables(chosen, self.scale, self.data_root, *options)
+            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+        yours = experiments.run_tables(
+            chosen,
+            self.scale,
+            self.data_root,
+            rows=self.rows,
+            seeds=self.seeds,
+            force=self.force,
+            jobs=self.jobs,
+        )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
-
-    def _list(self, chosen: list) -> None:
-        from rich.table import Table as Grid
-
-        from shared_utils.logging import console
-        from shared_utils.runlog import RunLog
-        from wsol_eval.experiments import PROJECT
-
-        done = RunLog(PROJECT / "runs" / f"{self.scale}.jsonl").keys()
-        grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-        for table in chosen:
-            runs = [r for r in table.runs(self.scale, self.rows, self.seeds or None) if r.key not in done]
-            seconds = len(runs) * (table.scales[self.scale].expected_seconds or 0)
-            total += seconds
-            grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-        grid.add_row("all", "", f"{total:.0f}")
-        console().print(grid)
 
 
 @dataclass
@@ -122,9 +107,10 @@ class Score:
     """Also write the JSON to this file."""
 
     def __call__(self) -> None:
-        from wsol_eval.tasks import score
+        from wsol_eval.workflow import score
 
-        result = json.dumps(score(self), indent=2)
+        options = {name: value for name, value in vars(self).items() if name != "json"}
+        result = json.dumps(score(**options), indent=2)
         if self.json:
             self.json.write_text(result + "\n")
         print(result)
@@ -157,46 +143,20 @@ class Conformance:
 
 
 @dataclass
-class OnData:
-    """Where images are, and the device."""
-
-    dataset: str = "scenes"
-    """scenes, scenes-ill-posed, or a folder of the data root: CUB, ILSVRC, OpenImages, or your own."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Holds <dataset>/ and metadata/<dataset>/{train,val,test}/."""
-    per_class: int = 5
-    """Fully labelled images per class of val; 0 takes all."""
-    seed: int = 0
-    """Of scenes, weights, order and draws."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
-    devices: int = 1
-    """Processes; under torchrun its number counts."""
-    num_workers: int = 8
-    """Processes that decode images."""
-    cache: Path | None = None
-    """Folder for 256 x 256 copies of the images, so that each is decoded once."""
-    skip_broken: bool = False
-    """Leave unreadable images out, named in the log."""
-    proxy: bool = False
-    """Train on image_ids_proxy.txt (ImageNet's 10 %)."""
-
-
-@dataclass
 class Train:
     """Train one model into a checkpoint; after a kill the same command goes on."""
 
-    output: tyro.conf.Positional[Path]
-    """Checkpoint to write, and to go on from."""
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     on: tyro.conf.OmitArgPrefixes[OnData] = field(default_factory=OnData)
+    output: Path = Path("wsol-eval.pt")
+    """Checkpoint to write, and to go on from."""
     checkpoint_every: int = 500
     """Steps between saves; each epoch ends with one."""
     compile: bool = False
     """torch.compile the network."""
 
     def __call__(self) -> None:
-        from wsol_eval.tasks import train
+        from wsol_eval.workflow import train
 
         train(self.recipe, self.on, self.output, self.checkpoint_every, self.compile)
 
@@ -221,9 +181,9 @@ class Eval:
 
     def __call__(self) -> None:
         from shared_utils.logging import rank
-        from wsol_eval.tasks import evaluate_checkpoint
+        from wsol_eval.workflow import evaluate_checkpoint
 
-        result = evaluate_checkpoint(self)
+        result = evaluate_checkpoint(**vars(self))
         if rank() == 0:
             print(json.dumps(result, indent=2))
 
@@ -249,9 +209,9 @@ class Search:
 
     def __call__(self) -> None:
         from shared_utils.logging import rank
-        from wsol_eval.tasks import search
+        from wsol_eval.workflow import search
 
-        result = search(self)
+        result = search(**vars(self))
         if rank() == 0:
             print(json.dumps(result, indent=2))
 
@@ -264,9 +224,16 @@ class DataList:
     """Where to look."""
 
     def __call__(self) -> None:
-        from wsol_eval.tasks import print_data
+        from rich.table import Table as Grid
 
-        print_data(self.data_root)
+        from shared_utils.logging import console
+        from wsol_eval.inventory import inventory
+
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
+        console().print("To check what is there: wsol-eval data verify --data-root ... --metadata-root ... --split ...")
 
 
 @dataclass
@@ -327,9 +294,8 @@ class Tables:
         results = experiments.PROJECT / "results"
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(
-            results_page("wsol-eval", experiments.tables(), results, "wsol-eval run")
+            results_page(PROGRAM, experiments.tables(), results, "wsol-eval run")
         )  # fmt: skip
-        print("wrote results/RESULTS.md and figures", file=sys.stderr)
 
 
 @dataclass
@@ -371,10 +337,10 @@ def main() -> None:
     """Entry point: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. --debug shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
-    warnings.showwarning = lambda message, *_: print(f"wsol-eval: warning: {message}", file=sys.stderr)
-    prog, verbs = "wsol-eval", VERBS | {"data": DataList}
+    warnings.showwarning = _warn
+    prog, verbs = PROGRAM, VERBS | {"data": DataList}
     if arguments[:1] == ["data"]:
-        prog, verbs = "wsol-eval data", DATA_VERBS
+        prog, verbs = f"{PROGRAM} data", DATA_VERBS
         arguments = (
             arguments[1:] if arguments[1:2] and not arguments[1].startswith("--data") else ["list", *arguments[1:]]
         )
@@ -383,21 +349,27 @@ def main() -> None:
             {name: _call(kind) for name, kind in verbs.items()}, prog=prog, args=arguments
         )
     except KeyboardInterrupt:
-        _end("interrupted; finished runs and trials are kept, the same command goes on", 130)
+        print(
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+        )
+        sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        wrong_input = isinstance(error, Usage | ValueError | TypeError | KeyError | FileNotFoundError)
-        _end(str(error.args[0]) if isinstance(error, KeyError) else str(error), 2 if wrong_input else 1)
+        wrong_input = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        known = wrong_input or isinstance(error, RuntimeError | OSError)
+        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
+        sys.exit(2 if wrong_input else 1)
 
 
-def _end(message: str, code: int) -> None:
-    print(f"wsol-eval: {message}", file=sys.stderr)
-    sys.exit(code)
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    from shared_utils.logging import get_logger
+
+    get_logger(PROGRAM).warning("%s", message)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[..., None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

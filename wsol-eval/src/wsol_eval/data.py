@@ -89,7 +89,8 @@ class SceneSource:
     def _resident(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if self._here is None or self._here[0].device != device:
             parts = (self.scenes.images, self.scenes.labels, torch.from_numpy(_filled(self.scenes)))
-            self._here = tuple(part.to(device) for part in parts)
+            images, labels, targets = (part.to(device) for part in parts)
+            self._here = images, labels, targets
         return self._here
 
     def training(self, batch_size: int, seed: int, epoch: int, first: int, fabric: Fabric, dense: bool) -> Iterator:
@@ -252,9 +253,9 @@ def load_mask(path: str | Path, side: int = CROP) -> np.ndarray:
 
 
 def read_mask(metadata: Metadata, image_id: str, root: Path, side: int = CROP) -> np.ndarray:
-    """All instances of an image in one mask, see `merge_masks`. KeyError for an image without masks."""
+    """All instances of an image in one mask, see `merge_masks`. ValueError for an image without masks."""
     if image_id not in metadata.masks:
-        raise KeyError(f"image {image_id!r} has no mask in the metadata")
+        raise ValueError(f"image {image_id!r} has no mask in the metadata")
     paths, ignore = metadata.masks[image_id]
     instances = [load_mask(Path(root) / path, side) for path in paths]
     return merge_masks(instances, load_mask(Path(root) / ignore, side) if ignore else None)
@@ -271,13 +272,13 @@ class FolderSource:
 
     Args:
         dataset: the split.
-        num_workers: processes that decode.
+        workers: processes that decode.
     """
 
     resolution = CROP
 
-    def __init__(self, dataset: WSOLDataset, num_workers: int = 4, chosen: np.ndarray | None = None):
-        self.dataset, self.num_workers = dataset, num_workers
+    def __init__(self, dataset: WSOLDataset, workers: int = 4, chosen: np.ndarray | None = None):
+        self.dataset, self.workers = dataset, workers
         self.chosen = np.arange(len(dataset)) if chosen is None else chosen
         self.num_classes = dataset.metadata.num_classes
         self.has_masks, self.has_boxes = bool(dataset.metadata.masks), bool(dataset.metadata.boxes)
@@ -331,16 +332,16 @@ class FolderSource:
         return target
 
     def subset(self, chosen: np.ndarray) -> FolderSource:
-        return FolderSource(self.dataset, self.num_workers, self.chosen[chosen])
+        return FolderSource(self.dataset, self.workers, self.chosen[chosen])
 
     def _loader(self, sample: Callable[[int], tuple], batches: list[np.ndarray], fabric: Fabric) -> Iterator:
         loader = DataLoader(
             _View(self, sample),
             batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=self.num_workers,
+            num_workers=self.workers,
             pin_memory=fabric.device.type == "cuda",
             collate_fn=collate,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=4 if self.workers else None,
         )
         return (batch for batch in loader if batch is not None)
 

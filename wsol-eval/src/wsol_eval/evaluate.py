@@ -42,20 +42,20 @@ class Report:
     def metrics(self) -> dict[str, float]:
         """The main numbers by name; those that the ground truth does not allow are absent."""
         found: dict[str, float] = {}
-        if self.all is not None:
+        if self.all is not None and self.largest is not None:
             found |= {"max_box_acc_v2": self.all.max_box_acc_v2, "max_box_acc": self.largest.max_box_acc[0.5]}
             found |= {f"v2_iou{round(100 * delta)}": value for delta, value in self.all.max_box_acc.items()}
         if self.pixels is not None:
             found |= {"pxap": self.pixels.pxap, "pxap_constant_map": self.pixels.foreground}
-        if self.top1_accuracy is not None:
+        if self.top1_accuracy is not None and self.top5_accuracy is not None:
             found |= {"top1_accuracy": self.top1_accuracy, "top5_accuracy": self.top5_accuracy}
-        if self.all is not None and self.all.top1_curve is not None:
+        if self.largest is not None and self.largest.top1_loc is not None and self.largest.top5_loc is not None:
             found |= {"top1_loc": self.largest.top1_loc[0.5], "top5_loc": self.largest.top5_loc[0.5]}
         return found
 
     def details(self, curve_step: float = 0.05) -> dict[str, Any]:
         """Thresholds and thinned curves for figures."""
-        if self.all is None:
+        if self.all is None or self.largest is None:
             return {"n": self.n}
         stride = max(1, round(curve_step / self.largest.taus[1]))
         half = self.largest.iou_thresholds.index(0.5)
@@ -186,8 +186,7 @@ def score_maps(
 
     Raises:
         FileNotFoundError: an image without a map, a mask that is not there.
-        KeyError: an image without boxes or predictions.
-        ValueError: a damaged map, or one of the wrong size.
+        ValueError: an image without boxes or predictions; a damaged map, or one of the wrong size.
     """
     options = {"cam_curve_interval": interval, "box_convention": convention, "keep_images": keep_images}
     options |= {"resolution": "native" if native else CROP, "workers": workers}
@@ -222,7 +221,7 @@ def _flags_of(names: list[str], metadata: Metadata, predictions: dict[str, list[
         return None, None
     missing = [name for name in names if name not in predictions]
     if missing:
-        raise KeyError(f"image {missing[0]!r} has no prediction")
+        raise ValueError(f"image {missing[0]!r} has no prediction")
     truth = [metadata.class_labels[name] for name in names]
     first = np.array([predictions[name][0] == label for name, label in zip(names, truth, strict=True)])
     return first, np.array([label in predictions[name][:5] for name, label in zip(names, truth, strict=True)])

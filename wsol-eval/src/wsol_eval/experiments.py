@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric import Fabric
 
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables, settings_hash
@@ -118,11 +118,6 @@ class Settings:
         return recipe
 
 
-def default_data_root() -> Path:
-    """DATA_ROOT, else ~/.cache/wsol-eval."""
-    return Path(os.environ.get("DATA_ROOT", Path.home() / ".cache" / "wsol-eval"))
-
-
 def tables() -> list[Table]:
     """The project's table files. FileNotFoundError outside a source checkout."""
     if not (PROJECT / "tables").is_dir():
@@ -131,11 +126,12 @@ def tables() -> list[Table]:
 
 
 def run_tables(
-    chosen: list[Table],
+    chosen: Sequence[Table],
     scale: str,
     data_root: Path,
-    rows: list[str] | None = None,
-    seeds: list[int] | None = None,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
 ) -> RunLog:
@@ -146,8 +142,17 @@ def run_tables(
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     execute = partial(execute_together, data_root=data_root)
-    options = {"repository": PROJECT, "packages": PACKAGES, "force": force, "jobs": jobs, "group": unit_of}
-    run_missing("wsol-eval", runs, log, execute, **options)
+    run_missing(
+        "wsol-eval",
+        runs,
+        log,
+        execute,
+        repository=PROJECT,
+        packages=PACKAGES,
+        force=force,
+        jobs=jobs,
+        group=unit_of,
+    )
     return log
 
 
@@ -186,10 +191,10 @@ def execute(settings: dict, seed: int, data_root: Path) -> Outcome:
             return Outcome({name: float(combine([found[name] for found in each])) for name in names}, {}, dataset)
         case "report":
             values, _, details = _protocol(plain, seed, data_root)
-            kept = {"values": values} | (details if s.keep_maps else {})
+            shown: dict[str, Any] = {"values": values} | (details if s.keep_maps else {})
             if s.dataset in SCENES and s.method != "center":
-                kept |= _chosen(plain, seed) | (_shown(plain, seed) if s.keep_maps else {})
-            return Outcome(_metrics(plain, seed, data_root), kept, dataset)
+                shown |= _chosen(plain, seed) | (_shown(plain, seed) if s.keep_maps else {})
+            return Outcome(_metrics(plain, seed, data_root), shown, dataset)
     raise ValueError(f"unknown experiment {s.experiment!r}")
 
 
@@ -236,7 +241,7 @@ def _split(dataset: str, name: str, seed: int, per_class: int = 5) -> Scenes:
 
 
 @lru_cache(maxsize=1)
-def _cpu():
+def _cpu() -> Fabric:
     return make_fabric("cpu")
 
 
@@ -290,14 +295,14 @@ def _shown(s: Settings, seed: int) -> dict[str, str]:
 # ---- the paper's data sets ------------------------------------------------------------
 
 
-def sources_of(dataset: str, data_root: Path, per_class: int, num_workers: int = 8) -> dict[str, Source]:
+def sources_of(dataset: str, data_root: Path, per_class: int, workers: int = 8) -> dict[str, Source]:
     """train, val and test of a data set under the data root, with metadata in <data root>/metadata/<dataset>."""
     images, metadata = data_root / dataset, data_root / "metadata" / dataset
-    found = {}
+    found: dict[str, Source] = {}
     for split in ("train", "val", "test"):
         limit = per_class if split == "val" else None
         part = WSOLDataset(images, metadata, split, full_supervision_per_class=limit)
-        found[split] = FolderSource(part, num_workers)
+        found[split] = FolderSource(part, workers)
     return found
 
 

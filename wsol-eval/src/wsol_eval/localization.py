@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -122,7 +122,11 @@ class BoxLocalization(Streaming):
         self.taus = thresholds(cam_curve_interval)
         self.contours, self.box_convention = contours, box_convention
         level_iou(np.zeros((0, 1, 1), np.uint8), [], contours, box_convention)  # refuses unknown names now
-        self.resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
+        self.resolution: Literal["native"] | tuple[int, int]
+        if isinstance(resolution, str):
+            self.resolution = "native"
+        else:
+            self.resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
         self.keep_images = keep_images
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._waiting: deque[Future] = deque()
@@ -240,7 +244,7 @@ class BoxLocalization(Streaming):
         grey = check_maps(maps)
         if grey.ndim != 3 or 0 in grey.shape[1:]:
             raise ValueError(f"score_maps: shape (N, H, W) was expected, got {grey.shape}")
-        if self.resolution not in ("native", grey.shape[1:]):
+        if self.resolution != "native" and self.resolution != grey.shape[1:]:
             height, width = self.resolution
             raise ValueError(
                 f"score_maps: maps of {height} x {width} were expected, got {grey.shape[1]} x {grey.shape[2]}; "

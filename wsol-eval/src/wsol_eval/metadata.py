@@ -17,8 +17,6 @@ import numpy as np
 
 from wsol_eval.boxes import check_boxes, resize_boxes
 
-SPLITS = {"train": "train-weaksup", "val": "train-fullsup", "test": "test"}
-
 
 @dataclass(frozen=True)
 class Metadata:
@@ -39,10 +37,10 @@ class Metadata:
         return max(self.class_labels.values()) + 1
 
     def boxes_at(self, image_id: str, size: int | tuple[int, int]) -> np.ndarray:
-        """Boxes of an image in pixels of its score map. KeyError for an unknown id."""
+        """Boxes of an image in pixels of its score map. ValueError for an unknown id."""
         for known, what in ((self.boxes, "boxes"), (self.image_sizes, "size")):
             if image_id not in known:
-                raise KeyError(f"image {image_id!r} has no {what} in the metadata")
+                raise ValueError(f"image {image_id!r} has no {what} in the metadata")
         return resize_boxes(self.boxes[image_id], self.image_sizes[image_id], size)
 
     def sample(self, per_class: int, seed: int = 0) -> list[str]:

@@ -1,8 +1,15 @@
-"""The settings of one training, apart from the code that uses them: the command line reads it without torch."""
+"""The settings of a training and of its data, apart from the code that uses them: read without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/wsol-eval."""
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "wsol-eval")
 
 
 @dataclass(frozen=True)
@@ -51,3 +58,29 @@ class Recipe:
     def learning_rate(self, epoch: int) -> float:
         """Factor of `lr` in an epoch counted from 0: the first phase has one epoch less than the others."""
         return 0.1 ** ((epoch + 1) // self.lr_decay_frequency)
+
+
+@dataclass
+class OnData:
+    """Where images are, and the device that they are for."""
+
+    dataset: str = "scenes"
+    """scenes, scenes-ill-posed, or a folder of the data root: CUB, ILSVRC, OpenImages, or your own."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Holds <dataset>/ and metadata/<dataset>/{train,val,test}/."""
+    per_class: int = 5
+    """Fully labelled images per class of val; 0 takes all."""
+    seed: int = 0
+    """Of scenes, weights, order and draws."""
+    device: str = "auto"
+    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    workers: int = 8
+    """Processes that decode images."""
+    cache: Path | None = None
+    """Folder for 256 x 256 copies of the images, so that each is decoded once."""
+    skip_broken: bool = False
+    """Go on without broken images (they are counted and named)."""
+    proxy: bool = False
+    """Train on image_ids_proxy.txt (ImageNet's 10 %)."""

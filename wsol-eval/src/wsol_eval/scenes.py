@@ -73,7 +73,7 @@ def _draw(label: int, rng: np.random.Generator, colours: np.ndarray, ill_posed: 
     y, x = np.mgrid[:SIDE, :SIDE].astype(float)
     image = np.kron(rng.normal(*BACKGROUND, (3, SIDE // 4, SIDE // 4)), np.ones((4, 4)))
     if ill_posed:
-        shown = label if rng.random() < BACKGROUND_CUE else rng.integers(CLASSES)
+        shown = label if rng.random() < BACKGROUND_CUE else int(rng.integers(CLASSES))
         image += _stripes(x, y, shown, TEXTURE, rng.uniform(0, 2 * np.pi))
     centre = np.clip(rng.normal(SIDE / 2, CENTRE_SD, 2), 3, SIDE - 4)
     angle, major = rng.uniform(0, 2 * np.pi), rng.uniform(*MAJOR)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+if TYPE_CHECKING:
+    import lmdb
 
 KINDS = {np.dtype(name).str: np.dtype(name) for name in ("uint8", "float16", "float32", "float64")}
 
@@ -27,8 +31,8 @@ def resize_normalize(maps: Tensor, size: int | tuple[int, int] = 224) -> Tensor:
     """
     if maps.dtype not in (torch.float32, torch.float64):
         maps = maps.float()
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    maps = interpolate(maps[:, None], size, mode="bicubic", align_corners=False)[:, 0]
+    height, width = (size, size) if isinstance(size, int) else size
+    maps = interpolate(maps[:, None], (height, width), mode="bicubic", align_corners=False)[:, 0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     usable = maps.isfinite().all(2, keepdim=True).all(1, keepdim=True) & (high > low)
     return torch.where(usable, (maps - low) / torch.where(usable, high - low, 1), 0).clamp(0, 1)
@@ -70,7 +74,7 @@ class ScoreMaps:
         if np.dtype(dtype).str not in KINDS:
             raise ValueError(f"dtype: uint8, float16, float32 or float64 was expected, got {dtype}")
         self.dtype = np.dtype(dtype)
-        self._environment = None
+        self._environment: lmdb.Environment | None = None
 
     def write(self, image_ids: list[str], maps: Tensor) -> None:
         """Store maps (N, H, W) in [0, 1]. OSError names the file when the disk is full; nothing half-written stays."""
@@ -117,7 +121,7 @@ class ScoreMaps:
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path}: the score map is truncated or no .npy file ({error})") from error
 
-    def _open(self, write: bool):
+    def _open(self, write: bool) -> lmdb.Environment:
         import lmdb
 
         if self._environment is None:

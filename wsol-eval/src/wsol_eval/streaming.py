@@ -16,6 +16,15 @@ class Streaming:
 
     _ids: dict[str, None]
 
+    def reset(self) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any], add: bool = False) -> None:
+        raise NotImplementedError
+
     def merge(self, *others: Self) -> Self:
         """Add the images of others, such as other ranks; returns self. ValueError if options or ids clash."""
         for other in others:

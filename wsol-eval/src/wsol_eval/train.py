@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,27 +35,29 @@ class Diverged(RuntimeError):
 
 def build_network(recipe: Recipe, num_classes: int) -> WSOLNetwork:
     """The network of a recipe, newly initialised from the global random state."""
-    hp = {"acol_threshold": recipe.acol_threshold, "adl_drop_rate": recipe.adl_drop_rate}
+    hp: dict[str, Any] = {"acol_threshold": recipe.acol_threshold, "adl_drop_rate": recipe.adl_drop_rate}
     hp |= {"adl_threshold": recipe.adl_threshold, "spg": tuple(map(tuple, recipe.spg))}
     return build_model(recipe.arch, recipe.method, num_classes, recipe.feature_map, recipe.pretrained, **hp)
 
 
-def make_fabric(device: str = "auto", devices: int = 1, precision: str | None = None) -> Fabric:
-    """Fabric on CUDA with bf16 (fp16 with a scaler before Ampere), on the CPU in float32.
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """Fabric on one process, or on all that torchrun or Slurm started (DDP).
 
     Args:
-        device: auto, cpu or cuda.
-        devices: processes; under torchrun the launcher decides.
-        precision: of Fabric, instead of the choice above.
+        device: auto (CUDA where there is one), cpu or cuda.
+        precision: auto (bf16-mixed on CUDA, fp16 with a scaler before Ampere, 32-true on CPU) or one of Fabric's.
     """
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if precision is None:
-        precision = "32-true" if not cuda else "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    devices = int(os.environ.get("WORLD_SIZE", devices))
-    strategy = "ddp" if devices > 1 else "auto"
-    fabric = Fabric(accelerator="cuda" if cuda else "cpu", devices=devices, strategy=strategy, precision=precision)
-    if devices > 1:
-        fabric.launch()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "32-true"
+        if device == "cuda":
+            precision = "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+    strategy = "ddp" if world > 1 else "auto"
+    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric.launch()
     return fabric
 
 

@@ -147,7 +147,8 @@ def _seeds(count: int, generator: torch.Generator | None, seeds: Tensor | None) 
 
 
 def _textures(textures: Tensor | None, scale: str, images: Tensor) -> Tensor:
-    size = tuple(images.shape[2:])
+    height, width = images.shape[2:]
+    size = (height, width)
     if textures is None:
         return frost.fitted_procedural_textures(scale, size, images.device)
     if not isinstance(textures, Tensor) or textures.dtype != torch.uint8:

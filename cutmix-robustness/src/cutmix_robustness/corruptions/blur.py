@@ -125,5 +125,6 @@ def glass_blur(images: Tensor, severity: tuple[float, int, int], moves: list[Ten
     """Gaussian blur, rounding down to 8 bits, pixels replaced by near ones, Gaussian blur."""
     sigma, delta, _ = severity
     blurred = truncate(gaussian_blur(images, sigma)).flatten(2)
-    sources = glass_sources(moves, images.shape[2:], delta)[:, None].expand(-1, images.shape[1], -1)
+    height, width = images.shape[2:]
+    sources = glass_sources(moves, (height, width), delta)[:, None].expand(-1, images.shape[1], -1)
     return smooth(blurred.gather(2, sources).view_as(images).double() / 255, sigma)

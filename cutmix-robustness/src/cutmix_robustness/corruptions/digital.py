@@ -37,7 +37,9 @@ def saturate(images: Tensor, severity: tuple[float, float], draws: None = None) 
 def draw_elastic(streams: SampleStreams, images: Tensor, severity: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """All in [-1, 1): jitter of three points (N, 3, 2), displacements along x and along y (N, H, W) each."""
     height, width = images.shape[2:]
-    return tuple(streams.uniform(*shape, low=-1, high=1) for shape in ((3, 2), (height, width), (height, width)))
+    jitter = streams.uniform(3, 2, low=-1, high=1)
+    along_x = streams.uniform(height, width, low=-1, high=1)
+    return jitter, along_x, streams.uniform(height, width, low=-1, high=1)
 
 
 def elastic_transform(images: Tensor, severity: tuple, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:

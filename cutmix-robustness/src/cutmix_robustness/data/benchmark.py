@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from cutmix_robustness.data import cifar, imagenet, ood, twowave
 from cutmix_robustness.data.corrupted import corrupted_source
-from cutmix_robustness.data.sources import ImageFiles, ResidentImages, image_folder
+from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, image_folder
 from cutmix_robustness.settings import Settings
 
 Source = ResidentImages | ImageFiles
@@ -40,10 +40,10 @@ class Benchmark:
     std: tuple[float, ...]
     corruption_scale: str = "cifar"
     stored_corruptions: Path | None = None
-    unknown: Callable[[], dict[str, Source]] = field(default=dict)
+    unknown: Callable[[], Mapping[str, Batches]] = field(default=dict)
     boxes: list[np.ndarray] | None = None
 
-    def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Source:
+    def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Batches:
         """A corrupted copy of (the first images of) the test set."""
         return corrupted_source(source, name, severity, self.corruption_scale, self.stored_corruptions, seed)
 
@@ -54,32 +54,40 @@ def open_benchmark(settings: Settings, seed: int, data_root: Path, device: torch
     Raises:
         FileNotFoundError: a data set that is missing, with what to do.
     """
-    augment = settings.augment
     if settings.dataset == "twowave":
         return _twowave(seed, device)
     if settings.dataset in ("cifar10", "cifar100", "cifar10-jpeg"):
-        train, test, classes = cifar.load(settings.dataset, data_root, augment, device, settings.train_images)
-        stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(settings.dataset)
-        return Benchmark(
-            train, test, classes, cifar.MEAN, cifar.STD, "cifar", data_root / stored if stored else None,
-            lambda: ood.open_sets(data_root, device, settings.dataset == "cifar10-jpeg"),
-        )  # fmt: skip
-    if settings.dataset == "cub":
-        train, test, boxes = imagenet.load_cub(data_root / "CUB_200_2011", augment, device)
-        return Benchmark(train, test, 200, imagenet.MEAN, imagenet.STD, "imagenet", boxes=boxes)
+        return _cifar(settings, data_root, device)
     if settings.dataset == "imagenet":
-        train, test = imagenet.load(data_root / "imagenet", augment, device)
-        boxes = None
-        if "localization" in settings.suites:
-            boxes = imagenet.val_boxes(data_root / "imagenet", test.paths)
-        return Benchmark(
-            train, test, 1000, imagenet.MEAN, imagenet.STD, "imagenet", data_root / "imagenet-c", boxes=boxes
-        )
+        return _imagenet(settings, data_root, device)
+    if settings.dataset == "cub":
+        train, test, boxes = imagenet.load_cub(data_root / "CUB_200_2011", settings.augment, device)
+        return Benchmark(train, test, 200, imagenet.MEAN, imagenet.STD, "imagenet", boxes=boxes)
+    return _image_folder(settings, data_root, device)
+
+
+def _cifar(settings: Settings, data_root: Path, device: torch.device | str) -> Benchmark:
+    train, test, classes = cifar.load(settings.dataset, data_root, settings.augment, device, settings.train_images)
+    stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(settings.dataset)
+    return Benchmark(
+        train, test, classes, cifar.MEAN, cifar.STD, "cifar", data_root / stored if stored else None,
+        lambda: ood.open_sets(data_root, device, settings.dataset == "cifar10-jpeg"),
+    )  # fmt: skip
+
+
+def _imagenet(settings: Settings, data_root: Path, device: torch.device | str) -> Benchmark:
+    root = data_root / "imagenet"
+    train, test = imagenet.load(root, settings.augment, device)
+    boxes = imagenet.val_boxes(root, test.paths) if "localization" in settings.suites else None
+    return Benchmark(train, test, 1000, imagenet.MEAN, imagenet.STD, "imagenet", data_root / "imagenet-c", boxes=boxes)
+
+
+def _image_folder(settings: Settings, data_root: Path, device: torch.device | str) -> Benchmark:
     paths, labels, classes = image_folder(data_root / "train")
     test_paths, test_labels, test_classes = image_folder(data_root / "test")
     if classes != test_classes:
         raise ValueError(f"{data_root}: train and test have other class folders")
-    train = ImageFiles(paths, labels, "image folder, train", augment, device)
+    train = ImageFiles(paths, labels, "image folder, train", settings.augment, device)
     test = ImageFiles(test_paths, test_labels, "image folder, test", "none", device)
     return Benchmark(train, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
 

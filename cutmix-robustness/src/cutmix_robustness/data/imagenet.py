@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cutmix_robustness.data.sources import ImageFiles, image_folder
 
@@ -44,9 +45,9 @@ def val_boxes(root: Path, paths: list[Path]) -> list[np.ndarray]:
         if not annotation.is_file():
             raise FileNotFoundError(f"{annotation}: no annotation for {path.name} (ILSVRC's validation boxes)")
         tree = ElementTree.parse(annotation).getroot()
-        width, height = (int(tree.findtext(f"size/{name}")) for name in ("width", "height"))
+        width, height = (int(tree.findtext(f"size/{name}", "")) for name in ("width", "height"))
         boxes = [
-            [int(each.findtext(f"bndbox/{name}")) for name in ("xmin", "ymin", "xmax", "ymax")]
+            [int(each.findtext(f"bndbox/{name}", "")) for name in ("xmin", "ymin", "xmax", "ymax")]
             for each in tree.findall("object")
         ]
         found.append(on_crop(np.array(boxes, float), width, height))
@@ -74,16 +75,17 @@ def load_cub(root: Path, augment: str, device: torch.device | str) -> tuple[Imag
     paths = [root / "images" / name for (name,) in columns["images"]]
     labels = torch.tensor([int(label) - 1 for (label,) in columns["image_class_labels"]])
     train = torch.tensor([part == "1" for (part,) in columns["train_test_split"]])
-    sets = []
-    for part, index, transform in (
-        ("train", train.nonzero()[:, 0], augment),
-        ("test", (~train).nonzero()[:, 0], _test_transform(augment)),
-    ):
-        chosen = [paths[i] for i in index.tolist()]
-        sets.append(ImageFiles(chosen, labels[index], f"CUB-200-2011, {part}", transform, device))
+
+    def part(name: str, index: Tensor, transform: str) -> ImageFiles:
+        return ImageFiles([paths[i] for i in index.tolist()], labels[index], f"CUB-200-2011, {name}", transform, device)
+
     boxes = []
     for i in (~train).nonzero()[:, 0].tolist():
         x, y, width, height = map(float, columns["bounding_boxes"][i])
         with Image.open(paths[i]) as image:
             boxes.append(on_crop(np.array([[x, y, x + width, y + height]]), *image.size))
-    return *sets, boxes
+    return (
+        part("train", train.nonzero()[:, 0], augment),
+        part("test", (~train).nonzero()[:, 0], _test_transform(augment)),
+        boxes,
+    )

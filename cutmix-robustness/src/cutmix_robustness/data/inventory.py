@@ -32,7 +32,7 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
     """Rows: data, scale, size, licence, found, where, what to do if missing."""
-    rows = [("TwoWave", "embedded", "", "", "yes", "made on the spot", "")]
+    rows: list[tuple[str, ...]] = [("TwoWave", "embedded", "", "", "yes", "made on the spot", "")]
     for name, scale, size, licence, place, mend in SETS:
         path = data_root / place
         found = path.exists()

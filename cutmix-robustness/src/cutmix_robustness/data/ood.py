@@ -63,7 +63,8 @@ def folder_of_images(folder: Path, name: str, device: torch.device | str) -> Res
     for number, path in enumerate(paths):
         try:
             with Image.open(path) as image:
-                pixels[number] = np.asarray(image.convert("RGB").resize((32, 32), Image.BILINEAR)).transpose(2, 0, 1)
+                small = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+            pixels[number] = np.asarray(small).transpose(2, 0, 1)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{path}: cannot be read as an image ({error})") from error
     return _unlabelled(pixels, name, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,13 @@ def index_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor
         raise ValueError(f"{n} training images hold no full batch of {batch_size}")
     order = torch.randperm(n, generator=generator_for(seed, epoch))
     return [batch for batch in order.split(batch_size) if len(batch) == batch_size]
+
+
+class Batches(Protocol):
+    """Images to evaluate on."""
+
+    def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every `world`-th batch from `rank` on: its number, images (B, 3, H, W) uint8 and labels (B,)."""
 
 
 class ResidentImages:

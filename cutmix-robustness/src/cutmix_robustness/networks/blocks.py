@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,10 @@ class Classifier(nn.Module):
         mean: per channel, of pixels in [0, 1].
         std: per channel.
     """
+
+    network: Any  # of this package: with `points`, `features` and `fc`
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()

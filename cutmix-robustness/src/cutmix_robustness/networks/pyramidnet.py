@@ -49,6 +49,9 @@ class PyramidNet(nn.Module):
     """Three stages of (depth - 2) / 9 bottleneck or (depth - 2) / 6 basic blocks; see `pyramidnet`."""
 
     points = ("bn1", "layer1", "layer2", "layer3")
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(self, depth: int, alpha: float, num_classes: int, bottleneck: bool, branch: str, branch_rate: float):
         super().__init__()

@@ -46,6 +46,9 @@ class CifarResNet(nn.Module):
     """Three stages of 16, 32 and 64 planes; see `resnet_cifar`."""
 
     points = ("bn1", "layer1", "layer2", "layer3")
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(self, depth: int, num_classes: int, bottleneck: bool):
         super().__init__()
@@ -123,6 +126,9 @@ class WideResNet(nn.Module):
     """Wide residual network; WRN-28-10 has depth 28 and widening 10 (36.5 M parameters with 100 classes)."""
 
     points = ("conv1", "layer1", "layer2", "layer3")
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(
         self, depth: int = 28, widen: int = 10, num_classes: int = 100, branch: str = "none", branch_rate: float = 0.5

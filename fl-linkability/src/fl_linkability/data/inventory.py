@@ -17,7 +17,7 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
     """Rows: data, scale, size, licence, found, where, what to do if missing."""
-    rows = [("scikit-learn digits", "embedded", "1 MB", "BSD", "yes", "inside scikit-learn", "")]
+    rows: list[tuple[str, ...]] = [("scikit-learn digits", "embedded", "1 MB", "BSD", "yes", "inside scikit-learn", "")]
     for name, scale, size, licence, place, mend in SETS:
         found = (data_root / place).exists()
         rows.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,7 +138,9 @@ def read_clip(path: Path, position: float) -> Tensor:
     return torch.from_numpy(np.stack([frames[number] for number in wanted])).permute(0, 3, 1, 2)
 
 
-def video_set(csv: Path, folder: Path, name: str, *, train: bool, skip_missing: bool = False, **options) -> VideoFiles:
+def video_set(
+    csv: Path, folder: Path, name: str, *, train: bool, skip_missing: bool = False, **options: Any
+) -> VideoFiles:
     """The videos of the ten classes that an annotation file names.
 
     Raises:
@@ -173,13 +176,13 @@ def video_set(csv: Path, folder: Path, name: str, *, train: bool, skip_missing: 
     return VideoFiles(paths, torch.tensor(labels), name, train=train, **options)
 
 
-def kinetics10(data_root: Path, train: bool, **options) -> VideoFiles:
+def kinetics10(data_root: Path, train: bool, **options: Any) -> VideoFiles:
     """Kinetics' training or validation videos of the ten classes."""
     split, folder = "train" if train else "val", data_root / "kinetics"
     return video_set(folder / f"{split}.csv", folder / split, f"Kinetics-10 {split}", train=train, **options)
 
 
-def mimetics10(data_root: Path, **options) -> VideoFiles:
+def mimetics10(data_root: Path, **options: Any) -> VideoFiles:
     """Mimetics' videos of the ten classes: 136 in its annotation file."""
     folder = data_root / "mimetics"
     return video_set(folder / "mimetics.csv", folder, "Mimetics-10", train=False, **options)

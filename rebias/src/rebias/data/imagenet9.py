@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,10 +33,9 @@ CLASS_OF_WNID = {wnid: number for number, name in enumerate(CLASSES) for wnid in
 SUFFIXES = (".jpeg", ".jpg", ".png")
 CLUSTERS_FILE = "imagenet9_val_texture_clusters.csv"
 CLUSTERS_SHA256 = "40a55e0a276d4d323a20baa358429ccccbbb873afdd5bc58c1298680ecc824ba"
-DOMINANT = ("dog", "cat", "bird", "monkey")  # classes whose largest cluster holds over 30 % (appendix G)
 
 
-def image_folder(root: str | Path, name: str, **options) -> ImageFiles:
+def image_folder(root: str | Path, name: str, **options: Any) -> ImageFiles:
     """The nine classes' images of root/<wnid>/*, sorted by path; wnids that are not there are passed over.
 
     Raises:
@@ -54,7 +54,7 @@ def image_folder(root: str | Path, name: str, **options) -> ImageFiles:
     return ImageFiles(root, [path.relative_to(root).as_posix() for path in paths], labels, name, **options)
 
 
-def train_set(data_root: Path, stylised: bool, **options) -> ImageFiles:
+def train_set(data_root: Path, stylised: bool, **options: Any) -> ImageFiles:
     """ImageNet's training images of the nine classes, with the stylised copy of them where asked."""
     plain = image_folder(data_root / "imagenet" / "train", "9-class ImageNet train", augment=True, **options)
     if not stylised:
@@ -66,7 +66,7 @@ def train_set(data_root: Path, stylised: bool, **options) -> ImageFiles:
     return ImageFiles(data_root, names, labels, "9-class ImageNet train and stylised", augment=True, **options)
 
 
-def validation_set(data_root: Path, **options) -> tuple[ImageFiles, Tensor]:
+def validation_set(data_root: Path, **options: Any) -> tuple[ImageFiles, Tensor]:
     """The 2,100 validation images, and their texture clusters (3, n), joined by path.
 
     Raises:
@@ -76,7 +76,7 @@ def validation_set(data_root: Path, **options) -> tuple[ImageFiles, Tensor]:
     return data, join_clusters(data.names, read_clusters())
 
 
-def corrupted_sets(data_root: Path, **options) -> dict[str, ImageFiles]:
+def corrupted_sets(data_root: Path, **options: Any) -> dict[str, ImageFiles]:
     """ImageNet-C's corruptions and severities by name; empty where the folder is absent (not in the paper)."""
     folders = sorted((data_root / "imagenet-c").glob("*/[1-5]"))
     names = {folder: f"{folder.parent.name} {folder.name}" for folder in folders}
@@ -89,10 +89,10 @@ def read_clusters(path: Path | None = None) -> pd.DataFrame:
     Raises:
         ValueError: the authors' file has another checksum, or a file lacks columns or has repeated paths.
     """
-    shipped = path is None
-    path = Path(str(files("rebias") / "assets" / CLUSTERS_FILE)) if shipped else Path(path)
-    if shipped and hashlib.sha256(path.read_bytes()).hexdigest() != CLUSTERS_SHA256:
-        raise ValueError(f"{path.name}: the texture clusters that ship with the package were changed")
+    if path is None:
+        path = Path(str(files("rebias") / "assets" / CLUSTERS_FILE))
+        if hashlib.sha256(path.read_bytes()).hexdigest() != CLUSTERS_SHA256:
+            raise ValueError(f"{path.name}: the texture clusters that ship with the package were changed")
     table = pd.read_csv(path)
     if not {"path", "category", "cluster1"} <= set(table.columns):
         raise ValueError(f"{path}: needs the columns path, category, cluster1, ..., has {', '.join(table.columns)}")

@@ -9,6 +9,8 @@ import math
 
 from torch import Tensor, nn
 
+from rebias.models.network import Network
+
 
 class Block(nn.Module):
     """Two convolutions without padding, the second 1x1; the shortcut is cropped to what the main path leaves."""
@@ -20,7 +22,7 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU()
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
@@ -30,7 +32,7 @@ class Block(nn.Module):
         return self.relu(main + self.shortcut(x)[:, :, :height, :width])
 
 
-class BagNet18(nn.Module):
+class BagNet18(Network):
     """BagNet-18; 1,480,905 parameters with 9 classes.
 
     Only the stem and the first block of stage 1 have a 3x3 convolution. No convolution is padded.

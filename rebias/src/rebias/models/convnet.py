@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from rebias.models.network import Network
 
-class SimpleConvNet(nn.Module):
+
+class SimpleConvNet(Network):
     """Blocks of convolution, batch norm and ReLU, then global average pooling and a linear classifier.
 
     With the defaults it is the paper's f (531,210 parameters, receptive field 25); with kernel_size=1 its g (12,810).

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from rebias.models.network import Network
 
-class MLP(nn.Module):
+
+class MLP(Network):
     """Two hidden ReLU layers on some of the inputs.
 
     Args:

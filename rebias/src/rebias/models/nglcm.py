@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rebias.models.network import Network
+
 
 class NGLCM(nn.Module):
     """Neural grey-level co-occurrence: soft histograms of neighbouring grey values, and a perceptron on them.
@@ -39,15 +41,16 @@ class HexNet(nn.Module):
         superficial_dim: features of NGLCM.
     """
 
-    def __init__(self, backbone: nn.Module, feat_dim: int, num_classes: int, superficial_dim: int = 64):
+    def __init__(self, backbone: Network, feat_dim: int, num_classes: int, superficial_dim: int = 64):
         super().__init__()
         self.backbone, self.superficial = backbone, NGLCM(feat_dim=superficial_dim)
+        self.superficial_dim = superficial_dim
         self.head = nn.Linear(feat_dim + superficial_dim, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> F_P = head([h_f, 0]) (B, C), the logits at test time, and h_f (B, feat_dim)."""
         _, h_f = self.backbone(images)
-        return self.head(torch.cat([h_f, h_f.new_zeros(len(h_f), self._superficial_dim)], 1)), h_f
+        return self.head(torch.cat([h_f, h_f.new_zeros(len(h_f), self.superficial_dim)], 1)), h_f
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> F_A = head([h_f, h_g]) and F_G = head([0, h_g]), both (B, C)."""
@@ -55,7 +58,3 @@ class HexNet(nn.Module):
         h_g = self.superficial(images)
         f_a = self.head(torch.cat([h_f, h_g], 1))
         return f_a, self.head(torch.cat([torch.zeros_like(h_f), h_g], 1))
-
-    @property
-    def _superficial_dim(self) -> int:
-        return self.superficial.head[0].out_features

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from rebias.models.network import Network
 
-class ResNet18(nn.Module):
+
+class ResNet18(Network):
     """torchvision's ResNet-18, trained from scratch; 11,181,129 parameters with 9 classes."""
 
     def __init__(self, num_classes: int = 9):

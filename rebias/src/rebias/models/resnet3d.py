@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from rebias.models.network import Network
+
 
 class Block(nn.Module):
     """A (t, 3, 3) and a (1, 3, 3) convolution with a shortcut; the stride is spatial."""
@@ -18,7 +20,7 @@ class Block(nn.Module):
             nn.Conv3d(outputs, outputs, (1, 3, 3), padding=(0, 1, 1), bias=False),
             nn.BatchNorm3d(outputs),
         )
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
                 nn.Conv3d(inputs, outputs, 1, (1, stride, stride), bias=False), nn.BatchNorm3d(outputs)
@@ -29,7 +31,7 @@ class Block(nn.Module):
         return self.relu(self.main(x) + self.shortcut(x))
 
 
-class ResNet3D(nn.Module):
+class ResNet3D(Network):
     """Depth 18 (the reference's "18.1"): 5,170,154 parameters with temporal kernels of 3, 2,801,450 with 1.
 
     Args:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsFloat
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 
 from rl_adv_reward.atn import check_bound, perturbation_size, project
-from rl_adv_reward.attacks import Attack
+from rl_adv_reward.attacks import Attack, HasValues
 from rl_adv_reward.envs import check_image_space
-from rl_adv_reward.models import Victim
 
 
 class _Seen:
     """What both wrappers do to a batch of observations."""
 
-    def __init__(self, space: gym.Space, attack: Attack, victim: Victim, eps: float, norm: str, device: str):
+    def __init__(self, space: gym.Space, attack: Attack, victim: HasValues, eps: float, norm: str, device: str):
         check_image_space(space)
         check_bound(eps, norm)
         self.attack, self.victim, self.eps, self.norm, self.device = attack, victim, eps, norm, device
@@ -50,16 +49,16 @@ class AttackWrapper(gym.Wrapper):
     """
 
     def __init__(
-        self, env: gym.Env, attack: Attack, victim: Victim, *, eps: float, norm: str = "linf", device: str = "cpu"
+        self, env: gym.Env, attack: Attack, victim: HasValues, *, eps: float, norm: str = "linf", device: str = "cpu"
     ):
         super().__init__(env)
         self._seen = _Seen(env.observation_space, attack, victim, eps, norm, device)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(seed=seed, options=options)
         return self._attacked(obs, info)
 
-    def step(self, action: Any) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         obs, info = self._attacked(obs, info)
         return obs, reward, terminated, truncated, info
@@ -80,7 +79,7 @@ class AttackVectorWrapper(gym.vector.VectorWrapper):
         self,
         env: gym.vector.VectorEnv,
         attack: Attack,
-        victim: Victim,
+        victim: HasValues,
         *,
         eps: float,
         norm: str = "linf",
@@ -89,13 +88,11 @@ class AttackVectorWrapper(gym.vector.VectorWrapper):
         super().__init__(env)
         self._seen = _Seen(env.single_observation_space, attack, victim, eps, norm, device)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(seed=seed, options=options)
         return self._attacked(obs, info)
 
-    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         obs, reward, terminated, truncated, info = self.env.step(actions)
         obs, info = self._attacked(obs, info)
         return obs, reward, terminated, truncated, info

@@ -85,7 +85,7 @@ class LmdbWords(Dataset):
     def __init__(self, folder: Path, size: tuple[int, int], channels: int = 1, skip_broken: bool = False):
         self.folder, self.channels, self.skip_broken = Path(folder), channels, skip_broken
         self.size = size[0], size[1]
-        self.name, self.broken = self.folder.name, 0
+        self.name, self.broken = self.folder.name, set[int]()
         stored = self._get("num-samples")
         if not stored.isdigit() or int(stored) == 0:
             raise ValueError(f"{self.folder}: empty LMDB (num-samples is {stored.decode(errors='replace')!r})")
@@ -120,8 +120,8 @@ class LmdbWords(Dataset):
         except ValueError as error:
             if not self.skip_broken:
                 raise
-            self.broken += 1
-            logger.warning("skipped: %s", error)
+            self.broken.add(index)
+            logger.warning("skipped, %d broken so far: %s", len(self.broken), error)
             return None
 
     def usable(self, charset: str, max_length: int) -> np.ndarray:

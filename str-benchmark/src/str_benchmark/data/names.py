@@ -16,4 +16,3 @@ EVALUATION_NAMES = (
 )
 IN_DISTRIBUTION = ("IIIT_3000", "SVT_647", "IC13_1015", "IC15_2077")  # their training sets serve fine-tuning
 OUT_OF_DISTRIBUTION = ("IC03_867", "SVTP_645", "CUTE_288")
-TOTAL_WORDS = 8539  # of the regular and irregular sets

@@ -1,4 +1,4 @@
-"""The paper's training and evaluation sets by name, where they lie, and what is there."""
+"""The paper's training and evaluation sets by name, and where they lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from str_benchmark.data.lmdb_store import LMDBDataset, check_file
+from str_benchmark.data.lmdb_store import LMDBDataset
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,3 @@ def locate(name: str, data_root: Path) -> list[Path]:
 def open_set(name: str, data_root: Path, **options: Any) -> list[LMDBDataset]:
     """Data sets of all LMDBs of a set; options as for `LMDBDataset`."""
     return [LMDBDataset(path, **options) for path in locate(name, data_root)]
-
-
-def inventory(data_root: Path) -> list[tuple[str, str, str, str, str]]:
-    """Rows of name, what it is, words, found, where or what to do."""
-    rows = []
-    for each in SETS.values():
-        folder = Path(data_root) / each.folder
-        try:
-            paths = find_lmdbs(folder)
-            for path in paths:
-                check_file(path)
-            state, where = "yes", f"{len(paths)} LMDB" + ("s" if len(paths) > 1 else "")
-        except FileNotFoundError:
-            state, where = "no", f"put the released LMDB at DATA_ROOT/{each.folder}"
-        except ValueError as error:
-            state, where = "damaged", str(error)
-        rows.append((each.name, each.what, "" if each.n is None else f"{each.n:,}", state, where))
-    rows.append(("rendered", "made by the project", "", "yes", "nothing to do"))
-    return rows

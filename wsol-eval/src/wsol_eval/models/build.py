@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ PRETRAINED = {"vgg16": "VGG16_Weights", "inception_v3": "Inception_V3_Weights", 
 
 
 def build_model(
-    arch: str, method: str, num_classes: int, feature_map: int = 14, pretrained: str | Path | None = None, **hp
+    arch: str, method: str, num_classes: int, feature_map: int = 14, pretrained: str | Path | None = None, **hp: Any
 ) -> WSOLNetwork:
     """A classifier with score maps.
 

@@ -6,6 +6,8 @@ A head gets the features of three depths (low, middle, top) and returns a dict w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
@@ -15,6 +17,7 @@ from wsol_eval.methods.attention import normalize, select
 from wsol_eval.methods.spg import spg_loss
 
 Features = tuple[Tensor, Tensor, Tensor]
+Outputs = dict[str, Any]  # tensors, and the input's size
 
 
 def conv(inputs: int, outputs: int) -> nn.Sequential:
@@ -25,10 +28,10 @@ def conv(inputs: int, outputs: int) -> nn.Sequential:
 class Head(nn.Module):
     """Base: cross-entropy, and the map of the label's class from `outputs["maps"]` (B, classes, h, w)."""
 
-    def loss(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         return cross_entropy(outputs["logits"], labels)
 
-    def score_map(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def score_map(self, outputs: Outputs, labels: Tensor) -> Tensor:
         return select(outputs["maps"], labels)
 
 
@@ -39,11 +42,11 @@ class LinearHead(Head):
         super().__init__()
         self.fc = nn.Linear(channels, num_classes)
 
-    def forward(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, features: Features, labels: Tensor | None) -> Outputs:
         top = features[-1]
         return {"logits": self.fc(top.mean((2, 3))), "features": top}
 
-    def score_map(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def score_map(self, outputs: Outputs, labels: Tensor) -> Tensor:
         weights = self.fc.weight[labels]  # (B, C)
         return torch.einsum("bc,bchw->bhw", weights, outputs["features"].to(weights.dtype)) / weights.shape[1]
 
@@ -55,7 +58,7 @@ class ConvHead(Head):
         super().__init__()
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(channels, num_classes, 1))
 
-    def forward(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, features: Features, labels: Tensor | None) -> Outputs:
         maps = self.classifier(features[-1])
         return {"logits": maps.mean((2, 3)), "maps": maps}
 
@@ -74,17 +77,17 @@ class AcolHead(Head):
         self.classifier_a, self.classifier_b = branch(), branch()
         self.threshold, self.pool = threshold, pool
 
-    def forward(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, features: Features, labels: Tensor | None) -> Outputs:
         top = avg_pool2d(features[-1], 3, 1, 1) if self.pool else features[-1]
         maps_a = self.classifier_a(top)
         logits = maps_a.mean((2, 3))
         maps_b = self.classifier_b(erase(top, maps_a, logits.argmax(1) if labels is None else labels, self.threshold))
         return {"logits": logits, "logits_b": maps_b.mean((2, 3)), "maps": maps_a, "maps_b": maps_b}
 
-    def loss(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         return acol_loss(outputs["logits"], outputs["logits_b"], labels)
 
-    def score_map(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def score_map(self, outputs: Outputs, labels: Tensor) -> Tensor:
         return torch.maximum(normalize(select(outputs["maps"], labels)), normalize(select(outputs["maps_b"], labels)))
 
 
@@ -108,7 +111,7 @@ class SpgHead(Head):
         self.c = nn.Sequential(conv(top, last), nn.Conv2d(last, 1, 1))
         self.thresholds = thresholds
 
-    def forward(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, features: Features, labels: Tensor | None) -> Outputs:
         low, middle, top = features
         maps = self.classifier(top)
         outputs = {"logits": maps.mean((2, 3)), "maps": maps}
@@ -117,7 +120,7 @@ class SpgHead(Head):
             outputs["logits_c"] = self.c(top)
         return outputs
 
-    def loss(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         sides = (outputs["logits_b1"], outputs["logits_b2"], outputs["logits_c"])
         return spg_loss(outputs["maps"], sides, labels, self.thresholds, outputs["input_size"])
 
@@ -129,17 +132,18 @@ class FslHead(Head):
         super().__init__()
         self.pixel = nn.Conv2d(channels, 1, 1)
 
-    def forward(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, features: Features, labels: Tensor | None) -> Outputs:
         return {"logits": self.pixel(features[-1])}
 
-    def loss(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """`labels` are targets (B, H, W) in [0, 1]; 255 is ignored."""
         logits = outputs["logits"][:, 0].float()
-        counted = adaptive_avg_pool2d((labels <= 1).float()[:, None], logits.shape[-2:])[:, 0]
-        target = adaptive_avg_pool2d((labels * (labels <= 1)).float()[:, None], logits.shape[-2:])[:, 0]
+        size = (logits.shape[-2], logits.shape[-1])
+        counted = adaptive_avg_pool2d((labels <= 1).float()[:, None], size)[:, 0]
+        target = adaptive_avg_pool2d((labels * (labels <= 1)).float()[:, None], size)[:, 0]
         target = target / counted.clamp(min=1e-6)
         losses = binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (losses * counted).sum() / counted.sum().clamp(min=1)
 
-    def score_map(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def score_map(self, outputs: Outputs, labels: Tensor) -> Tensor:
         return outputs["logits"][:, 0].float().sigmoid()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC
 
 from wsol_eval.methods.adl import ADL
-from wsol_eval.models.heads import AcolHead, ConvHead, FslHead, SpgHead, conv
+from wsol_eval.models.heads import AcolHead, ConvHead, FslHead, Head, SpgHead, conv
 from wsol_eval.models.network import WSOLNetwork
 
 STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "")
@@ -53,6 +55,7 @@ def inception_v3(method: str, num_classes: int, size: int, hp: dict) -> WSOLNetw
     )
     middle = nn.Sequential(KeepSize(288), *(InceptionC(768, channels_7x7=width) for width in (128, 160, 160)))
     last, dropout = InceptionC(768, channels_7x7=192), 0.0 if method == "adl" else 0.5
+    head: Head
     if method == "acol":
         top, head = [last], AcolHead(768, num_classes, hp["acol_threshold"], (1024, 1024))
     else:
@@ -72,7 +75,7 @@ def rename(state: dict, network: WSOLNetwork) -> dict:
     """A state dict of torchvision's inception_v3 with the names of `network`."""
     places = {f"low.{i}.": f"{name}." for i, name in enumerate(LOW) if name}
     places |= {f"middle.{i}.": f"{name}." for i, name in enumerate(MIDDLE)} | {"top.0.": "Mixed_6e."}
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for ours, theirs in places.items():
         renamed |= {ours + name[len(theirs) :]: each for name, each in state.items() if name.startswith(theirs)}
     return renamed

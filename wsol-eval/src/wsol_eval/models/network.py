@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from wsol_eval.models.heads import Head
+from wsol_eval.models.heads import Head, Outputs
 
 
 class WSOLNetwork(nn.Module):
@@ -26,14 +26,14 @@ class WSOLNetwork(nn.Module):
         self.low, self.middle, self.top, self.head = low, middle, top, head
         self._is_new = is_new
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Outputs:
         """Logits (B, classes) and what the head's loss and score map need; ACoL erases by `labels` where given."""
         low = self.low(images)
         middle = self.middle(low)
         outputs = self.head((low, middle, self.top(middle)), labels)
         return outputs | {"input_size": images.shape[-2:]}
 
-    def loss(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The method's training loss."""
         return self.head.loss(outputs, labels)
 

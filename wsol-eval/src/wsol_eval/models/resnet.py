@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torchvision.models import resnet50 as torchvision_resnet50
 from torchvision.models.resnet import Bottleneck
 
 from wsol_eval.methods.adl import ADL
-from wsol_eval.models.heads import AcolHead, FslHead, LinearHead, SpgHead
+from wsol_eval.models.heads import AcolHead, FslHead, Head, LinearHead, SpgHead
 from wsol_eval.models.network import WSOLNetwork
 
 PARTS = {  # where the layers of torchvision's network went
@@ -33,6 +35,7 @@ def resnet50(method: str, num_classes: int, size: int, hp: dict) -> WSOLNetwork:
     )  # fmt: skip
     middle = nn.Sequential(*base.layer3[1:])
     top = nn.Sequential(base.layer4[0], *adl(), base.layer4[1], base.layer4[2], *adl())
+    head: Head
     if method == "acol":
         head = AcolHead(2048, num_classes, hp["acol_threshold"], (1024, 1024))
     elif method == "spg":
@@ -51,9 +54,9 @@ def _keep_size(block: Bottleneck) -> None:
 def rename(state: dict, network: WSOLNetwork) -> dict:
     """A state dict of torchvision's resnet50 with the names of `network`."""
     blocks = {f"middle.{i}.": f"layer3.{i + 1}." for i in range(5)}
-    places = [index for index, layer in enumerate(network.top) if isinstance(layer, Bottleneck)]
+    places = [index for index, layer in enumerate(network.top.children()) if isinstance(layer, Bottleneck)]
     blocks |= {f"top.{place}.": f"layer4.{i}." for i, place in enumerate(places)}
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for ours, theirs in (PARTS | blocks).items():
         renamed |= {ours + name[len(theirs) :]: each for name, each in state.items() if name.startswith(theirs)}
     return renamed

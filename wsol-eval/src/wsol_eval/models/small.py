@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from wsol_eval.methods.adl import ADL
-from wsol_eval.models.heads import AcolHead, ConvHead, FslHead, SpgHead, conv
+from wsol_eval.models.heads import AcolHead, ConvHead, FslHead, Head, SpgHead, conv
 from wsol_eval.models.network import WSOLNetwork
 
 
@@ -19,6 +19,7 @@ def small(method: str, num_classes: int, size: int, hp: dict) -> WSOLNetwork:
     low = nn.Sequential(first, conv(16, 32), nn.MaxPool2d(2))
     middle = nn.Sequential(conv(32, 48), *adl(), *([nn.MaxPool2d(2)] if size == 4 else []))
     top = nn.Sequential(conv(48, 48), *adl())
+    head: Head
     if method == "acol":
         head = AcolHead(48, num_classes, hp["acol_threshold"], (48,))
     elif method == "spg":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from wsol_eval.methods.adl import ADL
-from wsol_eval.models.heads import AcolHead, FslHead, LinearHead, SpgHead, conv
+from wsol_eval.models.heads import AcolHead, FslHead, Head, LinearHead, SpgHead, conv
 from wsol_eval.models.network import WSOLNetwork
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -33,6 +33,7 @@ def vgg16(method: str, num_classes: int, size: int, hp: dict) -> WSOLNetwork:
     low = [*blocks[0], *pool(), *blocks[1], *pool(), *blocks[2], *pool(), *adl, *blocks[3], *adl, *fourth]
     middle = [*blocks[4], *adl, *(pool(1) if wide else [])]
     top: list[nn.Module] = [conv(512, 1024)]
+    head: Head
     if method == "acol":
         top, head = [], AcolHead(512, num_classes, hp["acol_threshold"], (1024, 1024), pool=True)
     elif method == "spg":
@@ -41,8 +42,8 @@ def vgg16(method: str, num_classes: int, size: int, hp: dict) -> WSOLNetwork:
         head = FslHead(1024) if method == "fsl" else LinearHead(1024, num_classes)
     # slow: what the reference calls `features`; SPG has moved conv4 and conv5 out of it
     slow = tuple(f"low.{i}." for i in range(17)) if method == "spg" else ("low.", "middle.")
-    parts = [nn.Sequential(*layers) for layers in (low, middle, top)]
-    return WSOLNetwork(*parts, head, lambda name: not name.startswith(slow))
+    first, second, third = (nn.Sequential(*layers) for layers in (low, middle, top))
+    return WSOLNetwork(first, second, third, head, lambda name: not name.startswith(slow))
 
 
 def rename(state: dict, network: WSOLNetwork) -> dict:

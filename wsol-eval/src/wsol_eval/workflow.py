@@ -7,89 +7,96 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from rich.table import Table as Grid
 
-from shared_utils.logging import console
 from wsol_eval.data import FolderSource, SceneSource, Source, WSOLDataset
 from wsol_eval.evaluate import Report, evaluate, score_maps
 from wsol_eval.intervals import Interval, bootstrap, paired
 from wsol_eval.metadata import Metadata, read_metadata
-from wsol_eval.recipe import Recipe
+from wsol_eval.recipe import OnData, Recipe
 from wsol_eval.scenes import CLASSES, TEST_SCENES, TRAIN_SCENES, make_split
 from wsol_eval.scoremaps import ScoreMaps
-
-if TYPE_CHECKING:
-    from wsol_eval import cli
-
-PLACES = (  # name, scale, size, licence, where it is looked for
-    ("procedural scenes", "smoke, embedded", "-", "-", None),
-    ("CUBV2 boxes (sample)", "embedded", "0.2 MB", "CC-BY-2.0", None),
-    ("CUB images", "paper", "1.2 GB", "see its publisher", "CUB"),
-    ("CUB metadata", "paper", "2 MB", "CC-BY-2.0 (boxes)", "metadata/CUB"),
-    ("ImageNet and ImageNetV2 images", "paper", "150 GB", "see its publisher", "ILSVRC"),
-    ("ImageNet metadata", "paper", "130 MB", "CC-BY-2.0 (V2 boxes)", "metadata/ILSVRC"),
-    ("OpenImages30k images and masks", "paper", "see its publisher", "CC-BY-4.0 (annotations)", "OpenImages"),
-    ("OpenImages30k metadata", "paper", "10 MB", "CC-BY-4.0", "metadata/OpenImages"),
-)
+from wsol_eval.sweep import Convention
 
 
-def source_of(on: cli.OnData, split: str) -> Source:
+def source_of(on: OnData, split: str) -> Source:
     """A split of the scenes, or of a data set under the data root."""
     if on.dataset.startswith("scenes"):
         if on.dataset not in ("scenes", "scenes-ill-posed"):
             raise ValueError(f"dataset: scenes or scenes-ill-posed was expected, got {on.dataset!r}")
         count = {"train": TRAIN_SCENES, "val": max(1, on.per_class) * CLASSES, "test": TEST_SCENES}[split]
         return SceneSource(make_split(split, count, on.seed, on.dataset == "scenes-ill-posed"), split)
-    options = {"cache": on.cache, "skip_broken": on.skip_broken, "proxy": on.proxy}
-    metadata = on.data_root / "metadata" / on.dataset
-    limit = on.per_class or None
-    dataset = WSOLDataset(on.data_root / on.dataset, metadata, split, full_supervision_per_class=limit, **options)
-    return FolderSource(dataset, on.num_workers)
+    dataset = WSOLDataset(
+        on.data_root / on.dataset,
+        on.data_root / "metadata" / on.dataset,
+        split,
+        full_supervision_per_class=on.per_class or None,
+        proxy=on.proxy,
+        cache=on.cache,
+        skip_broken=on.skip_broken,
+    )
+    return FolderSource(dataset, on.workers)
 
 
-def train(recipe: Recipe, on: cli.OnData, output: Path, checkpoint_every: int, compile_model: bool) -> None:
+def train(recipe: Recipe, on: OnData, output: Path, checkpoint_every: int, compile_model: bool) -> None:
     """Train one model; fsl is fitted on train-fullsup, the others on train-weaksup."""
     from wsol_eval.train import fit, make_fabric
 
-    fabric = make_fabric(on.device, on.devices)
+    fabric = make_fabric(on.device, on.precision)
     source = source_of(on, "val" if recipe.method == "fsl" else "train")
     fit(recipe, source, on.seed, fabric, output, checkpoint_every, compile_model)
 
 
-def evaluate_checkpoint(command: cli.Eval) -> dict[str, Any]:
+def evaluate_checkpoint(
+    checkpoint: Path,
+    on: OnData,
+    split: str,
+    cam_curve_interval: float,
+    tau: float | None,
+    scoremap_root: Path | None,
+    scoremap_dtype: str,
+) -> dict[str, Any]:
     """Everything measured of a checkpoint on a split."""
     from wsol_eval.train import load_trained, make_fabric
 
-    source = source_of(command.on, command.split)
-    network, recipe = load_trained(command.checkpoint, source.num_classes)
-    fabric = make_fabric(command.on.device, command.on.devices)
-    store = ScoreMaps(command.scoremap_root, command.scoremap_dtype) if command.scoremap_root else None
-    report = evaluate(network, source, fabric, command.cam_curve_interval, store=store)
-    facts = {"dataset": command.on.dataset, "split": command.split, "method": recipe.method, "arch": recipe.arch}
-    return facts | describe(report, command.tau)
+    source = source_of(on, split)
+    network, recipe = load_trained(checkpoint, source.num_classes)
+    fabric = make_fabric(on.device, on.precision)
+    store = ScoreMaps(scoremap_root, scoremap_dtype) if scoremap_root else None
+    report = evaluate(network, source, fabric, cam_curve_interval, store=store)
+    facts = {"dataset": on.dataset, "split": split, "method": recipe.method, "arch": recipe.arch}
+    return facts | describe(report, tau)
 
 
-def search(command: cli.Search) -> dict[str, Any]:
+def search(
+    output: Path,
+    recipe: Recipe,
+    on: OnData,
+    trials: int,
+    space: str,
+    criterion: str,
+    cam_curve_interval: float,
+    fsl_validation: str,
+) -> dict[str, Any]:
     """The protocol of one method; the ledger's counts stand beside the result."""
     from wsol_eval.protocol import Ledger, run_in_folder
     from wsol_eval.train import make_fabric
 
-    on = command.on
     sources = {split: source_of(on, split) for split in ("train", "val", "test")}
     options = (
         sources,
-        make_fabric(on.device, on.devices),
-        command.output,
-        command.criterion,
-        command.cam_curve_interval,
-        command.fsl_validation,
+        make_fabric(on.device, on.precision),
+        output,
+        criterion,
+        cam_curve_interval,
+        fsl_validation,
     )
-    found, entry = run_in_folder(command.recipe, command.space, command.trials, on.seed, *options)
-    ledger = Ledger(command.output / "ledger.jsonl")
+    found, entry = run_in_folder(recipe, space, trials, on.seed, *options)
+    ledger = Ledger(output / "ledger.jsonl")
     chosen = ledger.find("trial", method=found.method, trial=found.best)[0]["hyperparameters"]
     return {
         "method": found.method,
@@ -99,33 +106,51 @@ def search(command: cli.Search) -> dict[str, Any]:
     } | ledger.counts()
 
 
-def score(command: cli.Score) -> dict[str, Any]:
+def score(
+    scoremap_root: Path,
+    metadata_root: Path,
+    split: str,
+    dataset_name: str,
+    *,
+    mask_root: Path | None,
+    cam_curve_interval: float,
+    native: bool,
+    box_convention: Convention,
+    predictions: Path | None,
+    tau: float | None,
+    tau_from: Path | None,
+    intervals: bool,
+    baseline_root: Path | None,
+    overlays: Path | None,
+    image_root: Path | None,
+) -> dict[str, Any]:
     """Everything measured of score maps on disk."""
-    if command.overlays and command.image_root is None:
+    if overlays and image_root is None:
         raise ValueError("overlays: image_root is needed as well")
-    metadata = read_metadata(command.metadata_root / command.split)
+    metadata = read_metadata(metadata_root / split)
     if not metadata.boxes and not metadata.masks:
-        raise ValueError(f"{command.metadata_root / command.split}: no boxes or masks in localization.txt")
-    resampled = command.intervals or command.baseline_root is not None
-    options = {
-        "interval": command.cam_curve_interval,
-        "native": command.native,
-        "convention": command.box_convention,
-        "keep_images": resampled,
-        "mask_root": command.mask_root or command.scoremap_root,
-    }
-    predictions = read_predictions(command.predictions) if command.predictions else None
-    report = score_maps(ScoreMaps(command.scoremap_root), metadata, predictions=predictions, **options)
-    transferred = json.loads(command.tau_from.read_text()) if command.tau_from else None
-    result = {"dataset": command.dataset_name, "split": command.split} | describe(report, command.tau, transferred)
+        raise ValueError(f"{metadata_root / split}: no boxes or masks in localization.txt")
+    resampled = intervals or baseline_root is not None
+    measure = partial(
+        score_maps,
+        metadata=metadata,
+        interval=cam_curve_interval,
+        native=native,
+        convention=box_convention,
+        keep_images=resampled,
+        mask_root=mask_root or scoremap_root,
+    )
+    report = measure(ScoreMaps(scoremap_root), predictions=read_predictions(predictions) if predictions else None)
+    transferred = json.loads(tau_from.read_text()) if tau_from else None
+    result = {"dataset": dataset_name, "split": split} | describe(report, tau, transferred)
     if resampled and report.all is not None:
         result["intervals"] = _intervals(bootstrap(report.all))
-        if command.baseline_root:
-            baseline = score_maps(ScoreMaps(command.baseline_root), metadata, **options)
+        if baseline_root:
+            baseline = measure(ScoreMaps(baseline_root))
             result["difference_to_baseline"] = _intervals(paired(report.all, baseline.all))
-    if command.overlays:
-        tau = report.largest.tau_star[0.5] if report.largest else 0.5
-        write_overlays(command, metadata, tau)
+    if overlays and image_root:
+        shown_at = report.largest.tau_star[0.5] if report.largest else 0.5
+        write_overlays(overlays, image_root, ScoreMaps(scoremap_root), metadata, shown_at)
     return result
 
 
@@ -179,37 +204,18 @@ def read_predictions(path: Path) -> dict[str, list[int]]:
     return found
 
 
-def write_overlays(command: cli.Score, metadata: Metadata, tau: float) -> None:
+def write_overlays(output: Path, image_root: Path, store: ScoreMaps, metadata: Metadata, tau: float) -> None:
     """Every image of the split under its map, with the box at `tau`."""
     from PIL import Image
 
     from wsol_eval.overlays import overlay, save_overlay
 
-    store = ScoreMaps(command.scoremap_root)
     for name in metadata.image_ids:
-        path = command.image_root / name
+        path = image_root / name
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image")
         score_map = store.read(name)
         shown = score_map / 255 if score_map.dtype == np.uint8 else score_map.astype(np.float64)
         boxes = metadata.boxes_at(name, shown.shape) if metadata.boxes else np.zeros((0, 4), np.int64)
         with Image.open(path) as image:
-            save_overlay(command.overlays / f"{name}.png", overlay(image, shown, boxes, tau))
-
-
-def print_data(data_root: Path) -> None:
-    """What is needed, where it is looked for, and what is there."""
-    grid = Grid("data", "scale", "size", "licence", "found", "where")
-    missing = False
-    for name, scale, size, licence, place in PLACES:
-        found = place is None or (data_root / place).is_dir()
-        missing |= not found
-        grid.add_row(
-            name, scale, size, licence, "yes" if found else "no", f"DATA_ROOT/{place}" if place else "in the package"
-        )
-    console().print(grid)
-    if missing:
-        console().print(
-            "Images come from their publishers; metadata from the folder `metadata` of clovaai/wsolevaluation, copied "
-            "to DATA_ROOT/metadata. Then: wsol-eval data verify --data-root ... --metadata-root ... --split ..."
-        )
+            save_overlay(output / f"{name}.png", overlay(image, shown, boxes, tau))
