@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_adv_reward.models import Centre, feature_size
+from rl_adv_reward.models import Centre, Victim, feature_size
 
 NORMS = ("linf", "l2")
 TOLERANCE = 1e-6
@@ -118,12 +118,12 @@ class ATN(nn.Module):
         check_bound(eps, norm)
         if len(obs_shape) != 3:
             raise ValueError(f"obs_shape must be (C, H, W), got {tuple(obs_shape)}")
-        channels, height, width_ = obs_shape
-        self.obs_shape, self.eps, self.norm = (channels, height, width_), float(eps), norm
+        channels, height, side = obs_shape
+        self.obs_shape, self.eps, self.norm = (channels, height, side), float(eps), norm
         self.arguments = {"obs_shape": list(obs_shape), "eps": self.eps, "norm": norm}
         self.arguments |= {"width": width, "background": background}
-        dense = obs_shape[1] < 36
-        self.body = (_DenseBody if dense else _ConvBody)(self.obs_shape, width, background)
+        body = _DenseBody if height < 36 else _ConvBody
+        self.body: nn.Module = body(self.obs_shape, width, background)
 
     def attacked(self, x: Tensor) -> Tensor:
         """`forward` without the check of x, for hot loops."""
@@ -145,10 +145,10 @@ class ATN(nn.Module):
 class AttackedQ(nn.Module):
     """Q_theta(s, a) = Q_v(g_theta(s), a): the ATN's weights are the only parameters, the victim is frozen."""
 
-    def __init__(self, atn: ATN, victim: nn.Module):
+    def __init__(self, atn: ATN, victim: Victim):
         super().__init__()
         self.atn = atn
-        self._victim: list[Any] = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
+        self._victim = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
 
     def __deepcopy__(self, memo: dict) -> AttackedQ:
         """A copy (the target network) has its own ATN and the same victim."""
@@ -159,12 +159,11 @@ class AttackedQ(nn.Module):
         return self._victim[0].q(self.atn.attacked(x))
 
 
-def _start_small(layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
+def _start_small(layer: Any) -> nn.Module:
     """An untrained ATN hardly changes anything."""
     with torch.no_grad():
         layer.weight.mul_(0.1)
-        if layer.bias is not None:
-            layer.bias.zero_()
+        layer.bias.zero_()
     return layer
 
 

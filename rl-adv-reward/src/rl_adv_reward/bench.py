@@ -104,24 +104,21 @@ def _play_single(env: gym.Env) -> None:
 def _training(fabric: Fabric, repeats: int) -> Iterator[Timing]:
     """Environment steps of training, ours against a plain loop: one environment, an update per 4 steps."""
     on_minipong = partial(mlp, (2, 10, 10), 3, ENVIRONMENTS["minipong"].background)
-    games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[], gym.Env], str]] = [
-        ("MiniPong", PRESETS["minipong"].loop("victim"), on_minipong, partial(gym.make, "MiniPong-v0"), "")
-    ]
+    games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[], gym.Env], str]]
+    games = [("MiniPong", PRESETS["minipong"].loop("victim"), on_minipong, partial(gym.make, "MiniPong-v0"), "")]
     if fabric.device.type == "cuda":
         loop = replace(PRESETS["pong"].loop("victim"), starts=20, capacity=20_000)
         games.append(("ALE/Pong", loop, partial(nature_cnn, (4, 84, 84), 6), _single, ">= 10"))
     for game, loop, network, make, target in games:
         loop, steps = replace(loop, iterations=200), 1200
-        samples = in_turn(
+        ours, plain = in_turn(
             partial(_ours, loop, network, fabric),
             partial(_plain, make, network, fabric.device, steps),
             repeats,
             fabric.device,
         )
-        mine, plain = samples
-        what = f"DQN training, one environment step of {game}"
-        ours, peer = [ms / (200 * loop.num_envs) for ms in mine], [ms / steps for ms in plain]
-        yield Timing(what, "a plain loop", ours, peer, target=target)
+        per_step = [ms / (loop.iterations * loop.num_envs) for ms in ours], [ms / steps for ms in plain]
+        yield Timing(f"DQN training, one environment step of {game}", "a plain loop", *per_step, target=target)
 
 
 def _ours(loop: Loop, network: Callable[[], nn.Module], fabric: Fabric) -> None:
@@ -140,7 +137,7 @@ def _plain(make: Callable[[], gym.Env], network: Callable[[], nn.Module], device
             values = q(torch.as_tensor(np.array(obs), device=device).float()[None] / 255)
         action = int(rng.integers(values.shape[1])) if rng.random() < 0.1 else int(values.argmax())
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        memory.append((np.array(obs), action, float(np.sign(float(reward))), np.array(next_obs), terminated))
+        memory.append((np.array(obs), action, np.sign(float(reward)), np.array(next_obs), terminated))
         obs = env.reset()[0] if terminated or truncated else next_obs
         if step >= 64 and step % 4 == 0:
             chosen = [memory[i] for i in rng.integers(len(memory), size=32)]
@@ -165,9 +162,8 @@ def _attacks(device: torch.device, repeats: int) -> Iterator[Timing]:
     ):
         victim, atn = Victim(network()).to(device), ATN(shape, 8 / 255).to(device)
         x = torch.rand(32, *shape, device=device)
-        one_forward: Attack = ATNAttack(atn)
-        ours, peer = (partial(_act, attack, x, victim) for attack in (one_forward, partial(fgsm, eps=8 / 255)))
-        times = in_turn(ours, peer, repeats, device)
+        learned, gradient = ATNAttack(atn), partial(fgsm, eps=8 / 255)
+        times = in_turn(partial(_act, learned, x, victim), partial(_act, gradient, x, victim), repeats, device)
         yield Timing(f"one attacked step, 32 observations of {game}: ATN", "FGSM", *times, target=">= 1")
 
 

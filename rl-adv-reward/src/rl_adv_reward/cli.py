@@ -209,7 +209,7 @@ class Data:
         from rl_adv_reward.envs import inventory
         from shared_utils.logging import console
 
-        grid = Grid("environment", "scale", "from", "found")
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory():
             grid.add_row(*row)
         console().print(grid)

@@ -40,7 +40,9 @@ SEEDS = {"victim": 0, "critic": 1_000_000, "atn": 2_000_000, "check": 3_000_000,
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings."""
+    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
+    if not (PROJECT / "tables").is_dir():
+        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 

@@ -86,9 +86,10 @@ def make_envs(name: str, num_envs: int) -> VectorEnv:
 def sizes(name: str) -> tuple[tuple[int, int, int], int]:
     """Shape (C, H, W) of an environment's observations, and its number of actions."""
     envs = make_envs(name, 1)
-    shape, actions = envs.single_observation_space.shape, envs.single_action_space
+    channels, height, side = cast(gym.spaces.Box, envs.single_observation_space).shape
+    n_actions = int(cast(gym.spaces.Discrete, envs.single_action_space).n)
     envs.close()
-    return cast(tuple[int, int, int], shape), int(cast(gym.spaces.Discrete, actions).n)
+    return (channels, height, side), n_actions
 
 
 def check_envs(envs: VectorEnv) -> None:
@@ -120,16 +121,15 @@ def check_image_space(space: gym.Space) -> None:
         )
 
 
-def inventory() -> list[tuple[str, str, str, str]]:
-    """Environment, scales, where it comes from, and whether it is there."""
+def inventory() -> list[tuple[str, ...]]:
+    """Rows: data, scale, size, licence, found, where, what to do if missing."""
     import importlib.resources
 
     import ale_py
 
-    rows = [("MiniPong", "smoke, embedded", "made by the project", "yes")]
+    rows: list[tuple[str, ...]] = [("MiniPong", "smoke, embedded", "", "MIT", "yes", "made by the project", "")]
     for game, scales in (("pong", "atari-short, paper"), ("breakout", "paper")):
         rom = importlib.resources.files("ale_py") / "roms" / f"{game}.bin"
-        rows.append(
-            (f"ALE/{game}", scales, f"ROM inside ale-py {ale_py.__version__}", "yes" if rom.is_file() else "no")
-        )
+        found, mend = ("yes", "") if rom.is_file() else ("no", "pip install --force-reinstall ale-py")
+        rows.append((f"ALE/{game}", scales, "2 kB", "", found, f"inside ale-py {ale_py.__version__}", mend))
     return rows

@@ -55,14 +55,11 @@ class MiniPongVec(VectorEnv):
         self.action_space = batch_space(_ACTION, num_envs)
         self._all = np.arange(num_envs)
         self._rng = np.random.default_rng()
-        self.x, self.vx = self._zeros(np.int64), self._zeros(np.int64)
-        self.y, self.vy, self.top, self.enemy = (self._zeros(np.float64) for _ in range(4))
-        self.goals, self.misses, self.steps = (self._zeros(np.float64) for _ in range(3))
+        self.x, self.vx = (np.zeros(num_envs, np.int64) for _ in range(2))
+        self.y, self.vy, self.top, self.enemy = (np.zeros(num_envs) for _ in range(4))
+        self.goals, self.misses, self.steps = (np.zeros(num_envs) for _ in range(3))
         self.over = np.ones(num_envs, bool)
         self.frames = np.zeros((num_envs, 2, SIZE, SIZE), np.uint8)
-
-    def _zeros(self, dtype: type) -> np.ndarray:
-        return np.zeros(self.num_envs, dtype)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         if seed is not None:
