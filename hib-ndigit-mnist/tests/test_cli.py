@@ -43,10 +43,10 @@ def test_train_eval_embed_inspect(model, tmp_path, monkeypatch, capsys):
     digits = read_digits()
     for i in range(3):
         Image.fromarray(digits.test_images[i].numpy()).resize((64, 64)).save(tmp_path / f"{i}.png")
-    verb("embed", model, tmp_path, "--out", tmp_path / "e.npz")
+    verb("embed", model, tmp_path, "--output", tmp_path / "e.npz")
     with np.load(tmp_path / "e.npz") as found:
         assert found["mu"].shape == found["logvar"].shape == (3, 2, 2) and found["eta"].shape == (3,)
-    seen = json.loads(verb("inspect", tmp_path / "0.png", "--ckpt", model, "--top", 10))
+    seen = json.loads(verb("inspect", tmp_path / "0.png", "--checkpoint", model, "--top", 10))
     assert len(seen["match"]) == 10 and 0 < seen["eta"] < 1
     probabilities = list(seen["match"].values())
     assert probabilities == sorted(probabilities, reverse=True)
@@ -75,9 +75,9 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):
         (["train", "--samples", "7", "--components", "2"], "multiple of components"),
         (["eval", tmp_path / "none.pt"], "none.pt: no such file"),
         (["eval", tmp_path / "cut.pt"], "cut.pt: cannot be read"),
-        (["inspect", tmp_path / "no.png", "--ckpt", tmp_path / "other.pt"], "no model of this package"),
-        (["inspect", tmp_path / "no.png", "--ckpt", model], "no.png: cannot be read as an image"),
-        (["data", "--out", tmp_path / "out", "--data-root", tmp_path], "MNIST was not found; searched"),
+        (["inspect", tmp_path / "no.png", "--checkpoint", tmp_path / "other.pt"], "no model of this package"),
+        (["inspect", tmp_path / "no.png", "--checkpoint", model], "no.png: cannot be read as an image"),
+        (["data", "--output", tmp_path / "out", "--data-root", tmp_path], "MNIST was not found; searched"),
     ):
         monkeypatch.setattr(sys, "argv", ["hib", *map(str, words)])
         with pytest.raises(SystemExit) as ended:

@@ -30,8 +30,6 @@ class Run:
     """Instead of the table's seeds."""
     data_root: Path = field(default_factory=default_data_root)
     """Where MNIST is."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
     jobs: int = 0
     """Groups of models side by side; 0: one per core, or a single one on CUDA."""
     force: bool = False
@@ -41,7 +39,7 @@ class Run:
 
     def __call__(self) -> None:
         from hib_ndigit_mnist import experiments
-        from shared_utils.report import print_table
+        from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
 
         everything = {table.id: table for table in experiments.tables()}
@@ -55,36 +53,26 @@ class Run:
         if self.rows and not self.tables:
             raise ValueError("rows: name the table they are in")
         if self.dry_run:
-            return self._list(chosen)
+            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
         yours = experiments.run_tables(
-            chosen, self.scale, self.data_root, self.rows, self.seeds, self.force, self.jobs, self.device
+            chosen,
+            self.scale,
+            self.data_root,
+            rows=self.rows,
+            seeds=self.seeds,
+            force=self.force,
+            jobs=self.jobs,
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
-
-    def _list(self, chosen: list) -> None:
-        from rich.table import Table as Grid
-
-        from hib_ndigit_mnist import experiments
-        from shared_utils.logging import console
-        from shared_utils.runlog import RunLog
-
-        done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl").keys()
-        grid, total = Grid("table", "missing runs", "expected seconds (models shared by tables count once each)"), 0.0
-        for table in chosen:
-            runs = [run for run in table.runs(self.scale, self.rows, self.seeds or None) if run.key not in done]
-            seconds = len(runs) * (table.scales[self.scale].expected_seconds or 0)
-            total += seconds
-            grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-        grid.add_row("all", "", f"{total:.0f}")
-        console().print(grid)
 
 
 @dataclass(frozen=True)
 class Train(Settings):
     """Train one model and write it; interrupted, the same command goes on. --scale sets the defaults below."""
 
-    output: Path = Path("model.pt")
+    output: Path = Path("hib-ndigit-mnist.pt")
     """File to write; the checkpoint lies beside it."""
     scale: str = "embedded"
     """Whose defaults to take: smoke, embedded, mnist or paper."""
@@ -93,26 +81,28 @@ class Train(Settings):
     data_root: Path = field(default_factory=default_data_root)
     """Where MNIST is."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     checkpoint_every: int = 5000
     """Steps between saves."""
 
     def __call__(self) -> None:
         from hib_ndigit_mnist.workflow import train_to_file
 
-        train_to_file(self, self.output, self.seed, self.data_root, self.device, self.checkpoint_every)
+        train_to_file(self, self.output, self.seed, self.data_root, self.device, self.precision, self.checkpoint_every)
 
 
 @dataclass
 class Eval:
     """Evaluate a model on clean and corrupted test images: JSON on stdout."""
 
-    ckpt: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path]
     """Model written by train."""
     split: str | None = None
     """test_seen, test_unseen or test; default: the first of the model's data set."""
-    conditions: str = "clean,corrupt"
-    """Whose figures to print, separated by commas."""
+    conditions: tuple[str, ...] = ("clean", "corrupt")
+    """Whose figures to print."""
     estimator: str = "auto"
     """quadrature, mc or auto."""
     samples: int = 8
@@ -136,25 +126,25 @@ class Eval:
         pairs = self.pairs if self.pairs == "all" else int(self.pairs)
         sizes = {"images": self.images, "pairs": pairs, "queries": self.queries}
         options = {"estimator": self.estimator, "samples": self.samples}
-        conditions = self.conditions.split(",")
-        print(json.dumps(evaluate_file(self.ckpt, self.split, conditions, self.data_root, self.device, sizes, options)))
+        where = self.data_root, self.device
+        print(json.dumps(evaluate_file(self.checkpoint, self.split, self.conditions, *where, sizes, options)))
 
 
 @dataclass
 class Embed:
     """Embed images and write mu, logvar (of mixtures of Gaussians) and eta as .npz."""
 
-    ckpt: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path]
     """Model written by train."""
     images: tyro.conf.Positional[Path]
     """An image, a folder of images (sorted by name), or .npy / .npz with uint8 images (n, H, W)."""
-    out: Path = Path("emb.npz")
+    output: Path = Path("emb.npz")
     """File to write."""
 
     def __call__(self) -> None:
         from hib_ndigit_mnist.workflow import embed_to_file
 
-        embed_to_file(self.ckpt, self.images, self.out)
+        embed_to_file(self.checkpoint, self.images, self.output)
 
 
 @dataclass
@@ -163,7 +153,7 @@ class Inspect:
 
     image: tyro.conf.Positional[Path]
     """Light digits on black; resized to the model's input."""
-    ckpt: Path = Path("model.pt")
+    checkpoint: Path = Path("hib-ndigit-mnist.pt")
     """Model written by train."""
     invert: bool = False
     """For dark digits on white."""
@@ -175,18 +165,18 @@ class Inspect:
 
         from hib_ndigit_mnist.workflow import inspect_image
 
-        print(json.dumps(inspect_image(self.ckpt, self.image, self.invert, self.top), indent=2))
+        print(json.dumps(inspect_image(self.checkpoint, self.image, self.invert, self.top), indent=2))
 
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there; with --out, writes N-digit images as .npz."""
+    """What is needed, where it is looked for, and what is there; with --output, writes N-digit images as .npz."""
 
     data_root: Path = field(default_factory=default_data_root)
     """Where to look."""
     download: bool = False
     """Fetch MNIST through torchvision, checked by hash."""
-    out: Path | None = None
+    output: Path | None = None
     """Folder for <split>.npz with images (n, 28, 28 N) uint8 and labels (n,) int64, as google/n-digit-mnist writes."""
     num_digits: int = 2
     """N in 1 to 6."""
@@ -198,15 +188,23 @@ class Data:
     """Of a draw."""
 
     def __call__(self) -> None:
-        from hib_ndigit_mnist.workflow import export, list_data
-
         if self.download:
             from torchvision.datasets import MNIST
 
             MNIST(str(self.data_root), download=True)
-        if self.out is None:
-            return list_data(self.data_root)
-        export(self.data_root, self.out, self.num_digits, self.gap, self.standard, self.seed)
+        if self.output:
+            from hib_ndigit_mnist.workflow import export
+
+            return export(self.data_root, self.output, self.num_digits, self.gap, self.standard, self.seed)
+        from rich.table import Table as Grid
+
+        from hib_ndigit_mnist.inventory import inventory
+        from shared_utils.logging import console
+
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
 
 
 @dataclass
@@ -267,15 +265,15 @@ def main() -> None:
         verbs = {name: _call(kind, _defaults(words) if name == "train" else None) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=words)
     except KeyboardInterrupt:
-        _fail("interrupted; what is finished or saved is kept, the same command goes on", 130)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+        _fail("interrupted; finished runs and checkpoints are kept, the same command goes on", 130)
+    except (ValueError, TypeError, FileNotFoundError) as error:
         if debug:
             raise
         _fail(str(error), 2)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        _fail(str(error) if isinstance(error, RuntimeError | OSError) else repr(error), 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -41,11 +41,11 @@ def run_tables(
     chosen: Sequence[Table],
     scale: str,
     data_root: Path,
+    *,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
-    device: str = "auto",
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -58,7 +58,7 @@ def run_tables(
         "hib-ndigit-mnist",
         runs,
         log,
-        partial(execute, data_root=data_root, device=device, checkpoints=checkpoints),
+        partial(execute, data_root=data_root, checkpoints=checkpoints),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,

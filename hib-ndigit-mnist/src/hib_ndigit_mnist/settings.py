@@ -147,4 +147,4 @@ SCALES: dict[str, dict[str, Any]] = {
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/hib-ndigit-mnist."""
-    return Path(os.environ.get("DATA_ROOT", Path.home() / ".cache" / "hib-ndigit-mnist"))
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "hib-ndigit-mnist")

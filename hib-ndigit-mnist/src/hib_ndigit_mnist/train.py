@@ -57,7 +57,7 @@ def train(
     seeds: Sequence[int],
     *,
     device: str = "auto",
-    precision: str | None = None,
+    precision: str = "auto",
     graph: bool = True,
     checkpoint: Path | None = None,
     checkpoint_every: int = 5000,
@@ -73,9 +73,8 @@ def train(
         data: training images.
         trainings: one per model, of equal `shape()`.
         seeds: one per model: of its weights and of all its random numbers.
-        device: "auto", "cpu" or "cuda".
-        precision: of Fabric; default bf16-mixed on CUDA (the encoder; everything behind it stays float32), else
-            32-true.
+        device: as in `make_fabric`.
+        precision: as in `make_fabric`; of the encoder, everything behind it stays float32.
         graph: on CUDA, replay the step as a CUDA graph (single process).
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves, rounded up to whole chunks.
@@ -125,10 +124,10 @@ class _Run:
         trainings: Sequence[Training],
         seeds: Sequence[int],
         device: str,
-        precision: str | None,
+        precision: str,
         graph: bool,
     ):
-        self.fabric = _fabric(device, precision)
+        self.fabric = make_fabric(device, precision)
         self.training, self.step = trainings[0], 0
         self.history: list[tuple[int, Tensor]] = []  # step, diagnostics
         self.data = data.to(self.fabric.device)
@@ -290,18 +289,26 @@ class _Graph:
         return self.outputs
 
 
-def _fabric(device: str, precision: str | None) -> Fabric:
-    accelerator = "gpu" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if precision is None:
-        ampere = accelerator == "gpu" and torch.cuda.is_bf16_supported()
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """Fabric on one process, or on all that torchrun or Slurm started (DDP).
+
+    Args:
+        device: auto (CUDA where there is one), cpu or cuda.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16-mixed" if ampere else "32-true"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+    strategy = "ddp" if world > 1 else "auto"
     fabric = Fabric(
-        accelerator=accelerator,
+        accelerator=device,
         devices=local,
-        num_nodes=ranks // local,
-        strategy="ddp" if ranks > 1 else "auto",
+        num_nodes=world // local,
+        strategy=strategy,
         precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
     )
     fabric.launch()

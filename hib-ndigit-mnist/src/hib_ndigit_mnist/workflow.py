@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from rich.table import Table as Grid
 from torch import Tensor
 
-from hib_ndigit_mnist.data import NDigitSet, ndigit_sets, read_mnist
+from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import CONDITIONS, PAIR_TOLERANCE, Evaluation, TestSet, embed, fit_match
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.models import Encoder, build_encoder
 from hib_ndigit_mnist.settings import Settings
 from hib_ndigit_mnist.train import load_file, train
-from shared_utils.logging import console, get_logger, rank
+from shared_utils.logging import get_logger, rank
 
 logger = get_logger("hib-ndigit-mnist")
 
@@ -33,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def train_to_file(
-    settings: Settings, output: Path, seed: int, data_root: Path, device: str, checkpoint_every: int
+    settings: Settings, output: Path, seed: int, data_root: Path, device: str, precision: str, checkpoint_every: int
 ) -> None:
     """Train one model and write weights, settings and a gallery of embedded training images.
 
@@ -43,7 +42,13 @@ def train_to_file(
     sets = _sets(settings, data_root)
     training, checkpoint = settings.training(), output.with_name(output.name + ".checkpoint")
     (model,), _ = train(
-        sets["train"], [training], [seed], device=device, checkpoint=checkpoint, checkpoint_every=checkpoint_every
+        sets["train"],
+        [training],
+        [seed],
+        device=device,
+        precision=precision,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
     )
     if rank():
         return
@@ -160,15 +165,15 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(array[:, None])
 
 
-def embed_to_file(model_path: Path, images: Path, out: Path) -> None:
+def embed_to_file(model_path: Path, images: Path, output: Path) -> None:
     """Write mu (n, C, D), logvar (n, C, D; left out for points) and eta (n,) as .npz."""
     model = LoadedModel(model_path)
     embedding = embed(model.encoder, read_images(images, model.encoder.shape))
     arrays: dict[str, Any] = {"mu": embedding.mu.numpy(), "eta": _eta(model, embedding).numpy()}
     if embedding.logvar is not None:
         arrays["logvar"] = embedding.logvar.numpy()
-    np.savez(out, **arrays)
-    logger.info("%d images in %s", len(embedding), out)
+    np.savez(output, **arrays)
+    logger.info("%d images in %s", len(embedding), output)
 
 
 def inspect_image(model_path: Path, image: Path, invert: bool, top: int) -> dict[str, Any]:
@@ -198,30 +203,14 @@ def _eta(model: LoadedModel, embedding: GaussianMixtureEmbedding) -> Tensor:
 # ---- data ----
 
 
-def list_data(data_root: Path) -> None:
-    """Print what is needed and what is there."""
-    try:
-        read_mnist(data_root)
-        found = "yes, verified"
-    except (FileNotFoundError, ValueError) as error:
-        found = f"no ({error})"
-    grid = Grid("data", "scale", "size", "found", "where")
-    grid.add_row("scikit-learn digits", "smoke, embedded", "1 MB", "yes", "ships with scikit-learn")
-    grid.add_row("MNIST", "mnist, paper", "53 MB", found, f"{data_root} (--data-root or DATA_ROOT)")
-    grid.add_row("N-digit MNIST", "mnist, paper", "2 MB", "yes", "index tables, in this package; made from MNIST")
-    console().print(grid)
-    if found.startswith("no"):
-        logger.info("hib-ndigit-mnist data --download fetches MNIST into %s", data_root)
-
-
-def export(data_root: Path, out: Path, num_digits: int, gap: str, standard: bool, seed: int) -> None:
+def export(data_root: Path, output: Path, num_digits: int, gap: str, standard: bool, seed: int) -> None:
     """Write every split as <split>.npz with images (n, 28, 28 N) uint8 and labels (n,) int64."""
     sets = ndigit_sets("mnist", num_digits, gap, data_root, standard=standard, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     for split, data in sets.items():
         images = data.images(torch.arange(len(data)))[:, 0].numpy()
-        np.savez(out / f"{split}.npz", images=images, labels=data.labels.numpy())
-        logger.info("%s: %d images of %d numbers", out / f"{split}.npz", len(data), len(data.labels.unique()))
+        np.savez(output / f"{split}.npz", images=images, labels=data.labels.numpy())
+        logger.info("%s: %d images of %d numbers", output / f"{split}.npz", len(data), len(data.labels.unique()))
 
 
 def _sets(settings: Settings, data_root: Path) -> dict[str, NDigitSet]:
