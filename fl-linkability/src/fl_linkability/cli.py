@@ -53,12 +53,16 @@ class Run:
         known = {table.id: table for table in catalogue.tables()}
         for name in self.tables:
             if name not in known:
-                raise usage(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise usage(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            return _list_missing(chosen, self)
+            from shared_utils.report import print_missing
+            from shared_utils.runlog import RunLog
+
+            done = RunLog(catalogue.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
         from fl_linkability import experiments
 
         yours = experiments.run_tables(
@@ -84,25 +88,6 @@ def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
         print_table(table, scale, RunLog(PROJECT / "results" / f"{scale}.jsonl"), yours)
         for verdict in claims.judge(table, scale, yours):
             console().print(f"  {'over users':<12} {verdict.claim.text} ({verdict})", highlight=False)
-
-
-def _list_missing(chosen: list, options: Run) -> None:
-    from rich.table import Table as Grid
-
-    from fl_linkability.catalogue import PROJECT
-    from shared_utils.logging import console
-    from shared_utils.runlog import RunLog
-
-    done = RunLog(PROJECT / "runs" / f"{options.scale}.jsonl").keys()
-    grid, total = Grid("table", "missing runs", "expected seconds"), 0.0
-    for table in chosen:
-        runs = {run.key: run for run in table.runs(options.scale, options.rows, options.seeds or None)}
-        runs = {key: run for key, run in runs.items() if key not in done and run.table == table.id}
-        seconds = len(runs) * (table.scales[options.scale].expected_seconds or 0)
-        total += seconds
-        grid.add_row(table.id, str(len(runs)), f"{seconds:.0f}")
-    grid.add_row("all", "", f"{total:.0f}")
-    console().print(grid)
 
 
 @dataclass
@@ -247,12 +232,6 @@ class Bench:
         run(self.repeats, self.threads, self.ray)
 
 
-def usage(message: str) -> SystemExit:
-    """Wrong usage: the message on stderr, exit code 2."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
-
-
 VERBS = {
     "run": Run, "train": Train, "attack": Attack, "data": Data, "tables": Tables, "record": Record, "bench": Bench,
 }  # fmt: skip
@@ -268,14 +247,20 @@ def main() -> None:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; finished runs and rounds are kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; finished runs and checkpoints are kept, the same command goes on", 130)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        _fail(str(error) if isinstance(error, RuntimeError | OSError) else repr(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _call(kind: type) -> Callable[[Callable[[], None]], None]:

@@ -48,14 +48,15 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
-        precision: auto (bf16-mixed on CUDA, 32-true on CPU) or one of Fabric's.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
     from lightning.fabric import Fabric
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
-        precision = "bf16-mixed" if device == "cuda" else "32-true"
+        ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        precision = "bf16-mixed" if ampere else "32-true"
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
