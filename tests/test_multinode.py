@@ -80,7 +80,7 @@ def test_two_nodes_of_one_process_each_train_together(launcher, tmp_path):
                 )
             )
     try:
-        codes = [node.wait(timeout=300) for node in nodes]
+        codes = [node.wait(timeout=900) for node in nodes]
     finally:
         for node in nodes:
             node.kill()

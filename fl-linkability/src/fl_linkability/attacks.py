@@ -55,31 +55,31 @@ def identify(
 
 
 def _nearest(k: int) -> Attack:
-    def attack(aux, labels, probe, seed):
+    def attack(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
         return KNeighborsClassifier(min(k, len(aux))).fit(aux, labels).predict_proba(probe)
 
     return attack
 
 
-def _svm(aux, labels, probe, seed):
+def _svm(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
     scores = LinearSVC(C=1.0, random_state=seed).fit(aux, labels).decision_function(probe)
     return scores if scores.ndim == 2 else np.stack([-scores, scores], 1)
 
 
-def _svm_votes(aux, labels, probe, seed):
+def _svm_votes(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
     scores = _svm(aux, labels, probe, seed)
     return (scores == scores.max(1, keepdims=True)).astype(float)
 
 
-def _paper_mlp(aux, labels, probe, seed):
+def _paper_mlp(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
     return mlp_probabilities(aux, labels, int(labels.max()) + 1, seed)(probe)
 
 
-def _centroid(aux, labels, probe, seed):
+def _centroid(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
     return cosine(probe, device_means(unit(aux), labels)[0])
 
 
-def _logistic_regression(aux, labels, probe, seed):
+def _logistic_regression(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
     """On up to 96 principal components of the known updates, scaled by one factor for all."""
     pca = PCA(min(96, len(aux) - 1, aux.shape[1]), random_state=seed).fit(aux)
     known, unknown = pca.transform(aux), pca.transform(probe)
@@ -89,7 +89,7 @@ def _logistic_regression(aux, labels, probe, seed):
     return scores if scores.ndim == 2 else np.stack([-scores, scores], 1)
 
 
-def _mlp(aux, labels, probe, seed):
+def _mlp(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
     """Adam; stopped early on a part of the known updates."""
     model = MLPClassifier((128,), early_stopping=True, n_iter_no_change=20, max_iter=300, random_state=seed)
     return model.fit(aux * np.sqrt(aux.shape[1]), labels).predict_proba(probe * np.sqrt(aux.shape[1]))
@@ -141,5 +141,9 @@ def match(
     """Scores of all pairs, (n_a, n_b); attacks other than cosine and chance learn from aux. See `pair_scorer`."""
     if attack == "cosine":
         return cosine(a, b)
+    if aux is None or aux_labels is None:
+        if attack in MATCH and attack != "chance":
+            raise ValueError(f"attack {attack!r} learns from known updates: aux and aux_labels are needed")
+        aux = aux_labels = np.zeros(0)
     score = pair_scorer(attack, aux, aux_labels, seed)
     return np.stack([score(np.broadcast_to(row, b.shape).copy(), b) for row in a])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from fl_linkability.data.styled import make_digits_users
 from fl_linkability.experiments import PACKAGES
 from fl_linkability.federation import FedAvgConfig, simulate
 from fl_linkability.models import MLP
+from fl_linkability.store import UpdateStore
 from fl_linkability.train import LocalSGD, batch_table, epoch_orders, train_batched, train_one, trained_state
 from shared_utils.benchmark import Timing, in_turn, report
 
@@ -75,7 +77,7 @@ def _messages(repeats: int) -> Iterator[Timing]:
     bundle = make_digits_users(0, n_users=20)
     config = FedAvgConfig(rounds=5, clients_per_round=40, local=LocalSGD(2, 8, 0.1))
     results = {engine: simulate(bundle, MLP, config, engine=engine) for engine in ("loop", "flower-inprocess")}
-    a, b = (result.updates.delta for result in results.values())
+    a, b = (cast(UpdateStore, result.updates).delta for result in results.values())
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     times = in_turn(
         lambda: simulate(bundle, MLP, config, engine="flower-inprocess"),

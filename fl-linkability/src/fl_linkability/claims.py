@@ -8,7 +8,9 @@ the population test set) are judged over seeds alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Claim, Table
 
 MIN_SEEDS = 3
+Sample = tuple[float, np.ndarray]  # a metric as measured, and for each resample of the users (R,)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class BootstrapVerdict:
         return f"{self.verdict}: {number(self.effect)} [{number(self.low)}, {number(self.high)}]"
 
 
-def replicates(record: dict, metric: str) -> tuple[float, np.ndarray] | None:
+def replicates(record: dict, metric: str) -> Sample | None:
     """A metric as measured and for each resample of the users, (R,); None where users do not contribute to it."""
     details, metrics = record["details"], record["metrics"]
     if metric in details.get("replicates", {}):
@@ -66,7 +69,7 @@ def _log2(values: np.ndarray, least: float) -> np.ndarray:
     return np.log2(np.maximum(values, least))
 
 
-FROM_USERS = {
+FROM_USERS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
     "mAP_macro": (("ap",), lambda m, c, ap: 100 * _mean(c, ap)),
     "times_chance_ap": (("ap",), _times),
     "log2_times_chance": (("ap",), lambda m, c, ap: np.log2(_times(m, c, ap))),
@@ -98,8 +101,9 @@ def _judge(table: Table, scale: str, claim: Claim, records: dict) -> BootstrapVe
     complete = [rows for rows in found.values() if set(claim.named_rows) <= set(rows)]
     if len(complete) < MIN_SEEDS:
         return BootstrapVerdict(claim, "not measured")
-    samples = [{name: replicates(rows[name], claim.metric) for name in claim.named_rows} for rows in complete]
-    if any(sample is None for rows in samples for sample in rows.values()):
+    names = set(claim.named_rows)
+    samples = [{name: s for name in names if (s := replicates(rows[name], claim.metric))} for rows in complete]
+    if any(sample.keys() != names for sample in samples):
         return BootstrapVerdict(claim, "seeds only")
     effects, draws = zip(*(_effect(table, claim, rows) for rows in samples), strict=True)
     shortest = min(map(len, draws))
@@ -112,20 +116,25 @@ def _judge(table: Table, scale: str, claim: Claim, records: dict) -> BootstrapVe
     return BootstrapVerdict(claim, verdict, float(np.mean(effects)), float(low), float(high))
 
 
-def _effect(table: Table, claim: Claim, rows: dict[str, tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+def _effect(table: Table, claim: Claim, rows: dict[str, Sample]) -> Sample:
     """What the claim bounds, as measured and for each resample."""
-    if claim.better:
+    if claim.better and claim.than:
         sign = -1 if table.metrics[claim.metric] == "lower" else 1
-        return tuple(sign * (a - b) for a, b in zip(rows[claim.better], rows[claim.than], strict=True))
+        effect, draws = _minus(rows[claim.better], rows[claim.than])
+        return sign * effect, sign * draws
     if claim.row:
         if not claim.minus:
             return rows[claim.row]
-        return tuple(a - b for a, b in zip(rows[claim.row], rows[claim.minus], strict=True))
+        return _minus(rows[claim.row], rows[claim.minus])
     sign = 1 if claim.trend == "rises" else -1
     order = np.stack([rows[name][1] for name in claim.rows])  # (rows, R)
     rank = [stats.spearmanr(range(len(claim.rows)), column).statistic for column in order.T]
     measured = stats.spearmanr(range(len(claim.rows)), [rows[name][0] for name in claim.rows]).statistic
     return sign * float(measured), sign * np.array(rank)
+
+
+def _minus(a: Sample, b: Sample) -> Sample:
+    return a[0] - b[0], a[1] - b[1]
 
 
 def _bounds(claim: Claim) -> tuple[float, float]:
@@ -136,7 +145,7 @@ def _bounds(claim: Claim) -> tuple[float, float]:
     return (-np.inf if claim.at_least is None else claim.at_least), (np.inf if claim.at_most is None else claim.at_most)
 
 
-def section(tables: list[Table], results) -> str:
+def section(tables: list[Table], results: Path) -> str:
     """Markdown: every claim with its bootstrap verdict, for the results page."""
     lines = [
         {"table": table.id, "scale": scale, "claim": v.claim.text, "verdict (bootstrap over users)": str(v)}

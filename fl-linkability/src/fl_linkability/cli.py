@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,7 +94,7 @@ def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
 class Train:
     """Run one federation, keep its updates and weights, and print one attack as JSON; interrupted, the same goes on."""
 
-    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
+    settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]  # type: ignore[valid-type]  # made at run time
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("federation")
     """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
@@ -259,8 +260,8 @@ def main() -> None:
         sys.exit(2 if wrong else 1)
 
 
-def _call(kind: type):
-    def act(command: Annotated[object, tyro.conf.arg(name="")]) -> None:
+def _call(kind: type) -> Callable[[Callable[[], None]], None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +48,10 @@ def utility(bundle: FederatedBundle, model: nn.Module, state: State) -> dict:
     x, y, user = bundle.user_test
     score = _macro_ap_of if bundle.multi_label else _accuracy
     logits = predict(model, state, x)
-    result = {"user": score(logits, y), "population": score(predict(model, state, bundle.test[0]), bundle.test[1])}
+    result: dict[str, Any] = {
+        "user": score(logits, y),
+        "population": score(predict(model, state, bundle.test[0]), bundle.test[1]),
+    }
     if not bundle.multi_label:
         hits = (logits.argmax(1) == y).double()
         totals = torch.zeros(bundle.users.n_users, dtype=torch.float64).index_add_(0, user, hits)
@@ -197,7 +202,7 @@ class Adversary:
             means.append(mean)
             users.append(np.array([owner[d] for d in ids.tolist()]))
         scores = cosine(*means)
-        return matching_metrics(scores, *users), scores, *users
+        return matching_metrics(scores, *users), scores, users[0], users[1]
 
     def open(self) -> tuple[dict, dict]:
         """A third of the users unknown: is the sender known, and who is it (T4)."""
@@ -240,6 +245,6 @@ class Adversary:
         return metrics, details
 
 
-def _rounded(values, digits: int) -> list:
+def _rounded(values: Sequence[float] | np.ndarray, digits: int) -> list:
     """For a run record: None where the value is not defined."""
     return [None if not np.isfinite(v) else round(float(v), digits) for v in values]

@@ -158,6 +158,7 @@ class Experiment:
         """What the settings ask about the federation. ValueError where they belong to another one."""
         if settings.federation() != self.settings.federation():
             raise ValueError("these settings belong to another federation")
+        details: dict
         if settings.measure == "describe":
             metrics, details = describe(self), {}
         elif settings.measure == "images":
@@ -170,6 +171,8 @@ class Experiment:
 
     def _attack(self, settings: Settings) -> tuple[dict, dict]:
         found = self.simulation
+        if found.updates is None:
+            raise RuntimeError("the updates are on rank 0 alone")
         metrics, users = mean_utility(found.utility)
         details: dict = {"users": {}}
         if settings.measure != "utility":
@@ -179,15 +182,15 @@ class Experiment:
         details.setdefault("users", {}).update(users)
         dimension = sum(value.numel() for value in found.final_state.values())
         noise = getattr(self.mitigation, "std", 0.0) * np.sqrt(dimension) / found.raw_norm
-        metrics |= {"noise_relative": noise, "updates": len(found.updates), "epsilon": self._epsilon(found)}
+        metrics |= {"noise_relative": noise, "updates": len(found.updates), "epsilon": self._epsilon(found.updates)}
         metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
         return metrics, details | {"engine": found.engine, "faults": found.faults[:20], "n_faults": len(found.faults)}
 
-    def _epsilon(self, found: SimulationResult) -> float:
+    def _epsilon(self, updates: UpdateStore) -> float:
         """Spent by the anonymous device that answered most often, over the whole run; NaN without a mechanism."""
         if not hasattr(self.mitigation, "epsilon_of"):
             return float("nan")
-        device = found.updates.column("device")[found.updates.column("role") == ANONYMOUS]
+        device = updates.column("device")[updates.column("role") == ANONYMOUS]
         return self.mitigation.epsilon_of(int(np.bincount(device).max()))
 
     def central(self, data: tuple[Tensor, Tensor], epochs: int) -> Iterator[State]:

@@ -57,7 +57,7 @@ class FedAvgConfig:
     min_clients: int = 1
     """valid updates that a round needs"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounds < 1 or self.clients_per_round < 1:
             raise ValueError(f"need 1 round and client or more, got {self.rounds} and {self.clients_per_round}")
         if not 1 <= self.min_clients <= self.clients_per_round:
@@ -73,6 +73,16 @@ class Reply:
     n_examples: int = 0
     raw_norm: float = float("nan")
     error: str = ""
+
+    def fault(self, dimension: int) -> str:
+        """Why this is no update of so many values; empty where it is one."""
+        if self.error or self.delta is None:
+            return self.error or "sent no update"
+        if self.delta.shape != (dimension,):
+            return f"sent an update of shape {self.delta.shape}, expected {(dimension,)}"
+        if not np.isfinite(self.delta).all():
+            return "sent NaN or infinite values"
+        return "" if self.n_examples >= 1 else f"reports {self.n_examples} examples"
 
 
 @dataclass
@@ -91,6 +101,10 @@ class SimulationResult:
     """name, and for Flower its version and the number of nodes"""
 
 
+def _ignore(finished: int) -> None:
+    pass
+
+
 def simulate(
     bundle: FederatedBundle,
     model_fn: Callable[[], nn.Module],
@@ -106,7 +120,7 @@ def simulate(
     fabric: Fabric | None = None,
     clients_at_once: int = 0,
     keep: str = "all",
-    on_round: Callable[[int], None] = lambda finished: None,
+    on_round: Callable[[int], None] = _ignore,
 ) -> SimulationResult:
     """Run the federation and keep all updates.
 
@@ -177,15 +191,19 @@ class Federation:
         self.kept, layers = kept_columns(layer_slices(self.like), keep)
         self.store = UpdateStore(layers, folder / "updates" if folder else None) if fabric.global_rank == 0 else None
         self.run = {"config": asdict(config), "data": bundle.record(), "mitigation": self._describe_mitigation()}
-        self.next_round, self.utility, self.faults, self.raw_norms = 0, [], [], []
-        self.evaluate, self.evaluate_from, self.clients_at_once = None, 0, 0
-        self.on_round = lambda finished: None
+        self.next_round, self.evaluate_from, self.clients_at_once = 0, 0, 0
+        self.utility: list[dict] = []
+        self.faults: list[dict] = []
+        self.raw_norms: list[float] = []
+        self.evaluate: Callable[[nn.Module, State], dict] | None = None
+        self.on_round: Callable[[int], None] = _ignore
 
     def for_client(self) -> Federation:
-        """A copy without the server's store and callbacks, to be sent to client processes."""
+        """A copy without fabric, the server's store and callbacks, to be sent to client processes."""
         client = copy.copy(self)
-        client.store = client.evaluate = client.fabric = None
-        client.on_round = None
+        client.store = client.evaluate = None
+        client.on_round = _ignore
+        del client.fabric  # each process makes its own
         return client
 
     def rng(self, stream: str, number: int = 0, device: int = 0) -> np.random.Generator:
@@ -216,7 +234,7 @@ class Federation:
         delta, _ = train_one(self.model, state, x, y, order, self.config.local, self.fabric.autocast)
         return self._reply(delta.cpu().numpy(), device, number, len(x))
 
-    def loop_replies(self, state: State, devices: Sequence[int], number: int) -> list[Reply]:
+    def loop_replies(self, state: State, devices: np.ndarray, number: int) -> list[Reply]:
         """The round by one client after the other; a client that raises is a fault, not the end."""
         replies = []
         for device in self._mine(devices):
@@ -226,9 +244,10 @@ class Federation:
                 replies.append(Reply(int(device), error=repr(error)))
         return self._gather(replies)
 
-    def batched_replies(self, state: State, devices: Sequence[int], number: int) -> list[Reply]:
+    def batched_replies(self, state: State, devices: np.ndarray, number: int) -> list[Reply]:
         """The round with its clients side by side."""
-        replies, ready = [], []
+        replies: list[Reply] = []
+        ready: list[tuple[int, Tensor, Tensor]] = []
         for device in map(int, self._mine(devices)):
             try:
                 ready.append((device, *self.data(device, number)))
@@ -240,9 +259,9 @@ class Federation:
             local = self.config.local
             orders = [epoch_orders(len(x), local.epochs, self.rng("order", number, device)) for device, x, _ in part]
             rows, weights = batch_table(orders, np.cumsum([0, *numbers[:-1]]), local.batch_size)
-            x, y = (torch.cat([each[i] for each in part]) for i in (1, 2))
-            tensors = [t.to(self.fabric.device, non_blocking=True) for t in (x, y, rows, weights)]
-            deltas, _ = train_batched(self.model, state, *tensors, local, self.fabric.autocast)
+            x, y = torch.cat([x for _, x, _ in part]), torch.cat([y for *_, y in part])
+            x, y, rows, weights = (t.to(self.fabric.device, non_blocking=True) for t in (x, y, rows, weights))
+            deltas, _ = train_batched(self.model, state, x, y, rows, weights, local, self.fabric.autocast)
             for (device, *_), delta, n in zip(part, deltas.cpu().numpy(), numbers, strict=True):
                 replies.append(self._reply(delta, device, number, n))
         return self._gather(replies)
@@ -254,7 +273,7 @@ class Federation:
             delta = self.mitigation.transform_update(delta, self.rng("update", number, device))
         return Reply(device, delta, n, norm)
 
-    def _mine(self, devices: Sequence[int]) -> Sequence[int]:
+    def _mine(self, devices: np.ndarray) -> np.ndarray:
         return devices[self.fabric.global_rank :: self.fabric.world_size]
 
     def _gather(self, replies: list[Reply]) -> list[Reply]:
@@ -262,7 +281,7 @@ class Federation:
         world = self.fabric.world_size
         if world == 1:
             return replies
-        facts = [None] * world
+        facts: list[list[Reply]] = [[] for _ in range(world)]
         dist.all_gather_object(facts, [Reply(r.device, None, r.n_examples, r.raw_norm, r.error) for r in replies])
         most, dimension = max(map(len, facts)), sum(v.numel() for v in self.like.values())
         mine = torch.zeros(most, dimension, device=self.fabric.device)
@@ -284,7 +303,7 @@ class Federation:
             RuntimeError: fewer than min_clients valid updates.
         """
         valid = self._valid(number, sorted(replies, key=lambda reply: reply.device))
-        deltas = np.stack([reply.delta for reply in valid])
+        deltas = np.stack([reply.delta for reply in valid if reply.delta is not None])
         counts, devices = (np.array([getattr(reply, n) for reply in valid]) for n in ("n_examples", "device"))
         if self.store is not None:
             users, roles = self.users.device_user[devices], self.users.device_role[devices]
@@ -299,23 +318,14 @@ class Federation:
             self.utility.append(self.evaluate(self.model, state))
         self.next_round = number + 1
         if self.folder and (self.next_round % self.checkpoint_every == 0 or self.next_round == self.config.rounds):
-            self._save(state)
+            self._save(self.folder, state)
         self.on_round(self.next_round)
         return state
 
     def _valid(self, number: int, replies: Sequence[Reply]) -> list[Reply]:
         dimension, valid = sum(v.numel() for v in self.like.values()), []
         for reply in replies:
-            reason = reply.error
-            if not reason and reply.delta is None:
-                reason = "sent no update"
-            elif not reason and reply.delta.shape != (dimension,):
-                reason = f"sent an update of shape {reply.delta.shape}, expected {(dimension,)}"
-            elif not reason and not np.isfinite(reply.delta).all():
-                reason = "sent NaN or infinite values"
-            elif not reason and reply.n_examples < 1:
-                reason = f"reports {reply.n_examples} examples"
-            if reason:
+            if reason := reply.fault(dimension):
                 self.faults.append({"round": number, "device": int(reply.device), "reason": reason})
                 logger.warning("round %d: device %d is left out: %s", number, reply.device, reason)
             else:
@@ -333,17 +343,17 @@ class Federation:
         plain = [{k: v for k, v in vars(p).items() if isinstance(v, int | float | str)} for p in parts]
         return repr([(type(part).__name__, facts) for part, facts in zip(parts, plain, strict=True)])
 
-    def _save(self, state: State) -> None:
+    def _save(self, folder: Path, state: State) -> None:
         """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
-        if self.fabric.global_rank == 0:
+        if self.store is not None:
             content = {
                 "run": self.run, "round": self.next_round, "state": {k: v.cpu() for k, v in state.items()},
                 "updates": len(self.store), "utility": self.utility, "faults": self.faults,
                 "raw_norms": self.raw_norms, "rng": rng_state(),
             }  # fmt: skip
-            temporary = self.folder / "checkpoint.tmp"
+            temporary = folder / "checkpoint.tmp"
             torch.save(content, temporary)
-            os.replace(temporary, self.folder / "checkpoint.pt")
+            os.replace(temporary, folder / "checkpoint.pt")
         self.fabric.barrier()
 
     def resume(self, state: State) -> State:

@@ -75,14 +75,14 @@ def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
         label = name.partition(", ")[2]
         axes[0].annotate(label, (x, y), fontsize=6, xytext=(2, 4), textcoords="offset points", rotation=40)
     axes[0].set_title(f"ours, {base.split(',')[0]} (scale {scale}, mean and sd)", fontsize=9)
-    points = defaultdict(list)
+    published = defaultdict(list)
     for line in _published("figure-12"):
         point = float(line["adversary_AP_times_chance"]), float(line["utility_relative"])
-        points[line["dataset"], line["strategy"]].append(point)
+        published[line["dataset"], line["strategy"]].append(point)
     for panel, dataset in zip(axes[1:], ("PIPA", "OpenImages", "Blog", "Yelp"), strict=True):
-        for (name, kind), line in points.items():
+        for (name, kind), points in published.items():
             if name == dataset:
-                panel.plot(*np.array(line).T, "o-", color=COLOURS[kind], markersize=4, linewidth=1, label=kind)
+                panel.plot(*np.array(points).T, "o-", color=COLOURS[kind], markersize=4, linewidth=1, label=kind)
         panel.set_title(f"published, {dataset}", fontsize=9)
     for panel in axes:
         panel.set_xscale("log")
@@ -176,8 +176,7 @@ def _by_count(name: str, column: str, label: str) -> Callable:
             if line.get("prior_distribution", "random") == "random":
                 lines[line["dataset"]].append((int(line[column]), float(line["reid_AP_percent"])))
         for dataset, points in lines.items():
-            points = np.array(points)
-            panel.plot(*points.T, "s--", color=COLOURS[dataset], markersize=3, label=f"published, {dataset}")
+            panel.plot(*np.array(points).T, "s--", color=COLOURS[dataset], markersize=3, label=f"published, {dataset}")
         panel.set(xlabel=label, ylabel="re-identification AP (%)", ylim=(0, 103))
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")

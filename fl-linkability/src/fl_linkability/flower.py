@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Any
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -39,6 +40,12 @@ from fl_linkability.train import State, flatten, make_fabric, unflatten  # noqa:
 FLWR_VERSION = version("flwr")
 
 
+def answer_query(message: Message, context: Context) -> Message:
+    """The node's partition-id, which is its device."""
+    record = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
+    return Message(RecordDict({"metrics": record}), reply_to=message)
+
+
 def make_client_app(federation: Federation) -> ClientApp:
     """A client that trains as `Federation.loop_reply` does on the device numbered by the node's partition-id.
 
@@ -46,22 +53,23 @@ def make_client_app(federation: Federation) -> ClientApp:
     """
     app = ClientApp()
 
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        record = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
-        return Message(RecordDict({"metrics": record}), reply_to=message)
+    app.query()(answer_query)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        if federation.fabric is None:  # Ray has sent the app to a process of its own
+        if not hasattr(federation, "fabric"):  # Ray has sent the app to a process of its own
             federation.fabric = make_fabric()
         device = int(context.node_config["partition-id"])
-        number = int(message.content["config"]["server-round"]) - 1
-        state = message.content["arrays"].to_torch_state_dict()
+        content: Any = message.content
+        number = int(content["config"]["server-round"]) - 1
+        state = content["arrays"].to_torch_state_dict()
         start = {name: value.to(federation.fabric.device) for name, value in state.items()}
         reply = federation.loop_reply(start, device, number)
         arrays = ArrayRecord(unflatten(flatten(state) + torch.from_numpy(reply.delta), state))
-        metrics = {"num-examples": reply.n_examples, "partition-id": device}
+        metrics: dict[str, int | float | list[int] | list[float]] = {
+            "num-examples": reply.n_examples,
+            "partition-id": device,
+        }
         if np.isfinite(reply.raw_norm):
             metrics["raw-norm"] = reply.raw_norm
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)}), reply_to=message)
@@ -115,7 +123,8 @@ class RecordingFedAvg(FedAvg):
         if message.has_error():
             return Reply(device, error=f"failed: {message.error.reason}".strip())
         try:
-            received, metrics = message.content["arrays"].to_torch_state_dict(), message.content["metrics"]
+            content: Any = message.content
+            received, metrics = content["arrays"].to_torch_state_dict(), content["metrics"]
             n_examples = int(metrics["num-examples"])
         except KeyError as error:
             return Reply(device, error=f"sent no {error}")
@@ -146,7 +155,8 @@ def find_devices(grid: Grid, n_devices: int, wait: float = 120.0) -> dict[int, i
         time.sleep(0.2)
     messages = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
     replies = list(grid.send_and_receive(messages, timeout=wait))
-    found = {int(r.content["metrics"]["partition-id"]): r.metadata.src_node_id for r in replies if not r.has_error()}
+    answers: list[tuple[Any, int]] = [(r.content, r.metadata.src_node_id) for r in replies if not r.has_error()]
+    found = {int(content["metrics"]["partition-id"]): node for content, node in answers}
     if sorted(found) != list(range(n_devices)):
         raise RuntimeError(f"partition-ids must be 0 .. {n_devices - 1}, got {sorted(found)}")
     return found
@@ -200,7 +210,7 @@ def run_ray(federation: Federation, state: State) -> tuple[State, dict]:
     gpus = federation.fabric.device.type == "cuda"
     ray = tempfile.mkdtemp(prefix="ray-")  # short: sockets live there
     atexit.register(shutil.rmtree, ray, ignore_errors=True)
-    backend = {
+    backend: dict[str, dict[str, Any]] = {
         "client_resources": {"num_cpus": 1, "num_gpus": 1.0 / cores if gpus else 0.0},
         "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False, "_temp_dir": ray},
     }

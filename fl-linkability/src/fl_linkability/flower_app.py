@@ -46,7 +46,7 @@ def _federation(context: Context, folder: Path | None = None) -> tuple[Experimen
 @client_app.query()
 def query(message: Message, context: Context) -> Message:
     """Which device this node is."""
-    return flower.make_client_app(None)(message, context)
+    return flower.answer_query(message, context)
 
 
 @client_app.train()
@@ -58,7 +58,7 @@ def train(message: Message, context: Context) -> Message:
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """All rounds that are left; updates and weights stay in the output folder."""
-    folder = Path(context.run_config["output"])
+    folder = Path(str(context.run_config["output"]))
     experiment, federation = _federation(context, folder)
     save_settings(folder, experiment.settings, experiment.seed)
     federation.evaluate = partial(utility, experiment.bundle)

@@ -103,7 +103,7 @@ class Background(Mitigation):
     def _rows(self, n: int, y: Tensor, rng: np.random.Generator) -> np.ndarray:
         if self.kind in ("repl", "random"):
             return rng.integers(0, len(self.x), n)
-        if self.kind == "cluster":
+        if self.kind == "cluster" and self.cluster is not None:
             members = np.flatnonzero(self.cluster == rng.choice(np.unique(self.cluster)))
             return rng.choice(members, n)
         available = np.array([len(rows) > 0 for rows in self.by_class])
@@ -117,12 +117,12 @@ class Background(Mitigation):
         return np.array([self.by_class[c][rng.integers(len(self.by_class[c]))] for c in classes])
 
 
-def water_filling(counts: Sequence[int], m: int) -> np.ndarray:
+def water_filling(counts: Sequence[int] | np.ndarray, m: int) -> np.ndarray:
     """How many samples each class gets if m times the smallest class gets one more (ties: the lowest class)."""
-    counts = np.array(counts, dtype=np.int64)
-    added = np.zeros_like(counts)
+    held = np.array(counts, dtype=np.int64)
+    added = np.zeros_like(held)
     for _ in range(m):
-        added[np.argmin(counts + added)] += 1
+        added[np.argmin(held + added)] += 1
     return added
 
 

@@ -88,17 +88,19 @@ def groups(adversary: Adversary) -> tuple[dict, dict]:
     """Secure aggregation: is the best match of a sum of k anonymous updates of one round among its senders?"""
     k, settings = adversary.settings.set_size, adversary.settings
     split, rounds = adversary.closed_split(), adversary.store.column("round")
-    rows, labels, group = [], [], []
+    rows: list[int] = []
+    labels: list[int] = []
+    group_of: list[int] = []  # the sum that each row goes into
     for number in np.unique(rounds[split.probe]):
         of_round = np.flatnonzero(rounds[split.probe] == number)
         for start in range(0, len(of_round) - k + 1, k):
             members = of_round[start : start + k]
-            group += [group[-1] + 1 if group else 0] * k
+            group_of += [group_of[-1] + 1 if group_of else 0] * k
             rows += split.probe[members].tolist()
             labels += split.probe_labels[members].tolist()
     if not rows:
         raise ValueError(f"set_size: no round has {k} anonymous updates")
-    group = np.array(group)
+    group = np.array(group_of)
     sums = group_sums(adversary.store.features(settings.layers, settings.center, normalize=False)[rows], group)
     f = adversary.features
     scores = identify(f[split.aux], split.aux_labels, sums, settings.attack, adversary.seed)
@@ -109,11 +111,11 @@ def groups(adversary: Adversary) -> tuple[dict, dict]:
     hit, chance = float(hits.mean()), float(inside.mean())
     metrics = {"hit": 100 * hit, "chance": 100 * chance, "times_chance": hit / chance}
     metrics["log2_hit"] = float(np.log2(max(hit, 0.5 / len(sums))))
-    users = {"hit": np.zeros(adversary.n_users), "sums": np.zeros(adversary.n_users)}  # a sum counts for each sender
-    np.add.at(users["hit"], split.known[labels], hits[group])
-    np.add.at(users["sums"], split.known[labels], 1)
-    users["hit"] = [round(h / n, 4) if n else None for h, n in zip(users["hit"], users["sums"], strict=True)]
-    return metrics, {"users": users | {"sums": users["sums"].tolist()}, "groups": len(sums)}
+    user_hits, user_sums = np.zeros(adversary.n_users), np.zeros(adversary.n_users)  # a sum counts for each sender
+    np.add.at(user_hits, split.known[labels], hits[group])
+    np.add.at(user_sums, split.known[labels], 1)
+    shares = [round(h / n, 4) if n else None for h, n in zip(user_hits, user_sums, strict=True)]
+    return metrics, {"users": {"hit": shares, "sums": user_sums.tolist()}, "groups": len(sums)}
 
 
 def image_scores(bundle: FederatedBundle, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,8 @@ which Flower's clients run and which the batched form is tested against.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric  # imported where it is used: it takes seconds
 
 State = dict[str, Tensor]
+Autocast = Callable[[], AbstractContextManager]
+Gradients = Callable[[State, Tensor, Tensor, Tensor, Autocast], tuple[Tensor, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LocalSGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.epochs < 1 or self.batch_size < 1:
@@ -58,7 +60,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
+    )
     fabric.launch()
     return fabric
 
@@ -107,7 +115,9 @@ def epoch_orders(n: int, epochs: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack([rng.permutation(n) for _ in range(epochs)])
 
 
-def batch_table(orders: Sequence[np.ndarray], starts: Sequence[int], batch_size: int) -> tuple[Tensor, Tensor]:
+def batch_table(
+    orders: Sequence[np.ndarray], starts: Sequence[int] | np.ndarray, batch_size: int
+) -> tuple[Tensor, Tensor]:
     """Batches of many clients side by side.
 
     Args:
@@ -142,7 +152,7 @@ def train_batched(
     rows: Tensor,
     weights: Tensor,
     local: LocalSGD,
-    autocast=nullcontext,
+    autocast: Autocast = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Train K clients at once; weights and updates stay in the state's precision, autocast holds in the network only.
 
@@ -180,14 +190,20 @@ def train_batched(
     return deltas, torch.where(active, torch.stack(history, 1), torch.nan)
 
 
-def _gradients(model: nn.Module, y: Tensor):
+def _gradients(model: nn.Module, y: Tensor) -> Gradients:
     """Losses (K,) and gradients of stacked parameters: the model's own form, or autograd over `stacked` or vmap."""
-    if hasattr(model, "stacked_gradients") and not y.is_floating_point():
-        return lambda params, x, y, weights, autocast: model.stacked_gradients(params, x, y, weights)
-    forward = getattr(model, "stacked", None)
-    forward = forward or vmap(lambda params, x: functional_call(model, params, (x,)), randomness="different")
+    own = getattr(model, "stacked_gradients", None)
+    if own is not None and not y.is_floating_point():
+        return lambda params, x, y, weights, autocast: own(params, x, y, weights)
 
-    def gradients(params, x, y, weights, autocast):
+    def one(params: State, x: Tensor) -> Tensor:
+        return functional_call(model, params, (x,))
+
+    forward = getattr(model, "stacked", None) or vmap(one, randomness="different")
+
+    def gradients(
+        params: State, x: Tensor, y: Tensor, weights: Tensor, autocast: Autocast
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         leaves = {name: value.requires_grad_() for name, value in params.items()}
         with autocast():
             logits = forward(leaves, x)
@@ -200,7 +216,9 @@ def _gradients(model: nn.Module, y: Tensor):
     return gradients
 
 
-def _sgd_step(params: list[Tensor], grads, velocity: list[Tensor] | None, local: LocalSGD, on: Tensor | None) -> None:
+def _sgd_step(
+    params: list[Tensor], grads: Sequence[Tensor], velocity: list[Tensor] | None, local: LocalSGD, on: Tensor | None
+) -> None:
     """torch.optim.SGD on stacked parameters; clients that are not `on` (K,) stand still."""
     grads = list(grads)
     if local.weight_decay:
@@ -215,7 +233,13 @@ def _sgd_step(params: list[Tensor], grads, velocity: list[Tensor] | None, local:
 
 
 def train_one(
-    model: nn.Module, state: State, x: Tensor, y: Tensor, order: np.ndarray, local: LocalSGD, autocast=nullcontext
+    model: nn.Module,
+    state: State,
+    x: Tensor,
+    y: Tensor,
+    order: np.ndarray,
+    local: LocalSGD,
+    autocast: Autocast = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """One client by nn.Module and torch.optim.SGD; the model's weights are overwritten.
 

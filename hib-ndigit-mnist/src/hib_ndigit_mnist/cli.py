@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -291,8 +292,8 @@ def _defaults(words: list[str]) -> Train:
     return Train(**SCALES[scale], scale=scale)
 
 
-def _call(kind: type, default: object = None):
-    def act(command: object) -> None:
+def _call(kind: type, default: object = None) -> Callable[[Callable[[], None]], None]:
+    def act(command: Callable[[], None]) -> None:
         command()
 
     act.__annotations__["command"] = Annotated[kind, tyro.conf.arg(name="")]

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ IDX_FILES = {
     "test_images": "t10k-images{}idx3-ubyte",
     "test_labels": "t10k-labels{}idx1-ubyte",
 }
-PNG_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing")}
+PNG_FOLDERS = (("train", "training"), ("test", "testing"))
 DIGITS_TRAIN = 1200  # of scikit-learn's 1797 digits; the other 597 are for testing
 
 
@@ -61,19 +61,17 @@ def read_mnist(root: str | Path, *, verify: bool = True) -> Digits:
     """
     root, searched = Path(root).expanduser(), []
     for folder in (root, root / "raw", root / "MNIST" / "raw"):
-        found = {name: _idx_path(folder, pattern) for name, pattern in IDX_FILES.items()}
-        if all(found.values()):
-            digits = Digits(*(torch.from_numpy(read_idx(path)) for path in found.values()))
+        found = [path for pattern in IDX_FILES.values() if (path := _idx_path(folder, pattern))]
+        if len(found) == len(IDX_FILES):
+            digits = Digits(*(torch.from_numpy(read_idx(path)) for path in found))
             break
         searched.append(f"{folder}/{{{','.join(pattern.format('-') for pattern in IDX_FILES.values())}}}[.gz]")
     else:
-        folders = {
-            part: next((root / n for n in names if (root / n).is_dir()), None) for part, names in PNG_FOLDERS.items()
-        }
-        if not all(folders.values()):
+        train, test = (next((root / n for n in names if (root / n).is_dir()), None) for names in PNG_FOLDERS)
+        if train is None or test is None:
             searched.append(f"{root}/{{train,test}}/<digit>/<index>.png")
             raise FileNotFoundError("MNIST was not found; searched " + "; ".join(searched))
-        digits = Digits(*_read_png_folder(folders["train"]), *_read_png_folder(folders["test"]))
+        digits = Digits(*_read_png_folder(train), *_read_png_folder(test))
     if verify:
         for name, tensor in digits._asdict().items():
             digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
@@ -180,7 +178,7 @@ class NDigitSet:
 
 
 def ndigit_sets(
-    name: str, num_digits: int, gap: str, root: str | Path, *, standard: bool = True, seed: int = SEED, **sizes: int
+    name: str, num_digits: int, gap: str, root: str | Path, *, standard: bool = True, seed: int = SEED, **sizes: Any
 ) -> dict[str, NDigitSet]:
     """All splits of "mnist" (from `root`) or "digits" (scikit-learn's).
 

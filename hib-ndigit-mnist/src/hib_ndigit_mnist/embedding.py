@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,17 +60,17 @@ class GaussianMixtureEmbedding:
     def __len__(self) -> int:
         return self.mu.shape[-3]
 
-    def __getitem__(self, index) -> GaussianMixtureEmbedding:
+    def __getitem__(self, index: slice | list[int] | Tensor) -> GaussianMixtureEmbedding:
         """Images `index` of an unstacked embedding (B, C, D)."""
-        return GaussianMixtureEmbedding(self.mu[index], None if self.is_point else self.logvar[index])
+        return GaussianMixtureEmbedding(self.mu[index], None if self.logvar is None else self.logvar[index])
 
-    def to(self, *args) -> GaussianMixtureEmbedding:
+    def to(self, *args: Any) -> GaussianMixtureEmbedding:
         """As `Tensor.to`."""
-        return GaussianMixtureEmbedding(self.mu.to(*args), None if self.is_point else self.logvar.to(*args))
+        return GaussianMixtureEmbedding(self.mu.to(*args), None if self.logvar is None else self.logvar.to(*args))
 
     def variance(self) -> Tensor:
         """(..., B, C, D); zeros for a point."""
-        return torch.zeros_like(self.mu) if self.is_point else self.logvar.exp()
+        return torch.zeros_like(self.mu) if self.logvar is None else self.logvar.exp()
 
     def mean(self) -> Tensor:
         """(..., B, D) of the mixture."""
@@ -98,7 +99,7 @@ class GaussianMixtureEmbedding:
         check_samples(samples, self.components)
         per_component = samples // self.components
         mu = self.mu.repeat_interleave(per_component, dim=-2)  # (..., B, K, D)
-        if self.is_point:
+        if self.logvar is None:
             return mu
         if noise is None:
             noise = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
@@ -106,7 +107,7 @@ class GaussianMixtureEmbedding:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of the mixture: z (..., B, K, D) -> (..., B, K). ValueError for a point embedding."""
-        if self.is_point:
+        if self.logvar is None:
             raise ValueError("a point embedding has no density")
         mu, logvar = self.mu.unsqueeze(-3), self.logvar.unsqueeze(-3)  # (..., B, 1, C, D)
         squares = (z.unsqueeze(-2) - mu).square() * (-logvar).exp()
@@ -131,7 +132,7 @@ class GaussianMixtureEmbedding:
             method = "closed" if self.components == 1 else "mc"
         if method == "closed" and self.components != 1:
             raise ValueError(f"a mixture of {self.components} has no closed-form KL; use mc or upper_bound")
-        if self.is_point:
+        if self.logvar is None:
             return self.mu.new_zeros(self.mu.shape[:-2])
         if method == "mc":
             if z is None:

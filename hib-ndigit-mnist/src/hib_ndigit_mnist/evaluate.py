@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from scipy import stats
@@ -110,7 +111,7 @@ class Evaluation:
             estimator = "quadrature" if exact else "mc"
         self.encoder, self.match = encoder.eval(), match.to(next(encoder.parameters()).device)
         self.test, self.k = test, nearest_k
-        self.options = {"method": estimator, "samples": samples}
+        self.options: dict[str, Any] = {"method": estimator, "samples": samples}
 
     @cached_property
     def embeddings(self) -> dict[str, GaussianMixtureEmbedding]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ PACKAGES = ("numpy", "scipy", "scikit-learn", "lightning")
 
 def parse(settings: dict) -> Settings:
     """Settings from a table file; ValueError for values that make no sense."""
-    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    return Settings(**plain)
 
 
 def tables() -> list[Table]:
@@ -114,16 +116,18 @@ def execute(
     found = {number: report for each in [*visits, visit(0, trained)] for number, *report in each}
     if path:
         path.unlink(missing_ok=True)
-    record = {split: len(data) for split, data in sets.items()}
-    record = {"name": name, "sizes": record, "sha256": sets["train"].fingerprint()}
-    return [Outcome(*found[number], record) for number in range(len(jobs))]
+    sizes_of = {split: len(data) for split, data in sets.items()}
+    record = {"name": name, "sizes": sizes_of, "sha256": sets["train"].fingerprint()}
+    return [Outcome(metrics, details, record) for metrics, details in map(found.__getitem__, range(len(jobs)))]
 
 
 class _Reporter:
     """Evaluates models on test sets that are made once."""
 
     def __init__(self, sets: dict[str, NDigitSet], device: str):
-        self.sets, self.tests, self.evaluations = sets, {}, {}
+        self.sets = sets
+        self.tests: dict[tuple, TestSet] = {}
+        self.evaluations: dict[tuple, tuple[Trained, Evaluation]] = {}  # the model is kept: its id is in the key
         on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         self.device = "cuda" if on_cuda else "cpu"
 
@@ -158,5 +162,9 @@ def _dataset(settings: Settings, data_root: Path) -> Outcome:
         images = data.images(rows).numpy()
         digest.update(images.tobytes())
         pixels += int(images.sum(dtype="int64"))
-    metrics = {"num_classes": classes, "samples_per_class": len(data) // classes, "num_samples": len(data)}
+    metrics: dict[str, float] = {
+        "num_classes": classes,
+        "samples_per_class": len(data) // classes,
+        "num_samples": len(data),
+    }
     return Outcome(metrics, {"image_sha256": digest.hexdigest(), "pixel_sum": pixels}, {"name": name})

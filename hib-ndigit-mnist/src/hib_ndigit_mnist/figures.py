@@ -26,7 +26,7 @@ from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
 
 Details = dict[str, Any]
-COLOURS = plt.get_cmap("tab10").colors
+COLOURS = matplotlib.color_sequences["tab10"]
 
 
 def draw_all(tables: list[Table], results: Path) -> list[Path]:
@@ -58,7 +58,7 @@ def _details(table: Table, scale: str, log: RunLog) -> dict[str, Details]:
     return found
 
 
-def _grid(columns: int, rows: int = 1, **options) -> tuple[Figure, np.ndarray]:
+def _grid(columns: int, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     size = (4.2 * columns, 3.9 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False, **options)
     return figure, axes
@@ -263,9 +263,9 @@ def _steps(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]
         for method, part in frame[frame.metric == metric].groupby("method", sort=False):
             half = np.where(np.isfinite(part.half_width), part.half_width, 0)
             panel.errorbar(part.steps, part["mean"], half, marker="o", capsize=3, label=method)
-        steps = sorted(frame.steps.unique())
+        ticks = sorted(frame.steps.unique())
         panel.set(xscale="log", xlabel="training steps")
-        panel.set_xticks(steps, [f"{count:,}" for count in steps], fontsize=7)
+        panel.set_xticks(ticks, [f"{count:,}" for count in ticks], fontsize=7)
         panel.minorticks_off()
         panel.set_title(metric.replace("_", " "), fontsize=9)
         panel.grid(alpha=0.3)

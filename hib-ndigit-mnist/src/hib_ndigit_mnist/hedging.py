@@ -7,7 +7,7 @@ Everything is computed in float32 or float64, also under autocast.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,8 +118,8 @@ class MatchProbability(nn.Module):
         self._check(first, second, method)
         dtype = torch.promote_types(first.mu.dtype, torch.float32)
         if first.is_point and second.is_point:
-            points = (e.mu[:, 0].to(dtype) for e in (first, second))
-            distance = torch.cdist(*points, compute_mode="donot_use_mm_for_euclid_dist")  # exact near zero
+            p1, p2 = (e.mu[:, 0].to(dtype) for e in (first, second))
+            distance = torch.cdist(p1, p2, compute_mode="donot_use_mm_for_euclid_dist")  # exact near zero
             return torch.sigmoid(self.b - self.a * distance)
         if method == "quadrature":
             return self._pairwise_quadrature(first, second, tolerance).to(dtype)
@@ -158,7 +158,7 @@ class MatchProbability(nn.Module):
         if sigmoid_as_gaussians(b, tolerance) is None:
             each = [first[[i] * len(second)] for i in range(len(first))]
             return torch.stack([self._quadrature(rows, second, tolerance) for rows in each])
-        result = 0.0
+        result = torch.zeros((), device=first.mu.device)
         (mu1, variance1), (mu2, variance2) = (
             (e.mu.movedim(-1, 0), e.variance().movedim(-1, 0)) for e in (first, second)
         )
@@ -167,7 +167,8 @@ class MatchProbability(nn.Module):
         def tile(i: int, j: int, start: int) -> Tensor:
             part = slice(start, start + rows)
             mean = mu1[:, part, i, None] - mu2[:, None, :, j]  # (D, rows, B2)
-            return expansion_of_sigmoid(mean, variance1[:, part, i, None] + variance2[:, None, :, j], a, b, tolerance)
+            variance = variance1[:, part, i, None] + variance2[:, None, :, j]
+            return cast(Tensor, expansion_of_sigmoid(mean, variance, a, b, tolerance))  # None was excluded above
 
         for i in range(first.components):
             for j in range(second.components):
@@ -361,7 +362,14 @@ class VIBPairLoss(nn.Module):
         pairs = self._pairs(len(embedding), embedding.mu.device, labels, indices_tuple, generator)
         return vib_objective(embedding, z, pairs, self.match, self.beta, self.objective, self.kl)
 
-    def _pairs(self, batch: int, device, labels, indices_tuple, generator) -> Pairs:
+    def _pairs(
+        self,
+        batch: int,
+        device: torch.device,
+        labels: Tensor | None,
+        indices_tuple: tuple[Tensor, ...] | None,
+        generator: torch.Generator | None,
+    ) -> Pairs:
         if indices_tuple is not None:
             return pairs_of(indices_tuple, batch)
         if labels is None:

@@ -102,14 +102,15 @@ def binned_correlation(
     if not len(uncertainty) == len(performance) >= bins:
         raise ValueError(f"at least {bins} values of each were expected, got {len(uncertainty)}, {len(performance)}")
     order = np.argsort(uncertainty.cpu().numpy(), kind="stable")
-    x, y = [], []
+    etas: list[float] = []
+    performances: list[float] = []
     for part in np.array_split(order, bins):
         if match is not None and not match[part].any():
             continue
         values = performance[part]
-        x.append(float(uncertainty[part].double().mean()))
-        y.append(float(values.double().mean()) if match is None else average_precision(match[part], values))
-    x, y = np.array(x), np.array(y)
+        etas.append(float(uncertainty[part].double().mean()))
+        performances.append(float(values.double().mean()) if match is None else average_precision(match[part], values))
+    x, y = np.array(etas), np.array(performances)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return BinnedCorrelation(float("nan"), x, y, float("nan"), bins - len(x))
     return BinnedCorrelation(

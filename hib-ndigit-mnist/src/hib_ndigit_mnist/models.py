@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ class Encoder(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         if not self.point:
             nn.init.constant_(self.head.bias[self.components * self.dim :], self.logvar_bias)
 
@@ -169,7 +171,7 @@ class MLPEncoder(Encoder):
 ARCHITECTURES = {"lenet": HedgedEncoder, "mlp": MLPEncoder}
 
 
-def build_encoder(architecture: str, **options) -> Encoder:
+def build_encoder(architecture: str, **options: Any) -> Encoder:
     """The encoder of a name; ValueError for an unknown one."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture: one of {', '.join(ARCHITECTURES)} was expected, got {architecture!r}")
@@ -192,6 +194,8 @@ class ModelStack(nn.Module):
         a: initial slope.
         b: initial offset.
     """
+
+    template: Encoder
 
     def __init__(self, encoders: Sequence[Encoder], a: float = 1.0, b: float = 1.0):
         super().__init__()

@@ -27,7 +27,7 @@ class OcclusionInfo:
     top: Tensor
     left: Tensor
 
-    def __getitem__(self, index) -> OcclusionInfo:
+    def __getitem__(self, index: slice | Tensor) -> OcclusionInfo:
         return OcclusionInfo(self.occluded[index], self.side[index], self.top[index], self.left[index])
 
     def hidden(self, tile: int) -> Tensor:

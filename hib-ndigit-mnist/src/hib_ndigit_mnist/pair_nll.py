@@ -8,6 +8,7 @@ size K x K. Pairs are gathered from the batch here, so that an image in many pai
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,17 @@ DISTANCE_EPS = 1e-12  # under the root: the gradient of the distance is finite (
 
 class _PairNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, first, second, sign, a, b, log_mean, eps):
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        first: Tensor,
+        second: Tensor,
+        sign: Tensor,
+        a: Tensor,
+        b: Tensor,
+        log_mean: bool,
+        eps: float,
+    ) -> Tensor:
         # z (R, D, K), first, second, sign, a, b (P,)
         rows, dim, samples = z.shape
         left, right = (z.index_select(0, i).view(-1, dim * samples).T.contiguous() for i in (first, second))
@@ -51,7 +62,7 @@ class _PairNLL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         first, second, grad_left, grad_right, grad_a, grad_b = ctx.saved_tensors
         dim, samples, pairs = grad_left.shape
         grad = grad_left.new_zeros(ctx.rows, dim * samples)

@@ -164,7 +164,8 @@ def verification_pairs(
         ValueError: n < 1, a rate outside [0, 1], or a kind of pair that the labels do not have.
     """
     if n == "all":
-        return tuple(part.clone() for part in _upper_triangle(labels))
+        first, second, match = (part.clone() for part in _upper_triangle(labels))
+        return first, second, match
     if not isinstance(n, int) or n < 1 or not 0 <= positive_rate <= 1:
         raise ValueError(f"n >= 1 or 'all', positive_rate in [0, 1] were expected, got n={n}, rate={positive_rate}")
     positives = round(n * positive_rate)

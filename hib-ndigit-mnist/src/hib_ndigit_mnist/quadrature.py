@@ -9,6 +9,7 @@ density lives; the number of nodes follows from the tolerance and from the sharp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -54,8 +55,8 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
     result = torch.sigmoid(b - a * radius)
     live = (variance.amax(1) > floor).nonzero()[:, 0]
     if len(live):
-        inputs = [x[live] for x in (mean, variance, a, b)]
-        result[live] = _isotropic(*inputs, tolerance) if dim > 2 else _plane(*inputs, tolerance)
+        integrate = _isotropic if dim > 2 else _plane
+        result[live] = integrate(mean[live], variance[live], a[live], b[live], tolerance)
     return result
 
 
@@ -66,7 +67,7 @@ def _plane(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: floa
     for chosen, integrate in ((thin, _line), (~thin, _polar)):
         index = chosen.nonzero()[:, 0]
         if len(index):
-            result[index] = integrate(*(x[index] for x in (mean, variance, a, b)), tolerance)
+            result[index] = integrate(mean[index], variance[index], a[index], b[index], tolerance)
     return result
 
 
@@ -92,7 +93,8 @@ def _polar(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: floa
     return _by_size(_polar_grid, radial, angular, (mean, variance, a, b, low, high, direction, sector))
 
 
-def _polar_grid(n_r: int, n_t: int, mean, variance, a, b, low, high, direction, sector) -> Tensor:
+def _polar_grid(n_r: int, n_t: int, *inputs: Tensor) -> Tensor:
+    mean, variance, a, b, low, high, direction, sector = inputs
     nodes, weights = _gauss_legendre(n_r, mean.device)
     half = (high - low)[:, None] / 2
     r = low[:, None] + half * (1 + nodes)  # (n, R)
@@ -125,7 +127,8 @@ def _line(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float
     return result
 
 
-def _line_grid(n_r: int, _: int, centre, sd, across, a, b, low, high) -> Tensor:
+def _line_grid(n_r: int, _: int, *inputs: Tensor) -> Tensor:
+    centre, sd, across, a, b, low, high = inputs
     nodes, weights = _gauss_legendre(n_r, sd.device)
     half = (high - low)[:, None] / 2
     u = (1 + nodes) / 2  # t = low + (high - low) u^2 crowds the nodes where the distance may bend
@@ -145,7 +148,8 @@ def _isotropic(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: 
     return _by_size(_isotropic_grid, need, torch.ones_like(need), (radius, sd, a, b, low, high), dim=dim)
 
 
-def _isotropic_grid(n_r: int, _: int, radius, sd, a, b, low, high, *, dim: int) -> Tensor:
+def _isotropic_grid(n_r: int, _: int, *inputs: Tensor, dim: int) -> Tensor:
+    radius, sd, a, b, low, high = inputs
     nodes, weights = _gauss_legendre(n_r, sd.device)
     half = (high - low)[:, None] / 2
     r = low[:, None] + half * (1 + nodes)  # (n, R)
@@ -156,7 +160,9 @@ def _isotropic_grid(n_r: int, _: int, radius, sd, a, b, low, high, *, dim: int) 
     return (weights * half * density * torch.sigmoid(b[:, None] - a[:, None] * r)).sum(1)
 
 
-def _by_size(grid, radial: Tensor, angular: Tensor, inputs: tuple[Tensor, ...], **options) -> Tensor:
+def _by_size(
+    grid: Callable[..., Tensor], radial: Tensor, angular: Tensor, inputs: tuple[Tensor, ...], **options: int
+) -> Tensor:
     """Evaluate `grid` with as many nodes as each pair needs, rounded up to steps of about 20 %."""
     sizes = torch.stack([_round_up(radial), _round_up(angular)], 1)  # (n, 2)
     result = torch.empty(len(radial), dtype=torch.float64, device=radial.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -36,7 +38,8 @@ def mixture(e: Evaluation) -> Report:
     apart = component_distance(e.embeddings["corrupt"])
     number = int(apart.argmax())
     centroids, numbers = class_centroids(e.embeddings["clean"], e.test.labels)
-    details = {"label": int(e.test.labels[number])} | dict(zip("ab", e.match.values(), strict=True))
+    details: dict[str, Any] = {"label": int(e.test.labels[number])}
+    details |= dict(zip("ab", e.match.values(), strict=True))
     details |= {"centroids": rounded(centroids), "numbers": numbers.tolist()}
     for condition in CONDITIONS:
         details[condition] = _gaussians(e.embeddings[condition][[number]])
@@ -46,7 +49,7 @@ def mixture(e: Evaluation) -> Report:
 
 def ellipses(e: Evaluation) -> Report:
     """Figures 3 and 8: the same images clean and corrupted, as Gaussians."""
-    details = {"labels": e.test.labels[:MAP_IMAGES].tolist()}
+    details: dict[str, Any] = {"labels": e.test.labels[:MAP_IMAGES].tolist()}
     for condition in CONDITIONS:
         details[condition] = _gaussians(e.embeddings[condition][:MAP_IMAGES])
         details[condition]["eta"] = rounded(e.eta[condition][:MAP_IMAGES])
@@ -82,7 +85,11 @@ def sweep(e: Evaluation) -> Report:
         shown.append(_gaussians(embedding[[0]]) | {"eta": round(float(eta[0]), 4)})
     trend = float(stats.spearmanr(range(tile + 1), mean_eta).statistic)
     growth = mean_sigma[3 * tile // 4] / mean_sigma[0]
-    details = {"one": shown, "eta": rounded(torch.tensor(mean_eta)), "sigma": rounded(torch.tensor(mean_sigma))}
+    details: dict[str, Any] = {
+        "one": shown,
+        "eta": rounded(torch.tensor(mean_eta)),
+        "sigma": rounded(torch.tensor(mean_sigma)),
+    }
     details |= {"pixels": images[0, 0].tolist(), "label": int(e.test.labels[0])}
     return {"eta_trend": trend, "sigma_growth": growth, "ink": e.uncertainty()["ink"]}, details
 
@@ -143,7 +150,7 @@ REPORTS: dict[str, Callable[[Evaluation], Report]] = {
 }  # fmt: skip
 
 
-def rounded(values: Tensor, digits: int = 3) -> list:
+def rounded(values: Tensor | np.ndarray, digits: int = 3) -> list:
     """Nested lists, short enough for a run log."""
     return torch.as_tensor(values).double().mul(10**digits).round().div(10**digits).tolist()
 

@@ -12,17 +12,18 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from hib_ndigit_mnist.data import NDigitSet
+from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.hedging import LossOutput, MatchProbability, vib_objective
 from hib_ndigit_mnist.models import Encoder, ModelStack, build_encoder, to_unit
 from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
@@ -117,15 +118,27 @@ def train(
 class _Run:
     """The stack, its optimizer and its random streams between two chunks."""
 
-    def __init__(self, data, trainings, seeds, device, precision, graph):
+    def __init__(
+        self,
+        data: NDigitSet,
+        trainings: Sequence[Training],
+        seeds: Sequence[int],
+        device: str,
+        precision: str,
+        graph: bool,
+    ):
         self.fabric = make_fabric(device, precision)
-        self.training, self.step, self.history = trainings[0], 0, []
+        self.training, self.step = trainings[0], 0
+        self.history: list[tuple[int, Tensor]] = []  # step, diagnostics
         self.data = data.to(self.fabric.device)
         self.index = ClassIndex(self.data.labels)
         options = self.training.encoder_options(data.num_digits, data.tile)
         self.stack = ModelStack([_new_encoder(options, seed) for seed in seeds])
         cuda = self.fabric.device.type == "cuda"
-        groups = [{"params": list(self.stack.weights)}, {"params": list(self.stack.match.parameters())}]
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.stack.weights)},
+            {"params": list(self.stack.match.parameters())},
+        ]
         for group in groups:
             group["lr"] = torch.tensor(0.0, device=self.fabric.device) if cuda else 0.0
         optimizer = torch.optim.Adam(groups, fused=True, capturable=cuda)
@@ -185,10 +198,12 @@ class _Run:
         if ranks == 1:
             return self.module(images)
         mine = images.chunk(ranks, 1)[self.fabric.global_rank]
-        gathered = self.fabric.all_gather(self.module(mine), sync_grads=True)  # (ranks, M, B / ranks, ...)
+        gathered = cast(
+            Tensor, self.fabric.all_gather(self.module(mine), sync_grads=True)
+        )  # (ranks, M, B / ranks, ...)
         return gathered.movedim(0, 1).flatten(1, 2)
 
-    def _loss(self, embedding, normal: Tensor, pairs: Pairs) -> LossOutput:
+    def _loss(self, embedding: GaussianMixtureEmbedding, normal: Tensor, pairs: Pairs) -> LossOutput:
         if self.training.method == "contrastive":
             return _classical(embedding.mu[..., 0, :], pairs, self.training.margin, self.stack.match)
         z = embedding.sample(1 if self.training.is_point else self.training.samples, noise=normal)
@@ -204,7 +219,8 @@ class _Run:
         for number in range(len(self.stack)):
             history = dict(zip(DIAGNOSTICS, logged[:, :, number].T.tolist(), strict=True))
             _warn_if_collapsed(history["sigma_variation"], self.training, number)
-            result.append(Trained(*self.stack.model(number), {"step": steps} | history))
+            encoder, match = self.stack.model(number)
+            result.append(Trained(encoder, match, {"step": steps} | history))
         return result
 
 
@@ -250,7 +266,8 @@ class _Graph:
     """Replays a step as one CUDA graph. The first calls run eagerly, on the side stream that capturing asks for."""
 
     def __init__(self, step: Callable[[Tensor, Tensor], Any]):
-        self.step, self.calls, self.graph = step, 0, None
+        self.step, self.calls = step, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, uniform: Tensor, normal: Tensor) -> Any:
         if self.calls < GRAPH_WARMUP:
@@ -286,8 +303,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         precision = "bf16-mixed" if ampere else "32-true"
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
-    strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy="ddp" if world > 1 else "auto",
+        precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
+    )
     fabric.launch()
     return fabric
 
@@ -310,11 +332,12 @@ class _Progress:
     """The checkpoint file: written to a temporary name and renamed, so that a kill leaves the old one or the new."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any]):
-        self.path, self.identity, self.saved, self.visits = path, identity, 0, []
+        self.path, self.identity, self.saved = path, identity, 0
+        self.visits: list[list[Any]] = []
 
     def save(self, run: _Run) -> None:
         self.saved = run.step
-        if run.fabric.global_rank:
+        if self.path is None or run.fabric.global_rank:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -342,12 +365,12 @@ class _Progress:
 
 
 @contextmanager
-def _deferred_interrupt():
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Ctrl-C ends the run after the chunk it falls into, so that a whole state can be saved."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    seen = []
+    seen: list[bool] = []
     previous = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
     try:
         yield lambda: bool(seen)

@@ -79,7 +79,9 @@ class LoadedModel:
     def __init__(self, path: Path):
         state = load_file(path)
         try:
-            given = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+            given: dict[str, Any] = {
+                name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()
+            }
             self.settings = Settings(**given)
             options = self.settings.encoder_options(self.settings.num_digits, state["tile"])
             self.encoder: Encoder = build_encoder(**options)
@@ -167,8 +169,8 @@ def embed_to_file(model_path: Path, images: Path, output: Path) -> None:
     """Write mu (n, C, D), logvar (n, C, D; left out for points) and eta (n,) as .npz."""
     model = LoadedModel(model_path)
     embedding = embed(model.encoder, read_images(images, model.encoder.shape))
-    arrays = {"mu": embedding.mu.numpy(), "eta": _eta(model, embedding).numpy()}
-    if not embedding.is_point:
+    arrays: dict[str, Any] = {"mu": embedding.mu.numpy(), "eta": _eta(model, embedding).numpy()}
+    if embedding.logvar is not None:
         arrays["logvar"] = embedding.logvar.numpy()
     np.savez(output, **arrays)
     logger.info("%d images in %s", len(embedding), output)

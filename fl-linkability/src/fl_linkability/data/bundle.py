@@ -35,8 +35,9 @@ class UserDataset:
     check_images: bool = True
     device_user: np.ndarray = field(init=False)
     device_role: np.ndarray = field(init=False)
+    _rows: list[np.ndarray] = field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_pair(self.x, self.y, "users")
         lengths = {len(self.x), len(self.user), len(self.device)}
         if lengths != {len(self.x)}:
@@ -80,7 +81,8 @@ class UserDataset:
         return self.x[rows], self.y[rows]
 
     def _refuse_shared_images(self) -> None:
-        images, seen = self.x.numpy(), {}
+        images = self.x.numpy()
+        seen: dict[tuple[int, bytes], int] = {}
         for device, rows in enumerate(self._rows):
             for row in rows:
                 digest = hashlib.blake2b(images[row].tobytes(), digest_size=8).digest()
@@ -97,7 +99,7 @@ class Background:
     y: Tensor
     features: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_pair(self.x, self.y, "background")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fl_linkability.data.bundle import FederatedBundle
 from fl_linkability.data.styled import make_digits_users, make_mnist_users
@@ -22,7 +22,7 @@ def load_bundle(settings: Settings, seed: int, data_root: Path, fabric: Fabric) 
     """
     s = settings
     if s.dataset in ("digits", "mnist"):
-        users = {
+        users: dict[str, Any] = {
             "n_users": s.users, "n_per_device": s.images_per_device, "n_prior": s.prior_images, "alpha": s.alpha,
             "style": s.style, "skew": s.skew, "drift": s.drift, "iid": s.iid, "background_size": s.background,
             "side": s.side,

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -78,7 +78,8 @@ def read_table(path: Path, users: bool = True) -> list[Item]:
     missing = [name for name in needed if lines and name not in lines[0]]
     if missing or not lines:
         raise ValueError(f"{path}: {'no line' if not lines else 'no column ' + ', '.join(missing)}")
-    items, devices = [], {}
+    items: list[Item] = []
+    devices: dict[str, dict[str, int]] = {}
     for number, line in enumerate(lines, 2):
         labels = tuple(filter(None, (line["labels"] or "").split("|")))
         user = line.get("user_id") or ""
@@ -102,7 +103,7 @@ def read_flair(folder: Path) -> tuple[list[Item], list[Item]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: FLAIR is not there; see `fl-linkability data`")
     entries = sorted(json.loads(path.read_text()), key=lambda entry: (entry["user_id"], entry["image_id"]))
-    items = {True: [], False: []}
+    items: dict[bool, list[Item]] = {True: [], False: []}
     for entry in entries:
         image = folder / "small_images" / f"{entry['image_id']}.jpg"
         labels = tuple(entry["labels"])
@@ -146,7 +147,7 @@ def split_devices(items: Sequence[Item], shard: str, seed: int) -> tuple[np.ndar
         test[rows[held_out]] = True
         kept = np.delete(rows, held_out)
         if shard == "given":
-            half = np.array([items[row].device for row in rows])
+            half = np.array([items[row].device for row in rows.tolist()])
             if set(half) != {0, 1} or len(set(half[np.isin(rows, kept)])) != 2:
                 raise ValueError(f"user {names[who]}: shard 'given' needs two devices with images in training")
             device[rows] = 2 * who + half
@@ -246,7 +247,7 @@ def embed(images: Tensor, pretrained: bool, cache: Path, fabric: Fabric, batch_s
     if path.exists():
         return torch.load(path, weights_only=True)
     torch.manual_seed(0)
-    model = MobileNetV2(1, pretrained).to(fabric.device, memory_format=torch.channels_last).eval()
+    model = MobileNetV2(1, pretrained).to(fabric.device).to(memory_format=torch.channels_last).eval()
     parts = []
     with torch.no_grad(), progress() as bar:
         for batch in bar.track(images.split(batch_size), description="embedding"):
@@ -292,7 +293,7 @@ def load_femnist(folder: Path, s: Settings, seed: int) -> FederatedBundle:
     paths = sorted((folder / "data" / "train").glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"{folder / 'data' / 'train'}: no JSON of LEAF; see `fl-linkability data`")
-    data = {}
+    data: dict[str, Any] = {}
     for path in paths:
         data |= json.loads(path.read_text())["user_data"]
     items = [Item(Path(), name, -1, ("x",)) for name in sorted(data) for _ in data[name]["y"]]

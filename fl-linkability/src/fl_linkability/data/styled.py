@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class UserSettings:
     background_size: int = 1188
     """1188: every base image in four styles; less: a class-balanced subset"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n_users < 2 or self.n_per_device < 1 or self.n_prior < 0:
             raise ValueError(f"need 2 users and 1 image per device or more, got {self.n_users} and {self.n_per_device}")
         if not self.alpha > 0:
@@ -56,7 +57,7 @@ class UserSettings:
             raise ValueError(f"drift must lie in [0, 1], got {self.drift}")
 
 
-def make_digits_users(seed: int = 0, side: int = 16, **settings) -> FederatedBundle:
+def make_digits_users(seed: int = 0, side: int = 16, **settings: Any) -> FederatedBundle:
     """Users from scikit-learn's 1,797 digits, cut into 600, 600, 297 and 300; `settings` as in `UserSettings`."""
     from sklearn.datasets import load_digits
 
@@ -68,7 +69,7 @@ def make_digits_users(seed: int = 0, side: int = 16, **settings) -> FederatedBun
     return make_users(pools, UserSettings(**settings), seed, "digits")
 
 
-def make_mnist_users(root: Path, seed: int = 0, side: int = 28, **settings) -> FederatedBundle:
+def make_mnist_users(root: Path, seed: int = 0, side: int = 28, **settings: Any) -> FederatedBundle:
     """Users from real MNIST (torchvision's layout below root): 20,000 images per kind of device, 2,000 as background.
 
     Raises:
@@ -124,7 +125,9 @@ def make_users(pools: Pools, settings: UserSettings, seed: int, name: str) -> Fe
     )
 
 
-def _draw(pool, styles: np.ndarray, priors: np.ndarray, n: int, styled: bool, rng) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(
+    pool: tuple[Tensor, Tensor], styles: np.ndarray, priors: np.ndarray, n: int, styled: bool, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """So many images of every user with replacement: x, y, user. A class that the pool lacks cannot be drawn."""
     images, labels = pool
     labels_np = labels.numpy()
@@ -141,19 +144,21 @@ def _draw(pool, styles: np.ndarray, priors: np.ndarray, n: int, styled: bool, rn
     return x, labels[rows], user
 
 
-def _mixed(device: tuple[Tensor, Tensor, Tensor], rng) -> tuple[Tensor, Tensor, Tensor]:
+def _mixed(device: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """IID replacement: every image of these devices is exchanged for one drawn from all of them."""
     x, y, user = device
     rows = torch.from_numpy(rng.integers(0, len(x), len(x)))
     return x[rows], y[rows], user
 
 
-def _restyled(pool, copies: int, styled: bool, rng) -> tuple[Tensor, Tensor]:
+def _restyled(
+    pool: tuple[Tensor, Tensor], copies: int, styled: bool, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     images, labels = pool[0].repeat(copies, 1, 1, 1), pool[1].repeat(copies)
     return (apply_styles(images, random_styles(len(images), rng), rng) if styled else images), labels
 
 
-def _balanced(pool: tuple[Tensor, Tensor], size: int, rng) -> tuple[Tensor, Tensor]:
+def _balanced(pool: tuple[Tensor, Tensor], size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """A class-balanced subset, or everything where the pool is no larger."""
     x, y = pool
     if size >= len(x):

@@ -20,6 +20,9 @@ class MobileNetV2(nn.Module):
             nothing kept or sent; sent: running statistics are part of the update. The last two need engine "loop".
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, classes: int, pretrained: bool = True, bn: str = "frozen"):
         super().__init__()
         if bn not in BN_MODES:

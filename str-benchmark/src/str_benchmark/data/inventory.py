@@ -10,7 +10,7 @@ from str_benchmark.data.sets import SETS, find_lmdbs
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
     """Rows: data, scale, size, licence, found, where (below the root), what to do if missing."""
-    rows = [("rendered words", "smoke, embedded, rendered", "made here", "", "yes", "", "")]
+    rows: list[tuple[str, ...]] = [("rendered words", "smoke, embedded, rendered", "made here", "", "yes", "", "")]
     for each in SETS.values():
         try:
             for path in find_lmdbs(data_root / each.folder):
