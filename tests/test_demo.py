@@ -24,7 +24,7 @@ seeds = [20, 21, 22, 23, 24]
 name = "a"
 """
 
-# Does what is missing of plan.json, a run in 0.1 s; its metric is the seed, or where asked one that no restart can repeat.
+# Does what is missing of plan.json, a run in 0.1 s; its metric is the seed, or where asked one that nothing can repeat.
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
@@ -36,7 +36,8 @@ done = {json.loads(line)["seed"] for line in log.read_text().splitlines()} if lo
 for record in json.loads(Path("plan.json").read_text()):
     if record["seed"] not in done:
         time.sleep(0.1)
-        record["metrics"] = {"value": time.time() if Path("forgetful").exists() else record["seed"], "work_ms": time.time()}
+        value = time.time() if Path("forgetful").exists() else record["seed"]
+        record["metrics"] = {"value": value, "work_ms": time.time()}
         with open(log, "a") as file:
             file.write(json.dumps(record) + "\\n")
 print("table of", Path.cwd().name)
