@@ -12,10 +12,11 @@ PROJECT = Path(__file__).parents[2]
 
 
 def tables() -> list[Table]:
-    """All table files. ValueError for an unknown key, row, scale, metric or setting, with the nearest valid one.
+    """All table files.
 
     Raises:
         FileNotFoundError: outside a source checkout.
+        ValueError: an unknown key, row, scale, metric or setting, with the nearest valid one.
     """
     if not (PROJECT / "tables").is_dir():
         raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")

@@ -23,7 +23,7 @@ PROGRAM = "fl-linkability"
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/fl-linkability."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "fl-linkability")
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Run:
             from shared_utils.report import print_missing
             from shared_utils.runlog import RunLog
 
-            log = RunLog(catalogue.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            done = RunLog(catalogue.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
         from fl_linkability import experiments
 
         yours = experiments.run_tables(
@@ -105,7 +105,7 @@ class Train:
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
-    """auto (bf16-mixed on CUDA since Ampere), or a precision of Fabric's."""
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
 
     def __call__(self) -> None:
         from fl_linkability.experiments import Experiment, save_settings
@@ -219,7 +219,7 @@ class Record:
 class Bench:
     """Speed: batched trainer against the per-client loop, the cost of Flower's messages, and Ray's start-up."""
 
-    repeats: int = 5
+    repeats: int = 7
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
@@ -247,17 +247,20 @@ def main() -> None:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
-        print(
-            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
-        )
-        sys.exit(130)
+        _fail("interrupted; finished runs and checkpoints are kept, the same command goes on", 130)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
     except Exception as error:
         if debug:
             raise
-        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        told = wrong or isinstance(error, RuntimeError | OSError)
-        print(f"{PROGRAM}: {error if told else repr(error)}", file=sys.stderr)
-        sys.exit(2 if wrong else 1)
+        _fail(str(error) if isinstance(error, RuntimeError | OSError) else repr(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _call(kind: type) -> Callable[[Callable[[], None]], None]:

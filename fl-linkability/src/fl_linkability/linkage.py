@@ -75,14 +75,16 @@ def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.nda
     out = np.empty((scores.shape[1], n_groups))
     for column, values in enumerate(scores.T):
         rank = np.unique(values, return_inverse=True)[1]  # equal scores share a rank
-        above = _at_least(rank)
-        within = _at_least(groups.astype(np.int64) * n + rank, groups, sizes)
+        above = _at_least(rank, n)
+        within = _at_least(groups.astype(np.int64) * n + rank, n * n_groups, groups, sizes)
         with np.errstate(invalid="ignore"):
             out[column] = np.bincount(groups, within / above, n_groups) / sizes
     return out
 
 
-def _at_least(key: np.ndarray, groups: np.ndarray | None = None, sizes: np.ndarray | None = None) -> np.ndarray:
+def _at_least(
+    key: np.ndarray, n_keys: int, groups: np.ndarray | None = None, sizes: np.ndarray | None = None
+) -> np.ndarray:
     """How many keys (of the same group, where groups are given) are as large as each one, itself included."""
     order = np.sort(key)
     below = np.searchsorted(order, key, side="left")
@@ -117,14 +119,14 @@ def permuted_device_chance(
     rng = np.random.default_rng(seed)
     if len(names) == len(present):  # one device per user: its AP for every user's scores, computed once
         table = ap_by_group(scores, device, len(names))
-        means = [table[owner[rng.permutation(len(names))], np.arange(len(names))].mean() for _ in range(n)]
+        draws = [table[owner[rng.permutation(len(names))], np.arange(len(names))].mean() for _ in range(n)]
     else:
-        means = []
+        draws = []
         for _ in range(n):
             table = ap_by_group(scores, owner[rng.permutation(len(names))][device], scores.shape[1])
-            means.append(np.diag(table)[present].mean())
-    draws = np.array(means) * len(present)
-    return float(draws.mean()), float(np.quantile(draws, 0.99))
+            draws.append(np.diag(table)[present].mean())
+    times = np.array(draws) * len(present)
+    return float(times.mean()), float(np.quantile(times, 0.99))
 
 
 def matching_metrics(scores: np.ndarray, users_a: np.ndarray, users_b: np.ndarray) -> dict:

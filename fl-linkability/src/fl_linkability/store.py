@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from fl_linkability.features import leave_one_out, unit
 
@@ -54,7 +53,7 @@ class UpdateStore:
         elif json.loads(meta.read_text())["layers"] != layers:
             raise ValueError(f"{path}: holds updates of another network; delete it or name another folder")
 
-    def append(self, deltas: np.ndarray, **columns: ArrayLike) -> None:
+    def append(self, deltas: np.ndarray, **columns: np.ndarray | int) -> None:
         """Add updates (k, D); round, device, user, role and n_examples are (k,) or one number for all."""
         deltas = np.ascontiguousarray(deltas, dtype=np.float32)
         if deltas.ndim != 2 or deltas.shape[1] != self.dimension:

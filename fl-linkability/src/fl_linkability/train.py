@@ -48,7 +48,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
-        precision: auto (bf16-mixed on CUDA since Ampere, else 32-true) or one of Fabric's.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
     from lightning.fabric import Fabric
 

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from hib_ndigit_mnist.settings import PROGRAM, SCALES, Settings, default_data_root
+from hib_ndigit_mnist.settings import SCALES, Settings, default_data_root
+
+PROGRAM = "hib-ndigit-mnist"
 
 
 @dataclass
@@ -51,8 +53,8 @@ class Run:
         if self.rows and not self.tables:
             raise ValueError("rows: name the table they are in")
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -70,7 +72,7 @@ class Run:
 class Train(Settings):
     """Train one model and write it; interrupted, the same command goes on. --scale sets the defaults below."""
 
-    output: Path = Path("model.pt")
+    output: Path = Path("hib-ndigit-mnist.pt")
     """File to write; the checkpoint lies beside it."""
     scale: str = "embedded"
     """Whose defaults to take: smoke, embedded, mnist or paper."""
@@ -81,7 +83,7 @@ class Train(Settings):
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
-    """auto (bf16-mixed on CUDA since Ampere), or a precision of Fabric's."""
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     checkpoint_every: int = 5000
     """Steps between saves."""
 
@@ -124,10 +126,8 @@ class Eval:
         pairs = self.pairs if self.pairs == "all" else int(self.pairs)
         sizes = {"images": self.images, "pairs": pairs, "queries": self.queries}
         options = {"estimator": self.estimator, "samples": self.samples}
-        scores = evaluate_file(
-            self.checkpoint, self.split, self.conditions, self.data_root, self.device, sizes, options
-        )
-        print(json.dumps(scores))
+        where = self.data_root, self.device
+        print(json.dumps(evaluate_file(self.checkpoint, self.split, self.conditions, *where, sizes, options)))
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Inspect:
 
     image: tyro.conf.Positional[Path]
     """Light digits on black; resized to the model's input."""
-    checkpoint: Path = Path("model.pt")
+    checkpoint: Path = Path("hib-ndigit-mnist.pt")
     """Model written by train."""
     invert: bool = False
     """For dark digits on white."""
@@ -192,19 +192,19 @@ class Data:
             from torchvision.datasets import MNIST
 
             MNIST(str(self.data_root), download=True)
-        if self.output is None:
-            from rich.table import Table as Grid
+        if self.output:
+            from hib_ndigit_mnist.workflow import export
 
-            from hib_ndigit_mnist.inventory import inventory
-            from shared_utils.logging import console
+            return export(self.data_root, self.output, self.num_digits, self.gap, self.standard, self.seed)
+        from rich.table import Table as Grid
 
-            grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
-            for row in inventory(self.data_root):
-                grid.add_row(*row)
-            return console().print(grid)
-        from hib_ndigit_mnist.workflow import export
+        from hib_ndigit_mnist.inventory import inventory
+        from shared_utils.logging import console
 
-        export(self.data_root, self.output, self.num_digits, self.gap, self.standard, self.seed)
+        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
 
 
 @dataclass
@@ -239,7 +239,7 @@ class Record:
 class Bench:
     """Speed against PCME's way of computing the pair loss, and time and memory of all-pairs evaluation."""
 
-    repeats: int = 5
+    repeats: int = 9
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
@@ -266,12 +266,14 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=words)
     except KeyboardInterrupt:
         _fail("interrupted; finished runs and checkpoints are kept, the same command goes on", 130)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
     except Exception as error:
         if debug:
             raise
-        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        told = wrong or isinstance(error, RuntimeError | OSError)
-        _fail(str(error) if told else repr(error), 2 if wrong else 1)
+        _fail(str(error) if isinstance(error, RuntimeError | OSError) else repr(error), 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match
 from hib_ndigit_mnist.reports import REPORTS
-from hib_ndigit_mnist.settings import PROGRAM, Settings
+from hib_ndigit_mnist.settings import Settings
 from hib_ndigit_mnist.train import Trained, train
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
@@ -55,7 +55,7 @@ def run_tables(
     runs.sort(key=lambda run: -cost[stackable(run)])  # the longest first, so that no core waits at the end
     checkpoints = PROJECT / "runs" / "checkpoints"
     run_missing(
-        PROGRAM,
+        "hib-ndigit-mnist",
         runs,
         log,
         partial(execute, data_root=data_root, checkpoints=checkpoints),

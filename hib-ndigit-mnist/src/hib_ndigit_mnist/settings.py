@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-PROGRAM = "hib-ndigit-mnist"
-
 
 @dataclass(frozen=True)
 class Training:
@@ -149,4 +147,4 @@ SCALES: dict[str, dict[str, Any]] = {
 
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/hib-ndigit-mnist."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "hib-ndigit-mnist")

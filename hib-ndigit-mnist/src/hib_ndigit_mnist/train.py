@@ -73,8 +73,8 @@ def train(
         data: training images.
         trainings: one per model, of equal `shape()`.
         seeds: one per model: of its weights and of all its random numbers.
-        device: "auto", "cpu" or "cuda".
-        precision: "auto" or one of Fabric's, as in `make_fabric`; for the encoder, everything behind it stays float32.
+        device: as in `make_fabric`.
+        precision: as in `make_fabric`; of the encoder, everything behind it stays float32.
         graph: on CUDA, replay the step as a CUDA graph (single process).
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves, rounded up to whole chunks.
@@ -294,7 +294,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
-        precision: auto (bf16-mixed on CUDA since Ampere, else 32-true) or one of Fabric's.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -303,11 +303,12 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         precision = "bf16-mixed" if ampere else "32-true"
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
+    strategy = "ddp" if world > 1 else "auto"
     fabric = Fabric(
         accelerator=device,
         devices=local,
         num_nodes=world // local,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy,
         precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
     )
     fabric.launch()

@@ -7,17 +7,18 @@ an answers.json beside them; `check` names every number that differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from wsol_eval.localization import BoxLocalization
 from wsol_eval.pixels import PixelAP
+from wsol_eval.sweep import Contours
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-9  # percent
-CURVES = {"all": "multi", "largest": "largest"}  # contours: name in the fixtures
+CURVES: dict[Contours, str] = {"all": "multi", "largest": "largest"}  # contours: name in the fixtures
 
 
 def box_cases() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -86,7 +87,7 @@ def write(folder: Path) -> None:
     )
 
 
-def check(answers: dict[str, float | None]) -> list[str]:
+def check(answers: Mapping[str, float | None]) -> list[str]:
     """One line per answer that is missing or differs by more than 1e-9 points; empty when all agree."""
     problems = []
     for name, value in expected().items():

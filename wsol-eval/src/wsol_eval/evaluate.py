@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -78,41 +78,43 @@ class Evaluator:
     """
 
     def __init__(self, source: Source, interval: float = 0.001, keep_images: bool = False):
-        options = {"cam_curve_interval": interval, "resolution": source.resolution, "keep_images": keep_images}
-        self.boxes = None
-        if source.has_boxes:
-            self.boxes = [BoxLocalization(contours=each, workers=WORKERS, **options) for each in ("all", "largest")]
+        options: dict[str, Any] = {"cam_curve_interval": interval, "resolution": source.resolution}
+        options |= {"keep_images": keep_images, "workers": WORKERS}
+        self.boxes = (
+            [BoxLocalization(contours=each, **options) for each in ("all", "largest")] if source.has_boxes else []
+        )
         self.pixels = PixelAP(interval, source.resolution) if source.has_masks else None
         self.right, self.n, self.classified = np.zeros(2, np.int64), 0, True
 
     def update(self, batch: Batch, maps: Tensor | np.ndarray, logits: Tensor | None) -> None:
         """Add a batch: maps (B, H, W) in [0, 1], logits (B, classes) or None."""
-        flags = (None, None)
+        first = top5 = None
         if logits is not None and logits.shape[1] > 1:
             best = logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels[:, None]  # (B, 5)
-            flags = (best[:, 0].cpu().numpy(), best.any(1).cpu().numpy())
-            self.right += [each.sum() for each in flags]
+            first, top5 = best[:, 0].cpu().numpy(), best.any(1).cpu().numpy()
+            self.right += [first.sum(), top5.sum()]
         else:
             self.classified = False
-        levels = check_maps(maps) if self.boxes else None  # once for both, on the device: bytes are copied, not floats
-        for metric in self.boxes or ():
-            metric.update(levels, batch.boxes, *flags, image_ids=batch.image_ids)
+        if self.boxes:
+            assert batch.boxes is not None
+            levels = check_maps(maps)  # once for both, on the device: bytes are copied, not floats
+            for metric in self.boxes:
+                metric.update(levels, batch.boxes, first, top5, batch.image_ids)
         if self.pixels is not None:
+            assert batch.masks is not None
             self.pixels.update(maps, batch.masks, batch.image_ids)
         self.n += len(batch.labels)
 
     def report(self, fabric: Fabric | None = None) -> Report:
         """The report over all batches, and over all ranks of `fabric`."""
-        metrics = [*(self.boxes or ()), *([self.pixels] if self.pixels is not None else [])]
+        metrics = [*self.boxes, *([self.pixels] if self.pixels is not None else [])]
         totals = torch.tensor([self.n, *self.right])
         if fabric is not None and fabric.world_size > 1:
-            totals = fabric.all_reduce(totals, reduce_op="sum")
+            totals = cast(Tensor, fabric.all_reduce(totals, reduce_op="sum"))
             for metric in metrics:
                 metric.reduce(fabric)
         n, *right = totals.tolist()
-        results = [metric.compute() for metric in self.boxes or ()] or [None, None]
-        shares = [100 * each / n for each in right] if self.classified else [None, None]
-        return Report(*results, self.pixels.compute() if self.pixels is not None else None, *shares, n)
+        return _report(self.boxes, self.pixels, right if self.classified else None, n)
 
 
 def evaluate(
@@ -168,7 +170,7 @@ def score_maps(
     convention: Convention = "reference",
     keep_images: bool = False,
     predictions: dict[str, list[int]] | None = None,
-    mask_root: Path | None = None,
+    mask_root: Path = Path(),
     workers: int = 2,
 ) -> Report:
     """A report on score maps on disk.
@@ -181,41 +183,49 @@ def score_maps(
         convention: see `BoxLocalization`.
         keep_images: for bootstrap intervals.
         predictions: classes of each image, best first, for top-1 and top-5.
-        mask_root: folder that mask paths are relative to.
+        mask_root: folder that mask paths are relative to; default the working directory.
         workers: threads.
 
     Raises:
         FileNotFoundError: an image without a map, a mask that is not there.
         ValueError: an image without boxes or predictions; a damaged map, or one of the wrong size.
     """
-    options = {"cam_curve_interval": interval, "box_convention": convention, "keep_images": keep_images}
+    options: dict[str, Any] = {"cam_curve_interval": interval, "box_convention": convention, "keep_images": keep_images}
     options |= {"resolution": "native" if native else CROP, "workers": workers}
     boxes = [BoxLocalization(contours=each, **options) for each in ("all", "largest")] if metadata.boxes else []
     pixels = PixelAP(interval, CROP) if metadata.masks else None
     right = np.zeros(2, np.int64)
     for begin in range(0, len(metadata.image_ids), 64):
         names = metadata.image_ids[begin : begin + 64]
-        maps = [store.read(name) for name in names]
+        maps: Any = [store.read(name) for name in names]  # of any size, or else stacked
         if not native:
             for name, each in zip(names, maps, strict=True):
                 if each.shape != (CROP, CROP):
                     raise ValueError(f"{name}: a map of {CROP} x {CROP} was expected, got {each.shape}; see --native")
             maps = np.stack(maps)
-        flags = _flags_of(names, metadata, predictions)
+        first, top5 = _flags_of(names, metadata, predictions)
         for metric in boxes:
             known = [metadata.boxes_at(name, each.shape) for name, each in zip(names, maps, strict=True)]
-            metric.update(maps, known, *flags, image_ids=names)
+            metric.update(maps, known, first, top5, names)
         if pixels is not None:
             pixels.update(maps, np.stack([read_mask(metadata, name, mask_root) for name in names]), names)
-        if flags[0] is not None:
-            right += [each.sum() for each in flags]
+        if first is not None and top5 is not None:
+            right += [first.sum(), top5.sum()]
     n = len(metadata.image_ids)
-    shares = (None, None) if predictions is None else (100 * right / n).tolist()
-    results = [metric.compute() for metric in boxes] or [None, None]
-    return Report(*results, pixels.compute() if pixels is not None else None, *shares, n)
+    return _report(boxes, pixels, None if predictions is None else right.tolist(), n)
 
 
-def _flags_of(names: list[str], metadata: Metadata, predictions: dict[str, list[int]] | None) -> tuple:
+def _report(boxes: list[BoxLocalization], pixels: PixelAP | None, right: list[int] | None, n: int) -> Report:
+    """`right`: how often the right class was first, and among the first five."""
+    every, largest = [metric.compute() for metric in boxes] or (None, None)
+    pooled = pixels.compute() if pixels is not None else None
+    top1, top5 = (None, None) if right is None else (100 * each / n for each in right)
+    return Report(every, largest, pooled, top1, top5, n)
+
+
+def _flags_of(
+    names: list[str], metadata: Metadata, predictions: dict[str, list[int]] | None
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """Whether the right class is first, and among the first five, for each image; None without predictions."""
     if predictions is None:
         return None, None

@@ -91,7 +91,8 @@ def trials(known: dict[str, Table], log: RunLog) -> Figure:
     for place, name in enumerate(METHODS):
         per_seed = [[v for v in d["values"] if v is not None] for d in found[name].values()]
         pooled = np.concatenate(per_seed)
-        body = panel.violinplot(pooled, [place], showextrema=False, widths=0.8)["bodies"][0]
+        violins = panel.violinplot(pooled, [place], showextrema=False, widths=0.8)
+        body = violins["bodies"][0]  # type: ignore[index]  # a list
         body.set(facecolor=f"C{place}", alpha=0.3)
         panel.scatter(np.full(len(pooled), place), pooled, s=8, color=f"C{place}", alpha=0.6)
         panel.scatter(np.full(len(per_seed), place), [max(v) for v in per_seed], s=26, color=f"C{place}", edgecolor="k")

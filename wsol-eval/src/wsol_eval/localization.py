@@ -145,8 +145,8 @@ class BoxLocalization(Streaming):
         self,
         score_maps: np.ndarray | Tensor | Sequence[np.ndarray],
         boxes: Sequence[np.ndarray],
-        class_correct: Sequence[bool] | Tensor | None = None,
-        class_correct_top5: Sequence[bool] | Tensor | None = None,
+        class_correct: Sequence[bool] | np.ndarray | Tensor | None = None,
+        class_correct_top5: Sequence[bool] | np.ndarray | Tensor | None = None,
         image_ids: Sequence[str] | None = None,
     ) -> None:
         """Add images.
@@ -241,7 +241,7 @@ class BoxLocalization(Streaming):
         """Stacks (n, H, W) of uint8 maps; ValueError for a wrong shape."""
         if isinstance(maps, Sequence) and not isinstance(maps, str) and self.resolution == "native":
             return [check_maps(each[None]) for each in maps]
-        grey = check_maps(maps)
+        grey = check_maps(maps)  # type: ignore[arg-type]  # refuses a sequence
         if grey.ndim != 3 or 0 in grey.shape[1:]:
             raise ValueError(f"score_maps: shape (N, H, W) was expected, got {grey.shape}")
         if self.resolution != "native" and self.resolution != grey.shape[1:]:
@@ -287,7 +287,7 @@ class BoxLocalization(Streaming):
             self._add(self._waiting.popleft().result())
 
 
-def _flags(flags: Sequence[bool] | Tensor | None, count: int, name: str) -> np.ndarray | None:
+def _flags(flags: Sequence[bool] | np.ndarray | Tensor | None, count: int, name: str) -> np.ndarray | None:
     if flags is None:
         return None
     array = flags.cpu().numpy() if isinstance(flags, Tensor) else np.asarray(flags)

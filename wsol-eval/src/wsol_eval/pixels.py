@@ -19,7 +19,7 @@ from wsol_eval.sweep import as_tensor, check_range, thresholds
 try:
     from numba import njit
 except ImportError:  # torch gives the same counts
-    njit = None
+    njit = None  # type: ignore[assignment]
 
 IGNORED = 255
 BLOCK = 4096  # pixels
@@ -56,7 +56,7 @@ def bin_edges(interval: float) -> np.ndarray:
     return np.append(thresholds(interval), [1.0, 2.0, 3.0])
 
 
-def _place(scores, masks, interval, bins, cells):
+def _place(scores: np.ndarray, masks: np.ndarray, interval: float, bins: int, cells: np.ndarray) -> None:
     """Cell of each pixel: its bin, plus `bins` for foreground and twice that for ignored ones.
 
     A division gives the bin or a neighbour; np.arange's edges are the products k * interval, which decide. No branch:
@@ -72,7 +72,7 @@ def _place(scores, masks, interval, bins, cells):
         cells[i] = k + np.int32(min(masks[i], np.uint8(2))) * np.int32(bins)
 
 
-def _tally(cells, counts):
+def _tally(cells: np.ndarray, counts: np.ndarray) -> None:
     """Count cells in four tables in turn, so that equal neighbours do not wait for each other."""
     four = np.uint64(4)
     for i in range(np.uint64(len(cells)) // four):
@@ -81,11 +81,11 @@ def _tally(cells, counts):
         counts[1, cells[j + np.uint64(1)]] += 1
         counts[2, cells[j + np.uint64(2)]] += 1
         counts[3, cells[j + np.uint64(3)]] += 1
-    for j in range(len(cells) // 4 * 4, len(cells)):
-        counts[0, cells[j]] += 1
+    for rest in range(len(cells) // 4 * 4, len(cells)):
+        counts[0, cells[rest]] += 1
 
 
-def _count_pixels(scores, masks, interval, bins):
+def _count_pixels(scores: np.ndarray, masks: np.ndarray, interval: float, bins: int) -> np.ndarray:
     """(3, bins) int64: background, foreground, ignored."""
     counts, cells = np.zeros((4, 3 * bins), np.int64), np.empty(BLOCK, np.uint32)
     for begin in range(0, len(scores), BLOCK):
@@ -113,7 +113,7 @@ def score_histogram(scores: Tensor, masks: Tensor, interval: float, backend: str
         (2, len(edges) - 1) int64: background, foreground.
     """
     edges = bin_edges(interval)
-    if (backend or ("numba" if njit and scores.device.type == "cpu" else "torch")) == "numba":
+    if (backend or ("numba" if njit is not None and scores.device.type == "cpu" else "torch")) == "numba":
         if scores.dtype not in (torch.float32, torch.float64):
             scores = scores.double()
         return _count_pixels(scores.ravel().numpy(), masks.ravel().numpy(), interval, len(edges) - 1)[:2]

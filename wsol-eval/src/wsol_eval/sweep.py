@@ -17,7 +17,7 @@ from wsol_eval.boxes import check_boxes
 try:
     from wsol_eval import tree
 except ImportError:  # no numba: contours.py gives the same from OpenCV
-    tree = None
+    tree = None  # type: ignore[assignment]
 
 Contours = Literal["all", "largest"]
 Convention = Literal["reference", "exact"]

@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,13 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]  # Fabric checks the name
+    )
     fabric.launch()
     return fabric
 
@@ -100,7 +106,8 @@ def fit(
         fused=True,
     )
     base = [group["lr"] for group in optimizer.param_groups]
-    model, optimizer = fabric.setup(torch.compile(network) if compile_model else network, optimizer)
+    compiled = cast(torch.nn.Module, torch.compile(network)) if compile_model else network
+    model, optimizer = fabric.setup(compiled, optimizer)
     run = asdict(recipe) | {"spg": [list(pair) for pair in recipe.spg], "seed": seed, "images": len(source)}
     epoch, step = _resume(checkpoint, run, network, optimizer, fabric) if checkpoint else (0, 0)
     if (epoch, step) == (0, 0) and fabric.world_size > 1:
@@ -140,7 +147,8 @@ def _loss(recipe: Recipe, model: torch.nn.Module, network: WSOLNetwork, images: 
         images = hide_patches(images, recipe.has_grid_size, recipe.has_drop_rate)
     if recipe.method != "cutmix":
         return network.loss(model(images, labels), labels)
-    images, others, share = mix(images, labels, recipe.cutmix_beta, recipe.cutmix_prob, np.random)
+    rng = cast(np.random.RandomState, np.random)  # the global one
+    images, others, share = mix(images, labels, recipe.cutmix_beta, recipe.cutmix_prob, rng)
     outputs = model(images, labels)
     return share * network.loss(outputs, labels) + (1 - share) * network.loss(outputs, others)
 

@@ -67,7 +67,7 @@ GAIN = np.array([np.subtract(_quads(mask, 1), _quads(mask, 0)) for mask in range
 
 
 @njit(cache=True, nogil=True)
-def _find(parent, pixel):
+def _find(parent: np.ndarray, pixel: np.uint32) -> np.uint32:
     above = parent[pixel]
     while above != pixel:
         parent[pixel] = parent[above]
@@ -77,7 +77,7 @@ def _find(parent, pixel):
 
 
 @njit(cache=True, nogil=True)
-def _sort(grey, places, start):
+def _sort(grey: np.ndarray, places: np.ndarray, start: np.ndarray) -> int:
     """All pixels by grey level, as y << 16 | x in raster order within a level; returns the highest level."""
     height, width = grey.shape
     start[:] = 0
@@ -99,7 +99,7 @@ def _sort(grey, places, start):
 
 
 @njit(cache=True, nogil=True)
-def _rings(padded, sign, masks):
+def _rings(padded: np.ndarray, sign: np.int16, masks: np.ndarray) -> None:
     """Bits of RING that are there already when a pixel comes: brighter ones (sign 1) or darker ones (sign -1).
 
     Of equal ones, those that precede it in raster order. The padding of -1 never comes before a bright pixel, always
@@ -122,7 +122,9 @@ def _rings(padded, sign, masks):
 
 
 @njit(cache=True, nogil=True)
-def _emit(nodes, count, parts, root, low, high, grow, holes):
+def _emit(
+    nodes: np.ndarray, count: int, parts: np.ndarray, root: np.uint32, low: int, high: int, grow: int, holes: int
+) -> int:
     nodes[count, LOW], nodes[count, HIGH] = low, high
     nodes[count, X0], nodes[count, Y0] = parts[root, X0] - grow, parts[root, Y0] - grow
     nodes[count, X1], nodes[count, Y1] = parts[root, X1] + grow, parts[root, Y1] + grow
@@ -131,7 +133,7 @@ def _emit(nodes, count, parts, root, low, high, grow, holes):
 
 
 @njit(cache=True, nogil=True)
-def _merge(parts, root, other):
+def _merge(parts: np.ndarray, root: np.uint32, other: np.uint32) -> None:
     parts[root, COUNT] += parts[other, COUNT]
     parts[root, X0] = min(parts[root, X0], parts[other, X0])
     parts[root, Y0] = min(parts[root, Y0], parts[other, Y0])
@@ -143,21 +145,33 @@ def _merge(parts, root, other):
 
 
 @njit(cache=True, nogil=True)
-def _start(parts, p, x, y, level):
+def _start(parts: np.ndarray, p: np.uint32, x: int, y: int, level: int) -> None:
     parts[p, LEVEL], parts[p, COUNT] = level, 1
     parts[p, X0], parts[p, X1], parts[p, Y0], parts[p, Y1] = x, x, y, y
     parts[p, AREA2], parts[p, EULER4], parts[p, FIRST] = 0, 4, y << 16 | x
 
 
 @njit(cache=True, nogil=True)
-def _extend(parts, root, x, y):
+def _extend(parts: np.ndarray, root: np.uint32, x: int, y: int) -> None:
     parts[root, COUNT] += 1
     parts[root, X0], parts[root, X1] = min(parts[root, X0], x), max(parts[root, X1], x)
     parts[root, Y0], parts[root, Y1] = min(parts[root, Y0], y), max(parts[root, Y1], y)
 
 
 @njit(cache=True, nogil=True)
-def _foreground(places, start, top, pitch, offsets, masks, parent, parts, nodes, groups, gain):
+def _foreground(
+    places: np.ndarray,
+    start: np.ndarray,
+    top: int,
+    pitch: int,
+    offsets: np.ndarray,
+    masks: np.ndarray,
+    parent: np.ndarray,
+    parts: np.ndarray,
+    nodes: np.ndarray,
+    groups: np.ndarray,
+    gain: np.ndarray,
+) -> int:
     """Nodes of the 8-connected components of `grey > L`, L from top - 1 down to 0; returns how many."""
     count = 0
     for level in range(top, 0, -1):
@@ -197,7 +211,19 @@ def _foreground(places, start, top, pitch, offsets, masks, parent, parts, nodes,
 
 
 @njit(cache=True, nogil=True)
-def _holes(places, start, top, pitch, offsets, masks, parent, parts, nodes, count, groups):
+def _holes(
+    places: np.ndarray,
+    start: np.ndarray,
+    top: int,
+    pitch: int,
+    offsets: np.ndarray,
+    masks: np.ndarray,
+    parent: np.ndarray,
+    parts: np.ndarray,
+    nodes: np.ndarray,
+    count: int,
+    groups: np.ndarray,
+) -> int:
     """Append the nodes of the 4-connected holes of `grey > L`, L from 0 up to top - 1; returns the new count.
 
     Pixel 0 stands for the outside: the padding belongs to it, and so does whatever touches it.
@@ -239,7 +265,7 @@ def _holes(places, start, top, pitch, offsets, masks, parent, parts, nodes, coun
 
 
 @njit(cache=True, nogil=True)
-def workspace(height, width):
+def workspace(height: int, width: int) -> tuple[np.ndarray, ...]:
     """Arrays that `build` needs, reusable for maps of one size; the last one receives the nodes."""
     pixels, padded = height * width, (height + 2) * (width + 2)
     places, start = np.empty(pixels, np.int32), np.empty(LEVELS + 1, np.int64)
@@ -249,7 +275,14 @@ def workspace(height, width):
 
 
 @njit(cache=True, nogil=True)
-def build(grey, with_holes, work, eight, four, gain):
+def build(
+    grey: np.ndarray,
+    with_holes: bool,
+    work: tuple[np.ndarray, ...],
+    eight: np.ndarray,
+    four: np.ndarray,
+    gain: np.ndarray,
+) -> tuple[int, int]:
     """Write the nodes of a grey map (H, W) uint8 into the last array of `work`; returns their count and max(grey).
 
     `eight`, `four` and `gain` are the tables EIGHT, FOUR and GAIN.
@@ -268,7 +301,7 @@ def build(grey, with_holes, work, eight, four, gain):
 
 
 @njit(cache=True, nogil=True)
-def outer_area2(grey, level, first):
+def outer_area2(grey: np.ndarray, level: int, first: int) -> int:
     """Twice the polygon area of the outer contour of `grey > level` whose first pixel is `first`, y << 16 | x."""
     height, width = grey.shape
     y0, x0 = first >> 16, first & 0xFFFF
@@ -291,7 +324,7 @@ def outer_area2(grey, level, first):
 
 
 @njit(cache=True, nogil=True)
-def _iou(ax0, ay0, ax1, ay1, boxes, k):
+def _iou(ax0: int, ay0: int, ax1: int, ay1: int, boxes: np.ndarray, k: int) -> float:
     width = min(ax1, boxes[k, 2]) - max(ax0, boxes[k, 0]) + 1
     height = min(ay1, boxes[k, 3]) - max(ay0, boxes[k, 1]) + 1
     overlap = max(0, width) * max(0, height)
@@ -301,7 +334,9 @@ def _iou(ax0, ay0, ax1, ay1, boxes, k):
 
 
 @njit(cache=True, nogil=True)
-def _node_iou(nodes, i, boxes, begin, end, height, width, past_end):
+def _node_iou(
+    nodes: np.ndarray, i: int, boxes: np.ndarray, begin: int, end: int, height: int, width: int, past_end: bool
+) -> float:
     """Best IoU of a node; `past_end`: the box ends one pixel after its last one, clipped into the map."""
     x1 = min(nodes[i, X1] + 1, width - 1) if past_end else nodes[i, X1]
     y1 = min(nodes[i, Y1] + 1, height - 1) if past_end else nodes[i, Y1]
@@ -312,7 +347,7 @@ def _node_iou(nodes, i, boxes, begin, end, height, width, past_end):
 
 
 @njit(cache=True, nogil=True)
-def largest_nodes(grey, nodes, count, top):
+def largest_nodes(grey: np.ndarray, nodes: np.ndarray, count: int, top: int) -> np.ndarray:
     """Index of the node with the largest outer contour for each L < top; of equal ones the one that starts last.
 
     A node without holes has the area AREA2. Holes leave a lower bound (AREA2) and an upper one (its box); the contour
@@ -335,7 +370,7 @@ def largest_nodes(grey, nodes, count, top):
             if ceiling[i] < floor[level]:
                 continue
             if exact < 0 and rivals[level] > 1:
-                exact = outer_area2(grey, level, nodes[i, FIRST])
+                exact = np.int64(outer_area2(grey, level, nodes[i, FIRST]))
             begin = np.int64(nodes[i, FIRST])
             if chosen[level] < 0 or exact > area[level] or (exact == area[level] and begin > first[level]):
                 chosen[level], area[level], first[level] = i, exact, begin
@@ -343,7 +378,16 @@ def largest_nodes(grey, nodes, count, top):
 
 
 @njit(cache=True, nogil=True)
-def _sweep(maps, boxes, ends, largest, past_end, eight, four, gain):
+def _sweep(
+    maps: np.ndarray,
+    boxes: np.ndarray,
+    ends: np.ndarray,
+    largest: bool,
+    past_end: bool,
+    eight: np.ndarray,
+    four: np.ndarray,
+    gain: np.ndarray,
+) -> np.ndarray:
     images, height, width = maps.shape
     best = np.full((images, LEVELS), -1.0)
     work = workspace(height, width)

@@ -9,7 +9,7 @@ import csv
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from wsol_eval.recipe import OnData, Recipe
 from wsol_eval.scenes import CLASSES, TEST_SCENES, TRAIN_SCENES, make_split
 from wsol_eval.scoremaps import ScoreMaps
 from wsol_eval.sweep import Convention
+
+if TYPE_CHECKING:
+    from wsol_eval.protocol import FslValidation
 
 
 def source_of(on: OnData, split: str) -> Source:
@@ -80,7 +83,7 @@ def search(
     space: str,
     criterion: str,
     cam_curve_interval: float,
-    fsl_validation: str,
+    fsl_validation: FslValidation,
 ) -> dict[str, Any]:
     """The protocol of one method; the ledger's counts stand beside the result."""
     from wsol_eval.protocol import Ledger, run_in_folder
@@ -146,8 +149,9 @@ def score(
     if resampled and report.all is not None:
         result["intervals"] = _intervals(bootstrap(report.all))
         if baseline_root:
-            baseline = measure(ScoreMaps(baseline_root))
-            result["difference_to_baseline"] = _intervals(paired(report.all, baseline.all))
+            baseline = measure(ScoreMaps(baseline_root)).all
+            assert baseline is not None  # the same metadata
+            result["difference_to_baseline"] = _intervals(paired(report.all, baseline))
     if overlays and image_root:
         shown_at = report.largest.tau_star[0.5] if report.largest else 0.5
         write_overlays(overlays, image_root, ScoreMaps(scoremap_root), metadata, shown_at)
@@ -163,7 +167,8 @@ def describe(report: Report, tau: float | None = None, transferred: dict | None 
         transferred: the result of another split, whose best thresholds are applied to this one.
     """
     result: dict[str, Any] = {"images": report.n} | report.metrics()
-    if report.all is None:
+    if report.all is None or report.largest is None:
+        assert report.pixels is not None, "no boxes and no masks"
         return result | {"metric": "PxAP, all pixels pooled", "bins": len(report.pixels.taus)}
     result["metric"] = "max_box_acc: largest contour, IoU 50; max_box_acc_v2: all contours, mean over IoU 30, 50, 70"
     result["protocol"] = "each maximum over tau is taken on this very split, as in the paper"
@@ -171,7 +176,7 @@ def describe(report: Report, tau: float | None = None, transferred: dict | None 
     for name, box in (("all", report.all), ("largest", report.largest)):
         result[f"contours_{name}"] = _by_iou(box.max_box_acc)
         result[f"tau_star_{name}"] = _by_iou(box.tau_star)
-        if box.top1_loc is not None:
+        if box.top1_loc is not None and box.top5_loc is not None:
             result[f"top1_loc_{name}"], result[f"top5_loc_{name}"] = _by_iou(box.top1_loc), _by_iou(box.top5_loc)
         if tau is not None:
             result[f"fixed_tau_{name}"] = {"tau": tau} | _by_iou(box.at(tau))
