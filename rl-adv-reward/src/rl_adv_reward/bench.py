@@ -49,7 +49,8 @@ def _environments(repeats: int) -> Iterator[Timing]:
     """ale-py's vector environment against gymnasium's wrappers around one game; CPU time, also on a CUDA machine."""
     vector, single = _vector(NUM_ENVS), _single()
     _same_frames(_vector(1), single)
-    vector.reset(seed=0), single.reset(seed=0)  # the emulator's start is not measured: a tenth of a second each
+    for game in (vector, single):
+        game.reset(seed=0)  # an emulator's start, a tenth of a second, is not measured
     many, one = in_turn(partial(_play_vector, vector), partial(_play_single, single), repeats, torch.device("cpu"))
     per_step = [ms / (STEPS * NUM_ENVS) for ms in many], [ms / STEPS for ms in one]
     what = f"an agent step of ALE/Pong, vector environment of {NUM_ENVS}"
