@@ -4,13 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# One process for all projects, since importing torch and Fabric is what takes the time.
+# One process and one process group for all projects, since importing torch and Fabric is what takes the time.
 PROGRAM = """
 import importlib, sys
 import torch
@@ -22,7 +23,7 @@ for package in sys.argv[1:]:
     shape = f"{fabric.world_size} processes, {fabric.strategy.num_nodes} nodes"
     if fabric.global_rank == 1:
         print(package, shape, f"sum {total:.0f}", flush=True)
-    dist.destroy_process_group()
+dist.destroy_process_group()
 """
 PACKAGES = [
     name
@@ -79,11 +80,14 @@ def test_two_nodes_of_one_process_each_train_together(launcher, tmp_path):
                     [*command, str(script), *PACKAGES], env=environment, stdout=log, stderr=subprocess.STDOUT
                 )
             )
-    try:
-        codes = [node.wait(timeout=900) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+    deadline = time.monotonic() + 600
+    while any(node.poll() is None for node in nodes) and not any(node.poll() for node in nodes):
+        time.sleep(0.2)
+        if time.monotonic() > deadline:
+            break
+    for node in nodes:  # where one failed the other would wait for it
+        node.kill()
+    codes = [node.wait() for node in nodes]
     said = "".join((tmp_path / f"node{rank}.log").read_text() for rank in range(2))
     assert codes == [0, 0], said
     for package in PACKAGES:
