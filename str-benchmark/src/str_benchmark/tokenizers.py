@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ BLANK = 0  # CTC
 GO, END = 0, 1  # attention: [GO] also pads, [s] ends a word
 
 
-class _Tokenizer:
+class _Tokenizer(ABC):
     """What both heads share: looking characters up, with errors that name character and label."""
 
     specials: int
@@ -61,11 +62,11 @@ class _Tokenizer:
             return texts, [1.0] * len(texts)
         return texts, [self._confidence(row) for row in values.detach().float().cpu()]
 
-    def _text(self, indices: Sequence[int]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _text(self, indices: Sequence[int]) -> str: ...
 
-    def _confidence(self, probs: Tensor) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _confidence(self, probs: Tensor) -> float: ...
 
 
 class CTCTokenizer(_Tokenizer):

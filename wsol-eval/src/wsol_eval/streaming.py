@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,19 +12,22 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-class Streaming:
+class Streaming(ABC):
     """A metric whose state is additive. Subclasses define reset, update, compute, state_dict and load_state_dict."""
 
     _ids: dict[str, None]
 
+    @abstractmethod
     def reset(self) -> None:
-        raise NotImplementedError
+        """Forget all images."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """The additive state and the options."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any], add: bool = False) -> None:
-        raise NotImplementedError
+        """Take a state over, or add it to this one."""
 
     def merge(self, *others: Self) -> Self:
         """Add the images of others, such as other ranks; returns self. ValueError if options or ids clash."""
