@@ -48,6 +48,9 @@ doctor:  ## what this machine and .venv have, and the line that mends each probl
 drill: demo  ## SIGKILL every demo five times, restart it, compare the final metrics; into runs/drill.jsonl
 	.venv/bin/python drill.py $(PROJECT)
 
+alone:   ## each project in an environment of its own: install, import, --help, smoke tables
+	$(PYTHON3) alone.py $(PROJECT)
+
 lint: setup  ## ruff and mypy, check only
 	.venv/bin/ruff check .
 	.venv/bin/python -m mypy *.py website */src
@@ -56,4 +59,4 @@ clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo tables test site bench record doctor drill lint clean
+.PHONY: help setup demo tables test site bench record doctor drill alone lint clean
