@@ -17,6 +17,7 @@ from PIL import Image
 
 from str_benchmark import cli, experiments
 from str_benchmark.aggregate import failures_of_runs, mean_of_runs, unpack
+from str_benchmark.data.inventory import inventory
 from str_benchmark.data.lmdb_store import LMDBDataset, write_lmdb
 from str_benchmark.evaluate import evaluate, latency_ms, read
 from str_benchmark.experiments import Source, execute, load_trained, tables, train_and_evaluate
@@ -440,10 +441,12 @@ def test_the_program_as_a_process(tmp_path):
     assert done.returncode == 2 and done.stderr == f"str-benchmark: {tmp_path / 'none.pt'}: no such checkpoint\n"
 
 
-def test_verbs_that_print(project, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_verbs_that_print(project, capsys, tmp_path):
+    missing = {row[0]: row[-1] for row in inventory(tmp_path / "none")}
+    assert missing["MJ"] == "put the released LMDB there"
     cli.Data(data_root=tmp_path / "none")()
-    assert "put the released LMDB there" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in missing)
     cli.Frontier()()
     assert capsys.readouterr().out.count("True") == 10
     with pytest.raises(ValueError, match="expected nothing, or inspect"):
