@@ -6,7 +6,6 @@ MkDocs with the Material theme turns them into static files that need no server 
 
 from __future__ import annotations
 
-import functools
 import json
 import shlex
 import shutil
@@ -22,8 +21,8 @@ import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
 
-from results import kill_drill, speed
-from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured
+from results import CommittedLog, kill_drill, speed
+from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured, verdicts
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Row, Table, load_tables
 from workspace import ROOT, projects
@@ -34,12 +33,6 @@ PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 PAGES.filters["yaml"] = lambda text: json.dumps(escape(text, quote=False))  # the theme prints titles unescaped
-
-
-class CommittedLog(RunLog):
-    """A run log that nothing is appended to: read once for all tables."""
-
-    records = functools.cache(RunLog.records)
 
 
 @dataclass(frozen=True)
@@ -69,19 +62,13 @@ class TablePage:
 
     table: Table
     sections: list[Section]
+    verdicts: list[Verdict]  # at all scales, each claim at least once
     figure: str | None
 
     @property
     def scales_measured(self) -> list[str]:
         """Scales at which at least one row was measured."""
         return [section.scale for section in self.sections if any(line.seeds for line in section.lines)]
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        """Every verdict with an effect; a claim that has none at any scale stands once, as not measured."""
-        seen = [verdict for section in self.sections for verdict in section.verdicts if verdict.figures]
-        missing = [claim for claim in self.table.claims if claim not in [verdict.claim for verdict in seen]]
-        return seen + [Verdict(claim, "", NOT_MEASURED) for claim in missing]
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ def load_project(entry: dict[str, Any], root: Path) -> Project:
         ]
         if sections:
             figure = f"{table.id}.png"
-            pages.append(TablePage(table, sections, figure if figure in figures else None))
+            pages.append(TablePage(table, sections, verdicts(table, logs), figure if figure in figures else None))
     page = (results / "RESULTS.md").read_text() if (results / "RESULTS.md").exists() else ""
     _, heading, own_sections = page.partition("## Where the numbers come from")[2].partition("\n## ")
     return Project(entry, pages, figures, [path.path.name for path in logs.values()], heading + own_sections)

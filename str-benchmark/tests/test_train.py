@@ -392,6 +392,8 @@ def test_help_is_quick_because_torch_stays_out():
 
 def test_from_a_list_of_images_to_a_reading(tmp_path, program):
     assert program("render", tmp_path / "r", "--n", 40, "--alphabet", "0123456789", "--fonts", "sans")[0] == 0
+    code, _, errors = program("render", tmp_path / "r", "--n", 1, "--fonts", "sans")
+    assert code == 2 and "exists already" in errors
     data = LMDBDataset(tmp_path / "r", filter="off")
     assert len(data) == 40
     lines = []

@@ -1,5 +1,6 @@
 """Training: the schedule, every method, kill and resume, two processes."""
 
+import copy
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from wsol_eval.data import SceneSource
-from wsol_eval.evaluate import evaluate
+from wsol_eval.evaluate import Evaluator, evaluate
 from wsol_eval.methods.cutmix import mix
 from wsol_eval.methods.has import hide_patches
 from wsol_eval.models import METHODS, build_model
@@ -59,6 +60,13 @@ def test_every_method_trains_and_draws_maps(scenes, fabric, method, size):
     report = evaluate(network, scenes["test"], fabric, 0.05)
     assert report.n == 48 and report.pixels.n == 48
     assert (report.top1_accuracy is None) == (method == "fsl")
+
+
+def test_a_split_without_boxes_and_masks_is_refused_before_anything_is_computed(scenes):
+    bare = copy.copy(scenes["test"])
+    bare.has_boxes = bare.has_masks = False
+    with pytest.raises(ValueError, match="neither boxes nor masks"):
+        Evaluator(bare)
 
 
 def test_map_of_a_linear_head_is_the_mean_of_weighted_features(scenes):

@@ -1,36 +1,38 @@
-"""ReBias: de-biased representations by independence from biased ones (arXiv 1910.02806)."""
+"""ReBias: de-biased representations by independence from biased ones (arXiv 1910.02806).
 
-from rebias.data.biased import (
-    BiasedDigits,
-    assign_bias,
-    biased_mnist,
-    biased_sklearn_digits,
-    colourise,
-)
-from rebias.evaluate import group_accuracy, unbiased_accuracy_clusters
-from rebias.hsic import conditional_hsic, gram_hsic, hsic, median_sigma, rbf_gram
-from rebias.models import BagNet18, ResNet3D, ResNet18, SimpleConvNet
-from rebias.objectives import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project
+Names are imported when they are first used, so that the command line's --help needs no torch.
+"""
 
-__all__ = [
-    "BagNet18",
-    "BiasedDigits",
-    "LearnedMixinLoss",
-    "RUBiLoss",
-    "ReBiasLoss",
-    "ResNet18",
-    "ResNet3D",
-    "SimpleConvNet",
-    "assign_bias",
-    "biased_mnist",
-    "biased_sklearn_digits",
-    "colourise",
-    "conditional_hsic",
-    "group_accuracy",
-    "gram_hsic",
-    "hex_project",
-    "hsic",
-    "median_sigma",
-    "rbf_gram",
-    "unbiased_accuracy_clusters",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "BagNet18": "models",
+    "BiasedDigits": "data.biased",
+    "LearnedMixinLoss": "objectives",
+    "RUBiLoss": "objectives",
+    "ReBiasLoss": "objectives",
+    "ResNet18": "models",
+    "ResNet3D": "models",
+    "SimpleConvNet": "models",
+    "assign_bias": "data.biased",
+    "biased_mnist": "data.biased",
+    "biased_sklearn_digits": "data.biased",
+    "colourise": "data.biased",
+    "conditional_hsic": "independence",
+    "group_accuracy": "evaluate",
+    "gram_hsic": "independence",
+    "hex_project": "objectives",
+    "hsic": "independence",
+    "median_sigma": "independence",
+    "rbf_gram": "independence",
+    "unbiased_accuracy_clusters": "evaluate",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """The public API, by name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'rebias' has no attribute {name!r}")
+    return getattr(import_module(f"rebias.{_HOME[name]}"), name)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rebias.data.biased import BiasedDigits, assign_bias, colourise
 from rebias.experiments import PACKAGES, PROJECT, build_method
-from rebias.hsic import hsic, rbf_gram
+from rebias.independence import hsic, rbf_gram
 from rebias.methods import Method
 from rebias.models import SimpleConvNet
 from rebias.settings import Settings

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from rebias.hsic import hsic, median_sigma
+from rebias.independence import hsic, median_sigma
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

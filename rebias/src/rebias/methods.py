@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebias.hsic import dimension_sigma, median_sigma
+from rebias.independence import dimension_sigma, median_sigma
 from rebias.models import HexNet, Network
 from rebias.objectives import (
     LearnedMixinLoss,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebias.hsic import conditional_hsic, dimension_sigma, hsic, median_sigma
+from rebias.independence import conditional_hsic, dimension_sigma, hsic, median_sigma
 
 Sigma = float | Tensor | str
 

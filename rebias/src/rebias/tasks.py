@@ -23,7 +23,7 @@ from rebias.evaluate import (
     top1_accuracy,
     unbiased_accuracy_clusters,
 )
-from rebias.hsic import median_sigma
+from rebias.independence import median_sigma
 from rebias.methods import Method
 from rebias.models import MLP, BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet
 from rebias.settings import Settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
     return [
         _verdict(table, claim, scale, found) for claim in table.claims if claim.scales is None or scale in claim.scales
     ]
+
+
+def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
+    """Claims in their order, each at every scale but smoke where it was measured, else once as not measured.
+
+    Args:
+        table: with its claims.
+        logs: the committed runs of each scale that has any.
+    """
+    at_scales = [judge(table, scale, logs.get(scale)) for scale in table.scales if scale != "smoke"]
+    found = []
+    for claim in table.claims:
+        of_claim = [verdict for at_scale in at_scales for verdict in at_scale if verdict.claim == claim]
+        with_effect = [verdict for verdict in of_claim if verdict.effect is not None]
+        found += with_effect or of_claim[:1] or [Verdict(claim, "", NOT_MEASURED)]
+    return found
 
 
 def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:

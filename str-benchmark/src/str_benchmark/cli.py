@@ -405,7 +405,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        wrong = isinstance(error, ValueError | TypeError | FileNotFoundError | FileExistsError)
         plain = wrong or isinstance(error, RuntimeError | OSError)
         print(f"{PROGRAM}: {error if plain else repr(error)}", file=sys.stderr)
         sys.exit(2 if wrong else 1)

@@ -75,9 +75,14 @@ class Evaluator:
         source: the split, for its resolution and kind of ground truth.
         interval: step between thresholds.
         keep_images: for bootstrap intervals.
+
+    Raises:
+        ValueError: a split without boxes and masks.
     """
 
     def __init__(self, source: Source, interval: float = 0.001, keep_images: bool = False):
+        if not (source.has_boxes or source.has_masks):
+            raise ValueError("the split has neither boxes nor masks to measure score maps against")
         options: dict[str, Any] = {"cam_curve_interval": interval, "resolution": source.resolution}
         options |= {"keep_images": keep_images, "workers": WORKERS}
         self.boxes = (

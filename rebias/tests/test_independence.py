@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebias import conditional_hsic, gram_hsic, hsic, median_sigma, rbf_gram
-from rebias.hsic import dimension_sigma
+from rebias.independence import dimension_sigma
 
 
 def draw(m, d, seed, dtype=torch.float64):
