@@ -1,24 +1,23 @@
 """`make alone`: each project in an environment of its own, as a user who wants only that one would have it.
 
 `make -C <project> install` must bring everything that the project needs and no other project; then the package is
-imported, `--help` shown, and every table that has a smoke scale run.
+imported, `--help` shown, and every table that has a smoke scale run. All of it happens in a temporary worktree of HEAD:
+the user's own environments and runs are not touched.
 """
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from workspace import ROOT, chosen, projects
+from workspace import chosen, projects, worktree
 
 
-def alone(entry: dict, root: Path = ROOT) -> str:
+def alone(entry: dict, root: Path) -> str:
     """What went wrong; empty where nothing did."""
     name, package, folder = entry["name"], entry["package"], root / entry["name"]
     python = folder / ".venv" / "bin" / "python"
-    shutil.rmtree(folder / ".venv", ignore_errors=True)
     others = [each["package"] for each in projects(root=root) if each["name"] != name]
     find = f"import importlib.util as u; print(*(n for n in {others} if u.find_spec(n)))"
     steps = {
@@ -40,7 +39,8 @@ def alone(entry: dict, root: Path = ROOT) -> str:
 if __name__ == "__main__":
     failed = 0
     for each in chosen(sys.argv[1:]):
-        problem = alone(each)
+        with worktree() as copy:
+            problem = alone(each, copy)
         print(f"{each['name']}: {problem or 'installed alone, imported, --help, smoke tables'}", flush=True)
         failed += bool(problem)
     sys.exit(failed > 0)

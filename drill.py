@@ -14,17 +14,14 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 from demo import SCALE, Job, side_by_side
 from shared_utils.logging import get_logger, progress
 from shared_utils.runlog import key_of, provenance
-from workspace import ROOT, chosen
+from workspace import ROOT, chosen, worktree
 
 KILLS = 5
 TIMES = ("_ms", "_seconds")
@@ -47,7 +44,7 @@ def drill(entries: list[dict], root: Path = ROOT) -> int:
     origin["command"] = shlex.join(["make", "drill"])
     log, failures = root / "runs" / "drill.jsonl", 0
     beside, jobs = side_by_side(len(entries))
-    with _worktree(root) as copy, progress() as bar, ThreadPoolExecutor(beside) as pool:
+    with worktree(root) as copy, progress() as bar, ThreadPoolExecutor(beside) as pool:
         task = bar.add_task("drill", total=len(entries))
         pairs = [(Job(e["name"], e["package"], root), Job(e["name"], e["package"], copy)) for e in entries]
         for future in as_completed([pool.submit(_kill_and_compare, *pair, jobs) for pair in pairs]):
@@ -102,18 +99,6 @@ def _kill_and_compare(undisturbed: Job, disturbed: Job, jobs: int) -> dict:
         "differing": differing,
         "equal": not code and not differing and len(runs_at_kill) == KILLS,
     }
-
-
-@contextmanager
-def _worktree(root: Path) -> Iterator[Path]:
-    """A temporary checkout of HEAD."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        subprocess.run(["git", "-C", root, "worktree", "add", "--quiet", "--detach", copy, "HEAD"], check=True)
-        try:
-            yield copy
-        finally:
-            subprocess.run(["git", "-C", root, "worktree", "remove", "--force", copy], check=True)
 
 
 if __name__ == "__main__":

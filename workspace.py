@@ -1,9 +1,13 @@
-"""The list of projects in workspace.toml. make reads it before anything is installed: standard library alone."""
+"""The projects in workspace.toml, and checkouts of them. Used before anything is installed: standard library alone."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -23,6 +27,18 @@ def chosen(names: list[str]) -> list[dict]:
         print(f"no built project {unknown[0]!r}; built: {' '.join(e['name'] for e in built)}", file=sys.stderr)
         raise SystemExit(2)
     return [entry for entry in built if not names or entry["name"] in names]
+
+
+@contextmanager
+def worktree(root: Path = ROOT) -> Iterator[Path]:
+    """A temporary checkout of HEAD, without environments and runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        subprocess.run(["git", "-C", root, "worktree", "add", "--quiet", "--detach", copy, "HEAD"], check=True)
+        try:
+            yield copy
+        finally:
+            subprocess.run(["git", "-C", root, "worktree", "remove", "--force", copy], check=True)
 
 
 if __name__ == "__main__":
