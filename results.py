@@ -1,10 +1,11 @@
-"""`make tables`: the root RESULTS.md and the generated part of README.md, from table files and committed logs alone."""
+"""`make tables`: the root RESULTS.md and the generated part of each README.md, from tables and committed logs."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from shared_utils.benchmark import CAPTION, summary
@@ -68,8 +69,8 @@ def overview(all_projects: list[Project], with_summary: bool) -> str:
     return _markdown([*head, "all claims"], lines)
 
 
-def readme_part(root: Path = ROOT) -> str:
-    """What stands between the two marks in README.md."""
+def overview_part(root: Path = ROOT) -> str:
+    """What stands between the two marks in the README.md of the root."""
     all_projects = [Project(entry, root) for entry in projects(built=False, root=root)]
     parts = [overview(all_projects, with_summary=True)]
     for project in all_projects:
@@ -79,31 +80,41 @@ def readme_part(root: Path = ROOT) -> str:
     return "\n\n".join(parts)
 
 
-def readme(root: Path = ROOT) -> str:
-    """README.md with its generated part renewed."""
-    before, rest = (root / "README.md").read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{readme_part(root)}\n{END}{after}"
+def readmes(root: Path = ROOT) -> dict[Path, str]:
+    """Every README.md with its generated part renewed: the overview at the root, the speed of each built project."""
+    parts = {root / "README.md": overview_part(root)}
+    parts |= {path.parents[1] / "README.md": speed([path]) for path in benches(root)}
+    return {path: _renewed(path.read_text(), part) for path, part in parts.items()}
+
+
+def _renewed(text: str, part: str) -> str:
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{part}\n{END}{rest.split(END)[1]}"
 
 
 def results(root: Path = ROOT) -> str:
     """The whole RESULTS.md."""
     all_projects = [Project(entry, root) for entry in projects(built=False, root=root)]
     parts = ["# Results", INTRO, overview(all_projects, with_summary=False)]
-    parts += [f"## Speed\n\n{speed(root)}", f"## Kill drill\n\n{kill_drill(root)}"]
+    parts += [f"## Speed\n\n{speed(benches(root))}", f"## Kill drill\n\n{kill_drill(root)}"]
     return "\n\n".join([*parts, *map(_section, all_projects)]) + "\n"
 
 
-def speed(root: Path = ROOT) -> str:
-    """Every recorded benchmark against its peer."""
-    names = [entry["name"] for entry in projects(root=root)]
-    paths = [path for name in names if (path := root / name / "results" / "bench.json").exists()]
-    if not paths:
+def benches(root: Path = ROOT) -> list[Path]:
+    """Where the benchmark of each built project is recorded."""
+    return [root / entry["name"] / "results" / "bench.json" for entry in projects(root=root)]
+
+
+def speed(paths: Iterable[Path]) -> str:
+    """The recorded benchmarks (bench.json of each project, where there is one) against their peers."""
+    recorded = [path for path in paths if path.exists()]
+    if not recorded:
         return NOT_MEASURED
-    frame = summary(paths)
+    frame = summary(recorded)
     places = frame[["project", "device", "versions"]].drop_duplicates()
     where = [f"- {project}: {device}; {versions}" for project, device, versions in places.itertuples(index=False)]
-    cells = frame.drop(columns=["device", "versions"])
+    cells = frame.drop(columns=["device", "versions"] + ["project"] * (len(recorded) == 1))
+    cells = cells.loc[:, cells.any()]
     return "\n\n".join(
         [f"`make bench`; {CAPTION}.", _markdown(list(cells), cells.to_numpy().tolist()), "\n".join(where)]
     )
@@ -154,4 +165,5 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     (ROOT / "RESULTS.md").write_text(results())
-    (ROOT / "README.md").write_text(readme())
+    for path, text in readmes().items():
+        path.write_text(text)

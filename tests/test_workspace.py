@@ -54,7 +54,7 @@ def test_projects_do_not_import_each_other():
 
 def test_root_results_and_readme_are_what_the_run_logs_say():
     assert (ROOT / "RESULTS.md").read_text() == results.results()
-    assert (ROOT / "README.md").read_text() == results.readme()
+    assert all(path.read_text() == text for path, text in results.readmes().items())
 
 
 def test_every_built_paper_has_a_headline_and_its_project_a_picture():

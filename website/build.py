@@ -21,7 +21,7 @@ import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
 
-from results import CommittedLog, kill_drill, speed
+from results import CommittedLog, benches, kill_drill, speed
 from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured, verdicts
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Row, Table, load_tables
@@ -179,7 +179,7 @@ def build(site: Path, root: Path = ROOT) -> None:
         shutil.copytree(HERE / "assets", sources / "assets")
         write(sources / "index.md", "index.md", projects=built, planned=planned)
         write(sources / "claims.md", "claims.md", projects=built)
-        (sources / "speed.md").write_text(f"# Speed\n\n{speed(root)}\n")
+        (sources / "speed.md").write_text(f"# Speed\n\n{speed(benches(root))}\n")
         (sources / "drill.md").write_text(f"# Kill drill\n\n{kill_drill(root)}\n")
         pages = {"Home": "index.md", "All claims": "claims.md", "Speed": "speed.md", "Kill drill": "drill.md"}
         navigation: list[dict[str, Any]] = [{title: page} for title, page in pages.items()]

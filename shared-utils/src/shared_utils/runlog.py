@@ -27,7 +27,7 @@ from shared_utils.tables import Run
 
 logger = get_logger(__name__)
 
-CODE = (":/", ":(top,exclude,glob)**/results/**", ":(top,exclude)RESULTS.md", ":(top,exclude)README.md")
+CODE = (":/", ":(top,exclude,glob)**/results/**", ":(top,exclude)RESULTS.md", ":(top,exclude,glob)**/README.md")
 
 
 @dataclass(frozen=True)
