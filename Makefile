@@ -16,7 +16,7 @@ setup: .venv/stamp  ## .venv with every built project, from requirements.lock
 .venv/stamp: requirements.lock workspace.toml $(wildcard */pyproject.toml)
 	test -x .venv/bin/python || $(PYTHON3) -m venv .venv
 	test -x .venv/bin/uv || .venv/bin/python -m pip install -q uv
-	.venv/bin/uv pip install -q --python .venv/bin/python -r requirements.lock
+	.venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python -r requirements.lock
 	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps $(patsubst %,-e ./%,shared-utils $(shell $(PYTHON3) workspace.py projects))
 	touch $@
 

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from shared_utils.runlog import RunLog, key_of
+from shared_utils.report import measured
+from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 from str_benchmark.analysis import frontier, published, split_stages
 from str_benchmark.data.lmdb_store import LMDBDataset
@@ -53,14 +54,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 def records_by_row(table: Table, scale: str, log: RunLog) -> dict[str, list[dict]]:
     """A table's records at a scale by row, one per seed."""
-    if scale not in table.scales:
-        return {}
-    known = {key_of(record): record for record in log.records()}
-    found: dict[str, list[dict]] = {}
-    for run in table.runs(scale):
-        if run.key in known:
-            found.setdefault(run.row, []).append(known[run.key])
-    return found
+    return {row: list(seeds.values()) for row, seeds in measured(table, scale, log).items()}
 
 
 # ---- trade-offs ------------------------------------------------------------
