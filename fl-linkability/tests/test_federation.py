@@ -426,7 +426,7 @@ def test_flower_on_ray_equals_batched(tmp_path):
 
 @pytest.mark.skipif(
     os.environ.get("FL_LINKABILITY_DEPLOYMENT") != "1",
-    reason="starts a SuperLink and four SuperNodes (three minutes): set FL_LINKABILITY_DEPLOYMENT=1",
+    reason="starts a SuperLink and four SuperNodes (a minute or more): set FL_LINKABILITY_DEPLOYMENT=1",
 )
 def test_flwr_run_against_a_superlink(bundle, tmp_path):
     def free_port():
