@@ -45,6 +45,8 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # Fabric makes torch ask NVML for GPUs, and Adam asks at every step
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     if precision == "auto":
         modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16-mixed" if modern else "32-true"
