@@ -113,7 +113,8 @@ def speed(paths: Iterable[Path]) -> str:
     frame = summary(recorded)
     places = frame[["project", "device", "versions"]].drop_duplicates()
     where = [f"- {project}: {device}; {versions}" for project, device, versions in places.itertuples(index=False)]
-    cells = frame.drop(columns=["device", "versions"] + ["project"] * (len(recorded) == 1))
+    told_below = ["device", "versions", *(["project"] if len(recorded) == 1 else [])]
+    cells = frame.drop(columns=told_below)
     cells = cells.loc[:, cells.any()]
     return "\n\n".join(
         [f"`make bench`; {CAPTION}.", _markdown(list(cells), cells.to_numpy().tolist()), "\n".join(where)]
