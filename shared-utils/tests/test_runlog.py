@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from shared_utils.runlog import Outcome, RunLog, record, run_missing
+from shared_utils.runlog import Outcome, RunLog, provenance, record, run_missing
 from shared_utils.tables import Run, settings_hash
 
 
@@ -126,6 +126,7 @@ def test_record_moves_once_and_only_from_a_clean_tree(tmp_path):
 
     git("init")
     (tmp_path / ".gitignore").write_text("runs\nresults\n")
+    (tmp_path / "pyproject.toml").touch()
     source, target = RunLog(tmp_path / "runs" / "s.jsonl"), RunLog(tmp_path / "results" / "s.jsonl")
     source.append(line(1, clean=True), line(2, clean=True))
     with pytest.raises(RuntimeError, match="uncommitted"):
@@ -144,3 +145,12 @@ def test_record_moves_once_and_only_from_a_clean_tree(tmp_path):
 
 def test_hash_ignores_key_order():
     assert settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1}) != settings_hash({"a": 1, "b": 3})
+
+
+def test_a_folder_inside_somebody_elses_repository_has_no_commit(tmp_path):
+    identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    (tmp_path / "notes").touch()
+    for words in (["init"], ["add", "-A"], ["commit", "-m", "x"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, env=os.environ | identity)
+    found = provenance(tmp_path, ("no-such-package",))
+    assert found["commit"] is None and not found["clean"] and "no-such-package" not in found["versions"]

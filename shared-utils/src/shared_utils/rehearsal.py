@@ -146,6 +146,8 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
         if table.id not in orders["impossible"]:
             problems[table.id] = call("run", table.id, "--scale", SCALE, *jobs)
         seconds[table.id] = round(time.perf_counter() - begin, 1)
+        told = problems.get(table.id) or "ran"
+        print(f"{table.id}: {told}, {duration(seconds[table.id])}", file=sys.stderr, flush=True)
     closing = call("record") or call("tables")
     drawn = set(getattr(importlib.import_module(f"{package}.figures"), "DRAW", ())) | set(orders["figures"])
     log = RunLog(copy / "results" / f"{SCALE}.jsonl")

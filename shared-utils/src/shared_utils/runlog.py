@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,10 @@ class RunLog:
 
 
 def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Device, versions, git commit and whether all code was committed (False outside git).
+    """Device, versions, git commit and whether all code was committed (None and False outside a checkout).
 
-    What is generated from run logs is no code: several projects may be recorded one after the other.
+    A package that is not installed is left out. What is generated from run logs is no code: several projects may be
+    recorded one after the other.
     """
 
     def git(*words: str) -> str | None:
@@ -113,11 +114,13 @@ def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]
         return done.stdout.strip() if done.returncode == 0 else None
 
     cuda = torch.cuda.is_available()
+    versions = {name: _version(name) for name in ("torch", *packages)}
+    ours = git("ls-files", "--error-unmatch", "pyproject.toml") is not None  # not whatever repository lies around it
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({_processor()})",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)},
-        "commit": git("rev-parse", "HEAD"),
-        "clean": git("status", "--porcelain", "--", *CODE) == "",
+        "versions": {"python": platform.python_version()} | {name: text for name, text in versions.items() if text},
+        "commit": git("rev-parse", "HEAD") if ours else None,
+        "clean": ours and git("status", "--porcelain", "--", *CODE) == "",
     }
 
 
@@ -238,6 +241,13 @@ def record(moves: Sequence[tuple[RunLog, RunLog]], repository: Path) -> int:
         target.append(*(item for item in finished[source] if item not in known), force=True)
         source.path.unlink(missing_ok=True)
     return sum(map(len, finished.values()))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:
