@@ -1,5 +1,6 @@
 """The suites against plain loops, the detector's pieces, and what is refused."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -23,9 +24,12 @@ from cutmix_robustness import (
     ood_metrics,
     pgd,
 )
+from cutmix_robustness import evaluation
 from cutmix_robustness.attacks import input_gradient
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
-from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.data.corrupted import Generated
+from cutmix_robustness.data.sources import ResidentImages, stratified
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.data.twowave import MEAN, STD
 from cutmix_robustness.data.voc import mean_average_precision
 from cutmix_robustness.evaluation import Evaluator
@@ -60,6 +64,10 @@ def images_of(benchmark, n=None):
     return benchmark.test.images[:n].float() / 255, benchmark.test.labels[:n]
 
 
+def probes_of(evaluator):
+    return evaluator.probes.images.float() / 255, evaluator.probes.labels
+
+
 def error(model, images, labels):
     with torch.no_grad():
         return 100 - 100 * (model(images).argmax(1) == labels).double().mean().item()
@@ -70,7 +78,7 @@ def test_clean_and_occluded(model, benchmark, evaluator):
     clean = evaluator.clean().metrics
     assert clean["top1_error"] == pytest.approx(error(model, images, labels)) and clean["top1_error"] < 60
     assert clean["top5_error"] < clean["top1_error"]
-    found = evaluator.occlusion()
+    found, (images, labels) = evaluator.occlusion(), probes_of(evaluator)
     sizes = [0, 2, 3, 5, 6, 8, 10, 11, 13, 14, 16]
     expected = [error(model, occlude(images, size, "center", model.mean.flatten()), labels) for size in sizes]
     assert found.details["center_occlusion"] == pytest.approx(expected, abs=0.01)
@@ -92,9 +100,8 @@ def test_attacked(model, benchmark, evaluator):
 def test_corrupted(model, benchmark, evaluator):
     found = evaluator.corruption()
     assert np.array(found.details["corruption_errors"]).shape == (15, 2)
-    _, labels = images_of(benchmark, 200)
-    order = CORRUPTIONS.index("contrast")
-    corrupted = corrupt(benchmark.test.images[:200], "contrast", 5, "cifar", generator=torch.Generator())
+    order, labels = CORRUPTIONS.index("contrast"), evaluator.probes.labels
+    corrupted = corrupt(evaluator.probes.images, "contrast", 5, "cifar", generator=torch.Generator())
     expected = error(model, corrupted.float() / 255, labels)
     assert found.details["corruption_errors"][order][1] == pytest.approx(expected, abs=0.01)
     mean = np.mean(found.details["corruption_errors"])
@@ -104,7 +111,7 @@ def test_corrupted(model, benchmark, evaluator):
 def test_between_two(model, benchmark, evaluator):
     found = evaluator.in_between()
     order = torch.randperm(200, generator=generator_for(3, 5))
-    images, labels = images_of(benchmark, 200)
+    images, labels = probes_of(evaluator)
     a, la = images[order], labels[order]
     b, lb = a.roll(1, 0), la.roll(1)
     for kind in ("mixup", "cutmix"):
@@ -154,8 +161,6 @@ def test_localization_finds_the_object():
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     images[0, 0, 8:24, 4:20] = 255
     images[1, 0, 16:32, 16:32] = 255
-    from cutmix_robustness.data.sources import ResidentImages
-
     data = ResidentImages(images, torch.tensor([1, 1, 0]), "squares")
     boxes = [np.array([[4, 8, 20, 24]]), np.array([[0, 0, 8, 8], [16, 16, 32, 32]]), np.array([[0, 0, 4, 4]])]
     model = Classifier(Red(), (0.0,) * 3, (1.0,) * 3)
@@ -194,6 +199,9 @@ def test_ood_metrics_against_all_thresholds(known, unknown):
     assert ours["detection_accuracy"] == pytest.approx(max((x + y) / 2 for x, y in zip(tpr, tnr, strict=True)))
     largest = max(i for i, rate in enumerate(tpr) if rate >= 0.95)
     assert ours["tnr95"] == pytest.approx(tnr[largest])
+    beyond = {0.0: -np.inf, 1.0: np.inf}  # the order alone decides
+    far = ood_metrics([beyond.get(v, v) for v in known], [beyond.get(v, v) for v in unknown])
+    assert far == pytest.approx(ours)
     labels = [1] * len(known) + [0] * len(unknown)
     assert ours["auroc"] == pytest.approx(roc_auc_score(labels, known + unknown))
     assert ours["aupr_in"] == pytest.approx(average_precision_score(labels, known + unknown))
@@ -215,6 +223,57 @@ def test_calibration_error_bin_by_bin(conf, bins, seed):
     assert calibration_error(conf, correct, bins) == pytest.approx(total, abs=1e-12)
     assert calibration_error(conf, correct, bins, "max") == pytest.approx(worst, abs=1e-12)
     assert 0 <= adaptive_calibration_error(conf, correct, bins) <= 1
+
+
+def test_probes_hold_every_class_and_depend_on_the_seed_alone():
+    images = torch.zeros(1000, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(1000) % 251
+    labels = torch.arange(1000) // 100  # sorted by class, as an image folder is
+    data = ResidentImages(images, labels, "sorted")
+    model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), MEAN, STD)
+    probes = [Evaluator(model, Benchmark(data, data, 10, MEAN, STD), FABRIC, (1,), 50, seed).probes for seed in (1, 1, 2)]
+    assert all(each.record()["class_counts"] == [5] * 10 for each in probes)
+    assert torch.equal(probes[0].index, probes[1].index) and not torch.equal(probes[0].index, probes[2].index)
+    assert torch.equal(probes[0].images, images[probes[0].index])
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=8), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_a_stratified_part_keeps_every_share(counts, share, seed):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    n = max(1, round(share * len(labels)))
+    index = stratified(labels, n, seed)
+    assert len(index.unique()) == n and torch.equal(index, index.sort().values)
+    found = labels[index].bincount(minlength=len(counts)).double()
+    assert (found - n * torch.tensor(counts) / len(labels)).abs().max() < 1 + 1e-9
+
+
+def test_a_corrupted_image_is_the_same_in_any_part_of_its_set():
+    data = ResidentImages(torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12) // 4, "x")
+    whole, part = (
+        next(iter(Generated(each, "gaussian_noise", 3, "cifar", 0).batches()))[1]
+        for each in (data, data.select(torch.tensor([2, 7, 11])))
+    )
+    assert torch.equal(part, whole[[2, 7, 11]]) and not torch.equal(whole[0] - data.images[0], whole[1] - data.images[1])
+
+
+def test_attacks_take_what_resizing_leaves_and_no_model_in_training(model, benchmark):
+    images, labels = images_of(benchmark, 4)
+    white = torch.nn.functional.interpolate(torch.ones(4, 3, 37, 37), (16, 16), mode="bicubic", antialias=True) + 2e-7
+    assert white.max() > 1
+    for attack in (fgsm, pgd):
+        assert attack(model, white, labels).max() <= 1
+        twin = copy.deepcopy(model).train()
+        with pytest.raises(ValueError, match="in training mode: .* call model.eval()"):
+            attack(twin, images, labels)
+
+
+def test_fgsm_takes_one_gradient(model, benchmark, monkeypatch):
+    passes = []
+    real = evaluation.input_gradient
+    monkeypatch.setattr(evaluation, "input_gradient", lambda *words: passes.append(1) or real(*words))
+    Evaluator(model, benchmark, FABRIC).fgsm()
+    assert len(passes) == len(list(benchmark.test.batches()))
 
 
 def test_confidence_of_exactly_one_is_in_the_last_bin():

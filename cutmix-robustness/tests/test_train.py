@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from cutmix_robustness.attacks import fgsm
 from cutmix_robustness.data.benchmark import open_benchmark
 from cutmix_robustness.data.ood import noise_sets
-from cutmix_robustness.data.sources import ResidentImages, crop_and_flip, generator_for, index_batches
+from cutmix_robustness.data.sources import ResidentImages, crop_and_flip, index_batches
 from cutmix_robustness.data.twowave import MEAN, STD, twowave
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.experiments import build_classifier, evaluate_checkpoint, train_and_evaluate
 from cutmix_robustness.networks import NETWORKS, Classifier, SmallNet
 from cutmix_robustness.recipe import Recipe

@@ -11,7 +11,7 @@ _MODULES = {
     "corruption_error": ("mean_corruption_error",),
     "corruptions": ("CORRUPTIONS", "EXTRA_CORRUPTIONS", "corrupt"),
     "cutmix": ("CutMix", "MixedBatch", "cutmix_box", "mixed_cross_entropy", "sample_boxes"),
-    "dropout": ("Cutout", "DropBlock2d", "ShakeDrop", "StochasticDepth"),
+    "dropout": ("Cutout", "ShakeDrop", "StochasticDepth"),
     "evaluation": ("evaluate",),
     "localization": ("cam_box", "class_activation_map", "localization_accuracy"),
     "mixup": ("ManifoldMix", "Mixup", "MixupCutMix"),

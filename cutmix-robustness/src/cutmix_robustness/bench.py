@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
 from cutmix_robustness.cutmix import CutMix
-from cutmix_robustness.data.sources import ResidentImages, generator_for
+from cutmix_robustness.data.sources import ResidentImages
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.experiments import PACKAGES, PROJECT
 from cutmix_robustness.networks import Classifier, pyramidnet
 from cutmix_robustness.recipe import Recipe

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from cutmix_robustness.attacks import fgsm, input_gradient, pgd
+from cutmix_robustness.attacks import fgsm_step, input_gradient, pgd
 from cutmix_robustness.corruption_error import mean_corruption_error
 from cutmix_robustness.corruptions import CORRUPTIONS
 from cutmix_robustness.data.benchmark import Benchmark
-from cutmix_robustness.data.sources import Batches, generator_for
+from cutmix_robustness.data.sources import Batches, stratified
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import class_activation_map, localization_accuracy
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.occlusion import in_between, occlude
@@ -90,8 +91,9 @@ class Evaluator:
         benchmark: test set, corruptions, unknown inputs, boxes.
         fabric: device and processes.
         severities: of the corruptions.
-        probe_images: only the first so many test images for PGD, corruptions and pairs; 0: all.
-        seed: of pairs, random starts and corruptions that are generated here.
+        probe_images: so many test images, drawn by the seed with every class's share kept, for occlusion, PGD,
+            corruptions and pairs; 0: all.
+        seed: of probes, pairs, random starts and corruptions that are generated here.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Evaluator:
         self.model, self.benchmark, self.fabric = model.eval(), benchmark, fabric
         self.severities, self.seed = severities, seed
         test = benchmark.test
-        self.probes = test.select(torch.arange(min(probe_images, len(test)))) if probe_images else test
+        self.probes = test.select(stratified(test.labels, probe_images, seed)) if probe_images else test
         self.logits, self.labels = logits_of(model, test, fabric)
 
     def run(self, suites: Sequence[str]) -> Evaluation:
@@ -143,7 +145,7 @@ class Evaluator:
                 right = [self.model(occlude(images, size, where, mean)).argmax(1) == labels for size in sizes]
                 return {"right": torch.stack(right, 1)}
 
-            errors = self._curve(self.benchmark.test, measure)
+            errors = self._curve(self.probes, measure)
             metrics[f"{where}_occlusion_error"] = errors[5]
             metrics[f"{where}_occlusion_area"] = float(np.trapezoid(errors, dx=0.1))
             details[f"{where}_occlusion"] = errors
@@ -162,8 +164,10 @@ class Evaluator:
         """Accuracy under FGSM, 8/255, and the share of images whose gradient is zero (a sign of masking)."""
 
         def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
-            flat = input_gradient(self.model, images, labels).flatten(1).abs().amax(1) == 0
-            return {"right": self.model(fgsm(self.model, images, labels)).argmax(1) == labels, "flat": flat}
+            gradient = input_gradient(self.model, images, labels)
+            with torch.no_grad():
+                right = self.model(fgsm_step(images, gradient)).argmax(1) == labels
+            return {"right": right, "flat": gradient.flatten(1).abs().amax(1) == 0}
 
         found = collect(self.benchmark.test, measure, self.fabric)
         error = _error(found["right"])
@@ -175,7 +179,8 @@ class Evaluator:
 
         def measure(images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
             attacked = pgd(self.model, images, labels, generator=generator_for(self.seed, number, 4))
-            return {"right": self.model(attacked).argmax(1) == labels}
+            with torch.no_grad():
+                return {"right": self.model(attacked).argmax(1) == labels}
 
         return Evaluation({"pgd_accuracy": 100 - _error(collect(self.probes, measure, self.fabric)["right"])})
 

@@ -13,7 +13,8 @@ from lightning.fabric import Fabric
 
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
 from cutmix_robustness.data.ood import outliers
-from cutmix_robustness.data.sources import ResidentImages, generator_for
+from cutmix_robustness.data.sources import ResidentImages
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.evaluation import Evaluator, top1_error
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
@@ -125,6 +126,8 @@ def train_and_evaluate(
     found.details["test_errors"] = {str(epoch): round(error, 3) for epoch, error in errors.items()}
     found.details["train"] = {name: round(value, 4) for name, value in curve[-1].items()}
     dataset = {"train": benchmark.train.record(), "test": benchmark.test.record()}
+    if settings.probe_images:
+        dataset["probes"] = evaluator.probes.record()
     return model, Outcome(found.metrics, found.details, dataset)
 
 

@@ -67,7 +67,7 @@ class Settings:
     outliers: str = "none"
     """none, svhn, gan or uniform images 1:1 beside the batch, with the uniform label"""
     train_images: int = 0
-    """so many training images, the same number of each class (CIFAR); 0: all"""
+    """so many training images, drawn by the seed, the same number of each class (CIFAR); 0: all"""
     augment: str = "crop-flip"
     """none, crop-flip (pad 4), imagenet (resized crop, flip, colour) or wsol (resize 256, crop 224, flip)"""
     epochs: int = 300
@@ -93,7 +93,7 @@ class Settings:
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of the corruptions"""
     probe_images: int = 0
-    """only the first so many test images for PGD, corruptions and pairs in between; 0: all"""
+    """so many test images, drawn by the seed, for occlusion, PGD, corruptions and pairs in between; 0: all"""
     detector: str = "faster-rcnn"
     """task detection: faster-rcnn or ssd"""
     steps: int = 120_000

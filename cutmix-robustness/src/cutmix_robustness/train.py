@@ -14,7 +14,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator_for
+from cutmix_robustness.data.sources import ImageFiles, ResidentImages
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings

@@ -44,7 +44,7 @@ class Benchmark:
     boxes: list[np.ndarray] | None = None
 
     def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Batches:
-        """A corrupted copy of (the first images of) the test set."""
+        """A corrupted copy of the test set or of a part of it."""
         return corrupted_source(source, name, severity, self.corruption_scale, self.stored_corruptions, seed)
 
 
@@ -57,7 +57,7 @@ def open_benchmark(settings: Settings, seed: int, data_root: Path, device: torch
     if settings.dataset == "twowave":
         return _twowave(seed, device)
     if settings.dataset in ("cifar10", "cifar100", "cifar10-jpeg"):
-        return _cifar(settings, data_root, device)
+        return _cifar(settings, seed, data_root, device)
     if settings.dataset == "imagenet":
         return _imagenet(settings, data_root, device)
     if settings.dataset == "cub":
@@ -66,8 +66,10 @@ def open_benchmark(settings: Settings, seed: int, data_root: Path, device: torch
     return _image_folder(settings, data_root, device)
 
 
-def _cifar(settings: Settings, data_root: Path, device: torch.device | str) -> Benchmark:
-    train, test, classes = cifar.load(settings.dataset, data_root, settings.augment, device, settings.train_images)
+def _cifar(settings: Settings, seed: int, data_root: Path, device: torch.device | str) -> Benchmark:
+    train, test, classes = cifar.load(
+        settings.dataset, data_root, settings.augment, device, settings.train_images, seed
+    )
     stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(settings.dataset)
     return Benchmark(
         train, test, classes, cifar.MEAN, cifar.STD, "cifar", data_root / stored if stored else None,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import datasets
 
-from cutmix_robustness.data.sources import ResidentImages
+from cutmix_robustness.data.sources import ResidentImages, stratified
+from shared_utils.images import BrokenFile, read_image
 
 MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -19,15 +20,16 @@ JPEG_ARCHIVE = "cifar10-imagefolder.zip"
 
 
 def load(
-    name: str, data_root: Path, augment: str, device: torch.device | str, train_images: int = 0
+    name: str, data_root: Path, augment: str, device: torch.device | str, train_images: int = 0, seed: int = 0
 ) -> tuple[ResidentImages, ResidentImages, int]:
     """Training set, test set and number of classes of cifar10, cifar100 or cifar10-jpeg.
 
-    With train_images the training set holds the first so many images, the same number of every class.
+    With train_images the training set holds so many images, drawn by the seed with the same number of every class.
 
     Raises:
         FileNotFoundError: the data set is missing, with what to do.
-        ValueError: the JPEG archive is damaged.
+        ValueError: the JPEG archive holds other folders or sizes.
+        BrokenFile: an image of the archive that cannot be decoded.
     """
     if name == "cifar10-jpeg":
         parts = [_read_archive(data_root / JPEG_ARCHIVE, part) for part in ("train", "test")]
@@ -41,10 +43,6 @@ def load(
             ) from error
         parts = [(np.asarray(each.data), np.asarray(each.targets)) for each in sets]
     classes = 100 if name == "cifar100" else 10
-    if train_images:
-        images, labels = parts[0]
-        index = np.concatenate([np.flatnonzero(labels == label)[: train_images // classes] for label in range(classes)])
-        parts[0] = images[index], labels[index]
     titles = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cifar10-jpeg": "CIFAR-10 (JPEG)"}
     train, test = (
         ResidentImages(
@@ -56,6 +54,8 @@ def load(
         )
         for part, (images, labels) in zip(("train", "test"), parts, strict=True)
     )
+    if train_images:
+        train = train.select(stratified(train.labels, train_images, seed), augment)
     return train, test, classes
 
 
@@ -69,9 +69,13 @@ def _read_archive(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
         images = np.empty((len(names), 32, 32, 3), np.uint8)
         for number, name in enumerate(names):
             try:
-                images[number] = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{path}: {name} cannot be read as a 32 x 32 image ({error})") from error
+                content = archive.read(name)
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise BrokenFile(f"{path}: {name}: {error}; get the archive again") from None
+            image = read_image(io.BytesIO(content), name=f"{path}: {name}")
+            if image.size != (32, 32):
+                raise ValueError(f"{path}: {name} is {image.width} x {image.height}, expected 32 x 32")
+            images[number] = np.asarray(image)
     if not names:
         raise ValueError(f"{path}: holds no image below {part}/")
     return images, np.array([classes.index(name.split("/")[1]) for name in names])

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Resampling
 from torchvision import datasets
 
 from cutmix_robustness.data.sources import ResidentImages
+from shared_utils.images import image_files, read_image
 
 FOLDERS = {  # the names of the archives that ODIN's authors published
     "tiny_imagenet_crop": "Imagenet",
@@ -19,7 +20,6 @@ FOLDERS = {  # the names of the archives that ODIN's authors published
     "isun": "iSUN",
 }
 NOISE_IMAGES = 10_000
-EXTENSIONS = {".png", ".jpg", ".jpeg"}
 
 
 def noise_sets(n: int, side: int, seed: int, device: torch.device | str) -> dict[str, ResidentImages]:
@@ -54,19 +54,15 @@ def folder_of_images(folder: Path, name: str, device: torch.device | str) -> Res
 
     Raises:
         FileNotFoundError: no image is there.
-        ValueError: an image that cannot be decoded, by name.
+        BrokenFile: an image that cannot be decoded.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    paths = image_files(folder)[0] if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"{folder}: holds no image; see `cutmix-robustness data`")
     pixels = np.empty((len(paths), 3, 32, 32), np.uint8)
     for number, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                small = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
-            pixels[number] = np.asarray(small).transpose(2, 0, 1)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        small = read_image(path).resize((32, 32), Resampling.BILINEAR)
+        pixels[number] = np.asarray(small).transpose(2, 0, 1)
     return _unlabelled(pixels, name, device)
 
 

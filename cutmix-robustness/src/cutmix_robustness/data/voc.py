@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
-from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import box_iou
 
 CLASSES = (

@@ -15,6 +15,7 @@ from cutmix_robustness.networks.vgg_gap import VggGap
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "small": SmallNet,
+    "small-wide": partial(SmallNet, width=32, stem_stride=2),
     "resnet20": partial(resnet_cifar, 20, bottleneck=False),
     "resnet110": partial(resnet_cifar, 110),
     "wrn16-2": partial(WideResNet, 16, 2),
