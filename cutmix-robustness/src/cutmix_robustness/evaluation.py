@@ -185,16 +185,21 @@ class Evaluator:
         return Evaluation({"pgd_accuracy": 100 - _error(collect(self.probes, measure, self.fabric)["right"])})
 
     def corruption(self) -> Evaluation:
-        """Errors under the 15 corruptions, their mean and group means; on ImageNet over AlexNet's errors as well."""
+        """Errors under the 15 corruptions, their mean, rise over clean and group means; on ImageNet (relative) mCE."""
         errors = np.array([[self._corrupted_error(name, each) for each in self.severities] for name in CORRUPTIONS])
         spread = np.repeat(errors.mean(1, keepdims=True), 5, 1)  # (15, 5): the mean over the severities measured
         summary = mean_corruption_error(spread)
         metrics = {"corruption_error": summary.pop("mean")}
         metrics |= {f"{group}_error": value for group, value in summary.items()}
+        right = self.logits.argmax(1) == self.labels
+        clean = _error(right if self.probes.index is None else right[self.probes.index])
+        metrics["corruption_rise"] = metrics["corruption_error"] - clean
         if self.benchmark.corruption_scale == "imagenet":
             relative = mean_corruption_error(spread / 100, "alexnet")
             metrics["mce"] = 100 * relative.pop("mean")
             metrics |= {f"{group}_ce": 100 * value for group, value in relative.items()}
+            over_clean = mean_corruption_error(spread / 100, "alexnet", clean_error=clean / 100)
+            metrics["relative_mce"] = 100 * over_clean["mean"]
         return Evaluation(metrics, {"corruption_errors": errors.round(3).tolist()})
 
     def _corrupted_error(self, name: str, severity: int) -> float:

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
 
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
+from cutmix_robustness.data.inventory import needs
 from cutmix_robustness.data.ood import outliers
-from cutmix_robustness.data.sources import ResidentImages
+from cutmix_robustness.data.sources import Batches, ResidentImages
 from cutmix_robustness.draws import generator_for
 from cutmix_robustness.evaluation import Evaluator, top1_error
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
 from cutmix_robustness.train import fit, load_checkpoint, load_network, make_fabric
+from shared_utils.logging import get_logger
+from shared_utils.preflight import Need
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables, settings_hash
 
+logger = get_logger("cutmix-robustness")
+
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
+PAPER_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "cub": 5_994}
 AVERAGED = (  # Table 4 of 2003.03879
     "top1_error", "fgsm_error", "center_occlusion_error", "noise_ce", "blur_ce", "weather_ce", "digital_ce",
 )  # fmt: skip
 WITH_BRANCHES = ("small", "resnet", "wrn", "pyramidnet", "resnext")
+
+
+class Reading(NamedTuple):
+    """How image files are read; see `open_benchmark`."""
+
+    workers: int | None = None
+    skip_broken: bool = False
+
+
+READING = Reading()
 
 
 def tables() -> list[Table]:
@@ -37,6 +54,18 @@ def tables() -> list[Table]:
     if not (PROJECT / "tables").is_dir():
         raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def built(known: Iterable[Table], scale: str) -> list[Table]:
+    """Tables that can be run at a scale; those that this project lacks (captioning) are named in the log."""
+    chosen = []
+    for table in known:
+        if scale in table.scales:
+            if table.scales[scale].settings.get("task") == "captioning":
+                logger.info("%s is not built: image captioning on COCO is not part of this project", table.id)
+            else:
+                chosen.append(table)
+    return chosen
 
 
 def run_tables(
@@ -48,6 +77,7 @@ def run_tables(
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
+    reading: Reading = READING,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -56,20 +86,24 @@ def run_tables(
         "cutmix-robustness",
         runs,
         log,
-        partial(execute, data_root=data_root),
+        partial(execute, data_root=data_root, reading=reading),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
+        needs=partial(needs_of, data_root=data_root),
     )
     return log
 
 
-def execute(settings: dict, seed: int, *, data_root: Path) -> Outcome:
+def needs_of(settings: dict, *, data_root: Path) -> list[Need]:
+    """All that a run of a table reads."""
+    return list(needs(Settings(**settings), data_root))
+
+
+def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = READING) -> Outcome:
     """One run of a table; killed and started again, it goes on from runs/checkpoints."""
     resolved = Settings(**settings)
-    if resolved.task == "captioning":
-        raise ValueError("image captioning (NIC on COCO, Table A1) is not part of this project")
     if resolved.task == "properties":
         return measure_properties(resolved, seed)
     checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
@@ -78,7 +112,7 @@ def execute(settings: dict, seed: int, *, data_root: Path) -> Outcome:
 
         outcome = train_and_measure(resolved, seed, data_root, _fabric(), checkpoint)
     else:
-        benchmark = open_benchmark(resolved, seed, data_root, _fabric().device)
+        benchmark = open_benchmark(resolved, seed, data_root, _fabric().device, **reading._asdict())
         _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
     checkpoint.unlink(missing_ok=True)
     return outcome
@@ -128,7 +162,28 @@ def train_and_evaluate(
     dataset = {"train": benchmark.train.record(), "test": benchmark.test.record()}
     if settings.probe_images:
         dataset["probes"] = evaluator.probes.record()
-    return model, Outcome(found.metrics, found.details, dataset)
+    caveats = [_skipped(part) for part in (benchmark.train, benchmark.test)] + _other_size(settings, benchmark)
+    weights = {settings.initial_weights: _digest(data_root / settings.initial_weights)} if settings.initial_weights else {}
+    return model, Outcome(
+        found.metrics, found.details, dataset, weights, fabric.strategy.precision.precision, tuple(filter(None, caveats))
+    )
+
+
+def _skipped(part: Batches) -> str:
+    skipped = getattr(part, "skipped", [])
+    return f"{len(skipped)} files of {part.name} skipped" if skipped else ""  # type: ignore[attr-defined]
+
+
+def _other_size(settings: Settings, benchmark: Benchmark) -> list[str]:
+    """What tells a set that is not the paper's by its size from the paper's."""
+    expected = PAPER_IMAGES.get(settings.dataset, len(benchmark.train))
+    own = len(benchmark.train) != expected and not settings.train_images
+    return [f"{len(benchmark.train):,} of the paper's {expected:,} training images"] if own else []
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def build_classifier(settings: Settings, benchmark: Benchmark, seed: int) -> Classifier:

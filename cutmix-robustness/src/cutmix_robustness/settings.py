@@ -96,6 +96,8 @@ class Settings:
     """so many test images, drawn by the seed, for occlusion, PGD, corruptions and pairs in between; 0: all"""
     detector: str = "faster-rcnn"
     """task detection: faster-rcnn or ssd"""
+    detector_side: int = 600
+    """pixels, shorter side of Faster R-CNN's images"""
     steps: int = 120_000
     """task detection: iterations"""
 
@@ -135,8 +137,9 @@ _JPEG = Settings(
     milestones=(15, 22), eval_every=5, probe_images=1000, severities=(3,),
 )  # fmt: skip
 _JPEG_SHORT = replace(
-    _JPEG, network="small", train_images=5000, epochs=60, batch_size=64, milestones=(30, 45), probe_images=300
-)
+    _JPEG, network="small-wide", train_images=2500, epochs=60, batch_size=64, milestones=(30, 45), eval_every=10,
+    severities=(1, 3, 5),
+)  # fmt: skip
 PRESETS = {
     "twowave": _TWOWAVE,
     "twowave-cutmix": replace(_TWOWAVE, mix="cutmix"),

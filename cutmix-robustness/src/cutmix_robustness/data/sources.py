@@ -20,6 +20,9 @@ from torchvision.transforms import v2
 
 from cutmix_robustness.draws import generator_for
 from shared_utils.images import BrokenFile, image_files, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("cutmix-robustness")
 
 
 class Lighting(nn.Module):
@@ -265,6 +268,8 @@ class ImageFiles:
         broken = self.broken()
         kept = self.select(torch.tensor([i for i in range(len(self)) if i not in broken])) if broken else self
         kept.skipped = [self.paths[i] for i in broken]
+        for message in broken.values():
+            logger.warning("skipped: %s", message)
         return kept
 
     def _load(self, batches: list[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "wrn28-10": partial(WideResNet, 28, 10),
     "pyramidnet110-64": partial(pyramidnet, 110, 64),
     "pyramidnet200-240": partial(pyramidnet, 200, 240),
+    "resnet14": partial(resnet_imagenet, "resnet14"),
     "resnet50": partial(resnet_imagenet, "resnet50"),
     "resnet101": partial(resnet_imagenet, "resnet101"),
     "resnext101": partial(resnet_imagenet, "resnext101_32x4d"),
