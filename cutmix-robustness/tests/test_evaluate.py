@@ -270,6 +270,14 @@ def test_attacks_take_what_resizing_leaves_and_no_model_in_training(model, bench
             attack(twin, images, labels)
 
 
+def test_the_fast_precision_predicts_the_same_classes(model, benchmark, evaluator):
+    fast = Evaluator(model, benchmark, FABRIC, severities=(2, 5), probe_images=200, seed=3, fast=True)
+    for suite in ("occlusion", "corruption", "in_between"):
+        slow, quick = (getattr(each, suite)().metrics for each in (evaluator, fast))
+        assert quick == pytest.approx(slow, abs=1.5), suite  # 3 of 200 images
+    assert torch.equal(fast.logits, evaluator.logits)
+
+
 def test_fgsm_takes_one_gradient(model, benchmark, monkeypatch):
     passes = []
     real = evaluation.input_gradient

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 EPSILON, SLACK = 8 / 255, 1e-4
 
@@ -107,6 +107,14 @@ def pgd_from(
         attacked = attacked + step_size * input_gradient(model, attacked, labels).sign()
         attacked = torch.minimum(torch.maximum(attacked, images - epsilon), images + epsilon).clamp(0, 1)
     return attacked.detach()
+
+
+def autoattack(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Tensor:
+    """The standard ensemble of Croce and Hein (2020), 8/255, by the package torchattacks."""
+    from torchattacks import AutoAttack
+
+    attack = AutoAttack(model, "Linf", EPSILON, n_classes=num_classes, seed=seed)
+    return attack(in_range(images), labels)
 
 
 def in_range(images: Tensor) -> Tensor:

@@ -136,25 +136,42 @@ class Train:
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint of `train`: clean, robust and uncertain in one JSON object on stdout."""
+    """Judge a model of `train`, or any other one on --data, clean, robust and uncertain: one JSON object on stdout."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `cutmix-robustness train`."""
+    model: tyro.conf.Positional[str]
+    """Checkpoint of `train`; or torchvision:<name>, timm:<name>, package.module:function, TorchScript, ONNX, or a
+    checkpoint in the layout of the authors of CutMix."""
+    data: str = ""
+    """cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class; none: that of `train`."""
+    weights: Path | None = None
+    """State dict for torchvision:<name> or timm:<name>, instead of the pretrained one."""
     suites: tuple[str, ...] = ()
-    """Among clean, calibration, occlusion, fgsm, pgd, corruption, ood, in_between, localization; none: the run's."""
+    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, in_between,
+    localization; none: those of `train`, or the six that need nothing further."""
+    probe_images: int = 0
+    """Of any other model: so many test images for occlusion, attacks, corruptions and pairs; 0: all."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
+    """Where a named data set is."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    workers: int | None = None
+    """Processes that read image files; none: one per core, eight at most."""
+    skip_broken: bool = False
+    """Leave out image files that cannot be decoded instead of ending."""
 
     def __call__(self) -> None:
-        from cutmix_robustness.experiments import evaluate_checkpoint
+        from cutmix_robustness.experiments import Reading, evaluate_checkpoint, evaluate_model
         from cutmix_robustness.settings import SUITES
 
         for suite in self.suites:
             if suite not in SUITES:
                 raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
-        metrics = evaluate_checkpoint(self.checkpoint, self.data_root, self.device, self.suites)
+        if self.data:
+            reading = Reading(self.workers, self.skip_broken)
+            words = (self.model, self.data, self.data_root, self.device, self.suites, self.weights, self.probe_images)
+            metrics = evaluate_model(*words, reading)
+        else:
+            metrics = evaluate_checkpoint(Path(self.model), self.data_root, self.device, self.suites)
         print(json.dumps(metrics, indent=2))
 
 

@@ -117,7 +117,7 @@ def fit_detector(
     if checkpoint.exists():
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if content["run"] != run:
-            raise ValueError(f"{checkpoint}: checkpoint of another run; delete it or name another")
+            raise ValueError(f"{checkpoint}: checkpoint of another run; move it away")
         detector.load_state_dict(content["detector"])
         optimizer.load_state_dict(content["optimizer"])
         step = content["step"]

@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric import Fabric
 
-from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
+from cutmix_robustness.data.benchmark import Benchmark, folder_benchmark, open_benchmark
 from cutmix_robustness.data.inventory import needs
 from cutmix_robustness.data.ood import outliers
 from cutmix_robustness.data.sources import Batches, ResidentImages
 from cutmix_robustness.draws import generator_for
-from cutmix_robustness.evaluation import Evaluator, top1_error
+from cutmix_robustness.evaluation import Evaluator, logits_of, top1_error
+from cutmix_robustness.foreign import load_model
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
 from cutmix_robustness.train import fit, load_checkpoint, load_network, make_fabric
 from shared_utils.logging import get_logger
-from shared_utils.preflight import Need
+from shared_utils.preflight import Need, require
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables, settings_hash
@@ -33,6 +34,7 @@ logger = get_logger("cutmix-robustness")
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
 PAPER_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "cub": 5_994}
+GENERAL = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption")  # what any model can be judged by
 AVERAGED = (  # Table 4 of 2003.03879
     "top1_error", "fgsm_error", "center_occlusion_error", "noise_ce", "blur_ce", "weather_ce", "digital_ce",
 )  # fmt: skip
@@ -220,6 +222,42 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, suites: Sequen
     seed = content["run"]["seed"]
     evaluator = Evaluator(model, benchmark, fabric, settings.severities, settings.probe_images, seed)
     return evaluator.run(suites or settings.suites).metrics
+
+
+def evaluate_model(
+    where: str,
+    data: str,
+    data_root: Path,
+    device: str,
+    suites: Sequence[str],
+    weights: Path | None = None,
+    probe_images: int = 0,
+    reading: Reading = READING,
+) -> dict[str, float]:
+    """Metrics of any model that `load_model` knows.
+
+    Args:
+        where: of the model.
+        data: cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class.
+        data_root: of a named data set.
+        device: auto, cpu or cuda.
+        suites: none means clean, calibration, occlusion, fgsm, pgd and corruption.
+        weights: see `load_model`.
+        probe_images: see `Evaluator`.
+        reading: of image files.
+    """
+    suites, fabric = suites or GENERAL, make_fabric(device)
+    if data in PAPER_IMAGES or data == "cifar10-jpeg":
+        settings = Settings(dataset=data, augment="none", suites=tuple(suites))
+        require(needs(settings, data_root))
+        benchmark = open_benchmark(settings, 0, data_root, fabric.device, **reading._asdict())
+    else:
+        benchmark = folder_benchmark(Path(data), fabric.device, **reading._asdict())
+    model = load_model(where, benchmark.num_classes, benchmark.mean, benchmark.std, weights).to(fabric.device)
+    logits, _ = logits_of(model, benchmark.test.select(torch.arange(1)), fabric)
+    if logits.shape[1] < benchmark.num_classes:
+        raise ValueError(f"{where} tells {logits.shape[1]} classes apart, {data} has {benchmark.num_classes}")
+    return Evaluator(model, benchmark, fabric, probe_images=probe_images).run(suites).metrics
 
 
 def measure_properties(settings: Settings, seed: int) -> Outcome:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SUITES = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption", "ood", "in_between", "localization")
+SUITES = (
+    "clean", "calibration", "temperature", "occlusion", "fgsm", "pgd", "autoattack", "corruption", "ood", "in_between",
+    "localization",
+)  # fmt: skip
 DATASETS = ("twowave", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
 CHOICES = {
     "dataset": DATASETS,
@@ -137,7 +140,7 @@ _JPEG = Settings(
     milestones=(15, 22), eval_every=5, probe_images=1000, severities=(3,),
 )  # fmt: skip
 _JPEG_SHORT = replace(
-    _JPEG, network="small-wide", train_images=2500, epochs=60, batch_size=64, milestones=(30, 45), eval_every=10,
+    _JPEG, network="small-wide", train_images=1000, epochs=150, batch_size=64, milestones=(75, 112), eval_every=50,
     severities=(1, 3, 5),
 )  # fmt: skip
 PRESETS = {

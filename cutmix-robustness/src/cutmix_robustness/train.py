@@ -179,7 +179,7 @@ def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Opt
         theirs = content["run"]
         differing = [name for name in run["settings"] if run["settings"][name] != theirs["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != theirs[name]]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
+        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); name another file")
     model.network.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
     scaler = _scaler(fabric)
@@ -203,7 +203,7 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["network"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); another kind of model needs `eval --data`") from error
     return content
 
 

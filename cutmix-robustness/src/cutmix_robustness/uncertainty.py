@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
@@ -66,6 +67,23 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "brier": (probabilities - target).square().sum(1).mean().item(),
         "mean_confidence": 100 * float(conf.mean()),
     }
+
+
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """T that minimises the NLL of logits / T (Guo et al. 2017); (N, K) logits, (N,) labels, not those it is judged on."""
+    logits, labels = logits.double().cpu(), labels.cpu()
+
+    def nll(log_t: float) -> float:
+        return torch.nn.functional.cross_entropy(logits / float(np.exp(log_t)), labels).item()
+
+    return float(np.exp(minimize_scalar(nll, bounds=(-5, 5), method="bounded").x))
+
+
+def ood_scores(logits: Tensor) -> dict[str, np.ndarray]:
+    """Scores (N,) of (N, K) logits, higher for known inputs: largest softmax probability, energy, largest logit."""
+    logits = logits.double().cpu()
+    energy, largest = torch.logsumexp(logits, 1), logits.amax(1)
+    return {"msp": confidence(logits)[0], "energy": energy.numpy(), "max_logit": largest.numpy()}
 
 
 def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]:

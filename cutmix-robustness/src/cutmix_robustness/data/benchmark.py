@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cutmix_robustness.data import cifar, imagenet, ood, twowave
 from cutmix_robustness.data.corrupted import corrupted_source
@@ -15,6 +16,7 @@ from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, 
 from cutmix_robustness.settings import Settings
 
 Source = ResidentImages | ImageFiles
+SMALL = 64  # pixels up to which images are corrupted with the strengths of CIFAR-C
 
 
 @dataclass
@@ -79,6 +81,34 @@ def open_benchmark(
         if benchmark.boxes is not None and kept is not None:
             benchmark.boxes = [benchmark.boxes[number] for number in kept.tolist()]
     return benchmark
+
+
+def benchmark_of(images: Tensor, labels: Tensor, unknown: Mapping[str, Tensor] | None = None) -> Benchmark:
+    """Your own test images, as tensors.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64.
+        unknown: sets of inputs from outside, by name, each as the images.
+    """
+    test = ResidentImages(images, labels, "images")
+    outside = {
+        name: ResidentImages(each, torch.zeros(len(each), dtype=torch.int64), name)
+        for name, each in (unknown or {}).items()
+    }
+    size = "imagenet" if max(images.shape[2:]) > SMALL else "cifar"
+    mean = tuple((images.double().mean((0, 2, 3)) / 255).tolist())
+    return Benchmark(test, test, int(labels.max()) + 1, mean, (1.0,) * 3, size, None, lambda: outside)
+
+
+def folder_benchmark(
+    root: Path, device: torch.device | str = "cpu", workers: int | None = None, skip_broken: bool = False
+) -> Benchmark:
+    """Test images of a folder with one folder per class, in alphabetical order, resized and cropped to 224 x 224."""
+    paths, labels, classes = image_folder(root)
+    test = ImageFiles(paths, labels, "image folder", "none", device, workers)
+    test = test.without_broken() if skip_broken else test
+    return Benchmark(test, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
 
 
 def _open(

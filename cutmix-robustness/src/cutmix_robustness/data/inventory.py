@@ -14,7 +14,7 @@ from cutmix_robustness.data.ood import FOLDERS
 from cutmix_robustness.data.sources import ImageFiles
 from cutmix_robustness.settings import Settings
 from shared_utils.images import SUFFIXES, image_files
-from shared_utils.preflight import Need, file
+from shared_utils.preflight import Need, file, package
 
 FETCH = "cutmix-robustness data --download {}"
 CORRUPTED = "its authors' archive, or `corrupt`; else generated"
@@ -114,6 +114,8 @@ def _training_set(settings: Settings, data_root: Path) -> Iterator[Need]:
 
 
 def _evaluation_sets(settings: Settings, data_root: Path) -> Iterator[Need]:
+    if "autoattack" in settings.suites:
+        yield package("torchattacks", "install it without its outdated pins: pip install --no-deps torchattacks")
     if "ood" in settings.suites and settings.dataset in ("cifar10", "cifar100"):
         for name, folder in FOLDERS.items():
             yield _images(data_root / "ood" / folder, f"unknown inputs {name}", f"unpack {ODIN} there")
