@@ -139,7 +139,16 @@ def test_eval_of_any_model_on_a_folder(tmp_path, monkeypatch, capsys):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number}.png")
     order = "bgr"  # class folders are sorted by name: b, g, r
     torch.jit.script(nn.Sequential(colour_model(), Reorder([order.index(c) for c in "rgb"]))).save(tmp_path / "m.pt")
-    words = ["eval", str(tmp_path / "m.pt"), "--data", str(tmp_path / "pictures"), "--suites", "clean", "--workers", "0"]
+    words = [
+        "eval",
+        str(tmp_path / "m.pt"),
+        "--data",
+        str(tmp_path / "pictures"),
+        "--suites",
+        "clean",
+        "--workers",
+        "0",
+    ]
     monkeypatch.setattr("sys.argv", ["cutmix-robustness", *words])
     cli.main()
     assert json.loads(capsys.readouterr().out)["top1_error"] == 0

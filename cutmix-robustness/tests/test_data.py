@@ -266,13 +266,16 @@ def test_everything_a_run_needs_is_asked_for_before_it_starts(tmp_path, save_pic
     assert [word in line for word, line in zip(("train", "val", "SVHN", "boxes"), lines, strict=True)] == [True] * 4
 
 
-def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, small_network):
+def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, save_picture, small_network):
     for part in ("train", "test"):
         write_image_folder(tmp_path / part, ["cat", "dog", "owl"], 2)
     outcome = execute(settings_of("image-folder", network="resnet50", batch_size=4), 0, data_root=tmp_path)
     assert {"top1_error", "ece", "fgsm_accuracy", "pgd_accuracy"} <= outcome.metrics.keys()
     assert "top5_error" not in outcome.metrics
     (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(ValueError, match="emu: a class without an image"):
+        open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
+    save_picture(tmp_path / "test" / "emu" / "deeper" / "e.png")
     with pytest.raises(ValueError, match="train and test have other class folders"):
         open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
 
@@ -310,7 +313,8 @@ def test_a_whole_run_of_detection(tmp_path, monkeypatch, detector):
         "box_batch_size_per_image": 16,
     }
     monkeypatch.setattr(detection, "build_detector", lambda kind, resnet, side: build(kind, resnet, side, **few))
-    chosen = {"task": "detection", "network": "resnet50", "detector": detector, "steps": 3, "batch_size": 2, "detector_side": 64, "lr": 1e-5,
+    chosen = {"task": "detection", "network": "resnet50", "detector": detector, "steps": 3, "batch_size": 2, "lr": 1e-5,
+              "detector_side": 64,
               "milestones": (2,), "initial_weights": "weights/r.pt"}  # fmt: skip
     data = voc.VocImages(tmp_path, voc.TRAIN, detector, 0)
     assert len(data) == 8 and data[0][1]["labels"].tolist() in ([12], [])  # difficult objects are left out

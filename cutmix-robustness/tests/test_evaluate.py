@@ -15,8 +15,10 @@ from cutmix_robustness import (
     Classifier,
     adaptive_calibration_error,
     calibration_error,
+    confidence,
     corrupt,
     evaluate,
+    evaluation,
     fgsm,
     in_between,
     mean_corruption_error,
@@ -24,20 +26,20 @@ from cutmix_robustness import (
     ood_metrics,
     pgd,
 )
-from cutmix_robustness import evaluation
 from cutmix_robustness.attacks import input_gradient
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
 from cutmix_robustness.data.corrupted import Generated
 from cutmix_robustness.data.sources import ResidentImages, stratified
-from cutmix_robustness.draws import generator_for
 from cutmix_robustness.data.twowave import MEAN, STD
 from cutmix_robustness.data.voc import mean_average_precision
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.evaluation import Evaluator
-from cutmix_robustness.experiments import build_classifier, execute, measure_properties
+from cutmix_robustness.experiments import build_classifier, measure_properties
 from cutmix_robustness.localization import box_iou, cam_box, class_activation_map, localization_accuracy
 from cutmix_robustness.networks import SmallNet
 from cutmix_robustness.settings import PRESETS, Settings
 from cutmix_robustness.train import fit, make_fabric
+from cutmix_robustness.uncertainty import calibration
 
 FABRIC = make_fabric("cpu")
 SETTINGS = replace(PRESETS["twowave"], epochs=12, milestones=(9,))
@@ -233,7 +235,9 @@ def test_probes_hold_every_class_and_depend_on_the_seed_alone():
     labels = torch.arange(1000) // 100  # sorted by class, as an image folder is
     data = ResidentImages(images, labels, "sorted")
     model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), MEAN, STD)
-    probes = [Evaluator(model, Benchmark(data, data, 10, MEAN, STD), FABRIC, (1,), 50, seed).probes for seed in (1, 1, 2)]
+    probes = [
+        Evaluator(model, Benchmark(data, data, 10, MEAN, STD), FABRIC, (1,), 50, seed).probes for seed in (1, 1, 2)
+    ]
     assert all(each.record()["class_counts"] == [5] * 10 for each in probes)
     assert torch.equal(probes[0].index, probes[1].index) and not torch.equal(probes[0].index, probes[2].index)
     assert torch.equal(probes[0].images, images[probes[0].index])
@@ -256,7 +260,9 @@ def test_a_corrupted_image_is_the_same_in_any_part_of_its_set():
         next(iter(Generated(each, "gaussian_noise", 3, "cifar", 0).batches()))[1]
         for each in (data, data.select(torch.tensor([2, 7, 11])))
     )
-    assert torch.equal(part, whole[[2, 7, 11]]) and not torch.equal(whole[0] - data.images[0], whole[1] - data.images[1])
+    assert torch.equal(part, whole[[2, 7, 11]]) and not torch.equal(
+        whole[0] - data.images[0], whole[1] - data.images[1]
+    )
 
 
 def test_attacks_take_what_resizing_leaves_and_no_model_in_training(model, benchmark):
@@ -286,11 +292,19 @@ def test_fgsm_takes_one_gradient(model, benchmark, monkeypatch):
     assert len(passes) == len(list(benchmark.test.batches()))
 
 
+def test_the_two_calibration_errors_have_15_and_20_bins():
+    logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(4, (500,), generator=torch.Generator().manual_seed(1))
+    found, (conf, predicted) = calibration(logits, labels), confidence(logits)
+    correct = predicted == labels.numpy()
+    for name, bins in (("ece", 15), ("ece20", 20)):
+        assert found[name] == pytest.approx(100 * calibration_error(conf, correct, bins))
+    assert abs(found["ece"] - found["ece20"]) > 0.01
+
+
 def test_confidence_of_exactly_one_is_in_the_last_bin():
     assert calibration_error([1.0, 1.0], [1, 0], 10) == 0.5 and calibration_error([1.0], [1], 10) == 0
     logits = torch.tensor([[200.0, 0, 0], [200.0, 0, 0]])
-    from cutmix_robustness.uncertainty import calibration
-
     assert calibration(logits, torch.tensor([0, 1]))["ece"] == 50
 
 

@@ -19,7 +19,9 @@ _MODULES = {
     "mixup": ("ManifoldMix", "Mixup", "MixupCutMix"),
     "networks": ("Classifier", "WideResNet", "pyramidnet", "resnet_cifar", "resnet_imagenet"),
     "occlusion": ("in_between", "occlude"),
-    "uncertainty": ("adaptive_calibration_error", "calibration_error", "confidence", "ood_metrics", "ood_scores", "temperature"),
+    "uncertainty": (
+        "adaptive_calibration_error", "calibration_error", "confidence", "ood_metrics", "ood_scores", "temperature",
+    ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

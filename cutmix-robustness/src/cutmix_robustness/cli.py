@@ -142,7 +142,7 @@ class Eval:
     """Checkpoint of `train`; or torchvision:<name>, timm:<name>, package.module:function, TorchScript, ONNX, or a
     checkpoint in the layout of the authors of CutMix."""
     data: str = ""
-    """cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class; none: that of `train`."""
+    """cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class; none: `train`'s."""
     weights: Path | None = None
     """State dict for torchvision:<name> or timm:<name>, instead of the pretrained one."""
     suites: tuple[str, ...] = ()

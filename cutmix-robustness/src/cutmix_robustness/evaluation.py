@@ -1,8 +1,8 @@
 """One model, every column: clean, occluded, attacked, corrupted, between classes, from outside, and where it looks.
 
 Everything is computed in float32 (confidences in float64) on a model in evaluation mode, except that on CUDA suites
-which ask for the predicted class alone run in bfloat16. Under several processes each
-takes its share of the batches and every image counts once.
+which ask for the predicted class alone run in bfloat16. Under several processes each takes its share of the batches
+and every image counts once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from cutmix_robustness.data.benchmark import Benchmark
 from cutmix_robustness.data.sources import Batches, stratified
 from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import class_activation_map, localization_accuracy
-from cutmix_robustness.networks import Classifier
 from cutmix_robustness.occlusion import in_between, occlude
 from cutmix_robustness.uncertainty import calibration, ood_metrics, ood_scores, temperature
 
@@ -138,7 +137,7 @@ class Evaluator:
         return Evaluation(calibration(self.logits, self.labels))
 
     def temperature(self) -> Evaluation:
-        """Temperature fitted on one half of the test set, and the calibration error on the other before and after it."""
+        """Temperature fitted on half of the test set, and the calibration error on the other half before and after."""
         order = torch.randperm(len(self.labels), generator=generator_for(self.seed, "temperature"))
         fit, judged = order.split(math.ceil(len(order) / 2))
         t = temperature(self.logits[fit], self.labels[fit])

@@ -165,9 +165,16 @@ def train_and_evaluate(
     if settings.probe_images:
         dataset["probes"] = evaluator.probes.record()
     caveats = [_skipped(part) for part in (benchmark.train, benchmark.test)] + _other_size(settings, benchmark)
-    weights = {settings.initial_weights: _digest(data_root / settings.initial_weights)} if settings.initial_weights else {}
+    weights = (
+        {settings.initial_weights: _digest(data_root / settings.initial_weights)} if settings.initial_weights else {}
+    )
     return model, Outcome(
-        found.metrics, found.details, dataset, weights, fabric.strategy.precision.precision, tuple(filter(None, caveats))
+        found.metrics,
+        found.details,
+        dataset,
+        weights,
+        fabric.strategy.precision.precision,
+        tuple(filter(None, caveats)),
     )
 
 

@@ -194,8 +194,8 @@ def draw_methods() -> plt.Figure:
     import torch
 
     from cutmix_robustness.cutmix import CutMix, cutmix_box
-    from cutmix_robustness.draws import generator_for
     from cutmix_robustness.data.twowave import twowave
+    from cutmix_robustness.draws import generator_for
     from cutmix_robustness.dropout import Cutout
 
     images = photographs().float() / 255

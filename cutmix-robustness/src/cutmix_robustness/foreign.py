@@ -1,4 +1,4 @@
-"""Models from anywhere as modules that take images in [0, 1]: torchvision, timm, checkpoints, TorchScript, ONNX, code."""
+"""Models from anywhere, for images in [0, 1]: torchvision, timm, released checkpoints, TorchScript, ONNX, code."""
 
 from __future__ import annotations
 

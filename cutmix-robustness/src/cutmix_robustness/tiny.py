@@ -30,7 +30,7 @@ BACKBONES = ("baseline", "mixup", "cutout", "cutmix")
 
 
 def write_all(root: Path) -> None:
-    """Every data set that a run can read, in a few seconds and about 60 MB. ValueError for a folder that is not empty."""
+    """Every data set that a run can read, about 60 MB. ValueError for a folder that is not empty."""
     if root.is_dir() and any(root.iterdir()):
         raise ValueError(f"{root} is not empty; name a new folder")
     rng = np.random.default_rng(0)

@@ -203,7 +203,9 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["network"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); another kind of model needs `eval --data`") from error
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({reason}); another kind of model needs `eval --data`"
+        ) from error
     return content
 
 

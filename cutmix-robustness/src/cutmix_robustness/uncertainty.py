@@ -70,7 +70,7 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """T that minimises the NLL of logits / T (Guo et al. 2017); (N, K) logits, (N,) labels, not those it is judged on."""
+    """T that minimises the NLL of logits / T (Guo et al. 2017), of (N, K) logits and (N,) labels."""
     logits, labels = logits.double().cpu(), labels.cpu()
 
     def nll(log_t: float) -> float:

@@ -111,9 +111,7 @@ def folder_benchmark(
     return Benchmark(test, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
 
 
-def _open(
-    settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool
-) -> Benchmark:
+def _open(settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool) -> Benchmark:
     if settings.dataset == "twowave":
         return _twowave(seed, device)
     if settings.dataset in ("cifar10", "cifar100", "cifar10-jpeg"):
@@ -126,9 +124,7 @@ def _open(
     return _image_folder(settings, data_root, device)
 
 
-def _cifar(
-    settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool
-) -> Benchmark:
+def _cifar(settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool) -> Benchmark:
     train, test, classes = cifar.load(
         settings.dataset, data_root, settings.augment, device, settings.train_images, seed
     )

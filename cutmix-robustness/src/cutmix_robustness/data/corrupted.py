@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
+from cutmix_robustness.corruptions import corrupt
 from cutmix_robustness.data.sources import ImageFiles, ResidentImages
 from cutmix_robustness.draws import generator_for
 from shared_utils.images import BrokenFile, image_files, read_image

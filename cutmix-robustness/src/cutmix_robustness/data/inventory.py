@@ -26,7 +26,7 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("CIFAR-10 (JPEG)", "cifar10-jpeg", "62 MB", "", JPEG_ARCHIVE, "a zip of train/<class>/*.jpg, test/..."),
     ("CIFAR-10-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-10-C", CORRUPTED),
     ("CIFAR-100-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-100-C", CORRUPTED),
-    *((f"unknown inputs: {name}", "paper", "", "", f"ood/{place}", f"{ODIN}, by hand") for name, place in FOLDERS.items()),
+    *((f"unknown inputs: {name}", "paper", "", "", f"ood/{place}", ODIN) for name, place in FOLDERS.items()),
     ("MNIST", "cifar10-jpeg", "53 MB", "", "MNIST", FETCH.format("mnist")),
     ("SVHN", "paper", "182 MB", "non-commercial", "train_32x32.mat", FETCH.format("svhn")),
     ("GAN samples", "paper", "", "", "gan-samples", "a folder of your own (one row of Table R1)"),
@@ -100,7 +100,9 @@ def _training_set(settings: Settings, data_root: Path) -> Iterator[Need]:
         place = "cifar-10-batches-py" if settings.dataset == "cifar10" else "cifar-100-python"
         yield file(data_root / place, settings.dataset.upper(), _fetched(settings.dataset, data_root))
     elif settings.dataset == "cifar10-jpeg":
-        yield file(data_root / JPEG_ARCHIVE, "CIFAR-10 (JPEG)", "make a zip of train/<class>/*.jpg and test/<class>/*.jpg")
+        yield file(
+            data_root / JPEG_ARCHIVE, "CIFAR-10 (JPEG)", "make a zip of train/<class>/*.jpg and test/<class>/*.jpg"
+        )
     elif settings.dataset == "cub":
         yield file(data_root / "CUB_200_2011", "CUB-200-2011", "unpack its authors' archive there")
     elif settings.dataset in two_parts:

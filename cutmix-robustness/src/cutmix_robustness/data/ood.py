@@ -45,7 +45,10 @@ def open_sets(
     Raises:
         FileNotFoundError: an image set is missing.
     """
-    sets = {name: folder_of_images(data_root / "ood" / folder, name, device, skip_broken) for name, folder in FOLDERS.items()}
+    sets = {
+        name: folder_of_images(data_root / "ood" / folder, name, device, skip_broken)
+        for name, folder in FOLDERS.items()
+    }
     return sets | noise_sets(n_noise, 32, 0, device)
 
 
@@ -65,9 +68,7 @@ def digits_and_noise(data_root: Path, n_noise: int, device: torch.device | str) 
     return {"mnist": _unlabelled(digits, "MNIST, test", device)} | noise_sets(n_noise, 32, 0, device)
 
 
-def folder_of_images(
-    folder: Path, name: str, device: torch.device | str, skip_broken: bool = False
-) -> ResidentImages:
+def folder_of_images(folder: Path, name: str, device: torch.device | str, skip_broken: bool = False) -> ResidentImages:
     """All images below a folder, at 32 x 32 (resized where they are not).
 
     Raises:

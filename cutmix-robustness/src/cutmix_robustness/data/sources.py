@@ -275,7 +275,8 @@ class ImageFiles:
     def _load(self, batches: list[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         cuda = self.device.type == "cuda"
         reader = _Reader(self.paths, self.augment, seed, epoch)
-        for images, index in DataLoader(reader, batch_sampler=batches, num_workers=self.num_workers, pin_memory=cuda):
+        workers = min(self.num_workers, len(batches)) if len(batches) > 1 else 0  # one batch gains nothing by them
+        for images, index in DataLoader(reader, batch_sampler=batches, num_workers=workers, pin_memory=cuda):
             yield images.to(self.device, non_blocking=True), self.labels[index].to(self.device, non_blocking=True)
 
     def record(self) -> dict:
@@ -328,6 +329,6 @@ def image_folder(root: Path) -> tuple[list[Path], Tensor, list[str]]:
     files = [image_files(root / name)[0] for name in classes]
     for name, found in zip(classes, files, strict=True):
         if not found:
-            raise ValueError(f"{root / name}: a class without an image; remove it from the classes or fill it")
+            raise ValueError(f"{root / name}: a class without an image; put some there, or move the folder away")
     labels = torch.tensor([label for label, found in enumerate(files) for _ in found], dtype=torch.int64)
     return [path for found in files for path in found], labels, classes

@@ -8,7 +8,12 @@ from torchvision.models import resnet as torchvision_resnet
 
 from cutmix_robustness.networks.blocks import branch_regularizers, initialise
 
-LAYERS = {"resnet14": (1, 1, 1, 1), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnext101_32x4d": (3, 4, 23, 3)}
+LAYERS = {
+    "resnet14": (1, 1, 1, 1),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnext101_32x4d": (3, 4, 23, 3),
+}
 
 
 class BasicBlock(torchvision_resnet.BasicBlock):
