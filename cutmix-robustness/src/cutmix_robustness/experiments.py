@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +117,8 @@ def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = RE
         benchmark = open_benchmark(resolved, seed, data_root, _fabric().device, **reading._asdict())
         _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
     checkpoint.unlink(missing_ok=True)
+    if resolved.initial_weights:
+        outcome = replace(outcome, weights={resolved.initial_weights: _digest(data_root / resolved.initial_weights)})
     return outcome
 
 
@@ -165,16 +167,9 @@ def train_and_evaluate(
     if settings.probe_images:
         dataset["probes"] = evaluator.probes.record()
     caveats = [_skipped(part) for part in (benchmark.train, benchmark.test)] + _other_size(settings, benchmark)
-    weights = (
-        {settings.initial_weights: _digest(data_root / settings.initial_weights)} if settings.initial_weights else {}
-    )
+    precision = str(fabric.strategy.precision.precision)
     return model, Outcome(
-        found.metrics,
-        found.details,
-        dataset,
-        weights,
-        fabric.strategy.precision.precision,
-        tuple(filter(None, caveats)),
+        found.metrics, found.details, dataset, precision=precision, caveats=tuple(filter(None, caveats))
     )
 
 
