@@ -313,7 +313,7 @@ def test_networks_by_name(name):
         assert network(x).shape == (2, 7)
         features = network.features(x)
         assert network.fc(features.mean((2, 3))).shape == (2, 7)
-    dense = {"resnet50": 2, "resnet50-dense": 4, "vgg-gap": 4}
+    dense = {"small-wide": 4, "resnet14": 1, "resnet50": 2, "resnet50-dense": 4, "vgg-gap": 4}
     assert features.shape[-1] == dense.get(name, side // 4)
 
 
