@@ -241,6 +241,7 @@ def test_probes_hold_every_class_and_depend_on_the_seed_alone():
     assert all(each.record()["class_counts"] == [5] * 10 for each in probes)
     assert torch.equal(probes[0].index, probes[1].index) and not torch.equal(probes[0].index, probes[2].index)
     assert torch.equal(probes[0].images, images[probes[0].index])
+    assert Evaluator(model, Benchmark(data, data, 10, MEAN, STD), FABRIC, (1,), 2000).probes is data
 
 
 @settings(max_examples=50, deadline=None)

@@ -93,7 +93,7 @@ class Evaluator:
         fabric: device and processes.
         severities: of the corruptions.
         probe_images: so many test images, drawn by the seed with every class's share kept, for occlusion, PGD,
-            corruptions and pairs; 0: all.
+            corruptions and pairs; 0, or more than there are: all.
         seed: of probes, pairs, random starts and corruptions that are generated here.
         fast: bfloat16 where only the predicted class counts (occlusion, corruptions, pairs); None: on CUDA.
     """
@@ -112,7 +112,8 @@ class Evaluator:
         self.model, self.benchmark, self.fabric = model.eval(), benchmark, fabric
         self.severities, self.seed = severities, seed
         test = benchmark.test
-        self.probes = test.select(stratified(test.labels, probe_images, seed)) if probe_images else test
+        drawn = 0 < probe_images < len(test)
+        self.probes = test.select(stratified(test.labels, probe_images, seed)) if drawn else test
         self.logits, self.labels = logits_of(model, test, fabric)
 
     def run(self, suites: Sequence[str]) -> Evaluation:
