@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from cutmix_robustness import (
     CutMix,
     Cutout,
+    DropBlock2d,
     ManifoldMix,
     Mixup,
     MixupCutMix,
@@ -232,6 +233,21 @@ def test_cutout_covers_a_clipped_square(size, height, width, seed):
         assert each.sum() == rows * columns and rows <= size and columns <= size
     coloured = Cutout(size, (0.1, 0.2, 0.3), generator(seed))(images)
     assert torch.equal(coloured[:, 1][hole], torch.full((int(hole.sum()),), 0.2))
+
+
+def test_dropblock_drops_squares_and_keeps_the_sum():
+    torch.manual_seed(0)
+    layer, features = DropBlock2d(0.9, 4), torch.ones(64, 8, 16, 16)
+    dropped = layer(features)
+    assert abs((dropped == 0).float().mean() - 0.1) < 0.02
+    assert dropped.mean().item() == pytest.approx(1, abs=1e-4)
+    zeros = nn.functional.max_pool2d((dropped != 0).float(), 4, 1)  # every dropped unit lies in a full 4 x 4 square
+    squares = nn.functional.max_pool2d(1 - zeros, 4, 1, padding=0)
+    assert squares.shape[-1] == 10 and zeros.min() == 0
+    assert torch.equal(layer.eval()(features), features)
+    assert DropBlock2d(0.9, 9)(torch.ones(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match="keep_prob must lie in"):
+        DropBlock2d(0.0)
 
 
 def collated(mix, epochs=2):

@@ -11,7 +11,7 @@ from torch import nn
 from cutmix_robustness.attacks import fgsm, input_gradient, pgd_from
 from cutmix_robustness.corruption_error import ALEXNET_ERROR, mean_corruption_error
 from cutmix_robustness.cutmix import CutMix, MixedBatch, box_lam, cutmix_box, mixed_cross_entropy, sample_boxes
-from cutmix_robustness.dropout import ShakeDrop, survival_probability
+from cutmix_robustness.dropout import ShakeDrop, dropblock_gamma, survival_probability
 from cutmix_robustness.localization import box_iou, cam_box
 from cutmix_robustness.networks import pyramidnet, resnet_cifar, resnet_imagenet
 from cutmix_robustness.occlusion import in_between, occlude
@@ -257,6 +257,9 @@ def test_losses_and_rates():
         for i, loss in enumerate(losses):
             one = MixedBatch(nothing, a[i : i + 1], b[i : i + 1], lam[i : i + 1], nothing, nothing)
             assert abs(mixed_cross_entropy(logits[i : i + 1], one, float(smoothing)).item() - loss) < 1e-9
+    for row in g["dropblock"]:
+        gamma = dropblock_gamma(row["keep_prob"], row["block"], row["feat"], row["feat"])
+        assert abs(gamma - row["gamma"]) < 1e-9
     for row in g["stochastic_depth_survival"]:
         assert abs(survival_probability(row["block"], row["blocks"], row["drop_last"]) - row["p_survive"]) < 1e-9
     for row in g["shakedrop"]["rows"]:

@@ -11,7 +11,7 @@ _MODULES = {
     "corruption_error": ("mean_corruption_error",),
     "corruptions": ("CORRUPTIONS", "EXTRA_CORRUPTIONS", "corrupt"),
     "cutmix": ("CutMix", "MixedBatch", "cutmix_box", "mixed_cross_entropy", "sample_boxes"),
-    "dropout": ("Cutout", "ShakeDrop", "StochasticDepth"),
+    "dropout": ("Cutout", "DropBlock2d", "ShakeDrop", "StochasticDepth"),
     "data.benchmark": ("benchmark_of", "folder_benchmark"),
     "evaluation": ("evaluate",),
     "foreign": ("load_model",),

@@ -1,10 +1,11 @@
-"""Regularizers that drop: regions of the image (Cutout) or residual branches (StochDepth, ShakeDrop)."""
+"""Regularizers that drop: regions of the image (Cutout) or parts of the network (DropBlock, StochDepth, ShakeDrop)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutmix_robustness.draws import own_stream
@@ -39,6 +40,41 @@ class Cutout:
         rows, columns = (y >= y1) & (y < y1 + self.size), (x >= x1) & (x < x1 + self.size)
         fill = torch.as_tensor(self.fill, dtype=images.dtype, device=images.device).expand(channels)
         return torch.where(rows[:, None, :, None] & columns[:, None, None, :], fill[:, None, None], images)
+
+
+def dropblock_gamma(keep_prob: float, block_size: int, height: int, width: int) -> float:
+    """Rate of block corners on a height x width map such that a share 1 - keep_prob of the units is dropped."""
+    corners = (height - block_size + 1) * (width - block_size + 1)
+    return (1 - keep_prob) / block_size**2 * height * width / corners
+
+
+class DropBlock2d(nn.Module):
+    """Drop contiguous squares of a feature map in training and rescale what is left.
+
+    torchvision's takes odd sizes only; the paper's on CIFAR is 4.
+
+    Args:
+        keep_prob: share of units kept, 0.9 in the paper.
+        block_size: side of a square, 4 on CIFAR; cut to the feature map where that is smaller.
+    """
+
+    def __init__(self, keep_prob: float = 0.9, block_size: int = 4):
+        super().__init__()
+        if not 0 < keep_prob <= 1 or block_size < 1:
+            raise ValueError(f"keep_prob must lie in (0, 1] and block_size be >= 1, got {keep_prob} and {block_size}")
+        self.keep_prob, self.block_size = keep_prob, block_size
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not self.training or self.keep_prob == 1:
+            return features
+        n, channels, height, width = features.shape
+        block = min(self.block_size, height, width)
+        gamma = dropblock_gamma(self.keep_prob, block, height, width)
+        corners = torch.rand(n, channels, height - block + 1, width - block + 1, device=features.device) < gamma
+        dropped = F.max_pool2d(F.pad(corners.float(), [block - 1] * 4), block, stride=1)
+        keep = 1 - dropped
+        return features * (keep * (keep.numel() / keep.sum().clamp(min=1))).to(features.dtype)
 
 
 def survival_probability(block: int, blocks: int, drop_last: float) -> float:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import DropBlock2d
 
-from cutmix_robustness.dropout import ShakeDrop, StochasticDepth, survival_probability
+from cutmix_robustness.dropout import DropBlock2d, ShakeDrop, StochasticDepth, survival_probability
 
 BRANCHES = ("none", "stochdepth", "shakedrop", "dropblock")
 
@@ -33,7 +32,7 @@ def branch_regularizers(kind: str, blocks: int, rate: float, block_size: int = 4
     if kind == "none":
         return [nn.Identity() for _ in range(blocks)]
     if kind == "dropblock":
-        return [DropBlock2d(rate, block_size) for _ in range(blocks)]
+        return [DropBlock2d(1 - rate, block_size) for _ in range(blocks)]
     build = StochasticDepth if kind == "stochdepth" else ShakeDrop
     return [build(survival_probability(block, blocks, rate)) for block in range(1, blocks + 1)]
 
