@@ -5,9 +5,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import cutmix_robustness
 from cutmix_robustness import cli, experiments
 from cutmix_robustness.experiments import tables
 from cutmix_robustness.settings import PRESETS, Settings
@@ -92,7 +94,7 @@ def test_run_twice_runs_nothing_new_and_draws(tmp_path, monkeypatch, capsys):
     run()
     lines = (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines()
     assert len(lines) == 7 and json.loads(lines[-1])["dataset"]["train"]["sha256"]
-    assert "CutMix is a regional dropout" in capsys.readouterr().out
+    assert "CutMix lowers the error of the baseline" in capsys.readouterr().out
     run()
     assert (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines() == lines
     cli.Run(("table-5",), scale="smoke", dry_run=True)()
@@ -127,9 +129,8 @@ def test_train_then_eval_from_the_command_line(tmp_path):
     "words, code, message",
     [
         (("run", "table-99"), 2, "unknown table 'table-99'; there are figure-2"),
-        (("run", "table-7", "--scale", "paper", "--jobs", "1", "--data-root", "nowhere"), 2, "data --download cifar10"),
         (("eval", "none.pt"), 2, "none.pt: no such checkpoint"),
-        (("corrupt", "nowhere", "out", "--names", "fogg"), 2, "nowhere: no such image"),
+        (("corrupt", "nowhere", "out", "--names", "fogg"), 2, "nowhere: no such folder"),
     ],
 )
 def test_mistakes_end_with_one_line(words, code, message, monkeypatch, capsys):
@@ -138,6 +139,36 @@ def test_mistakes_end_with_one_line(words, code, message, monkeypatch, capsys):
         cli.main()
     said = capsys.readouterr().err
     assert ended.value.code == code and message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, lines",
+    [
+        (("run", "table-5", "--scale", "paper", "--jobs", "1"), 7),  # CIFAR-100 and five sets of unknown inputs
+        (("run", "table-A1", "--scale", "paper"), 2),
+        (("train", "cifar10-jpeg"), 3),
+    ],
+)
+def test_what_is_missing_is_listed_at_once_and_nothing_is_trained(words, lines, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "PROJECT", tmp_path)
+    (tmp_path / "tables").symlink_to(PROJECT / "tables")
+    root = ["--data-root", str(tmp_path / "nowhere")]
+    words = [words[0], *root, *words[1:]] if words[0] == "train" else [*words, *root]
+    monkeypatch.setattr(sys, "argv", ["cutmix-robustness", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == lines and said[0] == "cutmix-robustness: missing:"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_captioning_is_left_out_of_a_run_of_all_tables():
+    assert "table-A1" not in [table.id for table in experiments.built(TABLES.values(), "paper")]
+
+
+def test_every_public_name_can_be_used():
+    for name in cutmix_robustness.__all__:
+        assert not isinstance(getattr(cutmix_robustness, name), ModuleType), name
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from cutmix_robustness import (
     CutMix,
@@ -247,6 +248,23 @@ def test_dropblock_drops_squares_and_keeps_the_sum():
     assert DropBlock2d(0.9, 9)(torch.ones(2, 3, 4, 4)).shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match="keep_prob must lie in"):
         DropBlock2d(0.0)
+
+
+def collated(mix, epochs=2):
+    """The mixing ratios that two workers draw in each epoch."""
+    data = TensorDataset(torch.rand(32, 1, 61, 67), torch.arange(32))
+    loader = DataLoader(
+        data, 8, num_workers=2, collate_fn=lambda batch: mix(*default_collate(batch)),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return [[batch.lam[0].item() for batch in loader] for _ in range(epochs)]
+
+
+@pytest.mark.parametrize("kind", [CutMix, Mixup])
+def test_workers_and_epochs_draw_for_themselves_and_repeat(kind):
+    ratios = collated(kind(generator=generator(0)))
+    assert len({ratio for epoch in ratios for ratio in epoch}) == 8
+    assert ratios == collated(kind(generator=generator(0))) != collated(kind(generator=generator(1)))
 
 
 @pytest.mark.parametrize("build", [StochasticDepth, ShakeDrop])

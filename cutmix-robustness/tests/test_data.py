@@ -12,11 +12,14 @@ from cutmix_robustness.corruption_error import ALEXNET_ERROR
 from cutmix_robustness.corruptions import CORRUPTIONS, corrupt
 from cutmix_robustness.data import cifar, corrupted, imagenet, ood, sources, voc
 from cutmix_robustness.data.benchmark import open_benchmark
-from cutmix_robustness.data.inventory import inventory
+from cutmix_robustness.data.inventory import inventory, needs, verify
 from cutmix_robustness.experiments import execute
 from cutmix_robustness.networks import NETWORKS, SmallNet, resnet_imagenet
 from cutmix_robustness.settings import PRESETS, Settings
+from cutmix_robustness.tiny import write_cifar, write_jpeg_archive, write_mnist, write_voc
 from cutmix_robustness.train import make_fabric
+from shared_utils.images import BrokenFile
+from shared_utils.preflight import unmet
 
 ONE_EPOCH = {"epochs": 1, "network": "resnet20", "milestones": (), "eval_every": 0}
 
@@ -26,9 +29,8 @@ def here(monkeypatch, tmp_path):
     """Checkpoints below the test's folder, images read without further processes."""
     monkeypatch.setattr(experiments, "PROJECT", tmp_path / "project")
     defaults = sources.ImageFiles.__init__.__defaults__
-    monkeypatch.setattr(sources.ImageFiles.__init__, "__defaults__", (*defaults[:-1], 0))
+    monkeypatch.setattr(sources.ImageFiles.__init__, "__defaults__", (*defaults[:-2], 0, None))
     monkeypatch.setattr(detection, "_workers", lambda: 0)
-    monkeypatch.setattr(ood, "NOISE_IMAGES", 50)
 
 
 def settings_of(preset, **changes):
@@ -41,7 +43,7 @@ def write_ood(root, save_picture):
             save_picture(root / "ood" / folder / "test" / f"{number}.png", number, 36, 36)
 
 
-def test_a_whole_run_on_cifar100(tmp_path, write_cifar, save_picture):
+def test_a_whole_run_on_cifar100(tmp_path, save_picture):
     write_cifar(tmp_path, "cifar100", n_train=200, n_test=100)
     write_ood(tmp_path, save_picture)
     chosen = settings_of("cifar100-cutmix", batch_size=50, severities=(1,), probe_images=20)
@@ -53,26 +55,31 @@ def test_a_whole_run_on_cifar100(tmp_path, write_cifar, save_picture):
     assert not list((tmp_path / "project" / "runs" / "checkpoints").glob("*"))
 
 
-def test_cifar10_and_its_recompressed_copy(tmp_path, write_cifar, write_jpeg_archive):
+def test_cifar10_and_its_recompressed_copy(tmp_path):
     write_cifar(tmp_path, "cifar10", n_train=50, n_test=20)
     train, test, classes = cifar.load("cifar10", tmp_path, "crop-flip", "cpu")
     assert (len(train), len(test), classes) == (50, 20, 10) and train.augment == "crop-flip" != test.augment
-    write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE)
+    write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE, 4)
+    write_mnist(tmp_path)
     train, test, _ = cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
-    assert train.name == "CIFAR-10 (JPEG), train" and train.labels.tolist() == [0] * 4 + [1] * 4
-    few, _, _ = cifar.load("cifar10-jpeg", tmp_path, "none", "cpu", train_images=20)
-    assert few.labels.tolist() == [0, 0, 1, 1]
+    assert train.name == "CIFAR-10 (JPEG), train" and train.labels.tolist() == [i // 4 for i in range(40)]
+    few, again, other = (
+        cifar.load("cifar10-jpeg", tmp_path, "crop-flip", "cpu", train_images=20, seed=seed)[0] for seed in (1, 1, 2)
+    )
+    assert few.labels.tolist() == [i // 2 for i in range(20)] and few.augment == "crop-flip"
+    assert torch.equal(few.index, again.index) and not torch.equal(few.index, other.index)
     outcome = execute(settings_of("cifar10-jpeg", batch_size=4, probe_images=4), 0, data_root=tmp_path)
-    assert "uniform_auroc" in outcome.metrics and "isun_auroc" not in outcome.metrics
+    assert {"mnist_auroc", "uniform_auroc"} <= outcome.metrics.keys() and "isun_auroc" not in outcome.metrics
+    assert sum(outcome.dataset["probes"]["class_counts"]) == 4 and outcome.precision == "32-true"
 
 
-def test_missing_or_damaged_sets_are_named(tmp_path, write_jpeg_archive, write_cifar):
+def test_missing_or_damaged_sets_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="data --download cifar100"):
         cifar.load("cifar100", tmp_path, "none", "cpu")
     with pytest.raises(FileNotFoundError, match=r"cifar10-imagefolder.zip: no such archive"):
         cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
-    write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE, side=30)
-    with pytest.raises(ValueError, match="train/airplane/0000.jpg cannot be read as a 32 x 32 image"):
+    write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE, 2, side=30)
+    with pytest.raises(BrokenFile, match="train/airplane/0000.jpg: 30 x 30 pixels, expected 32 x 32"):
         cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
     with pytest.raises(FileNotFoundError, match="data --download svhn"):
         ood.outliers("svhn", tmp_path, 32, 0, "cpu")
@@ -90,17 +97,21 @@ def test_a_broken_image_is_named(tmp_path, write_image_folder):
     write_image_folder(tmp_path, ["a", "b"])
     paths, labels, _ = sources.image_folder(tmp_path)
     paths[2].write_bytes(b"no image")
-    data = sources.ImageFiles(paths, labels, "x")
-    with pytest.raises(ValueError, match="ILSVRC_1_0.JPEG: cannot be read as an image"):
-        list(data.batches())
+    for workers in (0, 1):
+        data = sources.ImageFiles(paths, labels, "x", num_workers=workers)
+        with pytest.raises(BrokenFile, match="^[^\n]*ILSVRC_1_0.JPEG: this is not an image; [^\n]*$"):
+            list(data.batches())
+    whole = data.without_broken()
+    assert whole.skipped == [paths[2]] and whole.labels.tolist() == [0, 0, 1] == list(whole.batches())[0][2].tolist()
     paths[2].unlink()
     with pytest.raises(FileNotFoundError, match="1 of 4 images of x are missing, first .*ILSVRC_1_0"):
         sources.ImageFiles(paths, labels, "x")
     with pytest.raises(ValueError, match="x holds no image"):
         sources.ImageFiles([], labels, "x")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="broken.png: cannot be read as an image"):
+    with pytest.raises(BrokenFile, match="broken.png: this is not an image"):
         ood.folder_of_images(tmp_path, "x", "cpu")
+    assert len(ood.folder_of_images(tmp_path, "x", "cpu", skip_broken=True)) == 3
 
 
 def test_training_crops_do_not_depend_on_workers_or_resuming(tmp_path, write_image_folder):
@@ -167,7 +178,7 @@ def test_a_whole_run_on_imagenet(tmp_path, write_image_folder, small_network):
         open_benchmark(Settings(dataset="imagenet", suites=("localization",)), 0, tmp_path)
 
 
-def test_stored_corruptions_are_read(tmp_path, write_image_folder, write_cifar):
+def test_stored_corruptions_are_read(tmp_path, write_image_folder):
     write_imagenet(tmp_path, write_image_folder)
     _, test = imagenet.load(tmp_path / "imagenet", "imagenet", "cpu")
     for path in test.paths:
@@ -189,8 +200,9 @@ def test_stored_corruptions_are_read(tmp_path, write_image_folder, write_cifar):
             for folder in (tmp_path / "CIFAR-10-C", tmp_path / "nowhere")
         )
         assert torch.equal(read, made)
-    first = corrupted.corrupted_source(test.select(torch.arange(5)), "contrast", 2, "cifar", tmp_path / "CIFAR-10-C", 0)
-    assert torch.equal(next(first.batches())[1], corrupt(test.images[:5], "contrast", 2, "cifar"))
+    some = test.select(torch.tensor([3, 8, 19]))
+    part = corrupted.corrupted_source(some, "contrast", 2, "cifar", tmp_path / "CIFAR-10-C", 0)
+    assert torch.equal(next(part.batches())[1], corrupt(some.images, "contrast", 2, "cifar"))
     with pytest.raises(FileNotFoundError, match="snow.npy: missing"):
         corrupted.corrupted_source(test, "snow", 1, "cifar", tmp_path / "CIFAR-10-C", 0)
     np.save(tmp_path / "CIFAR-10-C" / "snow.npy", np.zeros((7, 32, 32, 3), np.uint8))
@@ -220,13 +232,50 @@ def test_a_whole_run_on_cub(tmp_path, save_picture, small_network):
     assert "gt_known_localization" in execute(chosen, 0, data_root=tmp_path).metrics
 
 
-def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, small_network):
+def test_a_run_of_broken_files_ends_or_says_what_it_skipped(tmp_path, write_image_folder, small_network):
+    for part in ("train", "test"):
+        write_image_folder(tmp_path / part, ["cat", "dog"], 4)
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+        (tmp_path / part / "cat" / ".DS_Store").write_bytes(b"Bud1")
+    cut = tmp_path / "train" / "dog" / "ILSVRC_1_0.JPEG"
+    cut.write_bytes(cut.read_bytes()[:700])
+    chosen = settings_of("image-folder", network="resnet50", batch_size=4, suites=("clean",))
+    with pytest.raises(BrokenFile, match="ILSVRC_1_0.JPEG: .*truncated"):
+        execute(chosen, 0, data_root=tmp_path)
+    outcome = execute(chosen, 0, data_root=tmp_path, reading=experiments.Reading(0, True))
+    assert outcome.caveats == ("1 files of image folder, train skipped",)
+    assert outcome.dataset["train"]["class_counts"] == [4, 3] and verify(tmp_path) == {}
+
+
+def test_everything_a_run_needs_is_asked_for_before_it_starts(tmp_path, save_picture):
+    write_cifar(tmp_path, "cifar100", 200, 100)
+    write_ood(tmp_path, save_picture)
+    chosen = settings_of("cifar100-cutmix", initial_weights="weights/x.pt")
+    assert unmet(needs(Settings(**chosen), tmp_path))[0].startswith("weights to start from")
+    chosen["initial_weights"] = ""
+    assert not unmet(needs(Settings(**chosen), tmp_path))
+    for path in (tmp_path / "ood" / "iSUN").rglob("*.png"):
+        path.unlink()  # the folder stays, empty
+    (tmp_path / "CIFAR-100-C").mkdir()
+    (tmp_path / "CIFAR-100-C" / "fog.npy").write_bytes(b"")
+    missing = unmet(needs(Settings(**chosen), tmp_path))
+    assert len(missing) == 15 and missing[0].startswith("unknown inputs isun") and "snow.npy" in str(missing)
+    (line,) = unmet(needs(Settings(task="captioning"), tmp_path))
+    assert "captioning" in line
+    lines = unmet(needs(Settings(outliers="svhn", dataset="imagenet", suites=("localization",)), tmp_path))
+    assert [word in line for word, line in zip(("train", "val", "SVHN", "boxes"), lines, strict=True)] == [True] * 4
+
+
+def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, save_picture, small_network):
     for part in ("train", "test"):
         write_image_folder(tmp_path / part, ["cat", "dog", "owl"], 2)
     outcome = execute(settings_of("image-folder", network="resnet50", batch_size=4), 0, data_root=tmp_path)
     assert {"top1_error", "ece", "fgsm_accuracy", "pgd_accuracy"} <= outcome.metrics.keys()
     assert "top5_error" not in outcome.metrics
     (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(ValueError, match="emu: a class without an image"):
+        open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
+    save_picture(tmp_path / "test" / "emu" / "deeper" / "e.png")
     with pytest.raises(ValueError, match="train and test have other class folders"):
         open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
 
@@ -237,24 +286,6 @@ def test_outliers_need_a_training_set_in_memory(tmp_path, write_image_folder, sm
     settings = settings_of("image-folder", network="resnet50", batch_size=4, outliers="uniform")
     with pytest.raises(ValueError, match="outliers need a training set that fits in memory, got image folder, train"):
         execute(settings, 0, data_root=tmp_path)
-
-
-def write_voc(root, save_picture, n=4):
-    for year, parts in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
-        base = root / "VOCdevkit" / f"VOC{year}"
-        for part in parts:
-            names = [f"{part}{i}" for i in range(n)]
-            (base / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
-            (base / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(names) + "\n")
-            for i, name in enumerate(names):
-                save_picture(base / "JPEGImages" / f"{name}.jpg", i, 60, 80)
-                (base / "Annotations").mkdir(exist_ok=True)
-                corners = "<xmin>8</xmin><ymin>5</ymin><xmax>50</xmax><ymax>40</ymax>"
-                objects = "".join(
-                    f"<object><name>{kind}</name><difficult>{hard}</difficult><bndbox>{corners}</bndbox></object>"
-                    for kind, hard in (("dog", 0), ("cat", 1))
-                )
-                (base / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
 
 
 def normalised_resnet():
@@ -270,20 +301,20 @@ def normalised_resnet():
 
 
 @pytest.mark.parametrize("detector", ["faster-rcnn", "ssd"])
-def test_a_whole_run_of_detection(tmp_path, save_picture, monkeypatch, detector):
-    write_voc(tmp_path, save_picture)
+def test_a_whole_run_of_detection(tmp_path, monkeypatch, detector):
+    write_voc(tmp_path / "VOCdevkit")
     (tmp_path / "weights").mkdir()
     content = {"run": {"settings": {}}, "network": normalised_resnet().state_dict()}
     torch.save(content, tmp_path / "weights" / "r.pt")
     build = detection.build_detector
     few = {
-        "min_size": 64,
         "rpn_post_nms_top_n_train": 20,
         "rpn_post_nms_top_n_test": 20,
         "box_batch_size_per_image": 16,
     }
-    monkeypatch.setattr(detection, "build_detector", lambda kind, resnet: build(kind, resnet, **few))
+    monkeypatch.setattr(detection, "build_detector", lambda kind, resnet, side: build(kind, resnet, side, **few))
     chosen = {"task": "detection", "network": "resnet50", "detector": detector, "steps": 3, "batch_size": 2, "lr": 1e-5,
+              "detector_side": 64,
               "milestones": (2,), "initial_weights": "weights/r.pt"}  # fmt: skip
     data = voc.VocImages(tmp_path, voc.TRAIN, detector, 0)
     assert len(data) == 8 and data[0][1]["labels"].tolist() in ([12], [])  # difficult objects are left out
@@ -293,8 +324,8 @@ def test_a_whole_run_of_detection(tmp_path, save_picture, monkeypatch, detector)
     assert 0 <= outcome.metrics["voc07_map"] <= 100
 
 
-def test_a_stopped_detection_run_goes_on_from_its_step(tmp_path, save_picture):
-    write_voc(tmp_path, save_picture, n=2)
+def test_a_stopped_detection_run_goes_on_from_its_step(tmp_path):
+    write_voc(tmp_path / "VOCdevkit")
     data = voc.VocImages(tmp_path, voc.TRAIN, "ssd", 0)
 
     def train(path, stop=None):
@@ -324,7 +355,7 @@ def test_a_stopped_detection_run_goes_on_from_its_step(tmp_path, save_picture):
 
 def test_inventory_says_what_to_do(tmp_path):
     missing = {row[0]: row[-1] for row in inventory(tmp_path) if row[4] == "no"}
-    assert missing["CIFAR-100"] == "cutmix-robustness data --download cifar100" and len(missing) == 18
+    assert missing["CIFAR-100"] == "cutmix-robustness data --download cifar100" and len(missing) == 19
     (tmp_path / "cifar-100-python").mkdir()
     assert "CIFAR-100" not in {row[0] for row in inventory(tmp_path) if row[4] == "no"}
 
@@ -332,12 +363,27 @@ def test_inventory_says_what_to_do(tmp_path):
 def test_corrupting_files(tmp_path, save_picture):
     save_picture(tmp_path / "in" / "sub" / "a.jpg", 1, 50, 70)
     save_picture(tmp_path / "in" / "b.png", 2, 40, 40)
+    save_picture(tmp_path / "in" / "b.jpg", 3, 40, 40)
+    (tmp_path / "in" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    save_picture(tmp_path / "in" / ".ipynb_checkpoints" / "b.png", 2, 40, 40)
+    wide = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
+    Image.fromarray(wide).save(tmp_path / "in" / "wide.png")
     written = corrupted.write_images(tmp_path / "in", tmp_path / "out", ("fog", "pixelate"), (1, 5), "imagenet", 0)
-    assert written == 8 and Image.open(tmp_path / "out" / "fog" / "5" / "sub" / "a.png").size == (70, 50)
+    assert written == 16 and Image.open(tmp_path / "out" / "fog" / "5" / "sub" / "a.jpg.png").size == (70, 50)
+    here = sorted(path.name for path in (tmp_path / "out" / "fog" / "1").iterdir())
+    assert here == ["b.jpg.png", "b.png", "sub", "wide.png"]
+    ramp = np.array(Image.open(tmp_path / "out" / "pixelate" / "1" / "wide.png"))[20, :, 0].astype(int)
+    assert ramp[0] < 10 and ramp[-1] > 245 and abs(ramp[32] - 128) < 12
+    (tmp_path / "in" / "cut.jpg").write_bytes((tmp_path / "in" / "b.jpg").read_bytes()[:700])
+    options = (tmp_path / "in", tmp_path / "more", ("fog",), (1,), "imagenet", 0)
+    with pytest.raises(BrokenFile, match="cut.jpg: .*; replace the file, or pass --skip-broken"):
+        corrupted.write_images(*options)
+    assert corrupted.write_images(*options, skip_broken=True) == 4
+    (tmp_path / "in" / "cut.jpg").unlink()
     first = np.array(Image.open(tmp_path / "out" / "fog" / "1" / "b.png"))
     corrupted.write_images(tmp_path / "in" / "b.png", tmp_path / "again", ("fog",), (1,), "imagenet", 0)
     assert np.array_equal(first, np.array(Image.open(tmp_path / "again" / "fog" / "1" / "b.png")))
-    with pytest.raises(FileNotFoundError, match="no such image or folder"):
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
         corrupted.write_images(tmp_path / "none", tmp_path / "out", ("fog",), (1,), "imagenet", 0)
     with pytest.raises(ValueError, match="severity"):
         corrupted.write_images(tmp_path / "in", tmp_path / "out", ("fog",), (6,), "imagenet", 0)

@@ -1,5 +1,6 @@
 """The suites against plain loops, the detector's pieces, and what is refused."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,10 @@ from cutmix_robustness import (
     Classifier,
     adaptive_calibration_error,
     calibration_error,
+    confidence,
     corrupt,
     evaluate,
+    evaluation,
     fgsm,
     in_between,
     mean_corruption_error,
@@ -25,15 +28,18 @@ from cutmix_robustness import (
 )
 from cutmix_robustness.attacks import input_gradient
 from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
-from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.data.corrupted import Generated
+from cutmix_robustness.data.sources import ResidentImages, stratified
 from cutmix_robustness.data.twowave import MEAN, STD
 from cutmix_robustness.data.voc import mean_average_precision
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.evaluation import Evaluator
-from cutmix_robustness.experiments import build_classifier, execute, measure_properties
+from cutmix_robustness.experiments import build_classifier, measure_properties
 from cutmix_robustness.localization import box_iou, cam_box, class_activation_map, localization_accuracy
 from cutmix_robustness.networks import SmallNet
 from cutmix_robustness.settings import PRESETS, Settings
 from cutmix_robustness.train import fit, make_fabric
+from cutmix_robustness.uncertainty import calibration
 
 FABRIC = make_fabric("cpu")
 SETTINGS = replace(PRESETS["twowave"], epochs=12, milestones=(9,))
@@ -60,6 +66,10 @@ def images_of(benchmark, n=None):
     return benchmark.test.images[:n].float() / 255, benchmark.test.labels[:n]
 
 
+def probes_of(evaluator):
+    return evaluator.probes.images.float() / 255, evaluator.probes.labels
+
+
 def error(model, images, labels):
     with torch.no_grad():
         return 100 - 100 * (model(images).argmax(1) == labels).double().mean().item()
@@ -70,7 +80,7 @@ def test_clean_and_occluded(model, benchmark, evaluator):
     clean = evaluator.clean().metrics
     assert clean["top1_error"] == pytest.approx(error(model, images, labels)) and clean["top1_error"] < 60
     assert clean["top5_error"] < clean["top1_error"]
-    found = evaluator.occlusion()
+    found, (images, labels) = evaluator.occlusion(), probes_of(evaluator)
     sizes = [0, 2, 3, 5, 6, 8, 10, 11, 13, 14, 16]
     expected = [error(model, occlude(images, size, "center", model.mean.flatten()), labels) for size in sizes]
     assert found.details["center_occlusion"] == pytest.approx(expected, abs=0.01)
@@ -92,19 +102,20 @@ def test_attacked(model, benchmark, evaluator):
 def test_corrupted(model, benchmark, evaluator):
     found = evaluator.corruption()
     assert np.array(found.details["corruption_errors"]).shape == (15, 2)
-    _, labels = images_of(benchmark, 200)
-    order = CORRUPTIONS.index("contrast")
-    corrupted = corrupt(benchmark.test.images[:200], "contrast", 5, "cifar", generator=torch.Generator())
+    order, labels = CORRUPTIONS.index("contrast"), evaluator.probes.labels
+    corrupted = corrupt(evaluator.probes.images, "contrast", 5, "cifar", generator=torch.Generator())
     expected = error(model, corrupted.float() / 255, labels)
     assert found.details["corruption_errors"][order][1] == pytest.approx(expected, abs=0.01)
     mean = np.mean(found.details["corruption_errors"])
+    clean = error(model, *probes_of(evaluator))
+    assert found.metrics["corruption_rise"] == pytest.approx(mean - clean, abs=0.01)
     assert found.metrics["corruption_error"] == pytest.approx(mean, abs=0.01) and "mce" not in found.metrics
 
 
 def test_between_two(model, benchmark, evaluator):
     found = evaluator.in_between()
     order = torch.randperm(200, generator=generator_for(3, 5))
-    images, labels = images_of(benchmark, 200)
+    images, labels = probes_of(evaluator)
     a, la = images[order], labels[order]
     b, lb = a.roll(1, 0), la.roll(1)
     for kind in ("mixup", "cutmix"):
@@ -154,8 +165,6 @@ def test_localization_finds_the_object():
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     images[0, 0, 8:24, 4:20] = 255
     images[1, 0, 16:32, 16:32] = 255
-    from cutmix_robustness.data.sources import ResidentImages
-
     data = ResidentImages(images, torch.tensor([1, 1, 0]), "squares")
     boxes = [np.array([[4, 8, 20, 24]]), np.array([[0, 0, 8, 8], [16, 16, 32, 32]]), np.array([[0, 0, 4, 4]])]
     model = Classifier(Red(), (0.0,) * 3, (1.0,) * 3)
@@ -194,6 +203,9 @@ def test_ood_metrics_against_all_thresholds(known, unknown):
     assert ours["detection_accuracy"] == pytest.approx(max((x + y) / 2 for x, y in zip(tpr, tnr, strict=True)))
     largest = max(i for i, rate in enumerate(tpr) if rate >= 0.95)
     assert ours["tnr95"] == pytest.approx(tnr[largest])
+    beyond = {0.0: -np.inf, 1.0: np.inf}  # the order alone decides
+    far = ood_metrics([beyond.get(v, v) for v in known], [beyond.get(v, v) for v in unknown])
+    assert far == pytest.approx(ours)
     labels = [1] * len(known) + [0] * len(unknown)
     assert ours["auroc"] == pytest.approx(roc_auc_score(labels, known + unknown))
     assert ours["aupr_in"] == pytest.approx(average_precision_score(labels, known + unknown))
@@ -217,11 +229,84 @@ def test_calibration_error_bin_by_bin(conf, bins, seed):
     assert 0 <= adaptive_calibration_error(conf, correct, bins) <= 1
 
 
+def test_probes_hold_every_class_and_depend_on_the_seed_alone():
+    images = torch.zeros(1000, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(1000) % 251
+    labels = torch.arange(1000) // 100  # sorted by class, as an image folder is
+    data = ResidentImages(images, labels, "sorted")
+    model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)), MEAN, STD)
+    probes = [
+        Evaluator(model, Benchmark(data, data, 10, MEAN, STD), FABRIC, (1,), 50, seed).probes for seed in (1, 1, 2)
+    ]
+    assert all(each.record()["class_counts"] == [5] * 10 for each in probes)
+    assert torch.equal(probes[0].index, probes[1].index) and not torch.equal(probes[0].index, probes[2].index)
+    assert torch.equal(probes[0].images, images[probes[0].index])
+    assert Evaluator(model, Benchmark(data, data, 10, MEAN, STD), FABRIC, (1,), 2000).probes is data
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=8), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_a_stratified_part_keeps_every_share(counts, share, seed):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    n = max(1, round(share * len(labels)))
+    index = stratified(labels, n, seed)
+    assert len(index.unique()) == n and torch.equal(index, index.sort().values)
+    found = labels[index].bincount(minlength=len(counts)).double()
+    assert (found - n * torch.tensor(counts) / len(labels)).abs().max() < 1 + 1e-9
+
+
+def test_a_corrupted_image_is_the_same_in_any_part_of_its_set():
+    data = ResidentImages(torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12) // 4, "x")
+    whole, part = (
+        next(iter(Generated(each, "gaussian_noise", 3, "cifar", 0).batches()))[1]
+        for each in (data, data.select(torch.tensor([2, 7, 11])))
+    )
+    assert torch.equal(part, whole[[2, 7, 11]]) and not torch.equal(
+        whole[0] - data.images[0], whole[1] - data.images[1]
+    )
+
+
+def test_attacks_take_what_resizing_leaves_and_no_model_in_training(model, benchmark):
+    images, labels = images_of(benchmark, 4)
+    white = torch.nn.functional.interpolate(torch.ones(4, 3, 37, 37), (16, 16), mode="bicubic", antialias=True) + 2e-7
+    assert white.max() > 1
+    for attack in (fgsm, pgd):
+        assert attack(model, white, labels).max() <= 1
+        twin = copy.deepcopy(model).train()
+        with pytest.raises(ValueError, match="in training mode: .* call model.eval()"):
+            attack(twin, images, labels)
+
+
+def test_the_fast_precision_predicts_the_same_classes(model, benchmark, evaluator):
+    fast = Evaluator(model, benchmark, FABRIC, severities=(2, 5), probe_images=200, seed=3, fast=True)
+    for suite in ("occlusion", "corruption", "in_between"):
+        slow, quick = (getattr(each, suite)().metrics for each in (evaluator, fast))
+        assert quick == pytest.approx(slow, abs=1.5), suite  # 3 of 200 images
+    assert torch.equal(fast.logits, evaluator.logits)
+
+
+def test_fgsm_takes_one_gradient(model, benchmark, monkeypatch):
+    passes = []
+    real = evaluation.input_gradient
+    monkeypatch.setattr(evaluation, "input_gradient", lambda *words: passes.append(1) or real(*words))
+    Evaluator(model, benchmark, FABRIC).fgsm()
+    assert len(passes) == len(list(benchmark.test.batches()))
+
+
+def test_the_two_calibration_errors_have_15_and_20_bins():
+    logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(torch.softmax(logits, 1), 1, generator=torch.Generator().manual_seed(1))
+    labels = drawn[:, 0]  # calibrated: the gaps of the bins have both signs
+    found, (conf, predicted) = calibration(logits, labels), confidence(logits)
+    correct = predicted == labels.numpy()
+    for name, bins in (("ece", 15), ("ece20", 20)):
+        assert found[name] == pytest.approx(100 * calibration_error(conf, correct, bins))
+    assert abs(found["ece"] - found["ece20"]) > 0.01
+
+
 def test_confidence_of_exactly_one_is_in_the_last_bin():
     assert calibration_error([1.0, 1.0], [1, 0], 10) == 0.5 and calibration_error([1.0], [1], 10) == 0
     logits = torch.tensor([[200.0, 0, 0], [200.0, 0, 0]])
-    from cutmix_robustness.uncertainty import calibration
-
     assert calibration(logits, torch.tensor([0, 1]))["ece"] == 50
 
 
@@ -293,7 +378,6 @@ def test_properties_of_table_2():
         (lambda: mean_corruption_error(np.zeros((19, 5))), r"errors must be \(15, 5\)"),
         (lambda: mean_corruption_error(np.zeros((15, 5)), "alexnet", "cifar"), "exists for ImageNet-C alone"),
         (lambda: mean_corruption_error(np.zeros((15, 5)), "resnet"), "normalize must be None or 'alexnet'"),
-        (lambda: execute({"task": "captioning"}, 0, data_root=None), "captioning .* is not part of this project"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named(call, message):

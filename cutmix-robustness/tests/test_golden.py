@@ -232,6 +232,10 @@ def test_mean_corruption_error():
     errors = np.array([golden["errors"][name] for name in ALEXNET_ERROR])
     assert abs(mean_corruption_error(errors, "alexnet")["mean"] - golden["mce"]) < 1e-12
     assert abs(mean_corruption_error(errors)["mean"] - golden["mean_unnormalised"]) < 1e-12
+    relative = mean_corruption_error(errors, "alexnet", clean_error=golden["clean_error"])
+    assert abs(relative["mean"] - golden["relative_mce"]) < 1e-12
+    rise = mean_corruption_error(errors, clean_error=golden["clean_error"])["mean"]
+    assert abs(rise - golden["mean_unnormalised"] + golden["clean_error"]) < 1e-12
     noise = np.mean([golden["ce"][name] for name in ("gaussian_noise", "shot_noise", "impulse_noise")])
     assert abs(mean_corruption_error(errors, "alexnet")["noise"] - noise) < 1e-12
 

@@ -12,13 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cutmix_robustness import train
 from cutmix_robustness.attacks import fgsm
 from cutmix_robustness.data.benchmark import open_benchmark
 from cutmix_robustness.data.ood import noise_sets
-from cutmix_robustness.data.sources import ResidentImages, crop_and_flip, generator_for, index_batches
+from cutmix_robustness.data.sources import ResidentImages, crop_and_flip, index_batches
 from cutmix_robustness.data.twowave import MEAN, STD, twowave
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.experiments import build_classifier, evaluate_checkpoint, train_and_evaluate
 from cutmix_robustness.networks import NETWORKS, Classifier, SmallNet
+from cutmix_robustness.networks.blocks import branch_regularizers
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import PRESETS, Settings
 from cutmix_robustness.train import fit, load_checkpoint, load_network, make_fabric
@@ -95,6 +98,41 @@ def test_losses_by_hand():
         loss, _ = recipe(copy.deepcopy(model), adversarial=adversarial).loss(data.images, labels, (0, 0, 0))
         assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
     assert model.training
+
+
+def test_the_learning_rate_falls_with_the_first_step_of_a_milestone(monkeypatch):
+    optimizers, rates = [], []
+    real = train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", lambda *words: optimizers.append(real(*words)) or optimizers[0])
+    settings = replace(SHORT, epochs=4, batch_size=250, milestones=(1, 3), lr=0.2)
+    trained(settings, before_step=lambda step: rates.append(optimizers[0].param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.02, 0.02, 0.002, 0.002])
+
+
+def test_sgd_has_nesterov_s_momentum():
+    network = torch.nn.Module()
+    network.fc = torch.nn.Linear(1, 1, bias=False)
+    model = Classifier(network, (0.5,), (0.5,))
+    optimizer = train.build_optimizer(replace(SHORT, lr=0.1, weight_decay=0.0), model)
+    steps = [network.fc.weight.item()]
+    for _ in range(2):
+        network.fc.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        steps.append(network.fc.weight.item())
+    moved = [(a - b) / 0.1 for a, b in zip(steps, steps[1:], strict=False)]
+    assert moved == pytest.approx([1 + 0.9, 1 + 0.9 * 1.9], abs=1e-5)  # plain momentum: 1, 1.9
+
+
+@pytest.mark.parametrize("kind", ["stochdepth", "shakedrop"])
+def test_survival_decays_linearly_from_the_first_branch_to_the_last(kind):
+    survival = [branch.survival for branch in branch_regularizers(kind, 4, 0.4)]
+    assert survival == pytest.approx([0.9, 0.8, 0.7, 0.6])
+
+
+def test_a_classifier_normalises_by_mean_and_std():
+    model = Classifier(torch.nn.Identity(), (0.1, 0.2, 0.3), (0.5, 0.25, 0.2))
+    pixels = model(torch.full((1, 3, 1, 1), 0.6)).flatten().tolist()
+    assert pixels == pytest.approx([1.0, 1.6, 1.5])
 
 
 def test_noise_has_the_benchmark_s_strengths():
@@ -275,7 +313,7 @@ def test_networks_by_name(name):
         assert network(x).shape == (2, 7)
         features = network.features(x)
         assert network.fc(features.mean((2, 3))).shape == (2, 7)
-    dense = {"resnet50": 2, "resnet50-dense": 4, "vgg-gap": 4}
+    dense = {"small-wide": 4, "resnet14": 1, "resnet50": 2, "resnet50-dense": 4, "vgg-gap": 4}
     assert features.shape[-1] == dense.get(name, side // 4)
 
 

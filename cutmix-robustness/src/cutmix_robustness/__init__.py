@@ -12,12 +12,16 @@ _MODULES = {
     "corruptions": ("CORRUPTIONS", "EXTRA_CORRUPTIONS", "corrupt"),
     "cutmix": ("CutMix", "MixedBatch", "cutmix_box", "mixed_cross_entropy", "sample_boxes"),
     "dropout": ("Cutout", "DropBlock2d", "ShakeDrop", "StochasticDepth"),
+    "data.benchmark": ("benchmark_of", "folder_benchmark"),
     "evaluation": ("evaluate",),
+    "foreign": ("load_model",),
     "localization": ("cam_box", "class_activation_map", "localization_accuracy"),
     "mixup": ("ManifoldMix", "Mixup", "MixupCutMix"),
     "networks": ("Classifier", "WideResNet", "pyramidnet", "resnet_cifar", "resnet_imagenet"),
     "occlusion": ("in_between", "occlude"),
-    "uncertainty": ("adaptive_calibration_error", "calibration_error", "confidence", "ood_metrics"),
+    "uncertainty": (
+        "adaptive_calibration_error", "calibration_error", "confidence", "ood_metrics", "ood_scores", "temperature",
+    ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-EPSILON = 8 / 255
+EPSILON, SLACK = 8 / 255, 1e-4
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -16,7 +16,13 @@ def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Te
 
     The sum over the batch is differentiated, so that no sample's gradient shrinks with the batch's size. Dtypes below
     float32 are refused: a softmax saturated in half precision gives zero gradients and pretends robustness.
+
+    Raises:
+        ValueError: a model in training mode.
+        TypeError: logits in half precision.
     """
+    if getattr(model, "training", False):
+        raise ValueError("the model is in training mode: batch norm would learn from the attack; call model.eval()")
     images = images.detach().requires_grad_(True)
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         logits = model(images)
@@ -42,8 +48,13 @@ def fgsm(
         ValueError: images outside [0, 1].
         TypeError: logits in half precision.
     """
-    check_range(images)
-    attacked = images + epsilon * input_gradient(model, images, labels).sign()
+    images = in_range(images)
+    return fgsm_step(images, input_gradient(model, images, labels), epsilon, clip)
+
+
+def fgsm_step(images: Tensor, gradient: Tensor, epsilon: float = EPSILON, clip: bool = True) -> Tensor:
+    """`fgsm` from a gradient that is there already."""
+    attacked = images + epsilon * gradient.sign()
     return attacked.clamp(0, 1) if clip else attacked
 
 
@@ -73,7 +84,7 @@ def pgd(
         ValueError: images outside [0, 1].
         TypeError: logits in half precision.
     """
-    check_range(images)
+    images = in_range(images)
     start = images
     if random_start:
         noise = torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)
@@ -98,8 +109,21 @@ def pgd_from(
     return attacked.detach()
 
 
-def check_range(images: Tensor) -> None:
-    """ValueError for images outside [0, 1] or that are not numbers."""
+def autoattack(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Tensor:
+    """The standard ensemble of Croce and Hein (2020), 8/255, by the package torchattacks."""
+    from torchattacks import AutoAttack
+
+    attack = AutoAttack(model, "Linf", EPSILON, n_classes=num_classes, seed=seed)
+    return attack(in_range(images), labels)
+
+
+def in_range(images: Tensor) -> Tensor:
+    """The images clipped to [0, 1]; resizing and normalising to and fro leave values a little outside.
+
+    Raises:
+        ValueError: values further out than 1e-4, or that are not numbers.
+    """
     low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"images must lie in [0, 1], got {low.item():.4g} .. {high.item():.4g}")
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise ValueError(f"images must lie in [0, 1], got {low.item():.6g} .. {high.item():.6g}")
+    return images.clamp(0, 1)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,6 +44,10 @@ class Run:
     """Where the data sets are."""
     jobs: int = 0
     """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    workers: int | None = None
+    """Processes per run that read image files; none: one per core, eight at most."""
+    skip_broken: bool = False
+    """Leave out image files that cannot be decoded, and say so in the record, instead of ending."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -57,14 +62,22 @@ class Run:
         for name in self.tables:
             if name not in known:
                 raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
-        chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
+        chosen = [known[name] for name in self.tables] or experiments.built(known.values(), self.scale)
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
             log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            needs = partial(experiments.needs_of, data_root=self.data_root)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
-            chosen, self.scale, self.data_root, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
+            chosen,
+            self.scale,
+            self.data_root,
+            rows=self.rows,
+            seeds=self.seeds,
+            force=self.force,
+            jobs=self.jobs,
+            reading=experiments.Reading(self.workers, self.skip_broken),
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
@@ -90,14 +103,23 @@ class Train:
     """Steps between saves."""
     compile: bool = False
     """torch.compile the network."""
+    workers: int | None = None
+    """Processes that read image files; none: one per core, eight at most."""
+    skip_broken: bool = False
+    """Leave out image files that cannot be decoded instead of ending."""
 
     def __call__(self) -> None:
         from cutmix_robustness.data.benchmark import open_benchmark
+        from cutmix_robustness.data.inventory import needs
         from cutmix_robustness.experiments import train_and_evaluate
         from cutmix_robustness.train import make_fabric
+        from shared_utils.preflight import require
 
+        require(needs(self.settings, self.data_root))
         fabric = make_fabric(self.device, self.precision)
-        benchmark = open_benchmark(self.settings, self.seed, self.data_root, fabric.device)
+        benchmark = open_benchmark(
+            self.settings, self.seed, self.data_root, fabric.device, self.workers, self.skip_broken
+        )
         _, outcome = train_and_evaluate(
             self.settings,
             self.seed,
@@ -114,25 +136,42 @@ class Train:
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint of `train`: clean, robust and uncertain in one JSON object on stdout."""
+    """Judge a model of `train`, or any other one on --data, clean, robust and uncertain: one JSON object on stdout."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `cutmix-robustness train`."""
+    model: tyro.conf.Positional[str]
+    """Checkpoint of `train`; or torchvision:<name>, timm:<name>, package.module:function, TorchScript, ONNX, or a
+    checkpoint in the layout of the authors of CutMix."""
+    data: str = ""
+    """cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class; none: `train`'s."""
+    weights: Path | None = None
+    """State dict for torchvision:<name> or timm:<name>, instead of the pretrained one."""
     suites: tuple[str, ...] = ()
-    """Among clean, calibration, occlusion, fgsm, pgd, corruption, ood, in_between, localization; none: the run's."""
+    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, in_between,
+    localization; none: those of `train`, or the six that need nothing further."""
+    probe_images: int = 0
+    """Of any other model: so many test images for occlusion, attacks, corruptions and pairs; 0: all."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
+    """Where a named data set is."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    workers: int | None = None
+    """Processes that read image files; none: one per core, eight at most."""
+    skip_broken: bool = False
+    """Leave out image files that cannot be decoded instead of ending."""
 
     def __call__(self) -> None:
-        from cutmix_robustness.experiments import evaluate_checkpoint
+        from cutmix_robustness.experiments import Reading, evaluate_checkpoint, evaluate_model
         from cutmix_robustness.settings import SUITES
 
         for suite in self.suites:
             if suite not in SUITES:
                 raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
-        metrics = evaluate_checkpoint(self.checkpoint, self.data_root, self.device, self.suites)
+        if self.data:
+            reading = Reading(self.workers, self.skip_broken)
+            words = (self.model, self.data, self.data_root, self.device, self.suites, self.weights, self.probe_images)
+            metrics = evaluate_model(*words, reading)
+        else:
+            metrics = evaluate_checkpoint(Path(self.model), self.data_root, self.device, self.suites)
         print(json.dumps(metrics, indent=2))
 
 
@@ -152,6 +191,8 @@ class Corrupt:
     """Severity table of image files."""
     seed: int = 0
     """Of all draws."""
+    skip_broken: bool = False
+    """Leave out files that cannot be decoded instead of ending."""
     data_root: Path = field(default_factory=default_data_root)
     """Where a CIFAR test set is."""
 
@@ -164,7 +205,9 @@ class Corrupt:
             _, test, _ = cifar.load(self.source, self.data_root, "none", "cpu")
             corrupted.write_cifar_c(test, self.output, names, self.seed)
         else:
-            corrupted.write_images(Path(self.source), self.output, names, self.severities, self.scale, self.seed)
+            corrupted.write_images(
+                Path(self.source), self.output, names, self.severities, self.scale, self.seed, self.skip_broken
+            )
 
 
 @dataclass
@@ -173,21 +216,39 @@ class Data:
 
     data_root: Path = field(default_factory=default_data_root)
     """Where to look."""
-    download: Literal["cifar10", "cifar100", "svhn", "voc"] | None = None
+    download: Literal["mnist", "cifar10", "cifar100", "svhn", "voc"] | None = None
     """Fetch this one through torchvision, which checks its hash."""
+    tiny: Path | None = None
+    """Write small archives in the layout of the real ones into this new folder."""
+    verify: bool = False
+    """Decode every image that is there to its end."""
+    workers: int | None = None
+    """Processes of --verify; none: one per core, eight at most."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
 
-        from cutmix_robustness.data.inventory import fetch, inventory
+        from cutmix_robustness.data.inventory import fetch, inventory, verify
+        from cutmix_robustness.tiny import write_all
         from shared_utils.logging import console
+
+        if self.tiny:
+            return write_all(self.tiny)
+        if self.verify:
+            broken = verify(self.data_root, self.workers)
+            for name, lines in broken.items():
+                print(f"{name}: {f'{len(lines)} broken' if lines else 'all images can be decoded'}")
+                print(*(f"  {line}" for line in lines), sep="\n", end="\n" if lines else "")
+            if any(broken.values()):
+                raise RuntimeError(f"{sum(map(len, broken.values()))} files are broken, see above")
+            return None
 
         if self.download:
             fetch(self.download, self.data_root)
         grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory(self.data_root):
             grid.add_row(*row)
-        console().print(grid)
+        return console().print(grid)
 
 
 @dataclass

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor
 
+from cutmix_robustness.draws import own_stream
+
 VARIANTS = ("standard", "center_gaussian", "fixed", "scheduled", "one_hot", "complete")
 ROUNDINGS = ("reference", "exact")
 MODES = ("batch", "sample")
@@ -160,7 +162,8 @@ class CutMix:
             "fixed" keeps the box at fixed_size, "scheduled" multiplies prob by `progress`, "one_hot" gives the label
             of the larger part, "complete" half of both labels.
         fixed_size: side of the box of "fixed", in pixels.
-        generator: CPU generator of all draws; None: torch's default.
+        generator: CPU generator of all draws; None: torch's default. In a DataLoader's workers each has its own stream,
+            see `own_stream`.
 
     Attributes:
         progress: share of the training done, 0 .. 1; read by "scheduled" alone.
@@ -213,7 +216,7 @@ class CutMix:
 
     def draw(self, n: int) -> Tensor:
         """(n, 4) float64 uniform numbers: whether to mix, lam, centre y, centre x."""
-        return torch.rand(n, 4, dtype=torch.float64, generator=self.generator)
+        return torch.rand(n, 4, dtype=torch.float64, generator=own_stream(self.generator))
 
     def boxes(self, draws: Tensor, height: int, width: int) -> Tensor:
         """Boxes (n, 4) of (n, 4) draws, whether or not their sample is to be mixed."""
@@ -269,7 +272,7 @@ def partners(n: int, kind: str, generator: torch.Generator | None) -> Tensor:
     if n == 1:
         warnings.warn("a batch of one sample is mixed with itself", stacklevel=3)
     if kind == "permute":
-        return torch.randperm(n, generator=generator)
+        return torch.randperm(n, generator=own_stream(generator))
     return torch.arange(n).roll(1) if kind == "roll" else torch.arange(n).flip(0)
 
 

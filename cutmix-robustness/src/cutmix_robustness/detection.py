@@ -67,7 +67,7 @@ def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **opt
 
     Args:
         kind: "faster-rcnn" (feature pyramid on layers 1 to 4) or "ssd" (300 x 300).
-        resnet: ResNet-50 of this package.
+        resnet: ResNet of this package for ImageNet.
         min_size: of Faster R-CNN's images, in pixels.
         options: further arguments of torchvision's FasterRCNN.
     """
@@ -92,10 +92,10 @@ def train_and_measure(
     """
     train, test = VocImages(data_root, TRAIN, settings.detector, seed), VocImages(data_root, TEST)
     seed_everything(seed)
-    resnet = resnet_imagenet()
+    resnet = resnet_imagenet(settings.network)
     path = data_root / settings.initial_weights
     load_network(Classifier(resnet, (0.0,) * 3, (1.0,) * 3), load_checkpoint(path)["network"], str(path))
-    detector = build_detector(settings.detector, resnet)
+    detector = build_detector(settings.detector, resnet, settings.detector_side)
     fit_detector(detector, settings, train, seed, fabric, checkpoint, every)
     score = measure(detector, test, fabric)
     return Outcome({"voc07_map": score}, dataset={"train": train.record(), "test": test.record()})
@@ -117,7 +117,7 @@ def fit_detector(
     if checkpoint.exists():
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if content["run"] != run:
-            raise ValueError(f"{checkpoint}: checkpoint of another run; delete it or name another")
+            raise ValueError(f"{checkpoint}: checkpoint of another run; move it away")
         detector.load_state_dict(content["detector"])
         optimizer.load_state_dict(content["optimizer"])
         step = content["step"]

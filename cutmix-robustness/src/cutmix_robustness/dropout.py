@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutmix_robustness.draws import own_stream
+
 
 class Cutout:
     """Cover a square of each image, its centre uniform over the image, clipped at the border.
@@ -15,7 +17,7 @@ class Cutout:
     Args:
         size: side of the square in pixels: 16 on CIFAR, 112 on ImageNet.
         fill: value, or one per channel; the paper's 0 after normalisation is the mean colour before.
-        generator: CPU generator of the centres, one row of two per image; None: torch's default.
+        generator: of the centres, one row of two per image; as in `CutMix`.
 
     Raises:
         ValueError: size below 1; on calling, images that are not 4-D.
@@ -31,7 +33,7 @@ class Cutout:
         if images.ndim != 4:
             raise ValueError(f"images must be 4-D (N, C, H, W), got shape {tuple(images.shape)}")
         n, channels, height, width = images.shape
-        uniform = torch.rand(n, 2, dtype=torch.float64, generator=self.generator)
+        uniform = torch.rand(n, 2, dtype=torch.float64, generator=own_stream(self.generator))
         top_left = (uniform * torch.tensor([height, width])).floor().long() - self.size // 2
         y1, x1 = top_left.to(images.device)[:, :, None].unbind(1)  # (N, 1) each
         y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
@@ -48,6 +50,8 @@ def dropblock_gamma(keep_prob: float, block_size: int, height: int, width: int) 
 
 class DropBlock2d(nn.Module):
     """Drop contiguous squares of a feature map in training and rescale what is left.
+
+    torchvision's takes odd sizes only; the paper's on CIFAR is 4.
 
     Args:
         keep_prob: share of units kept, 0.9 in the paper.

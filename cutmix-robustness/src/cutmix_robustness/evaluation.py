@@ -1,12 +1,14 @@
 """One model, every column: clean, occluded, attacked, corrupted, between classes, from outside, and where it looks.
 
-Everything is computed in float32 (confidences in float64) on a model in evaluation mode. Under several processes each
-takes its share of the batches and every image counts once.
+Everything is computed in float32 (confidences in float64) on a model in evaluation mode, except that on CUDA suites
+which ask for the predicted class alone run in bfloat16. Under several processes each takes its share of the batches
+and every image counts once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +18,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from cutmix_robustness.attacks import fgsm, input_gradient, pgd
+from cutmix_robustness.attacks import autoattack, fgsm_step, input_gradient, pgd
 from cutmix_robustness.corruption_error import mean_corruption_error
 from cutmix_robustness.corruptions import CORRUPTIONS
 from cutmix_robustness.data.benchmark import Benchmark
-from cutmix_robustness.data.sources import Batches, generator_for
+from cutmix_robustness.data.sources import Batches, stratified
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import class_activation_map, localization_accuracy
-from cutmix_robustness.networks import Classifier
 from cutmix_robustness.occlusion import in_between, occlude
-from cutmix_robustness.uncertainty import calibration, confidence, ood_metrics
+from cutmix_robustness.uncertainty import calibration, ood_metrics, ood_scores, temperature
 
 TENTHS = [tenth / 10 for tenth in range(11)]
 
@@ -64,14 +66,14 @@ def collect(
     return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
 
 
-def logits_of(model: Classifier, source: Batches, fabric: Fabric) -> tuple[Tensor, Tensor]:
+def logits_of(model: nn.Module, source: Batches, fabric: Fabric) -> tuple[Tensor, Tensor]:
     """(N, K) logits and (N,) labels of a source, on the CPU."""
     with torch.no_grad():
         found = collect(source, lambda images, labels, _: {"logits": model(images), "labels": labels}, fabric)
     return found["logits"], found["labels"]
 
 
-def top1_error(model: Classifier, source: Batches, fabric: Fabric) -> float:
+def top1_error(model: nn.Module, source: Batches, fabric: Fabric) -> float:
     """In %; leaves the model in training mode."""
     logits, labels = logits_of(model.eval(), source, fabric)
     model.train()
@@ -86,27 +88,32 @@ class Evaluator:
     """The suites, on one model and one benchmark.
 
     Args:
-        model: images in [0, 1] to logits.
+        model: any module, images in [0, 1] to logits.
         benchmark: test set, corruptions, unknown inputs, boxes.
         fabric: device and processes.
         severities: of the corruptions.
-        probe_images: only the first so many test images for PGD, corruptions and pairs; 0: all.
-        seed: of pairs, random starts and corruptions that are generated here.
+        probe_images: so many test images, drawn by the seed with every class's share kept, for occlusion, PGD,
+            corruptions and pairs; 0, or more than there are: all.
+        seed: of probes, pairs, random starts and corruptions that are generated here.
+        fast: bfloat16 where only the predicted class counts (occlusion, corruptions, pairs); None: on CUDA.
     """
 
     def __init__(
         self,
-        model: Classifier,
+        model: nn.Module,
         benchmark: Benchmark,
         fabric: Fabric,
         severities: Sequence[int] = (1, 2, 3, 4, 5),
         probe_images: int = 0,
         seed: int = 0,
+        fast: bool | None = None,
     ):
+        self.fast = fabric.device.type == "cuda" if fast is None else fast
         self.model, self.benchmark, self.fabric = model.eval(), benchmark, fabric
         self.severities, self.seed = severities, seed
         test = benchmark.test
-        self.probes = test.select(torch.arange(min(probe_images, len(test)))) if probe_images else test
+        drawn = 0 < probe_images < len(test)
+        self.probes = test.select(stratified(test.labels, probe_images, seed)) if drawn else test
         self.logits, self.labels = logits_of(model, test, fabric)
 
     def run(self, suites: Sequence[str]) -> Evaluation:
@@ -130,11 +137,19 @@ class Evaluator:
         """Calibration errors, NLL, Brier score and mean confidence."""
         return Evaluation(calibration(self.logits, self.labels))
 
+    def temperature(self) -> Evaluation:
+        """Temperature fitted on half of the test set, and the calibration error on the other half before and after."""
+        order = torch.randperm(len(self.labels), generator=generator_for(self.seed, "temperature"))
+        fit, judged = order.split(math.ceil(len(order) / 2))
+        t = temperature(self.logits[fit], self.labels[fit])
+        before, after = (calibration(self.logits[judged] / each, self.labels[judged])["ece"] for each in (1.0, t))
+        return Evaluation({"temperature": t, "ece_before_scaling": before, "ece_after_scaling": after})
+
     def occlusion(self) -> Evaluation:
         """Error under a centred hole and under its complement, at eleven sizes (figure 5a)."""
         side = self._side()
         sizes = [round(tenth * side) for tenth in TENTHS]
-        mean = self.model.mean.flatten()
+        mean = torch.tensor(self.benchmark.mean)
         metrics: dict[str, float] = {}
         details: dict[str, object] = {}
         for where in ("center", "boundary"):
@@ -143,7 +158,7 @@ class Evaluator:
                 right = [self.model(occlude(images, size, where, mean)).argmax(1) == labels for size in sizes]
                 return {"right": torch.stack(right, 1)}
 
-            errors = self._curve(self.benchmark.test, measure)
+            errors = self._curve(self.probes, measure)
             metrics[f"{where}_occlusion_error"] = errors[5]
             metrics[f"{where}_occlusion_area"] = float(np.trapezoid(errors, dx=0.1))
             details[f"{where}_occlusion"] = errors
@@ -154,16 +169,21 @@ class Evaluator:
         return min(images.shape[2:])
 
     def _curve(self, source: Batches, measure: Callable) -> list[float]:
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             right = collect(source, measure, self.fabric)["right"]
         return [round(100 - 100 * value, 3) for value in right.double().mean(0).tolist()]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.fabric.device.type, torch.bfloat16, enabled=self.fast)
 
     def fgsm(self) -> Evaluation:
         """Accuracy under FGSM, 8/255, and the share of images whose gradient is zero (a sign of masking)."""
 
         def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
-            flat = input_gradient(self.model, images, labels).flatten(1).abs().amax(1) == 0
-            return {"right": self.model(fgsm(self.model, images, labels)).argmax(1) == labels, "flat": flat}
+            gradient = input_gradient(self.model, images, labels)
+            with torch.no_grad():
+                right = self.model(fgsm_step(images, gradient)).argmax(1) == labels
+            return {"right": right, "flat": gradient.flatten(1).abs().amax(1) == 0}
 
         found = collect(self.benchmark.test, measure, self.fabric)
         error = _error(found["right"])
@@ -175,40 +195,66 @@ class Evaluator:
 
         def measure(images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
             attacked = pgd(self.model, images, labels, generator=generator_for(self.seed, number, 4))
-            return {"right": self.model(attacked).argmax(1) == labels}
+            with torch.no_grad():
+                return {"right": self.model(attacked).argmax(1) == labels}
 
         return Evaluation({"pgd_accuracy": 100 - _error(collect(self.probes, measure, self.fabric)["right"])})
 
+    def autoattack(self) -> Evaluation:
+        """Accuracy under AutoAttack, 8/255."""
+
+        def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
+            attacked = autoattack(self.model, images, labels, self.benchmark.num_classes, self.seed)
+            with torch.no_grad():
+                return {"right": self.model(attacked).argmax(1) == labels}
+
+        return Evaluation({"autoattack_accuracy": 100 - _error(collect(self.probes, measure, self.fabric)["right"])})
+
     def corruption(self) -> Evaluation:
-        """Errors under the 15 corruptions, their mean and group means; on ImageNet over AlexNet's errors as well."""
+        """Errors under the 15 corruptions, their mean, rise over clean and group means; on ImageNet (relative) mCE."""
         errors = np.array([[self._corrupted_error(name, each) for each in self.severities] for name in CORRUPTIONS])
         spread = np.repeat(errors.mean(1, keepdims=True), 5, 1)  # (15, 5): the mean over the severities measured
         summary = mean_corruption_error(spread)
         metrics = {"corruption_error": summary.pop("mean")}
         metrics |= {f"{group}_error": value for group, value in summary.items()}
+        right = self.logits.argmax(1) == self.labels
+        clean = _error(right if self.probes.index is None else right[self.probes.index])
+        metrics["corruption_rise"] = metrics["corruption_error"] - clean
         if self.benchmark.corruption_scale == "imagenet":
             relative = mean_corruption_error(spread / 100, "alexnet")
             metrics["mce"] = 100 * relative.pop("mean")
             metrics |= {f"{group}_ce": 100 * value for group, value in relative.items()}
+            over_clean = mean_corruption_error(spread / 100, "alexnet", clean_error=clean / 100)
+            metrics["relative_mce"] = 100 * over_clean["mean"]
         return Evaluation(metrics, {"corruption_errors": errors.round(3).tolist()})
 
     def _corrupted_error(self, name: str, severity: int) -> float:
         source = self.benchmark.corrupted(self.probes, name, severity, self.seed)
-        logits, labels = logits_of(self.model, source, self.fabric)
+        with self._autocast():
+            logits, labels = logits_of(self.model, source, self.fabric)
         return _error(logits.argmax(1) == labels)
 
     def ood(self) -> Evaluation:
-        """Detection of unknown inputs by the maximum softmax probability: per set, and their mean (Table 12, A2)."""
-        known = confidence(self.logits)[0]
-        found = {}
+        """Detection of unknown inputs by the maximum softmax probability: per set, and their mean (Table 12, A2).
+
+        Beside it the mean AUROC of two later scores, the energy and the largest logit.
+        """
+        known = ood_scores(self.logits)
+        found, others = {}, {score: [] for score in known if score != "msp"}
         for name, source in self.benchmark.unknown().items():
-            found[name] = ood_metrics(known, confidence(logits_of(self.model, source, self.fabric)[0])[0])
-        metrics = {}
+            unknown = ood_scores(logits_of(self.model, source, self.fabric)[0])
+            found[name] = ood_metrics(known["msp"], unknown["msp"])
+            for score, aurocs in others.items():
+                aurocs.append(ood_metrics(known[score], unknown[score])["auroc"])
+        if not found:
+            raise ValueError(f"{self.benchmark.test.name} comes without unknown inputs, the suite ood needs them")
+        metrics: dict[str, float] = {}
         for key in ("auroc", "tnr95", "detection_accuracy"):
             for name, values in found.items():
                 metrics[f"{name}_{key}"] = 100 * values[key]
             metrics[f"ood_{key}"] = 100 * float(np.mean([values[key] for values in found.values()]))
         metrics["ood_detection_error"] = 100 - metrics["ood_detection_accuracy"]
+        metrics |= {f"ood_auroc_{score}": 100 * float(np.mean(aurocs)) for score, aurocs in others.items()}
         return Evaluation(metrics)
 
     def in_between(self) -> Evaluation:
@@ -226,7 +272,7 @@ class Evaluator:
                     right.append((predicted == labels) | (predicted == other_labels))
                 return {"right": torch.stack(right, 1), "distinct": labels != other_labels}
 
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 found = collect(pairs, measure, self.fabric)
             right, distinct = found["right"].double(), found["distinct"]
             neither = (100 - 100 * right.mean(0)).tolist()
@@ -255,7 +301,7 @@ class Evaluator:
 
 
 def evaluate(
-    models: dict[str, Classifier],
+    models: Mapping[str, nn.Module],
     suites: Sequence[str],
     benchmark: Benchmark,
     fabric: Fabric | None = None,
@@ -264,9 +310,9 @@ def evaluate(
     """One row per model with every column of the suites.
 
     Args:
-        models: name to classifier (images in [0, 1] to logits), on the fabric's device.
-        suites: among clean, calibration, occlusion, fgsm, pgd, corruption, ood, in_between, localization.
-        benchmark: from `open_benchmark`, or your own sources.
+        models: name to any module (images in [0, 1] to logits), on the fabric's device; put into evaluation mode.
+        suites: among `SUITES`; localization needs a `Classifier`.
+        benchmark: from `benchmark_of` (tensors), `folder_benchmark` or `open_benchmark`.
         fabric: device and processes; None: one process on the CPU.
         options: further arguments of `Evaluator`.
     """

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
 
-from cutmix_robustness.data.benchmark import Benchmark, open_benchmark
+from cutmix_robustness.data.benchmark import Benchmark, folder_benchmark, open_benchmark
+from cutmix_robustness.data.inventory import needs
 from cutmix_robustness.data.ood import outliers
-from cutmix_robustness.data.sources import ResidentImages, generator_for
-from cutmix_robustness.evaluation import Evaluator, top1_error
+from cutmix_robustness.data.sources import Batches, ResidentImages
+from cutmix_robustness.draws import generator_for
+from cutmix_robustness.evaluation import Evaluator, logits_of, top1_error
+from cutmix_robustness.foreign import load_model
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
 from cutmix_robustness.train import fit, load_checkpoint, load_network, make_fabric
+from shared_utils.logging import get_logger
+from shared_utils.preflight import Need, require
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables, settings_hash
 
+logger = get_logger("cutmix-robustness")
+
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
+PAPER_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "cub": 5_994}
+GENERAL = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption")  # what any model can be judged by
 AVERAGED = (  # Table 4 of 2003.03879
     "top1_error", "fgsm_error", "center_occlusion_error", "noise_ce", "blur_ce", "weather_ce", "digital_ce",
 )  # fmt: skip
 WITH_BRANCHES = ("small", "resnet", "wrn", "pyramidnet", "resnext")
+
+
+class Reading(NamedTuple):
+    """How image files are read; see `open_benchmark`."""
+
+    workers: int | None = None
+    skip_broken: bool = False
+
+
+READING = Reading()
 
 
 def tables() -> list[Table]:
@@ -36,6 +56,18 @@ def tables() -> list[Table]:
     if not (PROJECT / "tables").is_dir():
         raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+
+
+def built(known: Iterable[Table], scale: str) -> list[Table]:
+    """Tables that can be run at a scale; those that this project lacks (captioning) are named in the log."""
+    chosen = []
+    for table in known:
+        if scale in table.scales:
+            if table.scales[scale].settings.get("task") == "captioning":
+                logger.info("%s is not built: image captioning on COCO is not part of this project", table.id)
+            else:
+                chosen.append(table)
+    return chosen
 
 
 def run_tables(
@@ -47,6 +79,7 @@ def run_tables(
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
+    reading: Reading = READING,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -55,20 +88,24 @@ def run_tables(
         "cutmix-robustness",
         runs,
         log,
-        partial(execute, data_root=data_root),
+        partial(execute, data_root=data_root, reading=reading),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
+        needs=partial(needs_of, data_root=data_root),
     )
     return log
 
 
-def execute(settings: dict, seed: int, *, data_root: Path) -> Outcome:
+def needs_of(settings: dict, *, data_root: Path) -> list[Need]:
+    """All that a run of a table reads."""
+    return list(needs(Settings(**settings), data_root))
+
+
+def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = READING) -> Outcome:
     """One run of a table; killed and started again, it goes on from runs/checkpoints."""
     resolved = Settings(**settings)
-    if resolved.task == "captioning":
-        raise ValueError("image captioning (NIC on COCO, Table A1) is not part of this project")
     if resolved.task == "properties":
         return measure_properties(resolved, seed)
     checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
@@ -77,9 +114,11 @@ def execute(settings: dict, seed: int, *, data_root: Path) -> Outcome:
 
         outcome = train_and_measure(resolved, seed, data_root, _fabric(), checkpoint)
     else:
-        benchmark = open_benchmark(resolved, seed, data_root, _fabric().device)
+        benchmark = open_benchmark(resolved, seed, data_root, _fabric().device, **reading._asdict())
         _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
     checkpoint.unlink(missing_ok=True)
+    if resolved.initial_weights:
+        outcome = replace(outcome, weights={resolved.initial_weights: _digest(data_root / resolved.initial_weights)})
     return outcome
 
 
@@ -125,7 +164,30 @@ def train_and_evaluate(
     found.details["test_errors"] = {str(epoch): round(error, 3) for epoch, error in errors.items()}
     found.details["train"] = {name: round(value, 4) for name, value in curve[-1].items()}
     dataset = {"train": benchmark.train.record(), "test": benchmark.test.record()}
-    return model, Outcome(found.metrics, found.details, dataset)
+    if settings.probe_images:
+        dataset["probes"] = evaluator.probes.record()
+    caveats = [_skipped(part) for part in (benchmark.train, benchmark.test)] + _other_size(settings, benchmark)
+    precision = str(fabric.strategy.precision.precision)
+    return model, Outcome(
+        found.metrics, found.details, dataset, precision=precision, caveats=tuple(filter(None, caveats))
+    )
+
+
+def _skipped(part: Batches) -> str:
+    skipped = getattr(part, "skipped", [])
+    return f"{len(skipped)} files of {part.name} skipped" if skipped else ""  # type: ignore[attr-defined]
+
+
+def _other_size(settings: Settings, benchmark: Benchmark) -> list[str]:
+    """What tells a set that is not the paper's by its size from the paper's."""
+    expected = PAPER_IMAGES.get(settings.dataset, len(benchmark.train))
+    own = len(benchmark.train) != expected and not settings.train_images
+    return [f"{len(benchmark.train):,} of the paper's {expected:,} training images"] if own else []
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def build_classifier(settings: Settings, benchmark: Benchmark, seed: int) -> Classifier:
@@ -162,6 +224,42 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, suites: Sequen
     seed = content["run"]["seed"]
     evaluator = Evaluator(model, benchmark, fabric, settings.severities, settings.probe_images, seed)
     return evaluator.run(suites or settings.suites).metrics
+
+
+def evaluate_model(
+    where: str,
+    data: str,
+    data_root: Path,
+    device: str,
+    suites: Sequence[str],
+    weights: Path | None = None,
+    probe_images: int = 0,
+    reading: Reading = READING,
+) -> dict[str, float]:
+    """Metrics of any model that `load_model` knows.
+
+    Args:
+        where: of the model.
+        data: cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class.
+        data_root: of a named data set.
+        device: auto, cpu or cuda.
+        suites: none means clean, calibration, occlusion, fgsm, pgd and corruption.
+        weights: see `load_model`.
+        probe_images: see `Evaluator`.
+        reading: of image files.
+    """
+    suites, fabric = suites or GENERAL, make_fabric(device)
+    if data in PAPER_IMAGES or data == "cifar10-jpeg":
+        settings = Settings(dataset=data, augment="none", suites=tuple(suites))
+        require(needs(settings, data_root))
+        benchmark = open_benchmark(settings, 0, data_root, fabric.device, **reading._asdict())
+    else:
+        benchmark = folder_benchmark(Path(data), fabric.device, **reading._asdict())
+    model = load_model(where, benchmark.num_classes, benchmark.mean, benchmark.std, weights).to(fabric.device)
+    logits, _ = logits_of(model, benchmark.test.select(torch.arange(1)), fabric)
+    if logits.shape[1] < benchmark.num_classes:
+        raise ValueError(f"{where} tells {logits.shape[1]} classes apart, {data} has {benchmark.num_classes}")
+    return Evaluator(model, benchmark, fabric, probe_images=probe_images).run(suites).metrics
 
 
 def measure_properties(settings: Settings, seed: int) -> Outcome:

@@ -194,8 +194,8 @@ def draw_methods() -> plt.Figure:
     import torch
 
     from cutmix_robustness.cutmix import CutMix, cutmix_box
-    from cutmix_robustness.data.sources import generator_for
     from cutmix_robustness.data.twowave import twowave
+    from cutmix_robustness.draws import generator_for
     from cutmix_robustness.dropout import Cutout
 
     images = photographs().float() / 255
@@ -234,7 +234,7 @@ def draw_methods() -> plt.Figure:
 def draw_corruptions() -> plt.Figure:
     """One photograph under all 19 corruptions at severity 3 of the ImageNet table."""
     from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
-    from cutmix_robustness.data.sources import generator_for
+    from cutmix_robustness.draws import generator_for
 
     image = photographs()[:1]
     shown = [("original", image)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cutmix_robustness.cutmix import CutMix, MixedBatch, check_batch, check_mixing, partners, sample_lam
+from cutmix_robustness.draws import own_stream
 
 
 class Mixup:
@@ -18,7 +19,7 @@ class Mixup:
         prob: probability to mix: of the whole batch, or of each sample.
         mode: "batch" (one lam) or "sample".
         partner: "permute", "roll" or "flip", as in `CutMix`.
-        generator: CPU generator of all draws; None: torch's default.
+        generator: of all draws, as in `CutMix`.
 
     Raises:
         ValueError: a value out of its range; on calling, integer images.
@@ -41,7 +42,8 @@ class Mixup:
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point to be averaged, got {images.dtype}")
         n = len(images)
-        draws = torch.rand(n if self.mode == "sample" else 1, 2, dtype=torch.float64, generator=self.generator)
+        count = n if self.mode == "sample" else 1
+        draws = torch.rand(count, 2, dtype=torch.float64, generator=own_stream(self.generator))
         perm = partners(n, self.partner, self.generator).to(images.device)
         lam = torch.where(draws[:, 0] < self.prob, sample_lam(draws[:, 1], self.alpha), 1.0)
         lam = lam.float().expand(n).to(images.device)
@@ -101,7 +103,7 @@ class ManifoldMix:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, MixedBatch]:
         """Logits (N, K) of the mixed pass, and the mixed batch, whose `images` are those of the point."""
         if self.only is None:
-            self._point = int(torch.randint(self.n_points, (), generator=self.mix.generator))
+            self._point = int(torch.randint(self.n_points, (), generator=own_stream(self.mix.generator)))
         else:
             self._point = self.only
         if self._point == 0:
@@ -133,5 +135,5 @@ class MixupCutMix:
 
     def __call__(self, images: Tensor, labels: Tensor) -> MixedBatch:
         """Mix (N, C, H, W) float images and their labels."""
-        cut = torch.rand((), dtype=torch.float64, generator=self.generator) < self.switch_prob
+        cut = torch.rand((), dtype=torch.float64, generator=own_stream(self.generator)) < self.switch_prob
         return (self.cutmix if cut else self.mixup)(images, labels)

@@ -15,7 +15,8 @@ from torch import Tensor
 from cutmix_robustness.attacks import fgsm
 from cutmix_robustness.corruptions import SEVERITIES
 from cutmix_robustness.cutmix import CutMix, MixedBatch, mixed_cross_entropy, unmixed
-from cutmix_robustness.data.sources import ResidentImages, generator_for
+from cutmix_robustness.data.sources import ResidentImages
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.dropout import Cutout
 from cutmix_robustness.mixup import ManifoldMix, Mixup, MixupCutMix
 from cutmix_robustness.networks import Classifier

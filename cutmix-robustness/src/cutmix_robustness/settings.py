@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SUITES = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption", "ood", "in_between", "localization")
+SUITES = (
+    "clean", "calibration", "temperature", "occlusion", "fgsm", "pgd", "autoattack", "corruption", "ood", "in_between",
+    "localization",
+)  # fmt: skip
 DATASETS = ("twowave", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
 CHOICES = {
     "dataset": DATASETS,
@@ -67,7 +70,7 @@ class Settings:
     outliers: str = "none"
     """none, svhn, gan or uniform images 1:1 beside the batch, with the uniform label"""
     train_images: int = 0
-    """so many training images, the same number of each class (CIFAR); 0: all"""
+    """so many training images, drawn by the seed, the same number of each class (CIFAR); 0: all"""
     augment: str = "crop-flip"
     """none, crop-flip (pad 4), imagenet (resized crop, flip, colour) or wsol (resize 256, crop 224, flip)"""
     epochs: int = 300
@@ -93,9 +96,11 @@ class Settings:
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of the corruptions"""
     probe_images: int = 0
-    """only the first so many test images for PGD, corruptions and pairs in between; 0: all"""
+    """so many test images, drawn by the seed, for occlusion, PGD, corruptions and pairs in between; 0: all"""
     detector: str = "faster-rcnn"
     """task detection: faster-rcnn or ssd"""
+    detector_side: int = 600
+    """pixels, shorter side of Faster R-CNN's images"""
     steps: int = 120_000
     """task detection: iterations"""
 
@@ -135,8 +140,9 @@ _JPEG = Settings(
     milestones=(15, 22), eval_every=5, probe_images=1000, severities=(3,),
 )  # fmt: skip
 _JPEG_SHORT = replace(
-    _JPEG, network="small", train_images=5000, epochs=60, batch_size=64, milestones=(30, 45), probe_images=300
-)
+    _JPEG, network="small-wide", train_images=1000, epochs=150, batch_size=64, milestones=(75, 112), eval_every=50,
+    severities=(1, 3, 5),
+)  # fmt: skip
 PRESETS = {
     "twowave": _TWOWAVE,
     "twowave-cutmix": replace(_TWOWAVE, mix="cutmix"),

@@ -14,7 +14,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator_for
+from cutmix_robustness.data.sources import ImageFiles, ResidentImages
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
@@ -178,7 +179,7 @@ def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Opt
         theirs = content["run"]
         differing = [name for name in run["settings"] if run["settings"][name] != theirs["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != theirs[name]]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
+        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); name another file")
     model.network.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
     scaler = _scaler(fabric)
@@ -202,7 +203,9 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["network"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({reason}); another kind of model needs `eval --data`"
+        ) from error
     return content
 
 

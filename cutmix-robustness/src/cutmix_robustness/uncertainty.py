@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 TPR = 0.95
@@ -67,6 +69,23 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """T that minimises the NLL of logits / T (Guo et al. 2017), of (N, K) logits and (N,) labels."""
+    logits, labels = logits.double().cpu(), labels.cpu()
+
+    def nll(log_t: float) -> float:
+        return torch.nn.functional.cross_entropy(logits / float(np.exp(log_t)), labels).item()
+
+    return float(np.exp(minimize_scalar(nll, bounds=(-5, 5), method="bounded").x))
+
+
+def ood_scores(logits: Tensor) -> dict[str, np.ndarray]:
+    """Scores (N,) of (N, K) logits, higher for known inputs: largest softmax probability, energy, largest logit."""
+    logits = logits.double().cpu()
+    energy, largest = torch.logsumexp(logits, 1), logits.amax(1)
+    return {"msp": confidence(logits)[0], "energy": energy.numpy(), "max_logit": largest.numpy()}
+
+
 def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]:
     """How well a score tells known inputs (positive, higher) from unknown ones (appendix E of 1905.04899).
 
@@ -85,25 +104,17 @@ def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]
     for name, score in (("score_in", score_in), ("score_out", score_out)):
         if len(score) == 0 or np.isnan(score).any():
             raise ValueError(f"{name} must hold at least one score and no NaN, got {len(score)} scores")
-    thresholds = np.append(np.unique(np.concatenate([score_in, score_out])), np.inf)
-    sorted_in, sorted_out = np.sort(score_in), np.sort(score_out)
-    tpr = 1 - np.searchsorted(sorted_in, thresholds, side="left") / len(score_in)  # P(score_in >= t)
-    tnr = np.searchsorted(sorted_out, thresholds, side="left") / len(score_out)  # P(score_out < t)
+    scores = np.concatenate([score_in, score_out])
+    ranks = np.unique(scores, return_inverse=True)[1]  # metrics of order alone: infinite scores are as good as others
+    known = np.arange(len(scores)) < len(score_in)
+    fpr, tpr, _ = roc_curve(known, ranks, drop_intermediate=False)
     return {
-        "auroc": float(-np.trapezoid(tpr, 1 - tnr)),
-        "tnr95": float(tnr[np.flatnonzero(tpr >= TPR)[-1]]),
-        "detection_accuracy": float(((tpr + tnr) / 2).max()),
-        "aupr_in": _average_precision(score_in, score_out),
-        "aupr_out": _average_precision(-score_out, -score_in),
+        "auroc": float(roc_auc_score(known, ranks)),
+        "tnr95": float(1 - fpr[np.argmax(tpr >= TPR)]),
+        "detection_accuracy": float(((tpr + 1 - fpr) / 2).max()),
+        "aupr_in": float(average_precision_score(known, ranks)),
+        "aupr_out": float(average_precision_score(~known, -ranks)),
     }
-
-
-def _average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
-    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
-    hits = len(positive) - np.searchsorted(np.sort(positive), thresholds, side="left")
-    alarms = len(negative) - np.searchsorted(np.sort(negative), thresholds, side="left")
-    recall = hits / len(positive)
-    return float((np.diff(recall, prepend=0) * hits / (hits + alarms)).sum())
 
 
 def _checked(conf: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

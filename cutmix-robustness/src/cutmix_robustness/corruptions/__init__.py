@@ -18,6 +18,7 @@ from cutmix_robustness.corruptions import blur, digital, frost, noise, weather
 from cutmix_robustness.corruptions.pixels import to_unit, truncate
 from cutmix_robustness.corruptions.severities import SEVERITIES
 from cutmix_robustness.corruptions.streams import SampleStreams
+from cutmix_robustness.draws import own_stream
 
 __all__ = ["CORRUPTIONS", "EXTRA_CORRUPTIONS", "GROUPS", "SEVERITIES", "corrupt"]
 
@@ -136,7 +137,7 @@ def _constants(name: str, severity: int, scale: str) -> Any:
 def _seeds(count: int, generator: torch.Generator | None, seeds: Tensor | None) -> Tensor:
     if seeds is None:
         device = generator.device if generator is not None else None
-        return torch.randint(2**63 - 1, (count,), generator=generator, device=device)
+        return torch.randint(2**63 - 1, (count,), generator=own_stream(generator), device=device)
     if generator is not None:
         raise ValueError("seeds: expected None where a generator is given, got both")
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:

@@ -30,7 +30,9 @@ def defocus_blur(images: Tensor, severity: tuple[float, float], draws: None = No
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=images.device)
     disk = (offsets**2 + offsets[:, None] ** 2 <= radius**2).double()
     edge = gaussian_matrix(len(offsets), sigma, smoothing, "mirror", images.device)
-    return convolve(to_unit(images), edge @ (disk / disk.sum()) @ edge.T, border="mirror")
+    kernel = edge @ (disk / disk.sum()) @ edge.T
+    empty = int((kernel.amax(0) > 0).int().argmax())  # columns and rows of zeros around the disk
+    return convolve(to_unit(images), kernel[empty : len(kernel) - empty, empty : len(kernel) - empty], border="mirror")
 
 
 def draw_motion_angle(streams: SampleStreams, images: Tensor, severity: tuple[int, float]) -> Tensor:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import cv2
+import numpy as np
 import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
+_OPENCV = {"nearest": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT, "mirror": cv2.BORDER_REFLECT_101}
 _BLOCK = 56  # of 224 rows: small enough to skip most zeros of the band, large enough for the product to run at speed
 
 
@@ -64,9 +67,14 @@ def gaussian_filter(x: Tensor, sigma: tuple[float, float], truncate: float, bord
 def convolve(x: Tensor, kernel: Tensor, border: str) -> Tensor:
     """Convolve (N, C, H, W) with any kernel (K, K), K odd: float32.
 
-    The FFT runs in float64: its last bits depend on N, and those of float32 would show.
+    OpenCV does it on a CPU, plane by plane. Elsewhere the FFT runs in float64: its last bits depend on N, and those of
+    float32 would show.
     """
     height, width = x.shape[2:]
+    if x.device.type == "cpu":
+        turned = kernel.flip(0, 1).float().numpy()
+        planes = [cv2.filter2D(plane, -1, turned, borderType=_OPENCV[border]) for plane in x.flatten(0, 1).numpy()]
+        return torch.from_numpy(np.stack(planes)).view_as(x)
     reach = len(kernel) // 2
     rows, columns = (_fold(torch.arange(-reach, n + reach, device=x.device), n, border) for n in (height, width))
     size = [next_fast_len(n + 2 * reach, real=True) for n in (height, width)]

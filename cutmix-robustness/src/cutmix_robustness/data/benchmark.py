@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cutmix_robustness.data import cifar, imagenet, ood, twowave
 from cutmix_robustness.data.corrupted import corrupted_source
@@ -15,6 +16,7 @@ from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, 
 from cutmix_robustness.settings import Settings
 
 Source = ResidentImages | ImageFiles
+SMALL = 64  # pixels up to which images are corrupted with the strengths of CIFAR-C
 
 
 @dataclass
@@ -44,20 +46,76 @@ class Benchmark:
     boxes: list[np.ndarray] | None = None
 
     def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Batches:
-        """A corrupted copy of (the first images of) the test set."""
+        """A corrupted copy of the test set or of a part of it."""
         return corrupted_source(source, name, severity, self.corruption_scale, self.stored_corruptions, seed)
 
 
-def open_benchmark(settings: Settings, seed: int, data_root: Path, device: torch.device | str = "cpu") -> Benchmark:
+def open_benchmark(
+    settings: Settings,
+    seed: int,
+    data_root: Path,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    skip_broken: bool = False,
+) -> Benchmark:
     """The data set of the settings.
+
+    Args:
+        settings: of the run.
+        seed: of a drawn part of the training set, and of TwoWave.
+        data_root: where the data sets are.
+        device: where images go.
+        workers: processes that read image files; None: one per core, eight at most.
+        skip_broken: decode all image files first and leave out those that cannot be; they are named in the log.
 
     Raises:
         FileNotFoundError: a data set that is missing, with what to do.
     """
+    benchmark = _open(settings, seed, data_root, device, skip_broken)
+    for part in (benchmark.train, benchmark.test):
+        if isinstance(part, ImageFiles) and workers is not None:
+            part.num_workers = workers
+    if skip_broken and isinstance(benchmark.train, ImageFiles) and isinstance(benchmark.test, ImageFiles):
+        benchmark.train, benchmark.test = benchmark.train.without_broken(), benchmark.test.without_broken()
+        kept = benchmark.test.index
+        if benchmark.boxes is not None and kept is not None:
+            benchmark.boxes = [benchmark.boxes[number] for number in kept.tolist()]
+    return benchmark
+
+
+def benchmark_of(images: Tensor, labels: Tensor, unknown: Mapping[str, Tensor] | None = None) -> Benchmark:
+    """Your own test images, as tensors.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64.
+        unknown: sets of inputs from outside, by name, each as the images.
+    """
+    test = ResidentImages(images, labels, "images")
+    outside = {
+        name: ResidentImages(each, torch.zeros(len(each), dtype=torch.int64), name)
+        for name, each in (unknown or {}).items()
+    }
+    size = "imagenet" if max(images.shape[2:]) > SMALL else "cifar"
+    mean = tuple((images.double().mean((0, 2, 3)) / 255).tolist())
+    return Benchmark(test, test, int(labels.max()) + 1, mean, (1.0,) * 3, size, None, lambda: outside)
+
+
+def folder_benchmark(
+    root: Path, device: torch.device | str = "cpu", workers: int | None = None, skip_broken: bool = False
+) -> Benchmark:
+    """Test images of a folder with one folder per class, in alphabetical order, resized and cropped to 224 x 224."""
+    paths, labels, classes = image_folder(root)
+    test = ImageFiles(paths, labels, "image folder", "none", device, workers)
+    test = test.without_broken() if skip_broken else test
+    return Benchmark(test, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
+
+
+def _open(settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool) -> Benchmark:
     if settings.dataset == "twowave":
         return _twowave(seed, device)
     if settings.dataset in ("cifar10", "cifar100", "cifar10-jpeg"):
-        return _cifar(settings, data_root, device)
+        return _cifar(settings, seed, data_root, device, skip_broken)
     if settings.dataset == "imagenet":
         return _imagenet(settings, data_root, device)
     if settings.dataset == "cub":
@@ -66,12 +124,20 @@ def open_benchmark(settings: Settings, seed: int, data_root: Path, device: torch
     return _image_folder(settings, data_root, device)
 
 
-def _cifar(settings: Settings, data_root: Path, device: torch.device | str) -> Benchmark:
-    train, test, classes = cifar.load(settings.dataset, data_root, settings.augment, device, settings.train_images)
+def _cifar(settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool) -> Benchmark:
+    train, test, classes = cifar.load(
+        settings.dataset, data_root, settings.augment, device, settings.train_images, seed
+    )
     stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(settings.dataset)
+
+    def unknown() -> dict[str, ResidentImages]:
+        if stored:
+            return ood.open_sets(data_root, len(test), device, skip_broken)
+        return ood.digits_and_noise(data_root, len(test), device)
+
     return Benchmark(
         train, test, classes, cifar.MEAN, cifar.STD, "cifar", data_root / stored if stored else None,
-        lambda: ood.open_sets(data_root, device, settings.dataset == "cifar10-jpeg"),
+        unknown,
     )  # fmt: skip
 
 

@@ -11,12 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
-from cutmix_robustness.data.sources import ImageFiles, ResidentImages, generator_for
+from cutmix_robustness.corruptions import corrupt
+from cutmix_robustness.data.sources import ImageFiles, ResidentImages
+from cutmix_robustness.draws import generator_for
+from shared_utils.images import BrokenFile, image_files, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("cutmix-robustness")
 
 
 class Generated:
-    """A source behind a corruption; the same images for the same seed, whatever the batches or processes.
+    """A source behind a corruption; an image looks the same for the same seed in any batch, process or part of its set.
 
     Args:
         source: of uint8 images.
@@ -31,16 +36,18 @@ class Generated:
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
         """As the source's, corrupted."""
-        order = (*CORRUPTIONS, *EXTRA_CORRUPTIONS).index(self.corruption)
-        for number, images, labels in self.source.batches(rank, world):
-            generator = generator_for(self.seed, order, self.severity, number)
-            yield number, corrupt(images, self.corruption, self.severity, self.scale, generator=generator), labels
+        source = self.source
+        index = torch.arange(len(source)) if source.index is None else source.index
+        generator = generator_for(self.seed, self.corruption, self.severity)
+        seeds = torch.randint(2**63 - 1, (int(index.max()) + 1,), generator=generator)[index].split(source.step)
+        for number, images, labels in source.batches(rank, world):
+            yield number, corrupt(images, self.corruption, self.severity, self.scale, seeds=seeds[number]), labels
 
 
 def corrupted_source(
     source: ResidentImages | ImageFiles, name: str, severity: int, scale: str, stored: Path | None, seed: int
 ) -> ResidentImages | ImageFiles | Generated:
-    """Stored corrupted images of the first len(source) test images where the folder exists, else generated ones.
+    """Stored corrupted images of the test images in the source where the folder exists, else generated ones.
 
     Raises:
         FileNotFoundError: the folder exists but lacks this corruption.
@@ -63,9 +70,10 @@ def _cifar_c(folder: Path, name: str, severity: int, test: ResidentImages) -> Re
     if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or images.dtype != np.uint8:
         raise ValueError(f"{path}: expected (5 n, 32, 32, 3) uint8, got {images.shape} {images.dtype}")
     per_severity = len(images) // 5
-    if len(test) > per_severity:
-        raise ValueError(f"{path}: holds {per_severity} images per severity, the test set {len(test)}")
-    part = torch.from_numpy(np.array(images[(severity - 1) * per_severity :][: len(test)]))
+    index = np.arange(len(test)) if test.index is None else test.index.numpy()
+    if index.max() >= per_severity:
+        raise ValueError(f"{path}: holds {per_severity} images per severity, the test set has one more at least")
+    part = torch.from_numpy(images[(severity - 1) * per_severity + index])
     return ResidentImages(
         part.permute(0, 3, 1, 2).contiguous(), test.labels, f"{test.name}, {name} {severity}", device=test.images.device
     )
@@ -84,32 +92,56 @@ def write_cifar_c(test: ResidentImages, folder: Path, names: tuple[str, ...], se
 
 
 def write_images(
-    source: Path, folder: Path, names: Sequence[str], severities: Sequence[int], scale: str, seed: int
+    source: Path,
+    folder: Path,
+    names: Sequence[str],
+    severities: Sequence[int],
+    scale: str,
+    seed: int,
+    skip_broken: bool = False,
 ) -> int:
     """Write <folder>/<corruption>/<severity>/<file>.png for an image or every image of a folder; returns how many.
 
+    A PNG keeps its name, another file gets .png behind its own (cat.jpg.png), so that no two meet. Hidden files and
+    files that are no images are passed over.
+
     Raises:
         FileNotFoundError: no image is there.
-        ValueError: an image that cannot be decoded, an unknown corruption or severity.
+        ValueError: an unknown corruption or severity, or two files that would be written to one place.
+        BrokenFile: an image that cannot be decoded, unless those are to be skipped.
     """
-    paths = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    if not paths:
-        raise FileNotFoundError(f"{source}: no such image or folder of images")
-    for path in paths:
+    if source.is_file():
+        targets = {source: _png_name(Path(source.name))}
+    else:
+        targets = {path: _png_name(path.relative_to(source)) for path in image_files(source)[0]}
+    if not targets:
+        raise FileNotFoundError(f"{source}: no image is there")
+    by_target = {target: path for path, target in targets.items()}
+    for path, target in targets.items():
+        if by_target[target] != path:
+            raise ValueError(f"{path} and {by_target[target].name} would both be written to {target}; rename one")
+    written = 0
+    for path, target in targets.items():
         try:
-            with Image.open(path) as file:
-                image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)[None]
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-        inside = Path(path.name) if source.is_file() else path.relative_to(source)
-        for order, name in enumerate(names):
+            image = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)[None]
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            logger.warning("skipped: %s", error)
+            continue
+        for name in names:
             for severity in severities:
-                generator = generator_for(seed, order, severity, str(inside))
+                generator = generator_for(seed, name, severity, str(target))
                 done = corrupt(image, name, severity, scale, generator=generator)[0]
-                target = (folder / name / str(severity) / inside).with_suffix(".png")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(done.permute(1, 2, 0).numpy()).save(target)
-    return len(paths) * len(names) * len(severities)
+                place = folder / name / str(severity) / target
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(done.permute(1, 2, 0).numpy()).save(place)
+                written += 1
+    return written
+
+
+def _png_name(path: Path) -> Path:
+    return path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
 
 
 def _save(path: Path, array: np.ndarray) -> None:

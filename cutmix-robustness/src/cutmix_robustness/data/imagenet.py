@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cutmix_robustness.data.sources import ImageFiles, image_folder
+from shared_utils.images import BrokenFile
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -82,8 +83,12 @@ def load_cub(root: Path, augment: str, device: torch.device | str) -> tuple[Imag
     boxes = []
     for i in (~train).nonzero()[:, 0].tolist():
         x, y, width, height = map(float, columns["bounding_boxes"][i])
-        with Image.open(paths[i]) as image:
-            boxes.append(on_crop(np.array([[x, y, x + width, y + height]]), *image.size))
+        try:
+            with Image.open(paths[i]) as image:
+                size = image.size
+        except UnidentifiedImageError:
+            raise BrokenFile(f"{paths[i]}: this is not an image; unpack the archive again") from None
+        boxes.append(on_crop(np.array([[x, y, x + width, y + height]]), *size))
     return (
         part("train", train.nonzero()[:, 0], augment),
         part("test", (~train).nonzero()[:, 0], _test_transform(augment)),

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torchvision import datasets
 
-from cutmix_robustness.data.cifar import JPEG_ARCHIVE
+from cutmix_robustness.corruptions import CORRUPTIONS
+from cutmix_robustness.data.cifar import JPEG_ARCHIVE, broken_in_archive
 from cutmix_robustness.data.ood import FOLDERS
+from cutmix_robustness.data.sources import ImageFiles
+from cutmix_robustness.settings import Settings
+from shared_utils.images import SUFFIXES, image_files
+from shared_utils.preflight import Need, file, package
 
 FETCH = "cutmix-robustness data --download {}"
 CORRUPTED = "its authors' archive, or `corrupt`; else generated"
-ODIN = "the archive of ODIN's authors, by hand"
+ODIN = "the archive of ODIN's authors"
+WEIGHTS = "train the rows of Table 3 with `train --output`, and put the checkpoint there"
 SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("CIFAR-10", "paper", "163 MB", "", "cifar-10-batches-py", FETCH.format("cifar10")),
     ("CIFAR-100", "paper", "161 MB", "", "cifar-100-python", FETCH.format("cifar100")),
@@ -19,6 +27,7 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("CIFAR-10-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-10-C", CORRUPTED),
     ("CIFAR-100-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-100-C", CORRUPTED),
     *((f"unknown inputs: {name}", "paper", "", "", f"ood/{place}", ODIN) for name, place in FOLDERS.items()),
+    ("MNIST", "cifar10-jpeg", "53 MB", "", "MNIST", FETCH.format("mnist")),
     ("SVHN", "paper", "182 MB", "non-commercial", "train_32x32.mat", FETCH.format("svhn")),
     ("GAN samples", "paper", "", "", "gan-samples", "a folder of your own (one row of Table R1)"),
     ("ImageNet (ILSVRC 2012)", "paper", "150 GB", "research only", "imagenet", "by hand: train/<wnid>/, val/<wnid>/"),
@@ -41,7 +50,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def fetch(name: str, data_root: Path) -> None:
-    """Download cifar10, cifar100, svhn or voc through torchvision, which checks the archive's hash."""
+    """Download mnist, cifar10, cifar100, svhn or voc through torchvision, which checks the archive's hash."""
     root = str(data_root)
     if name == "svhn":
         datasets.SVHN(root, split="train", download=True)
@@ -49,4 +58,85 @@ def fetch(name: str, data_root: Path) -> None:
         for year, part in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test")):
             datasets.VOCDetection(root, year=year, image_set=part, download=True)
     else:
-        {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](root, download=True)
+        {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](root, download=True)
+
+
+def verify(data_root: Path, workers: int | None = None) -> dict[str, list[str]]:
+    """Decode every image below the data root to its end: what cannot be, by data set.
+
+    Args:
+        data_root: where the data sets are; those that are missing are passed over.
+        workers: processes; None: one per core, eight at most.
+    """
+    found: dict[str, list[str]] = {}
+    for name, *_, place, _ in SETS:
+        path = data_root / place
+        if place == JPEG_ARCHIVE and path.is_file():
+            found[name] = broken_in_archive(path)
+        elif path.is_dir() and (paths := image_files(path)[0]):
+            files = ImageFiles(paths, torch.zeros(len(paths), dtype=torch.int64), name, num_workers=workers)
+            found[name] = list(files.broken().values())
+    return found
+
+
+def needs(settings: Settings, data_root: Path) -> Iterator[Need]:
+    """All that a run reads, from its training set to the last suite of its evaluation."""
+    if settings.task == "captioning":
+        yield Need("image captioning on COCO (Table A1)", "this project does not have it; name the other tables", False)
+    elif settings.task == "detection":
+        for year, part in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test")):
+            listing = data_root / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / f"{part}.txt"
+            yield file(listing, f"Pascal VOC {year} {part}", _fetched("voc", data_root))
+    elif settings.task == "classification":
+        yield from _training_set(settings, data_root)
+        yield from _evaluation_sets(settings, data_root)
+    if settings.initial_weights:
+        yield file(data_root / settings.initial_weights, "weights to start from", WEIGHTS)
+
+
+def _training_set(settings: Settings, data_root: Path) -> Iterator[Need]:
+    two_parts = {"imagenet": (data_root / "imagenet", "train", "val"), "image-folder": (data_root, "train", "test")}
+    if settings.dataset in ("cifar10", "cifar100"):
+        place = "cifar-10-batches-py" if settings.dataset == "cifar10" else "cifar-100-python"
+        yield file(data_root / place, settings.dataset.upper(), _fetched(settings.dataset, data_root))
+    elif settings.dataset == "cifar10-jpeg":
+        yield file(
+            data_root / JPEG_ARCHIVE, "CIFAR-10 (JPEG)", "make a zip of train/<class>/*.jpg and test/<class>/*.jpg"
+        )
+    elif settings.dataset == "cub":
+        yield file(data_root / "CUB_200_2011", "CUB-200-2011", "unpack its authors' archive there")
+    elif settings.dataset in two_parts:
+        root, *parts = two_parts[settings.dataset]
+        for part in parts:
+            yield file(root / part, f"{settings.dataset}, {part}", "put one folder of images per class there")
+    if settings.outliers == "svhn":
+        yield file(data_root / "train_32x32.mat", "SVHN", _fetched("svhn", data_root))
+    elif settings.outliers == "gan":
+        yield _images(data_root / "gan-samples", "GAN samples", "put images of your own generator there")
+
+
+def _evaluation_sets(settings: Settings, data_root: Path) -> Iterator[Need]:
+    if "autoattack" in settings.suites:
+        yield package("torchattacks", "install it without its outdated pins: pip install --no-deps torchattacks")
+    if "ood" in settings.suites and settings.dataset in ("cifar10", "cifar100"):
+        for name, folder in FOLDERS.items():
+            yield _images(data_root / "ood" / folder, f"unknown inputs {name}", f"unpack {ODIN} there")
+    if "ood" in settings.suites and settings.dataset == "cifar10-jpeg":
+        yield file(data_root / "MNIST" / "raw", "MNIST as unknown inputs", _fetched("mnist", data_root))
+    if "localization" in settings.suites and settings.dataset == "imagenet":
+        yield file(data_root / "imagenet" / "val_boxes", "ImageNet's validation boxes", "put <image>.xml there")
+    stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "imagenet": "imagenet-c"}.get(settings.dataset, "")
+    if "corruption" in settings.suites and stored and (data_root / stored).is_dir():
+        remedy = "complete the folder, or move it away: corruptions are then generated"
+        for name in CORRUPTIONS:
+            places = [f"{name}.npy"] if stored != "imagenet-c" else [f"{name}/{each}" for each in settings.severities]
+            for place in places:
+                yield file(data_root / stored / place, f"{stored}, {place}", remedy)
+
+
+def _images(folder: Path, what: str, remedy: str) -> Need:
+    return Need(f"{what} ({folder})", remedy, any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")))
+
+
+def _fetched(name: str, data_root: Path) -> str:
+    return f"run `{FETCH.format(name)} --data-root {data_root}`"

@@ -1,4 +1,4 @@
-"""Inputs from outside: the seven sets of the paper's appendix E, and images for outlier training."""
+"""Inputs from outside: the seven sets of the paper's appendix E, quick ones, and images for outlier training."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL.Image import Resampling
+from scipy.io import loadmat
 from torchvision import datasets
 
 from cutmix_robustness.data.sources import ResidentImages
+from shared_utils.images import BrokenFile, image_files, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("cutmix-robustness")
 
 FOLDERS = {  # the names of the archives that ODIN's authors published
     "tiny_imagenet_crop": "Imagenet",
@@ -18,8 +24,6 @@ FOLDERS = {  # the names of the archives that ODIN's authors published
     "lsun_resize": "LSUN_resize",
     "isun": "iSUN",
 }
-NOISE_IMAGES = 10_000
-EXTENSIONS = {".png", ".jpg", ".jpeg"}
 
 
 def noise_sets(n: int, side: int, seed: int, device: torch.device | str) -> dict[str, ResidentImages]:
@@ -33,41 +37,58 @@ def noise_sets(n: int, side: int, seed: int, device: torch.device | str) -> dict
     }
 
 
-def open_sets(data_root: Path, device: torch.device | str, noise_only: bool = False) -> dict[str, ResidentImages]:
-    """The seven sets for 32 x 32 models.
-
-    Args:
-        data_root: the five image sets are in its folder `ood`.
-        device: where they go.
-        noise_only: leave out the five image sets.
+def open_sets(
+    data_root: Path, n_noise: int, device: torch.device | str, skip_broken: bool = False
+) -> dict[str, ResidentImages]:
+    """The paper's seven sets for 32 x 32 models: five of images in the data root's folder `ood`, two of noise.
 
     Raises:
         FileNotFoundError: an image set is missing.
     """
-    images = {} if noise_only else FOLDERS
-    sets = {name: folder_of_images(data_root / "ood" / folder, name, device) for name, folder in images.items()}
-    return sets | noise_sets(NOISE_IMAGES, 32, 0, device)
+    sets = {
+        name: folder_of_images(data_root / "ood" / folder, name, device, skip_broken)
+        for name, folder in FOLDERS.items()
+    }
+    return sets | noise_sets(n_noise, 32, 0, device)
 
 
-def folder_of_images(folder: Path, name: str, device: torch.device | str) -> ResidentImages:
+def digits_and_noise(data_root: Path, n_noise: int, device: torch.device | str) -> dict[str, ResidentImages]:
+    """MNIST's test digits, framed in black to 32 x 32, and the two noises: what costs a few seconds to judge on.
+
+    Raises:
+        FileNotFoundError: MNIST is missing, with what to do.
+    """
+    try:
+        grey = datasets.MNIST(str(data_root), train=False).data
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{data_root} lacks MNIST: run `cutmix-robustness data --download mnist --data-root {data_root}`"
+        ) from error
+    digits = F.pad(grey, [2] * 4)[:, None].expand(-1, 3, -1, -1).numpy()
+    return {"mnist": _unlabelled(digits, "MNIST, test", device)} | noise_sets(n_noise, 32, 0, device)
+
+
+def folder_of_images(folder: Path, name: str, device: torch.device | str, skip_broken: bool = False) -> ResidentImages:
     """All images below a folder, at 32 x 32 (resized where they are not).
 
     Raises:
         FileNotFoundError: no image is there.
-        ValueError: an image that cannot be decoded, by name.
+        BrokenFile: an image that cannot be decoded, unless those are to be skipped.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    paths = image_files(folder)[0] if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"{folder}: holds no image; see `cutmix-robustness data`")
-    pixels = np.empty((len(paths), 3, 32, 32), np.uint8)
-    for number, path in enumerate(paths):
+    pixels = []
+    for path in paths:
         try:
-            with Image.open(path) as image:
-                small = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
-            pixels[number] = np.asarray(small).transpose(2, 0, 1)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    return _unlabelled(pixels, name, device)
+            small = read_image(path).resize((32, 32), Resampling.BILINEAR)
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            logger.warning("skipped: %s", error)
+            continue
+        pixels.append(np.asarray(small).transpose(2, 0, 1))
+    return _unlabelled(np.stack(pixels), name, device)
 
 
 def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.device | str) -> ResidentImages:
@@ -77,16 +98,16 @@ def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.dev
         FileNotFoundError: they are missing, with what to do.
     """
     if kind == "uniform":
-        return noise_sets(NOISE_IMAGES, side, seed + 1, device)["uniform"]
+        return noise_sets(10_000, side, seed + 1, device)["uniform"]
     if kind == "gan":
         return folder_of_images(data_root / "gan-samples", "GAN samples", device)
-    try:
-        svhn = datasets.SVHN(str(data_root), split="train")
-    except RuntimeError as error:
+    path = data_root / "train_32x32.mat"
+    if not path.is_file():
         raise FileNotFoundError(
-            f"{data_root} lacks SVHN: run `cutmix-robustness data --download svhn --data-root {data_root}`"
-        ) from error
-    return _unlabelled(svhn.data, "SVHN, train", device)
+            f"{path}: no such file; run `cutmix-robustness data --download svhn --data-root {data_root}`"
+        )
+    pixels = loadmat(path)["X"].transpose(3, 2, 0, 1)  # from (32, 32, 3, N)
+    return _unlabelled(np.ascontiguousarray(pixels), "SVHN, train", device)
 
 
 def _unlabelled(pixels: np.ndarray, name: str, device: torch.device | str) -> ResidentImages:

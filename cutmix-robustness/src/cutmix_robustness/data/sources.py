@@ -7,16 +7,22 @@ image), so that it depends on neither the number of workers or ranks nor on wher
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+
+from cutmix_robustness.draws import generator_for
+from shared_utils.images import BrokenFile, image_files, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("cutmix-robustness")
 
 
 class Lighting(nn.Module):
@@ -43,7 +49,6 @@ class Lighting(nn.Module):
         return (image + 255 * shift[:, None, None]).round().clamp(0, 255).to(torch.uint8)
 
 
-RESIDENT_BATCH, FILES_BATCH = 500, 250  # images of an evaluation step
 TRANSFORMS = {
     "imagenet": [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4), Lighting()],
     "wsol": [v2.Resize((256, 256)), v2.RandomCrop(224), v2.RandomHorizontalFlip()],
@@ -53,18 +58,37 @@ TRANSFORMS = {
 }
 
 
-def generator_for(*key: int | str) -> torch.Generator:
-    """A CPU generator that the key (seed, epoch, batch, ...) decides."""
-    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def index_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """Every full global batch of an epoch, in an order that seed and epoch decide; ValueError if there is none."""
     if n < batch_size:
         raise ValueError(f"{n} training images hold no full batch of {batch_size}")
     order = torch.randperm(n, generator=generator_for(seed, epoch))
     return [batch for batch in order.split(batch_size) if len(batch) == batch_size]
+
+
+def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
+    """Indices (n,) of images drawn at random with every class's share kept to within one image, in ascending order.
+
+    Args:
+        labels: (N,) int64.
+        n: how many; at most N.
+        seed: of the draw.
+
+    Raises:
+        ValueError: n outside 1 .. N.
+    """
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"a subset of {n} images was asked of {len(labels)}")
+    labels, generator = labels.cpu(), generator_for(seed, "stratified")
+    quota = n * labels.bincount().double() / len(labels)
+    take = quota.long()
+    remainder = quota - take + 1e-9 * torch.rand(len(quota), dtype=torch.float64, generator=generator)
+    take[remainder.argsort(descending=True)[: n - int(take.sum())]] += 1
+    drawn = []
+    for label, count in enumerate(take.tolist()):
+        members = (labels == label).nonzero()[:, 0]
+        drawn.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(drawn).sort().values
 
 
 class Batches(Protocol):
@@ -83,12 +107,14 @@ class ResidentImages:
         name: for the run record.
         augment: "none" or "crop-flip".
         device: where they live.
+        index: (N,) int64, place of each image in the set that this is a part of; None: this is the whole set.
 
     Raises:
         ValueError: other shapes, dtypes or lengths.
     """
 
     whole_batches = True  # every rank sees the global batch, and mixes it before it takes its share
+    step = 500  # images of an evaluation step
 
     def __init__(
         self,
@@ -97,13 +123,14 @@ class ResidentImages:
         name: str,
         augment: str = "none",
         device: torch.device | str = "cpu",
+        index: Tensor | None = None,
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be ({len(images)},) int64, got {tuple(labels.shape)} {labels.dtype}")
         self.images, self.labels = images.to(device), labels.to(device)
-        self.name, self.augment = name, augment
+        self.name, self.augment, self.index = name, augment, index
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,21 +148,32 @@ class ResidentImages:
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number, images (B, 3, H, W) uint8, labels (B,)) in order, every world-th batch from rank on."""
-        parts = list(zip(self.images.split(RESIDENT_BATCH), self.labels.split(RESIDENT_BATCH), strict=True))
+        parts = list(zip(self.images.split(self.step), self.labels.split(self.step), strict=True))
         yield from ((number, *parts[number]) for number in range(rank, len(parts), world))
 
     def to(self, device: torch.device | str) -> ResidentImages:
         """A copy on a device."""
-        return ResidentImages(self.images, self.labels, self.name, self.augment, device)
+        return ResidentImages(self.images, self.labels, self.name, self.augment, device, self.index)
 
-    def select(self, index: Tensor) -> ResidentImages:
-        """Some of the images, without augmentation."""
-        return ResidentImages(self.images[index], self.labels[index], self.name, device=self.images.device)
+    def select(self, index: Tensor, augment: str = "none") -> ResidentImages:
+        """Some of the images; without augmentation unless asked for."""
+        images, labels, device = self.images[index], self.labels[index], self.images.device
+        return ResidentImages(images, labels, self.name, augment, device, _composed(self.index, index))
 
     def record(self) -> dict:
-        """Name, shape and checksum, for the run record."""
+        """Name, shape, checksum and, of a part, its class counts, for the run record."""
         content = hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes())
-        return {"name": self.name, "shape": list(self.images.shape), "sha256": content.hexdigest()[:16]}
+        found = {"name": self.name, "shape": list(self.images.shape), "sha256": content.hexdigest()[:16]}
+        return found | _counted(self.index, self.labels)
+
+
+def _composed(outer: Tensor | None, inner: Tensor) -> Tensor:
+    inner = inner.cpu()
+    return inner if outer is None else outer[inner]
+
+
+def _counted(index: Tensor | None, labels: Tensor) -> dict:
+    return {} if index is None else {"class_counts": labels.bincount().tolist()}
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
@@ -162,14 +200,20 @@ class ImageFiles:
         name: for the run record.
         augment: a key of `TRANSFORMS`.
         device: where batches go.
-        num_workers: reading processes.
+        num_workers: reading processes; None: one per core, eight at most.
+        index: (N,) int64, place of each image in the set that this is a part of; None: this is the whole set.
+
+    Attributes:
+        skipped: files that `without_broken` left out.
 
     Raises:
         FileNotFoundError: files that are missing, with their number and the first one's name.
-        ValueError: no image at all; on reading, an image that cannot be decoded, by name.
+        ValueError: no image at all.
+        BrokenFile: on reading, an image that cannot be decoded.
     """
 
     whole_batches = False  # a rank reads its own share only
+    step = 250  # images of an evaluation step
 
     def __init__(
         self,
@@ -178,7 +222,8 @@ class ImageFiles:
         name: str,
         augment: str = "none",
         device: torch.device | str = "cpu",
-        num_workers: int = 8,
+        num_workers: int | None = None,
+        index: Tensor | None = None,
     ):
         if not paths:
             raise ValueError(f"{name} holds no image")
@@ -186,7 +231,9 @@ class ImageFiles:
         if missing:
             raise FileNotFoundError(f"{len(missing)} of {len(paths)} images of {name} are missing, first {missing[0]}")
         self.paths, self.labels, self.name, self.augment = paths, labels, name, augment
-        self.device, self.num_workers = torch.device(device), num_workers
+        self.device, self.index = torch.device(device), index
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.skipped: list[Path] = []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -201,26 +248,42 @@ class ImageFiles:
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number, images (B, 3, 224, 224) uint8, labels (B,)) in order, every world-th batch from rank on."""
-        parts = torch.arange(len(self)).split(FILES_BATCH)[rank::world]
+        parts = torch.arange(len(self)).split(self.step)[rank::world]
         loaded = self._load([part.tolist() for part in parts], 0, 0)
         yield from ((rank + world * i, images, labels) for i, (images, labels) in enumerate(loaded))
 
     def select(self, index: Tensor) -> ImageFiles:
         """Some of the images."""
-        paths = [self.paths[i] for i in index.tolist()]
-        return ImageFiles(paths, self.labels[index], self.name, self.augment, self.device, self.num_workers)
+        paths, index = [self.paths[i] for i in index.tolist()], index.cpu()
+        place = _composed(self.index, index)
+        return ImageFiles(paths, self.labels[index], self.name, self.augment, self.device, self.num_workers, place)
+
+    def broken(self) -> dict[int, str]:
+        """Decode every file to its end: number and message of those that cannot be."""
+        checks = DataLoader(_Check(self.paths), batch_size=None, num_workers=self.num_workers)
+        return {number: message for number, message in enumerate(checks) if message}
+
+    def without_broken(self) -> ImageFiles:
+        """The images that can be decoded; `skipped` holds the others."""
+        broken = self.broken()
+        kept = self.select(torch.tensor([i for i in range(len(self)) if i not in broken])) if broken else self
+        kept.skipped = [self.paths[i] for i in broken]
+        for message in broken.values():
+            logger.warning("skipped: %s", message)
+        return kept
 
     def _load(self, batches: list[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         cuda = self.device.type == "cuda"
         reader = _Reader(self.paths, self.augment, seed, epoch)
-        for images, index in DataLoader(reader, batch_sampler=batches, num_workers=self.num_workers, pin_memory=cuda):
+        workers = min(self.num_workers, len(batches)) if len(batches) > 1 else 0  # one batch gains nothing by them
+        for images, index in DataLoader(reader, batch_sampler=batches, num_workers=workers, pin_memory=cuda):
             yield images.to(self.device, non_blocking=True), self.labels[index].to(self.device, non_blocking=True)
 
     def record(self) -> dict:
-        """Name, number of images and checksum of the file names and labels, for the run record."""
+        """Name, number of images, checksum of file names and labels and, of a part, its class counts."""
         lines = "\n".join(f"{path.name} {label}" for path, label in zip(self.paths, self.labels.tolist(), strict=True))
         digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
-        return {"name": self.name, "images": len(self), "sha256": digest}
+        return {"name": self.name, "images": len(self), "sha256": digest} | _counted(self.index, self.labels)
 
 
 class _Reader(Dataset):
@@ -229,26 +292,43 @@ class _Reader(Dataset):
         self.transform = v2.Compose([v2.ToImage(), *TRANSFORMS[augment]])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError) as error:  # what Pillow raises on damaged bytes
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        image = read_image(self.paths[index])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for(self.seed, self.epoch, index).initial_seed())
             return self.transform(image), index
 
 
+class _Check(Dataset):
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            read_image(self.paths[index])
+        except BrokenFile as error:
+            return str(error)
+        return ""
+
+
 def image_folder(root: Path) -> tuple[list[Path], Tensor, list[str]]:
     """Files, labels and class names of a folder with one folder per class, in alphabetical order.
 
+    Hidden files and folders and files that are no images are passed over; images may lie deeper than their class.
+
     Raises:
         FileNotFoundError: no such folder, or none below it.
+        ValueError: a class without an image.
     """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    classes = [name for name in classes if not name.startswith(".")]
     if not classes:
         raise FileNotFoundError(f"{root}: no folder with one folder of images per class")
-    paths = [path for name in classes for path in sorted((root / name).iterdir()) if path.is_file()]
-    labels = torch.tensor([classes.index(path.parent.name) for path in paths], dtype=torch.int64)
-    return paths, labels, classes
+    files = [image_files(root / name)[0] for name in classes]
+    for name, found in zip(classes, files, strict=True):
+        if not found:
+            raise ValueError(f"{root / name}: a class without an image; put some there, or move the folder away")
+    labels = torch.tensor([label for label, found in enumerate(files) for _ in found], dtype=torch.int64)
+    return [path for found in files for path in found], labels, classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch.utils.data import Dataset
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
-from cutmix_robustness.data.sources import generator_for
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import box_iou
+from shared_utils.images import read_image
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -61,7 +63,8 @@ class VocImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         part, number = self.items[index]
-        image, annotation = part[number]
+        image = read_image(part.images[number])
+        annotation = part.parse_voc_xml(ElementTree.parse(part.annotations[number]).getroot())
         objects = annotation["annotation"]["object"]
         if self.augment != "none":
             objects = [each for each in objects if each["difficult"] == "0"] or objects

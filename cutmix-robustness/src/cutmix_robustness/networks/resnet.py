@@ -8,7 +8,12 @@ from torchvision.models import resnet as torchvision_resnet
 
 from cutmix_robustness.networks.blocks import branch_regularizers, initialise
 
-LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnext101_32x4d": (3, 4, 23, 3)}
+LAYERS = {
+    "resnet14": (1, 1, 1, 1),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnext101_32x4d": (3, 4, 23, 3),
+}
 
 
 class BasicBlock(torchvision_resnet.BasicBlock):
@@ -178,10 +183,10 @@ def resnet_imagenet(
     branch_rate: float = 0.5,
     dense_features: bool = False,
 ) -> ImageNetResNet:
-    """ResNet-50, ResNet-101 or ResNeXt-101 (32x4d).
+    """ResNet-14, ResNet-50, ResNet-101 or ResNeXt-101 (32x4d).
 
     Args:
-        name: resnet50, resnet101 or resnext101_32x4d.
+        name: resnet14 (one block per layer, for trials), resnet50, resnet101 or resnext101_32x4d.
         num_classes: K.
         branch: none, stochdepth, shakedrop or dropblock (blocks of 7 here).
         branch_rate: see `branch_regularizers`.

@@ -1,4 +1,4 @@
-"""The network of the embedded experiment: 18 thousand parameters for 16 x 16 images."""
+"""The networks that two cores train in minutes: 18 thousand parameters for small textures, 280 thousand for CIFAR."""
 
 from __future__ import annotations
 
@@ -21,23 +21,32 @@ class SmallNet(nn.Module):
         branch: none, stochdepth, shakedrop or dropblock, on the third and the fifth layer, with a shortcut around them
             for stochdepth and shakedrop.
         branch_rate: see `branch_regularizers`.
+        width: channels of the first layer; the last has four times as many.
+        stem_stride: of the first convolution.
     """
 
     points = ("conv1", "layer1", "layer2", "layer3")
 
-    def __init__(self, num_classes: int = 15, branch: str = "none", branch_rate: float = 0.5):
+    def __init__(
+        self,
+        num_classes: int = 15,
+        branch: str = "none",
+        branch_rate: float = 0.5,
+        width: int = 8,
+        stem_stride: int = 1,
+    ):
         super().__init__()
-        self.conv1 = _layer(3, 8, 1)
-        self.layer1 = _layer(8, 16, 2)
-        self.layer2 = _layer(16, 16, 1)
-        self.layer3 = _layer(16, 32, 2)
-        self.layer4 = _layer(32, 32, 1)
+        self.conv1 = _layer(3, width, stem_stride)
+        self.layer1 = _layer(width, 2 * width, 2)
+        self.layer2 = _layer(2 * width, 2 * width, 1)
+        self.layer3 = _layer(2 * width, 4 * width, 2)
+        self.layer4 = _layer(4 * width, 4 * width, 1)
         self.branches = nn.ModuleList(branch_regularizers(branch, 2, branch_rate, block_size=2))
         self.residual = branch in ("stochdepth", "shakedrop")
-        self.fc = nn.Linear(32, num_classes)
+        self.fc = nn.Linear(4 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Last feature maps (N, 32, H / 4, W / 4)."""
+        """Last feature maps (N, 4 * width, H / 4, W / 4), half of that behind a stem of stride 2."""
         x = self.layer1(self.conv1(x))
         x = self._branch(x, self.layer2, self.branches[0])
         return self._branch(self.layer3(x), self.layer4, self.branches[1])

@@ -1,0 +1,31 @@
+"""Generators: one that a key decides, and one for each worker of a DataLoader."""
+
+from __future__ import annotations
+
+import hashlib
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.utils.data import get_worker_info
+
+_reseeded: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
+
+
+def generator_for(*key: int | str) -> torch.Generator:
+    """A CPU generator that the key (seed, epoch, batch, ...) decides."""
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def own_stream(generator: torch.Generator | None) -> torch.Generator | None:
+    """The generator; in a worker of a DataLoader reseeded once, from its seed and the worker's.
+
+    Workers start with equal copies of a generator, and with the same copies in every epoch: without this they would all
+    draw the same. A worker's seed comes from the loader (`DataLoader(generator=...)`, else torch's default) and changes
+    from epoch to epoch.
+    """
+    worker = get_worker_info()
+    if generator is not None and worker is not None and _reseeded.get(generator) != worker.seed:
+        generator.manual_seed(generator_for(generator.initial_seed(), worker.seed).initial_seed())
+        _reseeded[generator] = worker.seed
+    return generator
