@@ -15,6 +15,7 @@ import tyro
 from fl_linkability.settings import PRESETS
 
 if TYPE_CHECKING:
+    from fl_linkability.data.reading import Reading
     from shared_utils.runlog import RunLog
     from shared_utils.tables import Table
 
@@ -27,7 +28,26 @@ def default_data_root() -> Path:
 
 
 @dataclass
-class Run:
+class DataOptions:
+    """Where data sets are, and how they are read."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data sets are."""
+    workers: int = 0
+    """Threads that decode images; 0: one per core."""
+    skip_broken: bool = False
+    """Leave out images that cannot be decoded; they are counted, named in the log and put into the record."""
+
+    @property
+    def reading(self) -> Reading:
+        """As the loaders take it."""
+        from fl_linkability.data.reading import Reading
+
+        return Reading(self.data_root, self.workers, self.skip_broken)
+
+
+@dataclass
+class Run(DataOptions):
     """Run what is missing of the tables (into runs/) and print published | ours | yours, with verdicts."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -38,8 +58,6 @@ class Run:
     """Only these rows."""
     seeds: tuple[int, ...] = ()
     """Instead of the table's seeds."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where the data sets are."""
     jobs: int = 0
     """Federations side by side, one process each; 0: one per core on a CPU, one on CUDA."""
     force: bool = False
@@ -68,7 +86,7 @@ class Run:
         yours = experiments.run_tables(
             chosen,
             self.scale,
-            self.data_root,
+            self.reading,
             rows=self.rows,
             seeds=self.seeds,
             force=self.force,
@@ -90,8 +108,8 @@ def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
             console().print(f"  {'over users':<12} {verdict.claim.text} ({verdict})", highlight=False)
 
 
-@dataclass
-class Train:
+@dataclass(kw_only=True)
+class Train(DataOptions):
     """Run one federation, keep its updates and weights, and print one attack as JSON; interrupted, the same goes on."""
 
     settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]  # type: ignore[valid-type]  # made at run time
@@ -100,8 +118,6 @@ class Train:
     """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
     seed: int = 0
     """Of users, weights and order."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
@@ -112,7 +128,7 @@ class Train:
         from fl_linkability.train import make_fabric
         from shared_utils.logging import progress
 
-        run = Experiment(self.settings, self.seed, self.data_root, make_fabric(self.device, self.precision))
+        run = Experiment(self.settings, self.seed, self.reading, make_fabric(self.device, self.precision))
         run.folder = self.output
         save_settings(self.output, self.settings, self.seed)
         with progress() as bar:

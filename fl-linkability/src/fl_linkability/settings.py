@@ -34,7 +34,7 @@ class Settings:
     """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
 
     dataset: str = "digits"
-    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table image_path,user_id,device_id,labels"""
+    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table of images, users.csv"""
     users: int = 40
     """users; of a real data set those with the most images; 0: all"""
     images_per_device: int = 64
@@ -56,8 +56,8 @@ class Settings:
     side: int = 16
     """pixels of an image"""
     shard: str = "random"
-    """real data sets: the cut of a user's images into two devices: random, chrono (in the order of their ids), or given
-    (by the device_id of the table)"""
+    """real data sets: the cut of a user's images into devices: random, chrono (FLAIR by Flickr's numbers, tables in the
+    order of their lines), or given (by the table's device_id and role)"""
     model: str = "mlp"
     """mlp, mobilenet-head (a linear layer on frozen features), mobilenet (all of it)"""
     hidden: int = 32
