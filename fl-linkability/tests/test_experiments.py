@@ -45,6 +45,7 @@ def test_every_row_has_valid_settings():
         ("table-3", "MNIST, random, MLP", "mnist", "mnist"),
         ("table-3", "FLAIR (substitute), chrono, MLP", "paper", "flair"),
         ("table-3", "FEMNIST (substitute), random, MLP", "paper", "femnist"),
+        ("table-3", "FEMNIST-like, CNN, random, MLP", "femnist-like", "femnist-like"),
         ("table-3", "PIPA, photoset, MLP", "paper", "photos-full"),
         ("table-3", "PIPA, photoset, MLP", "head", "photos-head"),
         ("T5", "none", "embedded", "ours"),
@@ -348,6 +349,10 @@ def test_preview(tmp_path, capsys):
 def test_the_public_names_are_there():
     import fl_linkability
 
-    assert all(getattr(fl_linkability, name).__name__ == name for name in fl_linkability.__all__)
+    assert (fl_linkability.PRIOR, fl_linkability.ANONYMOUS) == (0, 1)
+    named = set(fl_linkability.__all__) - {"PRIOR", "ANONYMOUS"}
+    assert all(getattr(fl_linkability, name).__name__ == name for name in named)
+    modules = {path.stem for path in Path(fl_linkability.__file__).parent.iterdir()}
+    assert not modules & set(fl_linkability.__all__), "a module would hide the name"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fl_linkability.nothing  # noqa: B018

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _MODULE_OF = {
+    "ANONYMOUS": "data.bundle",
     "MLP": "models",
     "Background": "mitigations",
     "CentralDP": "mitigations",
@@ -18,6 +19,8 @@ _MODULE_OF = {
     "LocalDP": "mitigations",
     "LocalSGD": "train",
     "Mitigation": "mitigations",
+    "PRIOR": "data.bundle",
+    "Recording": "recording",
     "SimulationResult": "engines",
     "StyleJitter": "mitigations",
     "UpdateStore": "store",
@@ -31,6 +34,8 @@ _MODULE_OF = {
     "open_world_metrics": "linkage",
     "pair_scorer": "attacks",
     "permuted_device_chance": "linkage",
+    "read_updates": "recording",
+    "report_partition": "recording",
     "simulate": "engines",
     "split_closed": "splits",
     "split_matching": "splits",

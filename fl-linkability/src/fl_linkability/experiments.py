@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, utility
 from fl_linkability.federation import FedAvgConfig
 from fl_linkability.mitigations import Mitigation
 from fl_linkability.models import build_model
+from fl_linkability.needs import caveats, weights
 from fl_linkability.settings import DATA_SETTINGS, Settings
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import (
@@ -44,7 +46,9 @@ from shared_utils.tables import Run, Table, settings_hash
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-PACKAGES = ("numpy", "scikit-learn", "lightning", "flwr")
+    from shared_utils.preflight import Need
+
+PACKAGES = ("numpy", "scikit-learn", "lightning", *(["flwr"] if find_spec("flwr") else []))
 BACKGROUND_EPOCHS = 20
 BATCHES_READ = 1000  # at a time, where everything is trained on in one place
 
@@ -54,6 +58,8 @@ def run_tables(
     scale: str,
     reading: Reading,
     *,
+    needs: Callable[[dict], Iterable[Need]] | None = None,
+    precision: str = "auto",
     rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     force: bool = False,
@@ -66,12 +72,13 @@ def run_tables(
         "fl-linkability",
         runs,
         log,
-        partial(execute, reading=reading),
+        partial(execute, reading=reading, precision=precision),
         repository=catalogue.PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
         group=_federation_of,
+        needs=needs,
     )
     return log
 
@@ -81,10 +88,12 @@ def _federation_of(run: Run) -> tuple:
     return json.dumps(settings.federation(), sort_keys=True), run.seed
 
 
-def execute(settings: Sequence[dict], seeds: Sequence[int], *, reading: Reading) -> list[Outcome]:
+def execute(
+    settings: Sequence[dict], seeds: Sequence[int], *, reading: Reading, precision: str = "auto"
+) -> list[Outcome]:
     """All runs that share a federation (and so a seed); one that is killed goes on from runs/checkpoints."""
     resolved = [Settings(**each) for each in settings]
-    run = Experiment(resolved[0], seeds[0], reading, _fabric())
+    run = Experiment(resolved[0], seeds[0], reading, _fabric(precision))
     checkpoints = catalogue.PROJECT / "runs" / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
     run.folder = checkpoints if resolved[0].model != "mlp" else None  # what takes seconds starts again
     outcomes = [run.measure(each) for each in resolved]
@@ -170,7 +179,10 @@ class Experiment:
             metrics, details = LEARNERS[settings.learner](self)
         else:
             metrics, details = self._attack(settings)
-        return Outcome({name: float(value) for name, value in metrics.items()}, details, self.bundle.record())
+        return Outcome(
+            {name: float(value) for name, value in metrics.items()}, details, self.bundle.record(),
+            weights(settings), str(self.fabric.strategy.precision.precision), caveats(settings, self.bundle),
+        )  # fmt: skip
 
     def _attack(self, settings: Settings) -> tuple[dict, dict]:
         found = self.simulation
@@ -376,5 +388,5 @@ def _bundle(data: Settings, seed: int, reading: Reading, fabric: Fabric) -> Fede
 
 
 @lru_cache(maxsize=1)
-def _fabric() -> Fabric:
-    return make_fabric()
+def _fabric(precision: str) -> Fabric:
+    return make_fabric(precision=precision)

@@ -18,6 +18,7 @@ from fl_linkability.data.bundle import Background, FederatedBundle, Rows, UserDa
 from fl_linkability.data.lists import Item, most_active, split_devices
 from fl_linkability.data.reading import Reading, alone
 from fl_linkability.settings import Settings
+from fl_linkability.styles import apply_styles, random_styles
 from shared_utils.logging import progress
 
 CLASSES, PIXELS = 62, 784
@@ -103,3 +104,25 @@ def write_leaf(path: Path, writers: dict[str, tuple[np.ndarray, np.ndarray]]) ->
     content = {"users": list(data), "num_samples": [len(each["y"]) for each in data.values()], "user_data": data}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+def write_femnist_like(data_root: Path, folder: Path, n_writers: int = 60, n_images: int = 120, seed: int = 0) -> None:
+    """Writers made from real MNIST in LEAF's layout: digits of all classes alike, each writer with a style of drawing.
+
+    Args:
+        data_root: of MNIST.
+        folder: a data root to be; the files go to femnist/data/train in it.
+        n_writers: who share no digit.
+        n_images: of a writer.
+        seed: of digits and styles.
+    """
+    from fl_linkability.data.styled import read_mnist
+
+    images, labels = read_mnist(data_root, train=True)
+    rng = np.random.default_rng([seed, 31])
+    rows = rng.permutation(len(images))[: n_writers * n_images].reshape(n_writers, n_images)
+    writers = {}
+    for number, (mine, style) in enumerate(zip(rows, random_styles(n_writers, rng), strict=True)):
+        ink = apply_styles(images[mine].unsqueeze(1) / 255, np.tile(style, (n_images, 1)), rng)
+        writers[f"m{number:04d}_{number % 50:02d}"] = (1 - ink.flatten(1).numpy(), labels[mine].numpy())
+    write_leaf(folder / "femnist" / "data" / "train" / "all_data_0_niid_0_keep_0_train_9.json", writers)
