@@ -1,19 +1,16 @@
 """Tables and their settings, protocol and claims, what an attack may not see, figures and commands."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fl_linkability import catalogue, claims, cli, experiments, studies
+from fl_linkability import claims, experiments, studies
 from fl_linkability.catalogue import tables
 from fl_linkability.data.reading import Reading
 from fl_linkability.evaluate import Adversary, user_resamples
-from fl_linkability.experiments import Experiment, cluster_background, execute, load_settings, make_mitigation
+from fl_linkability.experiments import Experiment, cluster_background, execute, make_mitigation
 from fl_linkability.mitigations import group_sums
 from fl_linkability.settings import MEASUREMENT, PRESETS, Settings
 from fl_linkability.store import UpdateStore
@@ -265,94 +262,3 @@ def test_verdicts(tmp_path):
     assert verdicts["So it is under IID replacement"].verdict == "fails"
     assert verdicts["Claim 13: skew alone gives more than 10 times chance (top-1)"].verdict == "holds"
     assert {v.verdict for v in claims.judge(table, "embedded", RunLog(tmp_path / "none.jsonl"))} == {"not measured"}
-
-
-# ---- commands --------------------------------------------------------------------------------------------------
-
-
-def command(*words, cwd=None):
-    return subprocess.run([sys.executable, "-m", "fl_linkability", *words], capture_output=True, text=True, cwd=cwd)
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalogue, "PROJECT", tmp_path)
-    (tmp_path / "tables").symlink_to(Path(cli.__file__).parents[2] / "tables")
-    (tmp_path / "results").mkdir()
-    return tmp_path
-
-
-def test_every_table_at_smoke_scale_then_figures(project, capsys):
-    run = cli.Run(scale="smoke", jobs=1)
-    run()
-    out = capsys.readouterr().out
-    lines = (project / "runs" / "smoke.jsonl").read_text().splitlines()
-    assert len(lines) == sum(len(t.runs("smoke")) for t in tables() if "smoke" in t.scales)
-    assert all(len(line) < 20_000 for line in lines) and "P3. Closed-world re-identification" in out
-    run()
-    assert (project / "runs" / "smoke.jsonl").read_text().splitlines() == lines
-    cli.Run(("T7",), scale="smoke", dry_run=True)()
-    assert "expected seconds" in capsys.readouterr().out
-    embedded = [json.loads(line) for line in lines]
-    by_row = {(t.id, row.name): t for t in tables() for row in t.rows if "embedded" in t.scales}
-    log = RunLog(project / "results" / "embedded.jsonl")
-    for record in embedded:  # stand in for recorded runs: the figures need their shape, not their size
-        table = by_row[record["table"], record["row"]]
-        wanted = table.runs("embedded", [record["row"]], [20])[0]
-        log.append(record | {"scale": "embedded", "seed": 20, "settings_hash": wanted.key[-1]})
-    cli.Tables()()
-    page = (project / "results" / "RESULTS.md").read_text()
-    assert "## Claims by cluster bootstrap over users" in page and "PIPA, random, MLP" in page
-    drawn = {path.stem for path in (project / "results" / "figures").glob("*.png")}
-    assert drawn == {"figure-12", "figure-8", "F3", "table-5", "figure-5", "figure-6"}
-
-
-def test_train_then_attack_from_the_command_line(tmp_path):
-    folder = str(tmp_path / "run")
-    flags = ("--users", "5", "--images-per-device", "12", "--background", "100", "--rounds", "20")
-    trained = command("train", "--output", folder, "paper-embedded", *flags, "--attack", "paper-knn")
-    assert trained.returncode == 0, trained.stderr
-    attacked = command("attack", folder, "--attack", "paper-knn", "--layers", "fc2")
-    assert json.loads(attacked.stdout)["mAP_macro"] == json.loads(trained.stdout)["mAP_macro"]
-    assert load_settings(Path(folder))[0].users == 5
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (("run", "table-9"), "unknown table 'table-9'; there are"),
-        (("attack", "none"), "none: no federation here (settings.json is missing)"),
-    ],
-)
-def test_mistakes_end_with_one_line(words, message):
-    done = command(*words)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_more_mistakes(project, monkeypatch, capsys):
-    for words, message in (
-        (["run", "table-3", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"], "lacks MNIST/raw"),
-        (["run", "table-3", "--scale", "text", "--jobs", "1"], "dataset must be one of digits"),
-        (["run", "--scale", "large"], "no table has a scale 'large'"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["fl-linkability", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_preview(tmp_path, capsys):
-    cli.Data(tmp_path, preview=tmp_path / "p.png")()
-    assert "FLAIR" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 1000
-
-
-def test_the_public_names_are_there():
-    import fl_linkability
-
-    assert (fl_linkability.PRIOR, fl_linkability.ANONYMOUS) == (0, 1)
-    named = set(fl_linkability.__all__) - {"PRIOR", "ANONYMOUS"}
-    assert all(getattr(fl_linkability, name).__name__ == name for name in named)
-    modules = {path.stem for path in Path(fl_linkability.__file__).parent.iterdir()}
-    assert not modules & set(fl_linkability.__all__), "a module would hide the name"
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        fl_linkability.nothing  # noqa: B018

@@ -1,13 +1,9 @@
 """Engines agree; faults are named; killed and continued; two ranks; Flower in process, on Ray and deployed."""
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +14,6 @@ from torch import nn
 
 from fl_linkability.data.bundle import UserDataset
 from fl_linkability.engines import simulate
-from fl_linkability.evaluate import predict
 from fl_linkability.federation import FedAvgConfig, Reply, kept_columns, load_checkpoint
 from fl_linkability.mitigations import Background, CentralDP, Compose, GaussianNoise, Mitigation
 from fl_linkability.models import MLP, Head
@@ -129,135 +124,6 @@ def test_batched_equals_loop_on_clients_of_different_sizes(make, multi):
         atol = 1e-6 if multi else 1e-12  # the multi-label loss is taken in float32
         torch.testing.assert_close(deltas[k], expected, rtol=0, atol=atol)
         torch.testing.assert_close(losses[k][~losses[k].isnan()], history, rtol=0, atol=atol, check_dtype=False)
-
-
-class Frozen(nn.Module):
-    """Its first layer and one bias stay as they are."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.fc = nn.Linear(256, 16), nn.Linear(16, 10)
-        self.body.requires_grad_(False)
-        self.fc.bias.requires_grad_(False)
-
-    def forward(self, x):
-        return self.fc(self.body(x.flatten(1)).relu())
-
-
-class FrozenMLP(MLP):
-    """Has a stacked form by inheritance, which trains everything."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1.requires_grad_(False)
-
-
-class OtherForward(MLP):
-    """Inherits a stacked form that is not its own network's."""
-
-    def forward(self, x):
-        return self.fc2(self.fc1(x.flatten(1)).tanh())
-
-
-class Normed(nn.Module):
-    def __init__(self, momentum=0.5):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=momentum)
-        self.fc = nn.Linear(4 * 64, 10)
-
-    def forward(self, x):
-        return self.fc(nn.functional.max_pool2d(self.norm(self.conv(x)).relu(), 2).flatten(1))
-
-
-class Dropping(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.drop, self.fc = nn.Linear(256, 16), nn.Dropout(0.5), nn.Linear(16, 10)
-
-    def forward(self, x):
-        return self.fc(self.drop(self.body(x.flatten(1)).relu()))
-
-
-@pytest.mark.parametrize("make", [Frozen, FrozenMLP, OtherForward])
-def test_any_network_gives_the_same_updates_by_every_engine(bundle, make):
-    results = {e: simulate(bundle, make, CONFIG, engine=e) for e in ("loop", "batched", "flower-inprocess")}
-    reference = results["loop"]
-    for result in results.values():
-        np.testing.assert_allclose(result.updates.delta, reference.updates.delta, rtol=0, atol=1e-5)
-        assert np.linalg.norm(result.updates.delta, axis=1).min() > 0.01 and result.faults == []
-
-
-@pytest.mark.parametrize("engine", ["batched", "loop", "flower-inprocess"])
-def test_frozen_layers_do_not_move_and_are_not_sent(bundle, engine):
-    torch.manual_seed(CONFIG.seed)
-    start = Frozen().state_dict()
-    result = simulate(bundle, Frozen, CONFIG, engine=engine)
-    assert list(result.updates.layer_slices) == ["fc.weight"] and result.dimension == 160
-    for name, value in result.final_state.items():
-        assert torch.equal(value, start[name]) == (name != "fc.weight")
-
-
-@pytest.mark.parametrize("make, reason", [(Normed, "batch norm in training mode"), (Dropping, "random operation")])
-def test_batched_refuses_what_it_would_train_otherwise(bundle, make, reason):
-    with pytest.raises(ValueError, match=reason) as refused:
-        simulate(bundle, make, CONFIG)
-    assert 'needs engine "loop"' in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_dropout_is_the_client_s_own(bundle):
-    """Alike by loop and Flower, whoever else trains in the round, and whatever torch drew before."""
-    loop, flower = (simulate(bundle, Dropping, CONFIG, engine=e).updates for e in ("loop", "flower-inprocess"))
-    assert (loop.delta == flower.delta).all()
-    everyone = simulate(bundle, Dropping, FedAvgConfig(1, 8, CONFIG.local, CONFIG.seed), engine="loop").updates
-    first = loop.column("round") == 0
-    assert (everyone.delta[loop.column("device")[first]] == loop.delta[first]).all()
-
-
-@pytest.mark.parametrize("momentum", [0.5, None])
-def test_running_statistics_are_sent_and_not_shared(bundle, momentum):
-    make = partial(Normed, momentum)
-    alone = FedAvgConfig(1, 8, LocalSGD(1, 4, 0.05))
-    loop = simulate(bundle, make, alone, engine="loop")
-    assert {"norm.running_mean", "norm.running_var"} < set(loop.updates.layer_slices)
-    a, b = loop.updates.layer_slices["norm.running_mean"]
-    torch.manual_seed(0)
-    for row, device in enumerate(loop.updates.column("device")):  # each starts from the common statistics
-        net, (x, y) = make(), bundle.users.of_device(int(device))
-        net.load_state_dict(simulate_start(make))
-        order = epoch_orders(len(x), 1, np.random.default_rng([0, 1, 0, int(device)]))
-        optimizer = torch.optim.SGD(net.parameters(), 0.05)
-        for rows in torch.from_numpy(order[0]).split(4):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-        np.testing.assert_allclose(loop.updates.delta[row, a:b], net.norm.running_mean, rtol=0, atol=1e-6)
-    flower = simulate(bundle, make, alone, engine="flower-inprocess")
-    np.testing.assert_allclose(flower.updates.delta, loop.updates.delta, rtol=0, atol=1e-6)
-    fresh = make()
-    fresh.load_state_dict(loop.final_state)  # complete: what was trained is what is evaluated
-    x, _, _ = bundle.user_test
-    torch.testing.assert_close(fresh.eval()(x), predict(make(), loop.final_state, x))
-
-
-def simulate_start(make):
-    torch.manual_seed(0)
-    return make().state_dict()
-
-
-def test_noise_does_not_make_a_variance_negative(bundle):
-    config = FedAvgConfig(2, 8, LocalSGD(1, 4, 0.05))
-    state = simulate(bundle, Normed, config, GaussianNoise(5.0, "both"), "loop").final_state
-    assert state["norm.running_var"].min() >= 0 and torch.isfinite(predict(Normed(), state, bundle.test[0])).all()
-
-
-def test_weights_to_start_from(bundle):
-    first = simulate(bundle, Frozen, CONFIG)
-    torch.manual_seed(9)
-    again = simulate(bundle, Frozen, FedAvgConfig(1, 2, seed=7), initial=first.final_state)
-    assert torch.equal(again.final_state["body.weight"], first.final_state["body.weight"])  # frozen ones as well
-    for wrong in ({"fc.weight": torch.zeros(10, 16)} | {"more": torch.zeros(1)}, {}, {"fc.weight": torch.zeros(2, 2)}):
-        with pytest.raises(ValueError, match="initial: weights of another network"):
-            simulate(bundle, Frozen, CONFIG, initial=wrong)
 
 
 def test_uint8_images_train_as_floats(bundle):
@@ -504,112 +370,6 @@ def test_two_ranks_equal_one(bundle, tmp_path):
     np.testing.assert_allclose(two["delta"], one.updates.delta, rtol=0, atol=1e-6)
     state = torch.cat([v.flatten() for v in one.final_state.values()])
     torch.testing.assert_close(two["state"], state, rtol=0, atol=1e-6)
-
-
-# ---- Flower ----------------------------------------------------------------------------------------------------
-
-
-def test_flower_is_quiet_towards_the_world():
-    from fl_linkability import flower
-
-    for name, value in flower.ENVIRONMENT.items():
-        assert os.environ[name] == value
-    assert Path(os.environ["FLWR_HOME"]) != Path.home() / ".flwr"
-
-
-def test_the_grid_keeps_flower_s_contract(bundle):
-    from flwr.app import Message, RecordDict
-
-    from fl_linkability import flower
-    from fl_linkability.flower_grid import InProcessGrid
-
-    grid = InProcessGrid(flower.make_client_app(None), 3)
-    assert flower.find_devices(grid, 3) == {0: 1, 1: 2, 2: 3}
-    ids = list(grid.push_messages([Message(RecordDict(), 2, "query"), Message(RecordDict(), 3, "evaluate")]))
-    first, second = grid.pull_messages(ids)
-    assert first.content["metrics"]["partition-id"] == 1 and first.metadata.src_node_id == 2
-    assert second.has_error() and "No evaluate function" in second.error.reason and list(grid.pull_messages(ids)) == []
-    assert grid.create_message(RecordDict(), "query", 1, "g").metadata.group_id == "g"
-    with pytest.raises(RuntimeError, match="3 of 4 nodes are there"):
-        flower.find_devices(grid, 4, wait=0.1)
-
-
-RAY = """
-import torch
-torch.set_num_threads(1)
-from fl_linkability.data.styled import make_digits_users
-from fl_linkability.engines import simulate
-from fl_linkability.federation import FedAvgConfig
-from fl_linkability.mitigations import GaussianNoise
-from fl_linkability.models import MLP
-from importlib.metadata import version
-import numpy as np
-bundle = make_digits_users(0, n_users=2, n_per_device=12, background_size=120)
-a, b = (simulate(bundle, MLP, FedAvgConfig(2, 3), GaussianNoise(0.01), e) for e in ("batched", "flower-ray"))
-np.testing.assert_allclose(a.updates.delta, b.updates.delta, rtol=0, atol=1e-5)
-assert b.engine == {"name": "flower-ray", "flwr": version("flwr"), "nodes": 4}, b.engine
-print("equal")
-"""
-
-
-@pytest.mark.slow
-def test_flower_on_ray_equals_batched(tmp_path):
-    environment = os.environ | {"FLWR_HOME": str(tmp_path / "flwr"), "HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", RAY], capture_output=True, text=True, timeout=400, env=environment)
-    assert "equal" in done.stdout, done.stderr[-3000:]
-    assert not (tmp_path / "home" / ".flwr").exists()
-
-
-@pytest.mark.skipif(
-    os.environ.get("FL_LINKABILITY_DEPLOYMENT") != "1",
-    reason="starts a SuperLink and four SuperNodes (a minute or more): set FL_LINKABILITY_DEPLOYMENT=1",
-)
-def test_flwr_run_against_a_superlink(bundle, tmp_path):
-    def free_port():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return str(probe.getsockname()[1])
-
-    tools, port, home = Path(sys.executable).parent, free_port(), tmp_path / "flwr"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    environment = os.environ | {
-        "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "OMP_NUM_THREADS": "1", "PATH": f"{tools}:{os.environ['PATH']}",
-    }  # fmt: skip
-    children = []
-
-    def start(name, *words):
-        log = open(tmp_path / f"{name}.log", "w")
-        children.append(
-            subprocess.Popen(
-                [tools / words[0], *words[1:]], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        )
-
-    try:
-        start("link", "flower-superlink", "--insecure", "--port", port, "--disable-runtime-dependency-installation")
-        time.sleep(10)
-        for device in range(4):
-            node = ("--node-config", f"partition-id={device}", "--port", free_port())
-            start(f"node{device}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", *node)
-        settings = json.dumps({"users": 2, "rounds": 2, "clients_per_round": 2})
-        app = Path(__file__).parents[1] / "flower-app"
-        words = ["run", app, "here", "--stream", "--run-config", f"settings='{settings}' output=\"{tmp_path / 'out'}\""]
-        subprocess.run([tools / "flwr", *words], env=environment, check=True, capture_output=True, timeout=500)
-    finally:
-        for child in children:
-            os.killpg(child.pid, signal.SIGTERM)
-    from fl_linkability.data.reading import Reading
-    from fl_linkability.experiments import Experiment, load_settings
-    from fl_linkability.train import make_fabric
-
-    here = Experiment(load_settings(tmp_path / "out")[0], 0, Reading(tmp_path), make_fabric("cpu")).simulation.updates
-    there = UpdateStore.open(tmp_path / "out" / "updates")
-    np.testing.assert_allclose(there.delta, here.delta, rtol=0, atol=1e-5)
-    assert (there.index == here.index).all()
 
 
 def test_users_without_their_own_devices_are_refused():
