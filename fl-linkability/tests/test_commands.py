@@ -120,7 +120,7 @@ def test_all_that_is_missing_is_told_before_anything_is_trained(project, monkeyp
             assert stop.value.code == code
         told = " ".join("".join(capsys.readouterr()).split())
         assert "OpenImages by author" in told and "ImageNet weights" in told and "data --download" in told
-        assert "PIPA (" not in told and ("d 12 h" in told) == (code is None)
+        assert "PIPA (" not in told and ("33 d" in told) == (code is None)
     assert not (project / "runs").exists()
 
 

@@ -346,6 +346,6 @@ def test_flair_is_in_the_order_of_flickr_s_numbers(tmp_path):
 
 def test_inventory(tmp_path, write_mnist):
     missing = {row[0] for row in inventory(tmp_path) if row[4] == "no"}
-    assert len(missing) == 5 and "MNIST" in missing
+    assert len(missing) == 6 and "MNIST" in missing
     write_mnist(tmp_path)
     assert "MNIST" not in {row[0] for row in inventory(tmp_path) if row[4] == "no"}

@@ -14,10 +14,6 @@ from fl_linkability.data.reading import Reading
 from fl_linkability.settings import Settings
 from shared_utils import preflight
 
-PLACES = {  # of a data set below the data root, what it is and what to do
-    "mnist": "MNIST", "femnist": "FEMNIST (LEAF)", "flair": "FLAIR (substitute)", "pipa": "PIPA",
-    "openimages": "OpenImages by author", "csv": "your own table",
-}  # fmt: skip
 PAPER_USERS = {"pipa": 53, "openimages": 327}
 WEIGHTS = "mobilenet_v2-b0353104.pth"
 
@@ -29,10 +25,8 @@ def weights_file() -> Path:
 
 def needs(settings: Settings, reading: Reading) -> Iterator[preflight.Need]:
     """Data, weights and packages of one run."""
-    if settings.dataset in PLACES:
-        name = PLACES[settings.dataset]
-        place, remedy = next((place, remedy) for each, *_, place, remedy in SETS if each == name)
-        yield preflight.file(reading.root / place, name, remedy)
+    if settings.dataset in SETS:
+        yield SETS[settings.dataset].need(reading.root)
     if settings.model.startswith("mobilenet") and settings.pretrained:
         yield preflight.file(weights_file(), "MobileNet's ImageNet weights", "fl-linkability data --download")
     if settings.engine.startswith("flower"):

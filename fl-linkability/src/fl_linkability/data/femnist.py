@@ -57,9 +57,7 @@ def load_femnist(settings: Settings, seed: int, reading: Reading) -> FederatedBu
 
 def prepare(folder: Path, cache: Path) -> tuple[Tensor, Tensor, np.ndarray]:
     """All images as a memory map, float32 (n, 1, 28, 28), labels int64 (n,) and writers (n,), in the files' order."""
-    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no JSON of LEAF; see `fl-linkability data`")
+    paths = leaf_files(folder)
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr((str(folder.resolve()), state)).encode()).hexdigest()[:16]
     images, facts = cache / f"femnist-{key}.f32", cache / f"femnist-{key}.npz"
@@ -70,6 +68,14 @@ def prepare(folder: Path, cache: Path) -> tuple[Tensor, Tensor, np.ndarray]:
         y, writer = content["y"], content["writer"]
     x = np.memmap(images, np.float32, "r+", shape=(len(y), 1, 28, 28))
     return torch.from_numpy(x), torch.from_numpy(y), writer
+
+
+def leaf_files(folder: Path) -> list[Path]:
+    """LEAF's files, without hidden ones. FileNotFoundError where there is none."""
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no JSON of LEAF; see `fl-linkability data`")
+    return paths
 
 
 def _convert(paths: list[Path], images: Path, facts: Path) -> None:

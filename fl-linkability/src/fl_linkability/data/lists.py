@@ -33,7 +33,7 @@ def read_table(path: Path, users: bool = True) -> list[Item]:
 
     Args:
         path: users.csv: image_path,user_id,device_id,labels and, for shard "given", role (prior or anonymous).
-        users: False for background.csv: image_path,labels.
+        users: False for background.csv: image_path,labels; where it is missing there are no background images.
 
     Raises:
         FileNotFoundError: no table.
@@ -42,6 +42,8 @@ def read_table(path: Path, users: bool = True) -> list[Item]:
     """
     needed = ["image_path", *(["user_id", "device_id"] if users else []), "labels"]
     if not path.is_file():
+        if not users:
+            return []
         raise FileNotFoundError(f"{path}: no such table; it needs {','.join(needed)}")
     items: list[Item] = []
     device_of: dict[tuple[str, str], str] = {}

@@ -45,8 +45,7 @@ def load_photos(settings: Settings, seed: int, reading: Reading, fabric: Fabric)
     if settings.dataset == "flair":
         items, background = read_flair(folder)
     else:
-        items = read_table(folder / "users.csv")
-        background = read_table(folder / "background.csv", users=False) if (folder / "background.csv").exists() else []
+        items, background = read_table(folder / "users.csv"), read_table(folder / "background.csv", users=False)
     items = choose_users(items, settings.users, max(settings.images_per_device, 1))
     return photo_bundle(items, background[: settings.background or None], settings, seed, reading, fabric)
 
