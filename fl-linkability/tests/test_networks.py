@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fl_linkability.data.bundle import Background, FederatedBundle, UserDataset
 from fl_linkability.engines import simulate
 from fl_linkability.evaluate import predict
 from fl_linkability.federation import FedAvgConfig
@@ -97,6 +98,17 @@ def test_dropout_is_the_client_s_own(bundle):
     everyone = simulate(bundle, Dropping, FedAvgConfig(1, 8, CONFIG.local, CONFIG.seed), engine="loop").updates
     first = loop.column("round") == 0
     assert (everyone.delta[loop.column("device")[first]] == loop.delta[first]).all()
+
+
+def test_two_clients_with_the_same_data_drop_other_units():
+    x, y = torch.rand(6, 1, 16, 16).repeat(4, 1, 1, 1), torch.arange(6).repeat(4)
+    device = torch.arange(4).repeat_interleave(6)
+    users = UserDataset(x, y, device // 2, device, check_images=False)
+    bundle = FederatedBundle("same", users, (x, y, device // 2), (x, y), Background(x, y), 10)
+    whole = FedAvgConfig(1, 4, LocalSGD(1, 6, 0.1))  # one batch, so that the order of the data does not matter
+    for make, alike in ((Frozen, True), (Dropping, False)):
+        delta = simulate(bundle, make, whole, engine="loop").updates.delta
+        assert all(np.allclose(delta[0], other, atol=1e-6) == alike for other in delta[1:])
 
 
 @pytest.mark.parametrize("momentum", [0.5, None])
