@@ -17,6 +17,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts Ray; about a minute")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FL_LINKABILITY_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def bundle():
     """Four users, eight devices of 12 images."""
@@ -45,13 +50,14 @@ def write_photos():
     def write(folder, per_device=6, size=(40, 32)):
         rng = np.random.default_rng(0)
         folder.mkdir(parents=True)
-        lines = ["image_path,user_id,device_id,labels"]
+        lines = ["image_path,user_id,device_id,labels,role"]
         for user in "abc":
             for device in ("phone", "tablet"):
                 for number in range(per_device):
                     name = f"{user}-{device}-{number}.jpg"
                     Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
-                    lines.append(f"{name},{user},{device},{'cat|dog' if number % 2 else 'cat'}")
+                    role = "prior" if device == "phone" else "anonymous"
+                    lines.append(f"{name},{user},{device},{'cat|dog' if number % 2 else 'cat'},{role}")
         (folder / "users.csv").write_text("\n".join(lines))
         lines = ["image_path,labels"]
         for number in range(8):

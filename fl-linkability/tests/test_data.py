@@ -1,7 +1,9 @@
 """Made users have disjoint images and the bias they should have; real data sets from small files of their formats."""
 
-import csv
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,14 @@ import pytest
 import torch
 
 from fl_linkability.data.bundle import Background, UserDataset
+from fl_linkability.data.femnist import prepare, write_leaf
 from fl_linkability.data.inventory import inventory
-from fl_linkability.data.real import Item, choose_users, decode, near_duplicates, read_table, split_devices
+from fl_linkability.data.lists import Item, choose_users, read_flair, read_table, split_devices
+from fl_linkability.data.photos import near_duplicates
+from fl_linkability.data.reading import Reading
 from fl_linkability.data.styled import UserSettings, make_digits_users, make_mnist_users
+from fl_linkability.engines import simulate
 from fl_linkability.experiments import Experiment, _bundle
-from fl_linkability.federation import simulate
 from fl_linkability.settings import PRESETS
 from fl_linkability.train import make_fabric
 
@@ -84,9 +89,12 @@ def test_mnist_users(tmp_path, write_mnist):
     "change, message",
     [
         ({"x": torch.rand(3, 2)}, "one length, got 3 and 4"),
-        ({"user": torch.tensor([0, 0, 1])}, "x, user and device must be of one length"),
+        ({"user": torch.tensor([0, 0, 1])}, "x, user, device and role must be of one length"),
         ({"device": torch.tensor([0, 0, 1, 3])}, "device 2 has no images"),
         ({"device": torch.tensor([0, 0, 0, 1])}, "device 0 has images of two users"),
+        ({"user": torch.tensor([0, 0, 2, 2])}, "user 1 has no images: number the users 0 .. n_users - 1"),
+        ({"role": torch.tensor([0, 1, 1, 1])}, "device 0 has images of two roles"),
+        ({"role": torch.tensor([0, 0, 2, 2])}, "role must be 0 .prior. or 1 .anonymous."),
         ({"x": torch.full((4, 2), float("nan"))}, "x holds NaN or infinity"),
         ({"x": torch.ones(4, 2), "user": torch.zeros(4).long()}, "devices 0 and 1 of user 0 share an image"),
     ],
@@ -101,9 +109,17 @@ def test_wrong_users_are_refused(change, message):
         UserDataset(**good | change)
 
 
+def test_roles_of_devices():
+    x, y = torch.arange(10.0).view(10, 1), torch.zeros(10).long()
+    user, device = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0, 0, 0]), torch.arange(5).repeat_interleave(2)
+    assert UserDataset(x, y, user, device).device_role.tolist() == [0, 1, 1, 0, 1]  # a third device is anonymous, too
+    told = UserDataset(x, y, user, device, torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 0, 0]))
+    assert told.device_role.tolist() == [1, 0, 0, 1, 0]
+
+
 def test_wrong_types_and_settings_of_users():
-    with pytest.raises(TypeError, match="x must be float32, float64 or uint8, got torch.int64"):
-        Background(torch.zeros(2, 3).long(), torch.zeros(2).long())
+    with pytest.raises(TypeError, match="x must be float32, float64, uint8 or int64 .tokens., got torch.int32"):
+        Background(torch.zeros(2, 3).int(), torch.zeros(2).long())
     with pytest.raises(TypeError, match="y must be int64 classes or float32"):
         Background(torch.zeros(2, 3), torch.zeros(2).int())
     for change, message in (
@@ -126,7 +142,7 @@ def photos(preset="photos-full", **changes):
 @pytest.mark.parametrize("shard", ["given", "random", "chrono"])
 def test_a_table_of_photos(tmp_path, write_photos, shard):
     write_photos(tmp_path / "csv")
-    run = Experiment(photos("photos-head", shard=shard), 0, tmp_path, FABRIC)
+    run = Experiment(photos("photos-head", shard=shard), 0, Reading(tmp_path), FABRIC)
     bundle = run.bundle
     assert bundle.n_classes == 2 and bundle.users.n_users == 3 and bundle.users.n_devices == 6
     assert len(bundle.users.x) + len(bundle.user_test[0]) == 36 and bundle.users.x.shape[1] == 1280
@@ -134,10 +150,10 @@ def test_a_table_of_photos(tmp_path, write_photos, shard):
     outcome = run.measure(run.settings)
     assert 0 <= outcome.metrics["user_accuracy"] <= 100 and outcome.dataset["users"] == 3
     _bundle.cache_clear()
-    again = Experiment(photos("photos-head", shard=shard), 0, tmp_path, FABRIC).bundle  # from the cache
-    assert torch.equal(again.users.x, bundle.users.x)
+    again = Experiment(photos("photos-head", shard=shard), 0, Reading(tmp_path), FABRIC).bundle  # from the cache
+    assert torch.equal(again.users.x[:], bundle.users.x[:])
     (tmp_path / "csv" / "background.csv").unlink()
-    alone = Experiment(photos("photos-head", shard=shard, mitigation="rand-aug"), 1, tmp_path, FABRIC)
+    alone = Experiment(photos("photos-head", shard=shard, mitigation="rand-aug"), 1, Reading(tmp_path), FABRIC)
     assert len(alone.bundle.background.x) == 0
     with pytest.raises(ValueError, match="the background is empty"):
         alone.mitigation  # noqa: B018
@@ -149,7 +165,7 @@ def test_mobilenet_federation(tmp_path, write_photos, bn, engine):
     settings = photos(
         bn=bn, engine=engine, keep="fc|features.18.1", mitigation="mm-aug", ratio=0.5, batch_size=2, side=64
     )
-    run = Experiment(settings, 0, tmp_path, FABRIC)
+    run = Experiment(settings, 0, Reading(tmp_path), FABRIC)
     found = run.simulation
     assert found.faults == [] and len(found.updates) == 4 and np.abs(found.updates.delta).max() > 0
     layers = set(found.updates.layer_slices)
@@ -161,7 +177,7 @@ def test_mobilenet_federation(tmp_path, write_photos, bn, engine):
         ).updates
         np.testing.assert_allclose(found.updates.delta, loop.delta, rtol=0, atol=1e-4)
     else:
-        with pytest.raises(ValueError, match=f'bn="{bn}" needs engine "loop"'):
+        with pytest.raises(ValueError, match='batch norm in training mode .* needs engine "loop"'):
             simulate(run.bundle, run.model, replace_rounds(run))
 
 
@@ -173,21 +189,21 @@ def replace_rounds(run):
 
 def test_flair(tmp_path, write_flair):
     with pytest.raises(FileNotFoundError, match="FLAIR is not there"):
-        Experiment(photos("flair", users=3), 0, tmp_path, FABRIC).bundle  # noqa: B018
+        Experiment(photos("flair", users=3), 0, Reading(tmp_path), FABRIC).bundle  # noqa: B018
     write_flair(tmp_path / "flair")
     settings = photos("flair", users=3, images_per_device=2, model="mobilenet-head", clients_at_once=0)
-    bundle = Experiment(settings, 0, tmp_path, FABRIC).bundle
+    bundle = Experiment(settings, 0, Reading(tmp_path), FABRIC).bundle
     assert bundle.users.n_users == 3 and len(bundle.background.x) == 10 and bundle.n_classes == 2
     with pytest.raises(ValueError, match="0 users have 125 images or more, 3 are needed"):
-        Experiment(replace(settings, images_per_device=50), 0, tmp_path, FABRIC).bundle  # noqa: B018
+        Experiment(replace(settings, images_per_device=50), 0, Reading(tmp_path), FABRIC).bundle  # noqa: B018
 
 
 def test_femnist(tmp_path, write_femnist):
     settings = replace(PRESETS["femnist"], users=3, images_per_device=2, rounds=2, clients_per_round=3)
     with pytest.raises(FileNotFoundError, match="no JSON of LEAF"):
-        Experiment(settings, 0, tmp_path, FABRIC).bundle  # noqa: B018
+        Experiment(settings, 0, Reading(tmp_path), FABRIC).bundle  # noqa: B018
     write_femnist(tmp_path / "femnist")
-    run = Experiment(settings, 0, tmp_path, FABRIC)
+    run = Experiment(settings, 0, Reading(tmp_path), FABRIC)
     assert run.bundle.users.x.shape == (48, 1, 28, 28) and len(run.bundle.user_test[0]) == 12
     content = json.loads((tmp_path / "femnist/data/train/all_data_0.json").read_text())["user_data"]
     white = 1 - np.array(content["f0000"]["x"], np.float32)
@@ -195,17 +211,74 @@ def test_femnist(tmp_path, write_femnist):
     assert len(run.simulation.updates) == 6
 
 
+def test_a_writer_in_two_files_of_leaf_keeps_all_images(tmp_path):
+    rng = np.random.default_rng(0)
+    draw = lambda n: (rng.random((n, 784)), rng.integers(0, 62, n))  # noqa: E731
+    folder = tmp_path / "femnist/data/train"
+    write_leaf(folder / "a.json", {"f1": draw(5), "f2": draw(3)})
+    write_leaf(folder / "b.json", {"f1": draw(7)})
+    (folder / "._a.json").write_bytes(b"\x00 left by a file system")
+    x, y, writer = prepare(folder, tmp_path / "cache")
+    assert x.shape == (15, 1, 28, 28) and len(y) == 15 and (writer == "f1").sum() == 12
+    again, *_ = prepare(folder, tmp_path / "cache")
+    assert torch.equal(x, again)
+    for broken in (
+        '{"user_data": {"f1": {"x": [[1, 2]], "y": [1]}}}',
+        '{"user_data": {"f1": {"y": [1]}}}',
+        '{"user_data',
+    ):
+        (folder / "b.json").write_text(broken)
+        with pytest.raises(ValueError, match="b.json: not a file of LEAF's FEMNIST"):
+            prepare(folder, tmp_path / "cache")
+
+
+MANY = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+import fl_linkability.data.femnist as femnist
+from fl_linkability.data.reading import Reading
+from fl_linkability.settings import PRESETS
+settings = replace(PRESETS["femnist"], users=50, images_per_device=2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bundle = femnist.load_femnist(settings, 0, Reading(Path(sys.argv[1])))
+assert bundle.users.n_users == 50 and len(bundle.background.x) > 3000 * 6
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_3500_writers_load_in_bounded_memory(tmp_path):
+    """All in one file, as LEAF writes a small sample; Python lists of these pixels would take 600 MB."""
+    line = ("[" + ", ".join(["0.9961"] * 784) + "]").encode()
+    path = tmp_path / "femnist/data/train/all.json"
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.write(b'{"users": [], "num_samples": [], "user_data": {')
+        for writer in range(3500):
+            x = b", ".join([line] * 7)
+            file.write(b", " * (writer > 0) + b'"f%04d": {"x": [%s], "y": [1, 2, 3, 4, 5, 6, 7]}' % (writer, x))
+        file.write(b"}}")
+    environment = os.environ | {"FL_LINKABILITY_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", MANY, tmp_path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 250, "MB"
+
+
 def test_devices_of_real_users():
-    items = [Item(Path(f"{u}{i}"), u, i % 2, ("x",)) for u in "ab" for i in range(10)]
-    user, device, test = split_devices(items, "chrono", 0)
-    assert test.sum() == 4 and (user == np.repeat([0, 1], 10)).all()
+    items = [Item(Path(f"{u}{i}"), u, ("x",), f"d{i % 2}", (i + 1) % 2) for u in "ab" for i in range(10)]
+    split = split_devices(items, "chrono", 0)
+    assert split.test.sum() == 4 and (split.user == np.repeat([0, 1], 10)).all()
     for who in range(2):
-        first, second = (np.flatnonzero(~test & (device == 2 * who + half)) for half in (0, 1))
-        assert len(first) == len(second) == 4 and first.max() < second.min()
-    _, given, test = split_devices(items, "given", 0)
-    assert (given[~test] % 2 == np.tile([0, 1], 10)[~test]).all()
-    with pytest.raises(ValueError, match="user a: shard 'given' needs two devices"):
-        split_devices([replace(item, device=0) for item in items], "given", 0)
+        first, second = (np.flatnonzero(~split.test & (split.user == who) & (split.role == role)) for role in (0, 1))
+        assert len(first) == len(second) == 4 and first.max() < second.min(), "the prior half is the older one"
+    given = split_devices(items, "given", 0)
+    assert (given.role == np.tile([1, 0], 10)).all() and (given.device == given.user * 2 + given.role).all()
+    third = [*items, *(Item(Path(f"t{i}"), "a", ("x",), "tablet", 1) for i in range(5))]
+    given = split_devices(third, "given", 0)
+    assert len(set(given.device)) == 5 and (given.role[-5:] == 1).all() and len(set(given.device[-5:])) == 1
+    for broken in ({"role": -1}, {"role": 0}):
+        with pytest.raises(ValueError, match="user a: shard 'given' needs a column role"):
+            split_devices([replace(item, **broken) for item in items], "given", 0)
     assert {item.user for item in choose_users(items[:14], 0, 1)} == {"a", "b"}
     with pytest.raises(ValueError, match="1 users have 8 images or more, 2 are needed"):
         choose_users(items[:14], 2, 3)
@@ -214,34 +287,65 @@ def test_devices_of_real_users():
 def test_near_duplicates_across_devices_are_left_out():
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[4] = (images[0].int() + 1).clamp(0, 255).to(torch.uint8)
-    drop = near_duplicates(images, np.zeros(6, int), np.array([0, 0, 0, 1, 1, 1]), np.zeros(6, bool))
-    assert drop.tolist() == [False, False, False, False, True, False]
+    role = np.array([0, 0, 0, 1, 1, 1])
+    assert near_duplicates(images, np.zeros(6, int), role).tolist() == [False] * 4 + [True, False]
+    assert not near_duplicates(images, np.array([0, 1, 1, 1, 1, 1]), role).any()  # another user's do not count
 
 
-def test_broken_tables_and_images(tmp_path, write_photos):
-    write_photos(tmp_path / "csv")
-    table = tmp_path / "csv" / "users.csv"
-    lines = list(csv.reader(open(table)))
+GOOD = ["ann/1.jpg,ann,old,cat|dog,prior", "ann/2.jpg,ann,new,dog,anonymous", "björn/1.jpg,björn,old,cat,prior"]
+HEADER = "image_path,user_id,device_id,labels,role"
+
+
+def test_tables_as_people_write_them(tmp_path):
+    path = tmp_path / "users.csv"
+
+    def read(header=HEADER, lines=GOOD, encoding="utf-8"):
+        path.write_bytes("\n".join([header, *lines]).encode(encoding))
+        return read_table(path)
+
+    plain = read()
+    assert plain[0] == Item(tmp_path / "ann/1.jpg", "ann", ("cat", "dog"), "old", 0) and plain[2].user == "björn"
+    assert read(encoding="utf-8-sig") == plain
+    assert read(header=HEADER.replace(",", " , ")) == plain
+    assert read(lines=[line.replace("|", " | ").replace(",", ", ") for line in GOOD]) == plain
+    assert read(lines=[*GOOD, "", " , ,,,"]) == plain
+    assert [item.role for item in read("image_path,user_id,device_id,labels", [x.rsplit(",", 1)[0] for x in GOOD])] == [
+        -1
+    ] * 3
     for change, message in (
-        (lambda rows: [row[:3] for row in rows], "no column labels"),
-        (lambda rows: rows[:1], "no line"),
-        (lambda rows: [rows[0], [rows[1][0], "", *rows[1][2:]]], "line 2: needs labels and a user_id"),
+        ({"encoding": "latin-1"}, "users.csv: not UTF-8 .byte .*; save it as UTF-8"),
+        ({"header": HEADER.replace(",", ";")}, "no column image_path, user_id, device_id, labels between commas"),
+        ({"header": "image_path,user_id,device_id"}, "no column labels"),
+        ({"lines": []}, "no line below the header"),
+        ({"lines": [",ann,old,cat,prior"]}, "line 2: image_path is empty"),
+        ({"lines": [*GOOD, "ann/3.jpg,ann,old, | ,prior"]}, "line 5: labels is empty"),
+        ({"lines": ["ann/3.jpg,ann"]}, "line 2: device_id is empty"),
+        (
+            {"lines": [*GOOD, "ann/1.jpg,ann,new,cat,anonymous"]},
+            "line 5: ann/1.jpg is on device old of user ann already",
+        ),
+        ({"lines": ["ann/3.jpg,ann,old,cat,shadow"]}, "role must be prior or anonymous, got 'shadow'"),
     ):
-        broken = tmp_path / "broken.csv"
-        broken.write_text("\n".join(",".join(row) for row in change(lines)))
-        with pytest.raises(ValueError, match=message):
-            read_table(broken)
+        with pytest.raises(ValueError, match=message) as refused:
+            read(**change)
+        assert "\n" not in str(refused.value)
     with pytest.raises(FileNotFoundError, match="no such table"):
         read_table(tmp_path / "none.csv")
-    (tmp_path / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"bad.jpg: cannot be decoded"):
-        decode([tmp_path / "bad.jpg"], 8, tmp_path)
-    with pytest.raises(FileNotFoundError, match="gone.jpg: no such image"):
-        decode([tmp_path / "gone.jpg"], 8, tmp_path)
+
+
+def test_flair_is_in_the_order_of_flickr_s_numbers(tmp_path):
+    numbers = ["14913474848", "987654321", "5000001", "4999999"]
+    entries = [{"image_id": n, "user_id": "u@N00", "labels": [], "partition": "train"} for n in numbers]
+    (tmp_path / "labels_and_metadata.json").write_text(json.dumps(entries))
+    items, background = read_flair(tmp_path)
+    assert [item.path.stem for item in items] == numbers[::-1] and background == []
+    (tmp_path / "labels_and_metadata.json").write_text(json.dumps([{"image_id": "1"}]))
+    with pytest.raises(ValueError, match="an entry has no 'user_id'"):
+        read_flair(tmp_path)
 
 
 def test_inventory(tmp_path, write_mnist):
     missing = {row[0] for row in inventory(tmp_path) if row[4] == "no"}
-    assert len(missing) == 5 and "MNIST" in missing
+    assert len(missing) == 6 and "MNIST" in missing
     write_mnist(tmp_path)
     assert "MNIST" not in {row[0] for row in inventory(tmp_path) if row[4] == "no"}

@@ -1,18 +1,17 @@
 """Tables and their settings, protocol and claims, what an attack may not see, figures and commands."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fl_linkability import catalogue, claims, cli, experiments, studies
+from fl_linkability import claims, experiments, studies
 from fl_linkability.catalogue import tables
+from fl_linkability.data.reading import Reading
 from fl_linkability.evaluate import Adversary, user_resamples
-from fl_linkability.experiments import Experiment, cluster_background, execute, load_settings, make_mitigation
+from fl_linkability.experiments import Experiment, cluster_background, execute, make_mitigation
+from fl_linkability.mitigations import group_sums
 from fl_linkability.settings import MEASUREMENT, PRESETS, Settings
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import make_fabric
@@ -26,7 +25,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def small():
-    return Experiment(SMALL, 0, Path("."), FABRIC)
+    return Experiment(SMALL, 0, Reading(), FABRIC)
 
 
 def test_every_row_has_valid_settings():
@@ -43,6 +42,7 @@ def test_every_row_has_valid_settings():
         ("table-3", "MNIST, random, MLP", "mnist", "mnist"),
         ("table-3", "FLAIR (substitute), chrono, MLP", "paper", "flair"),
         ("table-3", "FEMNIST (substitute), random, MLP", "paper", "femnist"),
+        ("table-3", "FEMNIST-like, CNN, random, MLP", "femnist-like", "femnist-like"),
         ("table-3", "PIPA, photoset, MLP", "paper", "photos-full"),
         ("table-3", "PIPA, photoset, MLP", "head", "photos-head"),
         ("T5", "none", "embedded", "ours"),
@@ -72,19 +72,19 @@ def test_one_federation_serves_many_runs(monkeypatch):
     original = experiments.simulate
     monkeypatch.setattr(experiments, "simulate", lambda *a, **k: calls.append(1) or original(*a, **k))
     rows = [vars(replace(SMALL, attack=attack)) for attack in ("paper-knn", "centroid")]
-    outcomes = execute(rows, [0, 0], data_root=Path("."))
+    outcomes = execute(rows, [0, 0], reading=Reading())
     assert len(calls) == 1 and outcomes[0].metrics["mAP_macro"] != outcomes[1].metrics["mAP_macro"]
     assert outcomes[0].details["engine"] == {"name": "batched"} and len(outcomes[0].details["users"]["ap"]) == 6
     json.dumps(outcomes[0].details, allow_nan=False)
 
 
 def test_biased_users_are_found_and_unbiased_ones_are_not():
-    biased = Experiment(replace(SMALL, rounds=60), 0, Path("."), FABRIC)
+    biased = Experiment(replace(SMALL, rounds=60), 0, Reading(), FABRIC)
     outcome = biased.measure(replace(biased.settings, attack="paper-knn")).metrics
     assert outcome["times_chance_ap"] > 3.5 and outcome["above_floor"] > 0 and outcome["known_users"] == 6
     for change in ({"iid": True}, {"style": False, "skew": False}):
         settings = replace(SMALL, rounds=60, attack="paper-knn", **change)
-        assert Experiment(settings, 0, Path("."), FABRIC).measure(settings).metrics["above_floor"] < 0
+        assert Experiment(settings, 0, Reading(), FABRIC).measure(settings).metrics["above_floor"] < 0
     permuted = biased.measure(replace(biased.settings, attack="paper-knn", control="permuted-labels")).metrics
     assert permuted["times_chance_ap"] < outcome["times_chance_ap"] - 1
 
@@ -112,7 +112,7 @@ def test_every_measure(small, measure):
     if measure in ("pairs", "stage"):
         settings = replace(settings, attack={"pairs": "cosine", "stage": "centroid"}[measure])
     if measure == "stage":
-        with_more = Experiment(replace(SMALL, rounds=60, clients_per_round=8), 0, Path("."), FABRIC)
+        with_more = Experiment(replace(SMALL, rounds=60, clients_per_round=8), 0, Reading(), FABRIC)
         outcome = with_more.measure(replace(with_more.settings, measure="stage", attack="centroid"))
         assert np.array(outcome.details["matrix"]).shape == (5, 5)
     else:
@@ -141,22 +141,57 @@ def test_secure_aggregation_hides_more_in_larger_sums(small):
         small.measure(replace(SMALL, measure="groups", set_size=9))
 
 
+@pytest.mark.parametrize("attack", ["centroid", "paper-svm", "paper-knn", "paper-mlp", "logreg"])
+def test_a_sum_of_one_update_is_that_update(small, attack):
+    settings = replace(SMALL, attack=attack, set_size=1)
+    adversary = Adversary(small.simulation.updates, 6, 0, settings)
+    assert studies.groups(adversary)[0]["hit"] == pytest.approx(adversary.reid()[0]["top1"])
+
+
+def test_sums_do_not_overlap_and_stay_within_a_round(small, monkeypatch):
+    taken = []
+    monkeypatch.setattr(studies, "group_sums", lambda raw, group: taken.append((raw, group)) or group_sums(raw, group))
+    store = small.simulation.updates
+    studies.groups(Adversary(store, 6, 0, replace(SMALL, attack="centroid", set_size=2)))
+    (raw, group), everything = taken[0], store.features("fc2", normalize=False)
+    rows = np.array([int(np.flatnonzero((everything == each).all(1))[0]) for each in raw])
+    assert len(set(rows.tolist())) == len(rows), "no update is in two sums"
+    assert (np.bincount(group) == 2).all() and (store.column("role")[rows] == 1).all()
+    for number in range(group.max() + 1):
+        assert len(set(store.column("round")[rows[group == number]])) == 1
+
+
+def test_stages_are_known_by_row_and_probed_by_column():
+    """Known updates of the first fifth are noise, and so are the probes of the last: that row and column are low."""
+    rng, store = np.random.default_rng(0), UpdateStore({"fc": (0, 16)})
+    centre = rng.normal(size=(8, 16))
+    for number in range(50):
+        for role, noisy in ((0, number < 10), (1, number >= 40)):
+            updates = (0 if noisy else 3) * centre + rng.normal(size=(8, 16))
+            users = np.arange(8)
+            store.append(updates, round=number, device=2 * users + role, user=users, role=role, n_examples=1)
+    settings = replace(SMALL, layers="all", attack="centroid")
+    matrix = np.array(studies.stage(Adversary(store, 8, 0, settings))[1]["matrix"])
+    assert matrix[0].max() < 4 and matrix[:, 4].max() < 4, "row: rounds of the known; column: rounds of the probes"
+    assert matrix[1:, :4].min() > 7
+
+
 def test_open_world_needs_a_seen_user(small):
     with pytest.raises(ValueError, match="re-identification needs a seen user"):
         studies.open_reid(Adversary(small.simulation.updates, 6, 0, replace(SMALL, seen=0.0)))
 
 
 def test_pretraining_and_mitigations_from_settings(small):
-    start = Experiment(replace(SMALL, pretrain_epochs=40, rounds=5), 0, Path("."), FABRIC)
-    cold = Experiment(replace(SMALL, rounds=5), 0, Path("."), FABRIC)
+    start = Experiment(replace(SMALL, pretrain_epochs=40, rounds=5), 0, Reading(), FABRIC)
+    cold = Experiment(replace(SMALL, rounds=5), 0, Reading(), FABRIC)
     utility = [
         run.measure(replace(run.settings, measure="utility")).metrics["population_accuracy"] for run in (start, cold)
     ]
     assert utility[0] > utility[1] + 10
     for name in ("noise", "mm-aug", "calibrated", "style-jitter", "clip", "local-dp", "central-dp", "decoys+noise"):
         make_mitigation(replace(SMALL, mitigation=name, clusters=5), small.bundle, 0)
-    outcome = execute([vars(replace(SMALL, mitigation="local-dp", attack="centroid"))], [0], data_root=Path("."))[0]
-    assert outcome.metrics["epsilon"] > 50
+    outcome = execute([vars(replace(SMALL, mitigation="local-dp", attack="centroid"))], [0], reading=Reading())[0]
+    assert outcome.metrics["epsilon"] > 50 and outcome.metrics["noise_relative"] > 1
     with pytest.raises(ValueError, match="clusters must lie in 1 .. 120"):
         cluster_background(small.bundle.background, 121, 0)
     with pytest.raises(ValueError, match="belong to another federation"):
@@ -227,90 +262,3 @@ def test_verdicts(tmp_path):
     assert verdicts["So it is under IID replacement"].verdict == "fails"
     assert verdicts["Claim 13: skew alone gives more than 10 times chance (top-1)"].verdict == "holds"
     assert {v.verdict for v in claims.judge(table, "embedded", RunLog(tmp_path / "none.jsonl"))} == {"not measured"}
-
-
-# ---- commands --------------------------------------------------------------------------------------------------
-
-
-def command(*words, cwd=None):
-    return subprocess.run([sys.executable, "-m", "fl_linkability", *words], capture_output=True, text=True, cwd=cwd)
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalogue, "PROJECT", tmp_path)
-    (tmp_path / "tables").symlink_to(Path(cli.__file__).parents[2] / "tables")
-    (tmp_path / "results").mkdir()
-    return tmp_path
-
-
-def test_every_table_at_smoke_scale_then_figures(project, capsys):
-    run = cli.Run(scale="smoke", jobs=1)
-    run()
-    out = capsys.readouterr().out
-    lines = (project / "runs" / "smoke.jsonl").read_text().splitlines()
-    assert len(lines) == sum(len(t.runs("smoke")) for t in tables() if "smoke" in t.scales)
-    assert all(len(line) < 20_000 for line in lines) and "P3. Closed-world re-identification" in out
-    run()
-    assert (project / "runs" / "smoke.jsonl").read_text().splitlines() == lines
-    cli.Run(("T7",), scale="smoke", dry_run=True)()
-    assert "expected seconds" in capsys.readouterr().out
-    embedded = [json.loads(line) for line in lines]
-    by_row = {(t.id, row.name): t for t in tables() for row in t.rows if "embedded" in t.scales}
-    log = RunLog(project / "results" / "embedded.jsonl")
-    for record in embedded:  # stand in for recorded runs: the figures need their shape, not their size
-        table = by_row[record["table"], record["row"]]
-        wanted = table.runs("embedded", [record["row"]], [20])[0]
-        log.append(record | {"scale": "embedded", "seed": 20, "settings_hash": wanted.key[-1]})
-    cli.Tables()()
-    page = (project / "results" / "RESULTS.md").read_text()
-    assert "## Claims by cluster bootstrap over users" in page and "PIPA, random, MLP" in page
-    drawn = {path.stem for path in (project / "results" / "figures").glob("*.png")}
-    assert drawn == {"figure-12", "figure-8", "F3", "table-5", "figure-5", "figure-6"}
-
-
-def test_train_then_attack_from_the_command_line(tmp_path):
-    folder = str(tmp_path / "run")
-    flags = ("--users", "5", "--images-per-device", "12", "--background", "100", "--rounds", "20")
-    trained = command("train", "--output", folder, "paper-embedded", *flags, "--attack", "paper-knn")
-    assert trained.returncode == 0, trained.stderr
-    attacked = command("attack", folder, "--attack", "paper-knn", "--layers", "fc2")
-    assert json.loads(attacked.stdout)["mAP_macro"] == json.loads(trained.stdout)["mAP_macro"]
-    assert load_settings(Path(folder))[0].users == 5
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (("run", "table-9"), "unknown table 'table-9'; there are"),
-        (("attack", "none"), "none: no federation here (settings.json is missing)"),
-    ],
-)
-def test_mistakes_end_with_one_line(words, message):
-    done = command(*words)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_more_mistakes(project, monkeypatch, capsys):
-    for words, message in (
-        (["run", "table-3", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"], "lacks MNIST/raw"),
-        (["run", "table-3", "--scale", "text", "--jobs", "1"], "dataset must be one of digits"),
-        (["run", "--scale", "large"], "no table has a scale 'large'"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["fl-linkability", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_preview(tmp_path, capsys):
-    cli.Data(tmp_path, preview=tmp_path / "p.png")()
-    assert "FLAIR" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 1000
-
-
-def test_the_public_names_are_there():
-    import fl_linkability
-
-    assert all(getattr(fl_linkability, name).__name__ == name for name in fl_linkability.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        fl_linkability.nothing  # noqa: B018

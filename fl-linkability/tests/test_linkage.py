@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
+from fl_linkability import neural_attacks
 from fl_linkability.attacks import IDENTIFY, MATCH, identify, match, pair_scorer
 from fl_linkability.features import device_means, leave_one_out, unit
 from fl_linkability.linkage import (
@@ -16,8 +17,8 @@ from fl_linkability.linkage import (
     permuted_device_chance,
     top_k_hits,
 )
-from fl_linkability.neural_attacks import balanced_pairs, mlp_probabilities
-from fl_linkability.splits import split_closed, split_matching, split_open, split_same_device
+from fl_linkability.neural_attacks import mlp_probabilities
+from fl_linkability.splits import balanced_pairs, split_closed, split_matching, split_open, split_same_device
 from fl_linkability.store import UpdateStore
 
 
@@ -236,6 +237,31 @@ def test_pairs_are_balanced_and_true(users, seed):
     assert (a[same_a] == b[same_b]).all() and (a[other_a] != b[other_b]).all() and len(other_a) == 15
     with pytest.raises(ValueError, match="a user in both sets"):
         balanced_pairs(np.zeros(3, int), np.ones(3, int), 2, rng)
+
+
+def test_within_one_set_no_update_is_paired_with_itself():
+    users = np.array([0, 0, 0, 1, 1, 2])  # the third user has a single update
+    (same_a, other_a), (same_b, other_b) = balanced_pairs(users, users, 400, np.random.default_rng(0), one_set=True)
+    assert (same_a != same_b).all() and (users[same_a] == users[same_b]).all() and 2 not in users[same_a]
+    assert (users[other_a] != users[other_b]).all()
+    assert {(a, b) for a, b in zip(same_a, same_b, strict=True) if a == 0} == {(0, 1), (0, 2)}
+    with pytest.raises(ValueError, match="a user with two updates"):
+        balanced_pairs(np.arange(4), np.arange(4), 3, np.random.default_rng(0), one_set=True)
+
+
+def test_the_siamese_network_learns_from_pairs_of_different_updates(monkeypatch):
+    seen = []
+    original = neural_attacks.balanced_pairs
+
+    def spy(*arguments, **options):
+        pairs = original(*arguments, **options)
+        seen.append(pairs[0][0] != pairs[1][0])
+        return pairs
+
+    monkeypatch.setattr(neural_attacks, "balanced_pairs", spy)
+    x, labels = blobs()
+    neural_attacks.siamese(x, labels, seed=0, steps=3)
+    assert seen[0].all()
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------

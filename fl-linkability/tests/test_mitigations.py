@@ -1,9 +1,13 @@
 """What devices train on and send under each mitigation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
+from fl_linkability import privacy
 from fl_linkability.mitigations import (
     KINDS,
     Background,
@@ -80,7 +84,45 @@ def test_clip_and_local_dp():
     private = LocalDP(0.5, 50.0)
     sent = private.transform_update(np.zeros(50_000, np.float32), rng(0))
     assert sent.std() == pytest.approx(private.sigma, rel=0.02)
-    assert private.epsilon_of(20) > private.epsilon_of(1) > 50 * 0.5
+    assert private.epsilon_of(20) > 20 and math.isinf(Clip(1.0).epsilon_of(1))
+
+
+def hockey_stick(epsilon, mu):
+    """The definition of delta, integrated: how much N(mu, 1) exceeds e^epsilon N(0, 1)."""
+    z = np.linspace(-12 - mu, 12 + 2 * mu, 400_001)
+    return np.trapezoid(np.maximum(norm.pdf(z - mu) - np.exp(epsilon + norm.logpdf(z)), 0), z)
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1.0, 10.0, 50.0])
+def test_one_round_of_local_dp_is_what_it_says(epsilon):
+    """Any two updates lie 2C apart after clipping; the noise makes these two (epsilon, delta)-indistinguishable."""
+    private = LocalDP(0.5, epsilon, 1e-5)
+    a, b = (private.transform_update(np.full(9, sign, np.float32), rng(1)) for sign in (1, -1))
+    distance = np.linalg.norm(a - b)  # the same noise: what is left are the clipped updates
+    assert distance == pytest.approx(1, rel=1e-4)  # in float32, under the noise
+    assert hockey_stick(epsilon, 1 / private.sigma) == pytest.approx(1e-5, rel=1e-3)
+    assert private.epsilon_of(1) == pytest.approx(epsilon, rel=1e-6)
+    smaller = LocalDP(0.25, epsilon, 1e-5)
+    assert smaller.sigma == pytest.approx(private.sigma / 2) and smaller.epsilon_of(3) == pytest.approx(
+        private.epsilon_of(3)
+    )
+
+
+def test_many_rounds_compose():
+    private = LocalDP(1.0, 1.0, 1e-5)
+    epsilon = private.epsilon_of(9)
+    assert 1 < epsilon < 9 and hockey_stick(epsilon, 3 * 2 / private.sigma) == pytest.approx(1e-5, rel=1e-3)
+    assert privacy.gaussian_epsilon(0.0, 1, 1e-5) == math.inf and privacy.gaussian_epsilon(1e6, 1, 1e-5) == 0
+
+
+def test_what_is_composed_keeps_its_epsilon_and_noise():
+    private, noise, central = LocalDP(0.5, 5.0), GaussianNoise(0.3), CentralDP(1.0, 2.0)
+    both = Compose(private, noise, Clip(9.0))
+    assert both.epsilon_of(4) == private.epsilon_of(4) == both.model_epsilon_of(4)
+    assert both.noise_std == pytest.approx(math.hypot(private.sigma, 0.3))
+    assert math.isinf(central.epsilon_of(1)) and 0 < central.model_epsilon_of(1) < math.inf  # the server sees it raw
+    server = Compose(Mitigation("both"), central)
+    assert math.isinf(server.epsilon_of(1)) and server.model_epsilon_of(2) == central.model_epsilon_of(2)
 
 
 def test_central_dp_is_the_server_s():
@@ -139,7 +181,7 @@ def test_group_sums():
         (lambda: GaussianNoise(float("nan")), "std must be finite"),
         (lambda: Clip(0.0), "the clipping norm must be positive and finite, got 0.0"),
         (lambda: Clip(float("nan")), "the clipping norm must be positive"),
-        (lambda: LocalDP(1.0, 0.0), "epsilon must be positive, got 0.0"),
+        (lambda: LocalDP(1.0, 0.0), "epsilon must be positive and finite, got 0.0"),
         (lambda: LocalDP(1.0, 1.0, 0.0), r"delta must lie in \(0, 1\), got 0.0"),
         (lambda: CentralDP(1.0, -1.0), "noise_multiplier must not be negative"),
         (lambda: Compose(Mitigation("anon"), Mitigation("both")), "must agree in who"),

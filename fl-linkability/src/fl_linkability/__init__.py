@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _MODULE_OF = {
+    "ANONYMOUS": "data.bundle",
     "MLP": "models",
     "Background": "mitigations",
     "CentralDP": "mitigations",
@@ -18,7 +19,9 @@ _MODULE_OF = {
     "LocalDP": "mitigations",
     "LocalSGD": "train",
     "Mitigation": "mitigations",
-    "SimulationResult": "federation",
+    "PRIOR": "data.bundle",
+    "Recording": "recording",
+    "SimulationResult": "engines",
     "StyleJitter": "mitigations",
     "UpdateStore": "store",
     "UserDataset": "data.bundle",
@@ -31,7 +34,9 @@ _MODULE_OF = {
     "open_world_metrics": "linkage",
     "pair_scorer": "attacks",
     "permuted_device_chance": "linkage",
-    "simulate": "federation",
+    "read_updates": "recording",
+    "report_partition": "recording",
+    "simulate": "engines",
     "split_closed": "splits",
     "split_matching": "splits",
     "split_open": "splits",

@@ -12,8 +12,9 @@ import torch
 
 from fl_linkability.catalogue import PROJECT
 from fl_linkability.data.styled import make_digits_users
+from fl_linkability.engines import simulate
 from fl_linkability.experiments import PACKAGES
-from fl_linkability.federation import FedAvgConfig, simulate
+from fl_linkability.federation import FedAvgConfig
 from fl_linkability.models import MLP
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import LocalSGD, batch_table, epoch_orders, train_batched, train_one, trained_state

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from fl_linkability.settings import PRESETS
 
 if TYPE_CHECKING:
+    from fl_linkability.data.reading import Reading
+    from shared_utils.preflight import Need
     from shared_utils.runlog import RunLog
     from shared_utils.tables import Table
 
@@ -27,7 +29,26 @@ def default_data_root() -> Path:
 
 
 @dataclass
-class Run:
+class DataOptions:
+    """Where data sets are, and how they are read."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where the data sets are."""
+    workers: int = 0
+    """Threads that decode images; 0: one per core."""
+    skip_broken: bool = False
+    """Leave out images that cannot be decoded; they are counted, named in the log and put into the record."""
+
+    @property
+    def reading(self) -> Reading:
+        """As the loaders take it."""
+        from fl_linkability.data.reading import Reading
+
+        return Reading(self.data_root, self.workers, self.skip_broken)
+
+
+@dataclass
+class Run(DataOptions):
     """Run what is missing of the tables (into runs/) and print published | ours | yours, with verdicts."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -38,14 +59,14 @@ class Run:
     """Only these rows."""
     seeds: tuple[int, ...] = ()
     """Instead of the table's seeds."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where the data sets are."""
     jobs: int = 0
     """Federations side by side, one process each; 0: one per core on a CPU, one on CUDA."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """List the missing runs, their expected time and what they need in vain only."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
 
     def __call__(self) -> None:
         from fl_linkability import catalogue
@@ -62,13 +83,15 @@ class Run:
             from shared_utils.runlog import RunLog
 
             done = RunLog(catalogue.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done, _needs(self.reading))
         from fl_linkability import experiments
 
         yours = experiments.run_tables(
             chosen,
             self.scale,
-            self.data_root,
+            self.reading,
+            needs=_needs(self.reading),
+            precision=self.precision,
             rows=self.rows,
             seeds=self.seeds,
             force=self.force,
@@ -77,21 +100,28 @@ class Run:
         _print_tables(chosen, self.scale, yours)
 
 
+def _needs(reading: Reading) -> Callable[[dict], Iterable[Need]]:
+    from fl_linkability.needs import needs
+    from fl_linkability.settings import Settings
+
+    return lambda settings: needs(Settings(**settings), reading)
+
+
 def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
     from fl_linkability import claims
-    from fl_linkability.catalogue import PROJECT
+    from fl_linkability.catalogue import shipped
     from shared_utils.logging import console
     from shared_utils.report import print_table
     from shared_utils.runlog import RunLog
 
     for table in chosen:
-        print_table(table, scale, RunLog(PROJECT / "results" / f"{scale}.jsonl"), yours)
+        print_table(table, scale, RunLog(shipped("results") / f"{scale}.jsonl"), yours)
         for verdict in claims.judge(table, scale, yours):
             console().print(f"  {'over users':<12} {verdict.claim.text} ({verdict})", highlight=False)
 
 
-@dataclass
-class Train:
+@dataclass(kw_only=True)
+class Train(DataOptions):
     """Run one federation, keep its updates and weights, and print one attack as JSON; interrupted, the same goes on."""
 
     settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]  # type: ignore[valid-type]  # made at run time
@@ -100,8 +130,6 @@ class Train:
     """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
     seed: int = 0
     """Of users, weights and order."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
@@ -111,8 +139,10 @@ class Train:
         from fl_linkability.experiments import Experiment, save_settings
         from fl_linkability.train import make_fabric
         from shared_utils.logging import progress
+        from shared_utils.preflight import require
 
-        run = Experiment(self.settings, self.seed, self.data_root, make_fabric(self.device, self.precision))
+        require(_needs(self.reading)(asdict(self.settings)))
+        run = Experiment(self.settings, self.seed, self.reading, make_fabric(self.device, self.precision))
         run.folder = self.output
         save_settings(self.output, self.settings, self.seed)
         with progress() as bar:
@@ -160,12 +190,18 @@ class Attack:
 class Data:
     """What is needed, where it is looked for, and what is there."""
 
+    verb: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list, or verify: read every file of the sets that are there to its end."""
     data_root: Path = field(default_factory=default_data_root)
     """Where to look."""
     download: bool = False
-    """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
+    """Fetch what may be fetched: MNIST and MobileNet's weights, through torchvision, checked by hash."""
     preview: Path | None = None
     """Write a PNG of digits users to this file."""
+    tiny: Path | None = None
+    """Write small archives in the real layouts below this folder: what a data root must look like."""
+    femnist_like: Path | None = None
+    """Make 60 writers from MNIST and write them in LEAF's format below this folder, a data root for femnist."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
@@ -173,14 +209,30 @@ class Data:
         from fl_linkability.data.inventory import inventory
         from shared_utils.logging import console
 
+        if self.tiny:
+            from fl_linkability.tiny import write_tiny
+
+            return write_tiny(self.tiny)
+        if self.femnist_like:
+            from fl_linkability.data.femnist import write_femnist_like
+
+            return write_femnist_like(self.data_root, self.femnist_like)
         if self.download:
             from torchvision.datasets import MNIST
+            from torchvision.models import MobileNet_V2_Weights
 
             MNIST(str(self.data_root), download=True)
+            MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
         if self.preview:
             from fl_linkability.figures import draw_preview
 
             draw_preview(self.preview)
+        if self.verb == "verify":
+            from fl_linkability.data.inventory import verify
+
+            for name, count in verify(self.data_root):
+                console().print(f"{name}: {count:,} images read to the end", highlight=False)
+            return
         grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory(self.data_root):
             grid.add_row(*row)
@@ -196,7 +248,7 @@ class Tables:
         from fl_linkability.figures import draw_all
         from shared_utils.report import results_page
 
-        results, tables = catalogue.PROJECT / "results", catalogue.tables()
+        results, tables = catalogue.checkout() / "results", catalogue.tables()
         draw_all(tables, results)
         page = results_page(PROGRAM, tables, results, "fl-linkability run")
         (results / "RESULTS.md").write_text(page + "\n" + claims.section(tables, results))
@@ -207,11 +259,11 @@ class Record:
     """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        from fl_linkability.catalogue import PROJECT
+        from fl_linkability.catalogue import checkout
         from shared_utils.benchmark import record
         from shared_utils.logging import get_logger
 
-        get_logger(PROGRAM).info("%d runs recorded", record(PROJECT))
+        get_logger(PROGRAM).info("%d runs recorded", record(checkout()))
         Tables()()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fl_linkability.attacks import identify, pair_scorer
-from fl_linkability.data.bundle import ANONYMOUS, PRIOR, FederatedBundle
+from fl_linkability.data.bundle import ANONYMOUS, PRIOR, FederatedBundle, Rows
 from fl_linkability.features import cosine, device_means
 from fl_linkability.linkage import (
     identification_metrics,
@@ -31,7 +31,7 @@ from fl_linkability.train import State, as_input
 REPLICATES = 200
 
 
-def predict(model: nn.Module, state: State, x: Tensor, batch_size: int = 1024) -> Tensor:
+def predict(model: nn.Module, state: State, x: Tensor | Rows, batch_size: int = 1024) -> Tensor:
     """Logits float32 (n, classes) on the CPU, in evaluation mode."""
     model.eval()
     device = next(iter(state.values())).device

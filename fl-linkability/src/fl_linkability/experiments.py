@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,15 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor, nn
 
 from fl_linkability import catalogue, mitigations, studies
-from fl_linkability.data.bundle import ANONYMOUS, Background, FederatedBundle
+from fl_linkability.data.bundle import ANONYMOUS, Background, FederatedBundle, Rows
 from fl_linkability.data.load import load_bundle
+from fl_linkability.data.reading import Reading
+from fl_linkability.engines import SimulationResult, simulate
 from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, utility
-from fl_linkability.federation import FedAvgConfig, SimulationResult, simulate
+from fl_linkability.federation import FedAvgConfig
 from fl_linkability.mitigations import Mitigation
 from fl_linkability.models import build_model
+from fl_linkability.needs import caveats, weights
 from fl_linkability.settings import DATA_SETTINGS, Settings
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import (
@@ -42,15 +46,20 @@ from shared_utils.tables import Run, Table, settings_hash
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-PACKAGES = ("numpy", "scikit-learn", "lightning", "flwr")
+    from shared_utils.preflight import Need
+
+PACKAGES = ("numpy", "scikit-learn", "lightning", *(["flwr"] if find_spec("flwr") else []))
 BACKGROUND_EPOCHS = 20
+BATCHES_READ = 1000  # at a time, where everything is trained on in one place
 
 
 def run_tables(
     chosen: Sequence[Table],
     scale: str,
-    data_root: Path,
+    reading: Reading,
     *,
+    needs: Callable[[dict], Iterable[Need]] | None = None,
+    precision: str = "auto",
     rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     force: bool = False,
@@ -63,12 +72,13 @@ def run_tables(
         "fl-linkability",
         runs,
         log,
-        partial(execute, data_root=data_root),
+        partial(execute, reading=reading, precision=precision),
         repository=catalogue.PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
         group=_federation_of,
+        needs=needs,
     )
     return log
 
@@ -78,10 +88,12 @@ def _federation_of(run: Run) -> tuple:
     return json.dumps(settings.federation(), sort_keys=True), run.seed
 
 
-def execute(settings: Sequence[dict], seeds: Sequence[int], *, data_root: Path) -> list[Outcome]:
+def execute(
+    settings: Sequence[dict], seeds: Sequence[int], *, reading: Reading, precision: str = "auto"
+) -> list[Outcome]:
     """All runs that share a federation (and so a seed); one that is killed goes on from runs/checkpoints."""
     resolved = [Settings(**each) for each in settings]
-    run = Experiment(resolved[0], seeds[0], data_root, _fabric())
+    run = Experiment(resolved[0], seeds[0], reading, _fabric(precision))
     checkpoints = catalogue.PROJECT / "runs" / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
     run.folder = checkpoints if resolved[0].model != "mlp" else None  # what takes seconds starts again
     outcomes = [run.measure(each) for each in resolved]
@@ -97,14 +109,14 @@ class Experiment:
     Args:
         settings: of the federation; what is measured may differ from run to run.
         seed: of data, weights and order.
-        data_root: where data sets are.
+        reading: where data sets are, and how they are read.
         fabric: device, precision and ranks.
         folder: for updates and checkpoint on disk.
     """
 
     settings: Settings
     seed: int
-    data_root: Path
+    reading: Reading
     fabric: Fabric
     folder: Path | None = None
     on_round: Callable[[int], None] = lambda finished: None
@@ -113,7 +125,7 @@ class Experiment:
     def bundle(self) -> FederatedBundle:
         """The data."""
         data = replace(Settings(), **{name: getattr(self.settings, name) for name in DATA_SETTINGS})
-        return _bundle(data, self.seed, self.data_root, self.fabric)
+        return _bundle(data, self.seed, self.reading, self.fabric)
 
     @cached_property
     def mitigation(self) -> Mitigation:
@@ -167,7 +179,10 @@ class Experiment:
             metrics, details = LEARNERS[settings.learner](self)
         else:
             metrics, details = self._attack(settings)
-        return Outcome({name: float(value) for name, value in metrics.items()}, details, self.bundle.record())
+        return Outcome(
+            {name: float(value) for name, value in metrics.items()}, details, self.bundle.record(),
+            weights(settings), str(self.fabric.strategy.precision.precision), caveats(settings, self.bundle),
+        )  # fmt: skip
 
     def _attack(self, settings: Settings) -> tuple[dict, dict]:
         found = self.simulation
@@ -180,33 +195,38 @@ class Experiment:
             more, details = MEASURES[settings.measure](adversary)
             metrics |= more
         details.setdefault("users", {}).update(users)
-        dimension = sum(value.numel() for value in found.final_state.values())
-        noise = getattr(self.mitigation, "std", 0.0) * np.sqrt(dimension) / found.raw_norm
-        metrics |= {"noise_relative": noise, "updates": len(found.updates), "epsilon": self._epsilon(found.updates)}
+        noise = self.mitigation.noise_std * np.sqrt(found.dimension) / found.raw_norm
+        metrics |= {"noise_relative": noise, "updates": len(found.updates)}
+        answers = self._most_answers(found.updates)
+        metrics["epsilon"] = self.mitigation.epsilon_of(answers)
+        metrics["model_epsilon"] = self.mitigation.model_epsilon_of(answers)
         metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
         return metrics, details | {"engine": found.engine, "faults": found.faults[:20], "n_faults": len(found.faults)}
 
-    def _epsilon(self, updates: UpdateStore) -> float:
-        """Spent by the anonymous device that answered most often, over the whole run; NaN without a mechanism."""
-        if not hasattr(self.mitigation, "epsilon_of"):
-            return float("nan")
+    def _most_answers(self, updates: UpdateStore) -> int:
+        """Of the anonymous device that answered most often in the whole run."""
         device = updates.column("device")[updates.column("role") == ANONYMOUS]
-        return self.mitigation.epsilon_of(int(np.bincount(device).max()))
+        return int(np.bincount(device).max())
 
-    def central(self, data: tuple[Tensor, Tensor], epochs: int) -> Iterator[State]:
-        """The same network and steps without a federation: its weights after each epoch over all data."""
+    def central(self, data: tuple[Tensor | Rows, Tensor], epochs: int) -> Iterator[State]:
+        """The same network and steps without a federation: its weights after each epoch over all data.
+
+        So many batches are read at a time; momentum starts anew with each such part.
+        """
         model = self.model()
-        state = trained_state(model)
-        x, y = (part.to(self.fabric.device) for part in data)
+        state, device = trained_state(model), self.fabric.device
+        x, y = data
         if len(x) == 0:
             raise ValueError(f"{self.bundle.name}: no images to train on, the background is empty")
         rng = np.random.default_rng([self.seed, 11])
+        size = self.settings.batch_size * BATCHES_READ
         for _ in range(epochs):
-            order = rng.permutation(len(x))[None]
-            rows, weights = (t.to(x.device) for t in batch_table([order], [0], self.settings.batch_size))
-            delta, _ = train_batched(model, state, x, y, rows, weights, self.local(1), self.fabric.autocast)
-            change = unflatten(delta[0], state)
-            state = {name: value + change[name] for name, value in state.items()}
+            for part in np.array_split(order := rng.permutation(len(x)), range(size, len(order), size)):
+                rows, weights = batch_table([np.arange(len(part))[None]], [0], self.settings.batch_size)
+                xs, ys, rows, weights = (each.to(device) for each in (x[part], y[part], rows, weights))
+                delta, _ = train_batched(model, state, xs, ys, rows, weights, self.local(1), self.fabric.autocast)
+                change = unflatten(delta[0], state)
+                state = {name: value + change[name] for name, value in state.items()}
             yield state
 
     def _pretrained(self) -> State:
@@ -269,9 +289,9 @@ def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
     """Table 2, K-NN: ten nearest of all users' images, by pixels or by the features of a frozen network."""
     users, result = run.bundle.users, {}
     model = (KNeighborsRegressor if run.bundle.multi_label else KNeighborsClassifier)(10)
-    model.fit(as_input(users.x).flatten(1).numpy(), users.y.numpy())
+    model.fit(as_input(users.x[:]).flatten(1).numpy(), users.y.numpy())
     for name, (x, y) in (("user", run.bundle.user_test[:2]), ("population", run.bundle.test)):
-        guess = model.predict(as_input(x).flatten(1).numpy())
+        guess = model.predict(as_input(x[:]).flatten(1).numpy())
         if run.bundle.multi_label:  # shares of the ten that have each label
             result[name] = macro_ap(guess, y.numpy())
         else:
@@ -357,16 +377,16 @@ def cluster_background(background: Background, clusters: int, seed: int) -> np.n
     vectors = background.x if background.features is None else background.features
     if not 1 <= clusters <= len(vectors):
         raise ValueError(f"clusters must lie in 1 .. {len(vectors)} (background samples), got {clusters}")
-    flat = as_input(vectors).flatten(1).numpy()
+    flat = as_input(vectors[:]).flatten(1).numpy()
     return KMeans(clusters, n_init=3, random_state=seed).fit_predict(flat)
 
 
 @lru_cache(maxsize=4)
-def _bundle(data: Settings, seed: int, data_root: Path, fabric: Fabric) -> FederatedBundle:
+def _bundle(data: Settings, seed: int, reading: Reading, fabric: Fabric) -> FederatedBundle:
     """Rows of a table that differ in other settings share one copy."""
-    return load_bundle(data, seed, data_root, fabric)
+    return load_bundle(data, seed, reading, fabric)
 
 
 @lru_cache(maxsize=1)
-def _fabric() -> Fabric:
-    return make_fabric()
+def _fabric(precision: str) -> Fabric:
+    return make_fabric(precision=precision)

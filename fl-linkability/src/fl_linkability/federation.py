@@ -1,8 +1,7 @@
-"""Federated averaging with every update kept (section 3, algorithm 1), by one of four engines.
+"""Federated averaging with every update kept (section 3, algorithm 1): one round, its faults and its checkpoint.
 
-`batched` trains the clients of a round at once (default), `loop` one after the other; `flower-inprocess` and
-`flower-ray` run the same round through Flower's messages (flower.py). Every random draw has a generator of its own,
-named by seed, purpose, round and device, so that engines, ranks and resumed runs agree.
+`engines.simulate` runs the rounds. Every random draw has a generator of its own, named by seed, purpose, round and
+device, so that engines, ranks and resumed runs agree.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from fl_linkability.train import (
     epoch_orders,
     flatten,
     layer_slices,
-    make_fabric,
     train_batched,
     train_one,
     trained_state,
@@ -42,8 +40,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 logger = get_logger("fl_linkability")
-ENGINES = ("batched", "loop", "flower-inprocess", "flower-ray")
-STREAMS = ("devices", "order", "data", "update", "server")
+STREAMS = ("devices", "order", "data", "update", "server", "network")
 
 
 @dataclass(frozen=True)
@@ -85,94 +82,8 @@ class Reply:
         return "" if self.n_examples >= 1 else f"reports {self.n_examples} examples"
 
 
-@dataclass
-class SimulationResult:
-    """Of `simulate`; `updates` is None on ranks other than 0."""
-
-    updates: UpdateStore | None
-    final_state: State
-    utility: list[dict]
-    """what `evaluate` returned after each of the last rounds"""
-    faults: list[dict]
-    """round, device and reason of every update that was left out"""
-    raw_norm: float
-    """median norm of the anonymous devices' updates before mitigation"""
-    engine: dict
-    """name, and for Flower its version and the number of nodes"""
-
-
-def _ignore(finished: int) -> None:
-    pass
-
-
-def simulate(
-    bundle: FederatedBundle,
-    model_fn: Callable[[], nn.Module],
-    config: FedAvgConfig,
-    mitigation: Mitigation | None = None,
-    engine: str = "batched",
-    *,
-    initial: State | None = None,
-    evaluate: Callable[[nn.Module, State], dict] | None = None,
-    evaluate_last: int = 5,
-    folder: Path | None = None,
-    checkpoint_every: int = 50,
-    fabric: Fabric | None = None,
-    clients_at_once: int = 0,
-    keep: str = "all",
-    on_round: Callable[[int], None] = _ignore,
-) -> SimulationResult:
-    """Run the federation and keep all updates.
-
-    Args:
-        bundle: users and their devices.
-        model_fn: makes the network; called once, with torch seeded by config.seed.
-        config: rounds and local training.
-        mitigation: what devices or server do against linking.
-        engine: one of ENGINES.
-        initial: weights to start from instead of fresh ones.
-        evaluate: network and weights to utility figures, after each of the last `evaluate_last` rounds.
-        evaluate_last: rounds.
-        folder: for updates and checkpoint on disk; an interrupted run goes on there with its last saved round.
-        checkpoint_every: rounds between saves.
-        fabric: device, precision and ranks; default: the CPU.
-        clients_at_once: bound on clients in one batched step (memory); 0: all of the round.
-        keep: parameters whose updates are stored: all, or beginnings of names joined by |.
-        on_round: called with the number of finished rounds.
-
-    Raises:
-        ValueError: unknown engine, more clients per round than devices, a folder of another run.
-        RuntimeError: a round with fewer than min_clients valid updates.
-    """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    torch.manual_seed(config.seed)
-    fabric = fabric or make_fabric("cpu")
-    model = model_fn().to(fabric.device)
-    federation = Federation(bundle, model, config, mitigation, fabric, folder, checkpoint_every, keep)
-    federation.evaluate, federation.evaluate_from = evaluate, config.rounds - evaluate_last
-    federation.clients_at_once, federation.on_round = clients_at_once, on_round
-    bn = getattr(model, "bn", "frozen")
-    if engine == "batched" and bn != "frozen":
-        raise ValueError(f'bn="{bn}" needs engine "loop": a short batch is padded, which would enter its statistics')
-    state = {k: v.to(fabric.device) for k, v in (initial or trained_state(model)).items()}
-    state = federation.resume(state)
-    facts = {"name": engine}
-    if engine.startswith("flower"):
-        from fl_linkability import flower
-
-        state, more = (flower.run_inprocess if engine == "flower-inprocess" else flower.run_ray)(federation, state)
-        facts |= more
-    else:
-        for number in range(federation.next_round, config.rounds):
-            devices = federation.devices_of_round(number)
-            work = federation.batched_replies if engine == "batched" else federation.loop_replies
-            state = federation.finish_round(number, state, work(state, devices, number))
-    norms = np.array(federation.raw_norms)
-    return SimulationResult(
-        federation.store, state, federation.utility, federation.faults,
-        float(np.median(norms)) if len(norms) else float("nan"), facts,
-    )  # fmt: skip
+def ignore(finished: int) -> None:
+    """No word about finished rounds."""
 
 
 class Federation:
@@ -196,13 +107,13 @@ class Federation:
         self.faults: list[dict] = []
         self.raw_norms: list[float] = []
         self.evaluate: Callable[[nn.Module, State], dict] | None = None
-        self.on_round: Callable[[int], None] = _ignore
+        self.on_round: Callable[[int], None] = ignore
 
     def for_client(self) -> Federation:
         """A copy without fabric, the server's store and callbacks, to be sent to client processes."""
         client = copy.copy(self)
         client.store = client.evaluate = None
-        client.on_round = _ignore
+        client.on_round = ignore
         del client.fabric  # each process makes its own
         return client
 
@@ -231,7 +142,10 @@ class Federation:
         """One client's round, as Flower's clients run it."""
         x, y = (part.to(self.fabric.device) for part in self.data(device, number))
         order = epoch_orders(len(x), self.config.local.epochs, self.rng("order", number, device))
-        delta, _ = train_one(self.model, state, x, y, order, self.config.local, self.fabric.autocast)
+        cards = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(cards):  # dropout's masks are the client's own, whatever ran before
+            torch.manual_seed(int(self.rng("network", number, device).integers(2**63)))
+            delta, _ = train_one(self.model, state, x, y, order, self.config.local, self.fabric.autocast)
         return self._reply(delta.cpu().numpy(), device, number, len(x))
 
     def loop_replies(self, state: State, devices: np.ndarray, number: int) -> list[Reply]:
@@ -314,6 +228,9 @@ class Federation:
         mean = self.mitigation.aggregate(deltas, counts, self.rng("server", number))
         flat = flatten(state)
         state = unflatten(flat + torch.from_numpy(mean).to(flat), self.like)
+        for name, value in state.items():
+            if name.endswith("running_var"):  # noise may have made a variance negative
+                state[name] = value.clamp(min=0)
         if self.evaluate and number >= self.evaluate_from:
             self.utility.append(self.evaluate(self.model, state))
         self.next_round = number + 1
@@ -366,7 +283,7 @@ class Federation:
         content = load_checkpoint(path)
         if content["run"] != self.run:
             names = [name for name in self.run if content["run"][name] != self.run[name]]
-            raise ValueError(f"{path}: checkpoint of another run (other {', '.join(names)}); delete it or name another")
+            raise ValueError(f"{path}: checkpoint of another run (other {', '.join(names)}); name another folder")
         if self.store is not None:
             self.store.truncate(content["updates"])
         self.next_round, self.utility = content["round"], content["utility"]
@@ -399,5 +316,7 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["config"], content["state"], content["round"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({reason}); name another folder to start again"
+        ) from error
     return content

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fl_linkability import flower  # first: it sets Flower's environment
+from fl_linkability.data.reading import Reading
 from fl_linkability.evaluate import utility
 from fl_linkability.experiments import Experiment, save_settings
 from fl_linkability.federation import FedAvgConfig, Federation
@@ -29,7 +30,7 @@ server_app = ServerApp()
 def _experiment(preset: str, changes: str, seed: int, data_root: str) -> Experiment:
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    return Experiment(replace(PRESETS[preset], **json.loads(changes)), seed, Path(data_root), make_fabric())
+    return Experiment(replace(PRESETS[preset], **json.loads(changes)), seed, Reading(Path(data_root)), make_fabric())
 
 
 def _federation(context: Context, folder: Path | None = None) -> tuple[Experiment, Federation]:

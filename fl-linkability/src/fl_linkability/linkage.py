@@ -183,7 +183,7 @@ def open_world_metrics(scores: np.ndarray, labels: np.ndarray, far: tuple[float,
         result = {"auroc": float(roc_auc_score(known, largest)), "ap": float(average_precision_score(known, largest))}
     unknown = np.sort(largest[~known])
     candidates = np.append(np.unique(largest), np.inf)
-    alarms = 1 - np.searchsorted(unknown, candidates, side="left") / max(len(unknown), 1)
+    alarms = (len(unknown) - np.searchsorted(unknown, candidates, side="left")) / max(len(unknown), 1)
     for rate in far:
         at = int(np.argmax(alarms <= rate)) if len(unknown) else 0
         passed = (best == labels) & (largest >= candidates[at])

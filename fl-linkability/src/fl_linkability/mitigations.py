@@ -3,6 +3,10 @@
 A mitigation has up to three parts: `prepare_data` changes what a device trains on, `transform_update` what it sends,
 `aggregate` how the server averages. `who` says which devices take part: "anon" (the paper: the anonymous devices alone,
 the adversary's shadow devices do not mitigate) or "both".
+
+Differential privacy, and towards whom. `LocalDP` hides an update from the server: neighbours are any two updates that a
+device might send, which after clipping to C lie at most 2C apart. `CentralDP` hides a device from those who see the
+model alone: neighbours are the same round with and without one device's clipped update in the sum.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fl_linkability import privacy
+from fl_linkability.data.bundle import Rows
 from fl_linkability.styles import apply_styles, random_styles
 
 KINDS = ("repl", "random", "cluster", "calibrated", "adversarial")
@@ -45,6 +50,19 @@ class Mitigation:
         """The server's mean of (K, D) updates, float64 (D,): by examples, as federated averaging does."""
         return weighted_mean(deltas, n_examples)
 
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise that a device puts on each weight of its update."""
+        return 0.0
+
+    def epsilon_of(self, releases: int) -> float:
+        """What a device that answers so often spends towards the server; infinite without a mechanism."""
+        return math.inf
+
+    def model_epsilon_of(self, releases: int) -> float:
+        """The same towards those who see the model alone; what is hidden from the server is hidden from them."""
+        return self.epsilon_of(releases)
+
 
 def weighted_mean(deltas: np.ndarray, n_examples: np.ndarray) -> np.ndarray:
     """FedAvg: sum of n_k / n times update k, in float64, in the order of the rows."""
@@ -73,7 +91,7 @@ class Background(Mitigation):
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, kind: str, ratio: float, cluster: np.ndarray | None = None,
+        self, x: Tensor | Rows, y: Tensor, kind: str, ratio: float, cluster: np.ndarray | None = None,
         who: str = "anon", refresh: str = "fixed",
     ):  # fmt: skip
         super().__init__(who, refresh)
@@ -135,6 +153,10 @@ class GaussianNoise(Mitigation):
             raise ValueError(f"std must be finite and not negative, got {std}")
         self.std = std
 
+    @property
+    def noise_std(self) -> float:
+        return self.std
+
     def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return delta + np.float32(self.std) * rng.standard_normal(len(delta), dtype=np.float32)
 
@@ -167,21 +189,25 @@ class Clip(Mitigation):
 
 
 class LocalDP(Mitigation):
-    """Clip, then the Gaussian mechanism for one round's (epsilon, delta)."""
+    """Clip to C, then the analytic Gaussian mechanism for one round's (epsilon, delta); the sensitivity is 2C."""
 
     def __init__(self, norm: float, epsilon: float, delta: float = 1e-5, who: str = "anon"):
         super().__init__(who)
         privacy.clip(np.zeros(1), norm)
-        self.norm, self.delta = norm, delta
-        self.sigma = privacy.local_dp_sigma(epsilon, delta, norm)
+        self.norm, self.epsilon, self.delta = norm, epsilon, delta
+        self.sigma = privacy.gaussian_sigma(epsilon, delta, sensitivity=2 * norm)
+
+    @property
+    def noise_std(self) -> float:
+        return self.sigma
 
     def transform_update(self, delta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         noise = rng.standard_normal(len(delta), dtype=np.float32)
         return privacy.clip(delta, self.norm) + np.float32(self.sigma) * noise
 
     def epsilon_of(self, releases: int) -> float:
-        """Epsilon of one device that answers so often; one round's epsilon is not the budget."""
-        return privacy.rdp_epsilon(self.sigma / self.norm, releases, self.delta)
+        """Of all its answers together; one round's epsilon is not the budget."""
+        return privacy.gaussian_epsilon(self.sigma / (2 * self.norm), releases, self.delta)
 
 
 class CentralDP(Mitigation):
@@ -195,13 +221,15 @@ class CentralDP(Mitigation):
         self.norm, self.noise_multiplier, self.delta = norm, noise_multiplier, delta
 
     def aggregate(self, deltas: np.ndarray, n_examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        sigma = privacy.central_dp_sigma(self.noise_multiplier, self.norm, len(deltas))
         mean = np.mean([privacy.clip(delta, self.norm).astype(np.float64) for delta in deltas], axis=0)
-        return mean + sigma * rng.standard_normal(len(mean))
+        return mean + self.sigma_of_mean(len(deltas)) * rng.standard_normal(len(mean))
 
-    def epsilon_of(self, releases: int) -> float:
-        """Epsilon towards those who see the model only, for one device that answers so often."""
-        return privacy.rdp_epsilon(self.noise_multiplier, releases, self.delta)
+    def sigma_of_mean(self, n_clients: int) -> float:
+        """Standard deviation of the noise on the mean: that on the sum over the clients of the round."""
+        return self.noise_multiplier * self.norm / n_clients
+
+    def model_epsilon_of(self, releases: int) -> float:
+        return privacy.gaussian_epsilon(self.noise_multiplier, releases, self.delta)
 
 
 class Compose(Mitigation):
@@ -222,6 +250,18 @@ class Compose(Mitigation):
         for part in self.parts:
             delta = part.transform_update(delta, rng)
         return delta
+
+    @property
+    def noise_std(self) -> float:
+        """Independent noises add up; a part that clips behind the noise is not counted."""
+        return math.hypot(*(part.noise_std for part in self.parts))
+
+    def epsilon_of(self, releases: int) -> float:
+        """The least of the parts': whatever follows a mechanism sees its answer alone."""
+        return min(part.epsilon_of(releases) for part in self.parts)
+
+    def model_epsilon_of(self, releases: int) -> float:
+        return min(part.model_epsilon_of(releases) for part in self.parts)
 
     def aggregate(self, deltas: np.ndarray, n_examples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         own = [part for part in self.parts if type(part).aggregate is not Mitigation.aggregate]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fl_linkability.splits import balanced_pairs
+
 Pairs = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -91,6 +93,9 @@ def siamese(x: np.ndarray, users: np.ndarray, seed: int, steps: int = 800, batch
 
     Returns:
         features of pairs, (m, d) and (m, d), to the probability of one sender (m,).
+
+    Raises:
+        ValueError: no user has two updates, which a pair of one user needs.
     """
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -101,7 +106,7 @@ def siamese(x: np.ndarray, users: np.ndarray, seed: int, steps: int = 800, batch
     optimizer = torch.optim.RMSprop([*branch.parameters(), *head.parameters()], lr=1e-3)
     inputs, rng = torch.from_numpy(x).float(), np.random.default_rng(seed)
     targets = (torch.arange(batch_size) < batch_size // 2).float()
-    a, b = balanced_pairs(users, users, steps * batch_size // 2, rng)
+    a, b = balanced_pairs(users, users, steps * batch_size // 2, rng, one_set=True)
     half = batch_size // 2
     for step in range(steps):
         same, other = slice(step * half, (step + 1) * half), slice(step * half, step * half + batch_size - half)
@@ -119,34 +124,3 @@ def siamese(x: np.ndarray, users: np.ndarray, seed: int, steps: int = 800, batch
         return head(distance).squeeze(1).sigmoid().double().numpy()
 
     return score
-
-
-def balanced_pairs(
-    users_a: np.ndarray, users_b: np.ndarray, n: int, rng: np.random.Generator
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows, n of one user and n of two users, drawn with replacement.
-
-    Args:
-        users_a: (n_a,) user of each row of the first set.
-        users_b: (n_b,) of the second.
-        n: pairs of each kind.
-        rng: of the draw.
-
-    Returns:
-        (rows of a in same-user pairs, in other pairs), (rows of b in the same, in other pairs), each (n,).
-
-    Raises:
-        ValueError: no user in both sets, or only one user at all.
-    """
-    common = np.intersect1d(users_a, users_b)
-    if len(common) == 0 or len(np.union1d(users_a, users_b)) < 2:
-        raise ValueError("pairs need a user in both sets and two users at least")
-    rows_b = {user: np.flatnonzero(users_b == user) for user in common}
-    candidates = np.flatnonzero(np.isin(users_a, common))
-    same_a = rng.choice(candidates, n)
-    same_b = np.array([rows_b[user][rng.integers(len(rows_b[user]))] for user in users_a[same_a]])
-    other_a, other_b = rng.integers(0, len(users_a), n), rng.integers(0, len(users_b), n)
-    while len(clash := np.flatnonzero(users_a[other_a] == users_b[other_b])):
-        other_a[clash] = rng.integers(0, len(users_a), len(clash))
-        other_b[clash] = rng.integers(0, len(users_b), len(clash))
-    return (same_a, other_a), (same_b, other_b)

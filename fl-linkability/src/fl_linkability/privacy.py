@@ -1,12 +1,21 @@
-"""Clipping, Gaussian mechanisms and their accountant."""
+"""Clipping, the Gaussian mechanism and its exact accountant.
+
+Gaussian releases compose into one: n answers of sensitivity s with noise of standard deviation sigma tell what a
+single answer with mu = sqrt(n) s / sigma tells. For every epsilon that one is (epsilon, delta)-DP with exactly
+
+    delta(epsilon) = Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)
+
+(Balle and Wang, ICML 2018, theorem 8). The classical sigma = s sqrt(2 ln(1.25 / delta)) / epsilon holds below epsilon 1
+only. What a release hides depends on the neighbour relation, which decides s: see `mitigations`.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-
-RDP_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
 
 
 def clip(delta: np.ndarray, norm: float) -> np.ndarray:
@@ -17,34 +26,45 @@ def clip(delta: np.ndarray, norm: float) -> np.ndarray:
     return delta if length <= norm else (delta * (norm / length)).astype(delta.dtype)
 
 
-def local_dp_sigma(epsilon: float, delta: float, sensitivity: float) -> float:
-    """Standard deviation of the classical Gaussian mechanism, one release: sensitivity * sqrt(2 ln(1.25/d)) / eps."""
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), got {delta}")
-    return sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / epsilon
+def gaussian_delta(epsilon: float, mu: float) -> float:
+    """The exact delta at an epsilon of Gaussian noise; mu is the sensitivity over the noise's standard deviation."""
+    high, low = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+    return float(-np.exp(high) * np.expm1(low - high))
 
 
-def central_dp_sigma(noise_multiplier: float, clipping_norm: float, num_sampled_clients: int) -> float:
-    """Standard deviation of the noise on the average of clipped updates."""
-    return noise_multiplier * clipping_norm / num_sampled_clients
+def gaussian_sigma(epsilon: float, delta: float, sensitivity: float) -> float:
+    """The least standard deviation that makes one release (epsilon, delta)-DP: the analytic Gaussian mechanism."""
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
+    _check_delta(delta)
+    low = high = 1.0
+    while gaussian_delta(epsilon, high) < delta:
+        high *= 2
+    while gaussian_delta(epsilon, low) > delta:
+        low /= 2
+    if low < high:
+        low = brentq(lambda mu: gaussian_delta(epsilon, mu) - delta, low, high, xtol=1e-14, rtol=1e-12)
+    return sensitivity / low
 
 
-def rdp_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
-    """Epsilon of so many Gaussian releases together, by Renyi DP without amplification (add or remove one).
+def gaussian_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
+    """The exact epsilon of so many Gaussian releases together, without amplification by sampling.
 
     Args:
-        noise_multiplier: standard deviation of the noise over the sensitivity of one release.
+        noise_multiplier: standard deviation of the noise over the sensitivity of one release; 0 gives infinity.
         releases: how often the mechanism answers.
         delta: of the whole.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), got {delta}")
+    _check_delta(delta)
     if noise_multiplier <= 0:
         return math.inf
-    best = math.inf
-    for order in RDP_ORDERS:
-        rdp = releases * order / (2 * noise_multiplier**2)
-        best = min(best, rdp + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
-    return max(best, 0.0)
+    mu = math.sqrt(releases) / noise_multiplier
+    if mu == 0 or gaussian_delta(0.0, mu) <= delta:
+        return 0.0
+    enough = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))  # zero-concentrated DP's bound
+    return float(brentq(lambda epsilon: gaussian_delta(epsilon, mu) - delta, 0.0, enough, xtol=1e-12, rtol=1e-12))
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie in (0, 1), got {delta}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 DATASETS = ("digits", "mnist", "femnist", "flair", "pipa", "openimages", "csv")
-MODELS = ("mlp", "mobilenet-head", "mobilenet")
+MODELS = ("mlp", "cnn", "mobilenet-head", "mobilenet")
 MITIGATIONS = (
     "none", "noise", "bkg-repl", "rand-aug", "mm-aug", "calibrated", "decoys", "style-jitter", "clip", "local-dp",
     "central-dp",
@@ -34,7 +34,7 @@ class Settings:
     """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
 
     dataset: str = "digits"
-    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table image_path,user_id,device_id,labels"""
+    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table of images, users.csv"""
     users: int = 40
     """users; of a real data set those with the most images; 0: all"""
     images_per_device: int = 64
@@ -56,12 +56,12 @@ class Settings:
     side: int = 16
     """pixels of an image"""
     shard: str = "random"
-    """real data sets: the cut of a user's images into two devices: random, chrono (in the order of their ids), or given
-    (by the device_id of the table)"""
+    """real data sets: the cut of a user's images into devices: random, chrono (FLAIR by Flickr's numbers, tables in the
+    order of their lines), or given (by the table's device_id and role)"""
     model: str = "mlp"
-    """mlp, mobilenet-head (a linear layer on frozen features), mobilenet (all of it)"""
+    """mlp, cnn (LEAF's for FEMNIST), mobilenet-head (a linear layer on frozen features), mobilenet (all of it)"""
     hidden: int = 32
-    """units of the mlp"""
+    """units of the mlp's hidden layer, and of the cnn's (LEAF: 2048), whose channels grow with it"""
     bn: str = "frozen"
     """mobilenet: running statistics frozen, local (of the batch) or sent; the last two with engine loop"""
     pretrained: bool = True
@@ -172,6 +172,10 @@ PRESETS = {
     "femnist": replace(
         _PHOTOS, dataset="femnist", users=200, images_per_device=50, side=28, model="mlp", hidden=128, layers="fc2",
         keep="all", shard="random", rounds=200, clients_per_round=40,
+    ),
+    "femnist-like": replace(
+        _PAPER_EMBEDDED, dataset="femnist", images_per_device=40, background=0, side=28, model="cnn", hidden=256,
+        lr=0.05,
     ),
     "photos-head": _PHOTOS,
     "photos-full": replace(_PHOTOS, model="mobilenet", clients_at_once=16),

@@ -73,13 +73,52 @@ def split_same_device(store: UpdateStore) -> Split:
 
 def split_matching(store: UpdateStore, seed: int = 0, n_pairs: int = 2000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Balanced pairs of one prior and one anonymous update (Table 4): rows, rows, and whether one user sent both."""
-    from fl_linkability.neural_attacks import balanced_pairs
-
     role, user = store.column("role"), store.column("user")
     prior, anonymous = np.flatnonzero(role == PRIOR), np.flatnonzero(role == ANONYMOUS)
     a, b = balanced_pairs(user[prior], user[anonymous], n_pairs, np.random.default_rng([seed, 8]))
     same = np.arange(2 * n_pairs) < n_pairs
     return prior[np.concatenate(a)], anonymous[np.concatenate(b)], same
+
+
+def balanced_pairs(
+    users_a: np.ndarray, users_b: np.ndarray, n: int, rng: np.random.Generator, one_set: bool = False
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Pairs of rows, n of one user and n of two users, drawn with replacement.
+
+    Args:
+        users_a: (n_a,) user of each row of the first set.
+        users_b: (n_b,) of the second.
+        n: pairs of each kind.
+        rng: of the draw.
+        one_set: both are the same rows: none is paired with itself, and users with a single row make no pair.
+
+    Returns:
+        (rows of a in same-user pairs, in other pairs), (rows of b in the same, in other pairs), each (n,).
+
+    Raises:
+        ValueError: no user in both sets (no user with two rows in one), or only one user at all.
+    """
+    common = np.intersect1d(users_a, users_b)
+    if one_set:
+        common = common[np.array([(users_a == user).sum() > 1 for user in common], dtype=bool)]
+    if len(common) == 0 or len(np.union1d(users_a, users_b)) < 2:
+        needed = "a user with two updates" if one_set else "a user in both sets"
+        raise ValueError(f"pairs need {needed} and two users at least")
+    rows_b = {user: np.flatnonzero(users_b == user) for user in common}
+    same_a = rng.choice(np.flatnonzero(np.isin(users_a, common)), n)
+    same_b = np.empty(n, dtype=np.int64)
+    for pair, row in enumerate(same_a):
+        rows = rows_b[users_a[row]]
+        if one_set:  # a draw among the others: the row's own place is passed over
+            place = rng.integers(len(rows) - 1)
+            same_b[pair] = rows[place + (place >= np.searchsorted(rows, row))]
+        else:
+            same_b[pair] = rows[rng.integers(len(rows))]
+    other_a, other_b = rng.integers(0, len(users_a), n), rng.integers(0, len(users_b), n)
+    while len(clash := np.flatnonzero(users_a[other_a] == users_b[other_b])):
+        other_a[clash] = rng.integers(0, len(users_a), len(clash))
+        other_b[clash] = rng.integers(0, len(users_b), len(clash))
+    return (same_a, other_a), (same_b, other_b)
 
 
 def _within(store: UpdateStore, rounds: tuple) -> np.ndarray:

@@ -11,9 +11,11 @@ from sklearn.metrics import average_precision_score
 from fl_linkability.attacks import identify, pair_scorer
 from fl_linkability.data.bundle import ANONYMOUS, PRIOR, FederatedBundle
 from fl_linkability.evaluate import Adversary
+from fl_linkability.features import unit
 from fl_linkability.linkage import identification_metrics, permuted_device_chance
 from fl_linkability.mitigations import group_sums
-from fl_linkability.neural_attacks import balanced_pairs, mlp_probabilities
+from fl_linkability.neural_attacks import mlp_probabilities
+from fl_linkability.splits import balanced_pairs
 from fl_linkability.train import as_input
 
 
@@ -101,8 +103,8 @@ def groups(adversary: Adversary) -> tuple[dict, dict]:
     if not rows:
         raise ValueError(f"set_size: no round has {k} anonymous updates")
     group = np.array(group_of)
-    sums = group_sums(adversary.store.features(settings.layers, settings.center, normalize=False)[rows], group)
-    f = adversary.features
+    raw = adversary.store.features(settings.layers, settings.center, normalize=False)[rows]
+    sums, f = unit(group_sums(raw, group)), adversary.features
     scores = identify(f[split.aux], split.aux_labels, sums, settings.attack, adversary.seed)
     inside = np.zeros(scores.shape, dtype=bool)
     inside[group, labels] = True

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric  # imported where it is used: it takes seconds
@@ -71,12 +72,20 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     return fabric
 
 
+def training_norms(model: nn.Module) -> dict[str, _NormBase]:
+    """Layers, by name, that normalise by the batch or keep running statistics when the network is in training mode."""
+    model.train()
+    norms = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase) and layer.training)
+    return {name: layer for name, layer in norms if isinstance(layer, _BatchNorm) or layer.track_running_stats}
+
+
 def trained_state(model: nn.Module) -> State:
-    """A copy of what federated averaging sends: parameters, and float buffers of batch norm where bn is "sent"."""
-    state = {name: value.detach().clone() for name, value in model.named_parameters()}
-    if getattr(model, "bn", None) == "sent":
-        buffers = dict(model.named_buffers())
-        state |= {name: v.detach().clone() for name, v in buffers.items() if "running_" in name}
+    """A copy of what a client trains and sends: parameters that are not frozen, and running statistics that move."""
+    state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    for name, layer in training_norms(model).items():
+        for statistic in ("running_mean", "running_var"):
+            if (value := getattr(layer, statistic)) is not None:
+                state[f"{name}.{statistic}"] = value.detach().clone()
     return state
 
 
@@ -168,6 +177,10 @@ def train_batched(
 
     Returns:
         updates (K, D), new minus old, and the loss before each step (K, S), NaN past a client's last step.
+
+    Raises:
+        ValueError: a network whose clients cannot run side by side: dropout, batch norm in training mode, or an
+            operation that vmap does not know.
     """
     k, n_steps, _ = rows.shape
     names = list(state)
@@ -192,21 +205,34 @@ def train_batched(
 
 def _gradients(model: nn.Module, y: Tensor) -> Gradients:
     """Losses (K,) and gradients of stacked parameters: the model's own form, or autograd over `stacked` or vmap."""
-    own = getattr(model, "stacked_gradients", None)
+    if norms := training_norms(model):
+        raise ValueError(
+            f'batch norm in training mode ({next(iter(norms))}) needs engine "loop": "batched" pads short batches, '
+            "which would enter the statistics"
+        )
+    own = _own_form(model, "stacked_gradients")
     if own is not None and not y.is_floating_point():
         return lambda params, x, y, weights, autocast: own(params, x, y, weights)
 
     def one(params: State, x: Tensor) -> Tensor:
         return functional_call(model, params, (x,))
 
-    forward = getattr(model, "stacked", None) or vmap(one, randomness="different")
+    forward = _own_form(model, "stacked") or vmap(one, randomness="error")
 
     def gradients(
         params: State, x: Tensor, y: Tensor, weights: Tensor, autocast: Autocast
     ) -> tuple[Tensor, Sequence[Tensor]]:
         leaves = {name: value.requires_grad_() for name, value in params.items()}
-        with autocast():
-            logits = forward(leaves, x)
+        try:
+            with autocast():
+                logits = forward(leaves, x)
+        except RuntimeError as error:
+            reason = str(error).split(". ")[0]
+            if "vmap" not in reason and "Batching rule" not in reason:
+                raise
+            raise ValueError(
+                f'this network needs engine "loop": its clients cannot run side by side ({reason})'
+            ) from error
         loss = (losses(logits.flatten(0, 1), y.flatten(0, 1)).view(weights.shape) * weights).sum(1)
         grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
         for value in leaves.values():
@@ -214,6 +240,14 @@ def _gradients(model: nn.Module, y: Tensor) -> Gradients:
         return loss.detach(), grads
 
     return gradients
+
+
+def _own_form(model: nn.Module, name: str) -> Callable | None:
+    """A network's stacked form, where it speaks of the forward that runs and no layer is frozen."""
+    defines = (next((c for c in type(model).__mro__ if each in vars(c)), None) for each in (name, "forward"))
+    form, forward = defines
+    trains_all = all(parameter.requires_grad for parameter in model.parameters())
+    return getattr(model, name) if form is forward and trains_all else None
 
 
 def _sgd_step(
@@ -241,12 +275,14 @@ def train_one(
     local: LocalSGD,
     autocast: Autocast = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """One client by nn.Module and torch.optim.SGD; the model's weights are overwritten.
+    """One client by nn.Module and torch.optim.SGD; the model's weights are overwritten, its other buffers are not.
 
     Returns:
         update (D,) and the loss before each step (S,).
     """
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    buffers = dict(model.named_buffers())
+    before = {name: value.clone() for name, value in buffers.items()}
+    targets = dict(model.named_parameters()) | buffers
     with torch.no_grad():
         for name, value in state.items():
             targets[name].copy_(value)
@@ -265,4 +301,7 @@ def train_one(
             optimizer.step()
             history.append(loss.detach())
     delta = torch.cat([(targets[name].detach() - value).flatten() for name, value in state.items()])
+    with torch.no_grad():
+        for name, value in before.items():  # nothing passes from one client to the next
+            buffers[name].copy_(value)
     return delta, torch.stack(history)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,28 +11,66 @@ import torch
 from torch import Tensor
 
 PRIOR, ANONYMOUS = 0, 1
+CHECKED_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor that may lie on disk; what is indexed is read, the rest is not.
+
+    Args:
+        whole: (N, ...), such as a memory map.
+        rows: int64 (n,).
+    """
+
+    whole: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice | int | np.ndarray | Tensor) -> Tensor:
+        return self.whole[self.rows[index]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As a tensor's."""
+        return (len(self.rows), *self.whole.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As a tensor's."""
+        return self.whole.dtype
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """One part after the other, as a tensor's `split`."""
+        return (self.whole[part] for part in self.rows.split(size))
 
 
 @dataclass(frozen=True)
 class UserDataset:
-    """Images of users, each image on one device.
+    """Samples of users, each sample on one device.
 
     Args:
-        x: float32 in any range, or uint8 (divided by 255 where it is used), (M, C, H, W) or features (M, D).
+        x: images float32 in any range or uint8 (divided by 255 where it is used), (M, C, H, W); features (M, D); or
+            tokens int64 (M, length). `Rows` where they lie on disk.
         y: int64 (M,) classes, or float32 (M, K) of zeros and ones.
         user: int64 (M,), 0 .. n_users - 1.
-        device: int64 (M,), 0 .. n_devices - 1. The first device of a user (by number) holds the prior half, which the
-            adversary knows; the second is anonymous.
-        check_images: refuse images that two devices of one user share (hashes every image).
+        device: int64 (M,), 0 .. n_devices - 1.
+        role: int64 (M,), PRIOR where the adversary knows whose the sample's device is, else ANONYMOUS. By default a
+            user's first device (by number) is the prior one and all further ones are anonymous.
+        check_images: refuse samples that two devices of one user share (hashes every sample).
 
     Raises:
-        ValueError: lengths that differ, non-finite x, a device without images or of two users, shared images.
+        ValueError: lengths that differ, non-finite x, a user or device without samples, a device of two users or
+            roles, shared samples.
     """
 
-    x: Tensor
+    x: Tensor | Rows
     y: Tensor
     user: Tensor
     device: Tensor
+    role: Tensor | None = None
     check_images: bool = True
     device_user: np.ndarray = field(init=False)
     device_role: np.ndarray = field(init=False)
@@ -39,18 +78,25 @@ class UserDataset:
 
     def __post_init__(self) -> None:
         _check_pair(self.x, self.y, "users")
-        lengths = {len(self.x), len(self.user), len(self.device)}
+        parts = [self.user, self.device, *([] if self.role is None else [self.role])]
+        lengths = {len(self.x), *map(len, parts)}
         if lengths != {len(self.x)}:
-            raise ValueError(f"x, user and device must be of one length, got {sorted(lengths)}")
+            raise ValueError(f"x, user, device and role must be of one length, got {sorted(lengths)}")
         device, user = self.device.numpy(), self.user.numpy()
         count = np.bincount(device)
         if not count.all():
             raise ValueError(f"device {int(np.argmin(count))} has no images")
-        owner = np.zeros(len(count), dtype=np.int64)
-        owner[device] = user
-        if (owner[device] != user).any():
-            raise ValueError(f"device {int(device[(owner[device] != user)][0])} has images of two users")
-        role = np.array([int((owner[:number] == who).sum()) for number, who in enumerate(owner)])
+        owner = _of_device(user, device, "users")
+        per_user = np.bincount(owner)
+        if not per_user.all():
+            raise ValueError(f"user {int(np.argmin(per_user))} has no images: number the users 0 .. n_users - 1")
+        if self.role is None:
+            first = np.array([int(np.argmax(owner == who)) for who in range(len(per_user))])
+            role = np.where(np.arange(len(owner)) == first[owner], PRIOR, ANONYMOUS)
+        else:
+            role = _of_device(self.role.numpy(), device, "roles")
+            if not np.isin(role, (PRIOR, ANONYMOUS)).all():
+                raise ValueError(f"role must be {PRIOR} (prior) or {ANONYMOUS} (anonymous), got {sorted(set(role))}")
         order = np.argsort(device, kind="stable")
         start = np.concatenate([[0], np.cumsum(count)])
         object.__setattr__(self, "device_user", owner)
@@ -81,7 +127,7 @@ class UserDataset:
         return self.x[rows], self.y[rows]
 
     def _refuse_shared_images(self) -> None:
-        images = self.x.numpy()
+        images = self.x[:].numpy()
         seen: dict[tuple[int, bytes], int] = {}
         for device, rows in enumerate(self._rows):
             for row in rows:
@@ -95,7 +141,7 @@ class UserDataset:
 class Background:
     """Labelled images that belong to no user; `features` (n, d) where a network has embedded them for clustering."""
 
-    x: Tensor
+    x: Tensor | Rows
     y: Tensor
     features: Tensor | None = None
 
@@ -109,12 +155,14 @@ class FederatedBundle:
 
     name: str
     users: UserDataset
-    user_test: tuple[Tensor, Tensor, Tensor]
+    user_test: tuple[Tensor | Rows, Tensor, Tensor]
     """held-out images of the users: x, y, user"""
-    test: tuple[Tensor, Tensor]
+    test: tuple[Tensor | Rows, Tensor]
     """population test set"""
     background: Background
     n_classes: int
+    skipped: int = 0
+    """broken files that were left out"""
 
     @property
     def multi_label(self) -> bool:
@@ -122,9 +170,10 @@ class FederatedBundle:
         return self.users.y.is_floating_point()
 
     def record(self) -> dict:
-        """For the run record: sizes and a checksum of the users' images."""
+        """For the run record: sizes and a checksum of the users' images (of 1,000 of them where they are many)."""
         users = self.users
-        part = users.x if len(users.x) <= 100_000 else users.x[:1000]
+        few = len(users.x) * users.x[0].nbytes <= CHECKED_BYTES
+        part = users.x[:] if few else users.x[np.linspace(0, len(users.x) - 1, 1000).astype(np.int64)]
         digest = hashlib.sha256(np.ascontiguousarray(part.numpy()).tobytes()).hexdigest()[:16]
         return {
             "name": self.name,
@@ -138,12 +187,21 @@ class FederatedBundle:
         }
 
 
-def _check_pair(x: Tensor, y: Tensor, what: str) -> None:
+def _of_device(values: np.ndarray, device: np.ndarray, what: str) -> np.ndarray:
+    """What all samples of each device have in common."""
+    common = np.zeros(device.max() + 1, dtype=np.int64)
+    common[device] = values
+    if (common[device] != values).any():
+        raise ValueError(f"device {int(device[(common[device] != values)][0])} has images of two {what}")
+    return common
+
+
+def _check_pair(x: Tensor | Rows, y: Tensor, what: str) -> None:
     if len(x) != len(y):
         raise ValueError(f"{what}: x and y must be of one length, got {len(x)} and {len(y)}")
-    if x.dtype not in (torch.float32, torch.float64, torch.uint8):
-        raise TypeError(f"{what}: x must be float32, float64 or uint8, got {x.dtype}")
+    if x.dtype not in (torch.float32, torch.float64, torch.uint8, torch.int64):
+        raise TypeError(f"{what}: x must be float32, float64, uint8 or int64 (tokens), got {x.dtype}")
     if y.dtype not in (torch.int64, torch.float32):
         raise TypeError(f"{what}: y must be int64 classes or float32 zeros and ones, got {y.dtype}")
-    if x.is_floating_point() and not torch.isfinite(x).all():
+    if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"{what}: x holds NaN or infinity")

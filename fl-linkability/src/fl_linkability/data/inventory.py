@@ -2,25 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = "users.csv: image_path,user_id,device_id,labels (labels joined by |); background.csv: image_path,labels"
-SETS = (  # name, scale, size, licence, place below the data root, what to do
-    ("MNIST", "mnist", "53 MB", "CC BY-SA 3.0", "MNIST/raw", "fl-linkability data --download"),
-    ("FEMNIST (LEAF)", "paper", "", "BSD 2-Clause (LEAF)", "femnist/data/train", "LEAF's preprocess.sh, by hand"),
-    ("FLAIR (substitute)", "paper, head", "small images", "CC BY-NC 4.0", "flair/labels_and_metadata.json",
-     "its publisher's download script, by hand"),
-    ("PIPA", "paper, head", "33,051 images", "by photo", "pipa/users.csv", TABLE),
-    ("OpenImages by author", "paper, head", "317,008 images", "CC BY 2.0 (photos)", "openimages/users.csv", TABLE),
-)  # fmt: skip
+from shared_utils.preflight import Need, file
+
+TABLE = "write image_path,user_id,device_id,labels,role (labels joined by |) and background.csv: image_path,labels"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that is not made by the project."""
+
+    name: str
+    scale: str
+    size: str
+    licence: str
+    place: str
+    """below the data root"""
+    remedy: str
+
+    def need(self, data_root: Path) -> Need:
+        """That it is there."""
+        return file(data_root / self.place, self.name, self.remedy)
+
+
+SETS = {
+    "mnist": DataSet("MNIST", "mnist", "53 MB", "CC BY-SA 3.0", "MNIST/raw", "fl-linkability data --download"),
+    "femnist": DataSet(
+        "FEMNIST (LEAF)", "paper", "", "BSD 2-Clause (LEAF)", "femnist/data/train",
+        "LEAF's preprocess.sh, by hand; or fl-linkability data --femnist-like",
+    ),
+    "flair": DataSet(
+        "FLAIR (substitute)", "paper, head", "small images", "CC BY-NC 4.0", "flair/labels_and_metadata.json",
+        "its publisher's download script, by hand",
+    ),
+    "pipa": DataSet("PIPA", "paper, head", "33,051 images", "by photo", "pipa/users.csv", TABLE),
+    "openimages": DataSet(
+        "OpenImages by author", "paper, head", "317,008 images", "CC BY 2.0 (photos)", "openimages/users.csv", TABLE
+    ),
+    "csv": DataSet("your own table", "", "", "", "csv/users.csv", TABLE),
+}  # fmt: skip
 
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
     """Rows: data, scale, size, licence, found, where, what to do if missing."""
     rows: list[tuple[str, ...]] = [("scikit-learn digits", "embedded", "1 MB", "BSD", "yes", "inside scikit-learn", "")]
-    for name, scale, size, licence, place, mend in SETS:
-        found = (data_root / place).exists()
-        rows.append(
-            (name, scale, size, licence, "yes" if found else "no", str(data_root / place), "" if found else mend)
-        )
+    for each in SETS.values():
+        found = each.need(data_root).met
+        known = each.name, each.scale, each.size, each.licence
+        rows.append((*known, "yes" if found else "no", str(data_root / each.place), "" if found else each.remedy))
     return rows
+
+
+def verify(data_root: Path) -> Iterator[tuple[str, int]]:
+    """Read every file of each set that is there to its end: name and number of images.
+
+    Raises:
+        BrokenFile: an image that is truncated or no image.
+        ValueError: a list or file that is not what it should be.
+        FileNotFoundError: an image that a list names is not there.
+    """
+    from fl_linkability.data.femnist import leaf_files, read_leaf
+    from fl_linkability.data.lists import read_flair, read_table
+    from fl_linkability.data.styled import read_mnist
+    from shared_utils.images import read_image
+
+    for name, each in SETS.items():
+        if not each.need(data_root).met:
+            continue
+        if name == "mnist":
+            yield each.name, sum(len(read_mnist(data_root, train)[0]) for train in (True, False))
+        elif name == "femnist":
+            paths = leaf_files(data_root / each.place)
+            yield each.name, sum(len(y) for path in paths for _, _, y in read_leaf(path))
+        else:
+            folder = data_root / name
+            if name == "flair":
+                users, background = read_flair(folder)
+            else:
+                users, background = read_table(folder / "users.csv"), read_table(folder / "background.csv", users=False)
+            for item in (*users, *background):
+                read_image(item.path)
+            yield each.name, len(users) + len(background)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_linkability.data.bundle import FederatedBundle
+from fl_linkability.data.reading import Reading
 from fl_linkability.data.styled import make_digits_users, make_mnist_users
 from fl_linkability.settings import Settings
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def load_bundle(settings: Settings, seed: int, data_root: Path, fabric: Fabric) -> FederatedBundle:
+def load_bundle(settings: Settings, seed: int, reading: Reading, fabric: Fabric) -> FederatedBundle:
     """Users, tests and background.
 
     Raises:
-        FileNotFoundError: the data set is not below data_root.
+        FileNotFoundError: the data set is not below the data root.
         ValueError: too few users or images in it.
     """
     s = settings
@@ -27,7 +27,13 @@ def load_bundle(settings: Settings, seed: int, data_root: Path, fabric: Fabric) 
             "style": s.style, "skew": s.skew, "drift": s.drift, "iid": s.iid, "background_size": s.background,
             "side": s.side,
         }  # fmt: skip
-        return make_digits_users(seed, **users) if s.dataset == "digits" else make_mnist_users(data_root, seed, **users)
-    from fl_linkability.data.real import load_real
+        return (
+            make_digits_users(seed, **users) if s.dataset == "digits" else make_mnist_users(reading.root, seed, **users)
+        )
+    if s.dataset == "femnist":
+        from fl_linkability.data.femnist import load_femnist
 
-    return load_real(s, seed, data_root, fabric)
+        return load_femnist(s, seed, reading)
+    from fl_linkability.data.photos import load_photos
+
+    return load_photos(s, seed, reading, fabric)

@@ -75,25 +75,26 @@ def make_mnist_users(root: Path, seed: int = 0, side: int = 28, **settings: Any)
     Raises:
         FileNotFoundError: MNIST is not below root.
     """
-    from torchvision.datasets import MNIST
-
-    parts = []
-    for train in (True, False):
-        try:
-            parts.append(MNIST(str(root), train=train))
-        except RuntimeError as error:
-            message = f"{root} lacks MNIST/raw: fl-linkability data --download --data-root {root}"
-            raise FileNotFoundError(message) from error
-    train, test = parts
-    order = torch.from_numpy(np.random.default_rng(10_000 + seed).permutation(len(train.data)))
+    (images, labels), test = (read_mnist(root, train) for train in (True, False))
+    order = torch.from_numpy(np.random.default_rng(10_000 + seed).permutation(len(images)))
     third = len(order) // 3
     splits = {"prior": order[:third], "anonymous": order[third : 2 * third], "background": order[2 * third :][:2000]}
-    pools = {
-        name: (upsample(train.data[rows] / 255, side), train.targets[rows].long()) for name, rows in splits.items()
-    }
-    picked = torch.from_numpy(np.random.default_rng(20_000 + seed).permutation(len(test.data)))[:2000]
-    pools["test"] = (upsample(test.data[picked] / 255, side), test.targets[picked].long())
+    pools = {name: (upsample(images[rows] / 255, side), labels[rows]) for name, rows in splits.items()}
+    picked = torch.from_numpy(np.random.default_rng(20_000 + seed).permutation(len(test[0])))[:2000]
+    pools["test"] = (upsample(test[0][picked] / 255, side), test[1][picked])
     return make_users(Pools(**pools), UserSettings(**settings), seed, "mnist")
+
+
+def read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images uint8 (n, 28, 28) and labels int64 (n,). FileNotFoundError where MNIST is not below root."""
+    from torchvision.datasets import MNIST
+
+    try:
+        mnist = MNIST(str(root), train=train)
+    except RuntimeError as error:
+        message = f"{root} lacks MNIST/raw: fl-linkability data --download --data-root {root}"
+        raise FileNotFoundError(message) from error
+    return mnist.data, mnist.targets.long()
 
 
 def make_users(pools: Pools, settings: UserSettings, seed: int, name: str) -> FederatedBundle:

@@ -3,10 +3,11 @@
 from torch import nn
 
 from fl_linkability.data.bundle import FederatedBundle
+from fl_linkability.models.cnn import CNN
 from fl_linkability.models.mlp import MLP, Head
 from fl_linkability.settings import Settings
 
-__all__ = ["MLP", "Head", "build_model"]
+__all__ = ["CNN", "MLP", "Head", "build_model"]
 
 
 def build_model(settings: Settings, bundle: FederatedBundle) -> nn.Module:
@@ -15,6 +16,8 @@ def build_model(settings: Settings, bundle: FederatedBundle) -> nn.Module:
         return MLP(bundle.users.x[0].numel(), settings.hidden, bundle.n_classes)
     if settings.model == "mobilenet-head":
         return Head(bundle.users.x[0].numel(), bundle.n_classes)
+    if settings.model == "cnn":
+        return CNN(settings.side, settings.hidden, bundle.n_classes)
     from fl_linkability.models.mobilenet import MobileNetV2
 
     return MobileNetV2(bundle.n_classes, settings.pretrained, settings.bn)
