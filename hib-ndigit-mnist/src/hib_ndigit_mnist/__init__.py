@@ -8,7 +8,8 @@ from importlib import import_module
 _MODULES = {
     "data": ["NDigitMNIST", "read_mnist"],
     "embedding": ["GaussianMixtureEmbedding"],
-    "hedging": ["LossOutput", "MatchProbability", "VIBPairLoss", "contrastive_loss", "soft_contrastive_loss"],
+    "hedging": ["MatchProbability"],
+    "losses": ["LossOutput", "VIBPairLoss", "contrastive_loss", "soft_contrastive_loss"],
     "metrics": [
         "average_precision",
         "binned_correlation",

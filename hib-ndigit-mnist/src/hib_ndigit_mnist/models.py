@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from hib_ndigit_mnist.embedding import LOGVAR_RANGE, GaussianMixtureEmbedding
+from hib_ndigit_mnist.embedding import LOGVAR_RANGE, GaussianMixtureEmbedding, default_logvar
 from hib_ndigit_mnist.hedging import MatchProbability
 
 
@@ -27,8 +27,8 @@ class Encoder(nn.Module):
         components: C.
         point: no variance.
         tile: side of a digit in pixels.
-        logvar_bias: initial log variance. With a small one the variance never becomes input dependent, since its
-            gradient is proportional to it.
+        logvar_bias: initial log variance; None takes `default_logvar`. With a small one the variance never becomes
+            input dependent, since its gradient is proportional to it.
 
     Raises:
         ValueError: a size below 1, a point with several components.
@@ -38,7 +38,14 @@ class Encoder(nn.Module):
     batched_on_cpu = True  # whether stacked models run faster as one batched operation there, too
 
     def __init__(
-        self, features: int, num_digits: int, dim: int, components: int, point: bool, tile: int, logvar_bias: float
+        self,
+        features: int,
+        num_digits: int,
+        dim: int,
+        components: int,
+        point: bool,
+        tile: int,
+        logvar_bias: float | None,
     ):
         super().__init__()
         for name, value in (("num_digits", num_digits), ("dim", dim), ("components", components), ("tile", tile)):
@@ -47,7 +54,7 @@ class Encoder(nn.Module):
         if point and components > 1:
             raise ValueError(f"components: a point embedding has one, got {components}")
         self.shape, self.dim, self.components, self.point = (1, tile, tile * num_digits), dim, components, point
-        self.logvar_bias = logvar_bias
+        self.logvar_bias = default_logvar(dim) if logvar_bias is None else logvar_bias
         self.head = nn.Linear(features, components * dim * (1 if point else 2))
 
     def _initialise(self) -> None:
@@ -112,7 +119,7 @@ class HedgedEncoder(Encoder):
         hidden: int = 120,
         batch_norm: bool = False,
         tile: int = 28,
-        logvar_bias: float = -2.0,
+        logvar_bias: float | None = None,
     ):
         super().__init__(hidden, num_digits, dim, components, point, tile, logvar_bias)
         if tile % 4:
@@ -153,7 +160,7 @@ class MLPEncoder(Encoder):
         hidden: Sequence[int] = (128, 64),
         pool: int = 1,
         tile: int = 8,
-        logvar_bias: float = -2.0,
+        logvar_bias: float | None = None,
     ):
         super().__init__(hidden[-1], num_digits, dim, components, point, tile, logvar_bias)
         if tile % pool:

@@ -26,8 +26,8 @@ class Training:
     """images are averaged over pool x pool pixels (mlp)"""
     batch_norm: bool = False
     """after convolutions and hidden layer (lenet)"""
-    logvar_bias: float = -2.0
-    """initial log variance"""
+    logvar_bias: float | None = None
+    """initial log variance; None: -2 - log(D / 2)"""
     beta: float = 1e-4
     """weight of the KL term"""
     samples: int = 8

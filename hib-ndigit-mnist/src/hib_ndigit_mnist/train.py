@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hib_ndigit_mnist.data import NDigitSet
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
-from hib_ndigit_mnist.hedging import LossOutput, MatchProbability, vib_objective
+from hib_ndigit_mnist.hedging import MatchProbability
+from hib_ndigit_mnist.losses import LossOutput, vib_objective
 from hib_ndigit_mnist.models import Encoder, ModelStack, build_encoder, to_unit
 from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
 from hib_ndigit_mnist.pair_nll import DISTANCE_EPS
