@@ -14,6 +14,7 @@ _MODULES = {
         "average_precision",
         "binned_correlation",
         "expected_calibration_error",
+        "has_partner",
         "knn_accuracy",
         "knn_predict",
     ],

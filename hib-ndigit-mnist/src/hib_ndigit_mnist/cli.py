@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from hib_ndigit_mnist.settings import SCALES, Settings, default_data_root
+from hib_ndigit_mnist.settings import SCALES, TrainedOn, default_data_root
 
 PROGRAM = "hib-ndigit-mnist"
 
@@ -23,7 +23,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1 or figure-3; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, mnist or paper."""
+    """smoke, embedded, lenet-20k or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()
@@ -32,6 +32,8 @@ class Run:
     """Where MNIST is."""
     jobs: int = 0
     """Groups of models side by side; 0: one per core, or a single one on CUDA."""
+    precision: str = "auto"
+    """Of the encoder: auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -39,7 +41,7 @@ class Run:
 
     def __call__(self) -> None:
         from hib_ndigit_mnist import experiments
-        from shared_utils.report import print_missing, print_table
+        from shared_utils.report import print_table
         from shared_utils.runlog import RunLog
 
         everything = {table.id: table for table in experiments.tables()}
@@ -53,8 +55,7 @@ class Run:
         if self.rows and not self.tables:
             raise ValueError("rows: name the table they are in")
         if self.dry_run:
-            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
+            return experiments.print_missing(chosen, self.scale, self.data_root, self.rows, self.seeds, self.force)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -63,13 +64,14 @@ class Run:
             seeds=self.seeds,
             force=self.force,
             jobs=self.jobs,
+            precision=self.precision,
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
 
 
 @dataclass(frozen=True)
-class Train(Settings):
+class Train(TrainedOn):
     """Train one model and write it; interrupted, the same command goes on. --scale sets the defaults below."""
 
     output: Path = Path("hib-ndigit-mnist.pt")
@@ -132,19 +134,23 @@ class Eval:
 
 @dataclass
 class Embed:
-    """Embed images and write mu, logvar (of mixtures of Gaussians) and eta as .npz."""
+    """Embed images and write mu, logvar (of mixtures of Gaussians), eta and file names as .npz."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Model written by train."""
     images: tyro.conf.Positional[Path]
-    """An image, a folder of images (sorted by name), or .npy / .npz with uint8 images (n, H, W)."""
+    """An image, a folder with images at any depth, or .npy / .npz with uint8 images (n, H, W)."""
     output: Path = Path("emb.npz")
     """File to write."""
+    invert: bool = False
+    """For dark digits on white."""
+    skip_broken: bool = False
+    """Leave out files that cannot be read."""
 
     def __call__(self) -> None:
         from hib_ndigit_mnist.workflow import embed_to_file
 
-        embed_to_file(self.checkpoint, self.images, self.output)
+        embed_to_file(self.checkpoint, self.images, self.output, self.invert, self.skip_broken)
 
 
 @dataclass
@@ -152,7 +158,7 @@ class Inspect:
     """How a model sees one image of yours: Gaussians, uncertainty, and the numbers it may be. JSON on stdout."""
 
     image: tyro.conf.Positional[Path]
-    """Light digits on black; resized to the model's input."""
+    """Light digits on black; fitted into the model's input with its aspect ratio kept."""
     checkpoint: Path = Path("hib-ndigit-mnist.pt")
     """Model written by train."""
     invert: bool = False

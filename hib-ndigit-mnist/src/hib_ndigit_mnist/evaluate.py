@@ -25,6 +25,7 @@ from hib_ndigit_mnist.metrics import (
     average_precision,
     binned_correlation,
     expected_calibration_error,
+    has_partner,
     knn_predict,
 )
 from hib_ndigit_mnist.models import Encoder
@@ -92,7 +93,8 @@ class Evaluation:
         encoder: on the device where the evaluation is to run.
         match: its match probability.
         test: images, pairs and queries.
-        estimator: "quadrature", "mc", or "auto": quadrature unless D > 2 and the sigmoid is too steep for it.
+        estimator: "quadrature", "mc", or "auto": quadrature unless D > 2 and the sigmoid is too steep for the closed
+            form, which all pairs of a large test set need.
         samples: K of the Monte Carlo estimator.
         nearest_k: neighbours that vote.
     """
@@ -107,11 +109,17 @@ class Evaluation:
         nearest_k: int = 5,
     ):
         if estimator == "auto":
-            exact = encoder.dim <= 2 or sigmoid_as_gaussians(match.values()[1], PAIR_TOLERANCE) is not None
+            exact = encoder.dim <= 2 or sigmoid_as_gaussians(match.values()[1], RANKING_TOLERANCE) is not None
             estimator = "quadrature" if exact else "mc"
         self.encoder, self.match = encoder.eval(), match.to(next(encoder.parameters()).device)
         self.test, self.k = test, nearest_k
         self.options: dict[str, Any] = {"method": estimator, "samples": samples}
+
+    @property
+    def queries(self) -> Tensor:
+        """(Q',) the queries that have a partner: images of their class beside themselves."""
+        labels, queries = self.test.labels, self.test.queries
+        return queries[has_partner(labels[queries], labels, queries)]
 
     @cached_property
     def embeddings(self) -> dict[str, GaussianMixtureEmbedding]:
@@ -137,9 +145,9 @@ class Evaluation:
 
     @cached_property
     def correct(self) -> dict[str, Tensor]:
-        """Whether a query's vote is right, (Q,) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
+        """Whether the vote of `queries` is right, (Q',) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
         device = self.embeddings["clean"].mu.device
-        labels, queries = self.test.labels.to(device), self.test.queries.to(device)
+        labels, queries = self.test.labels.to(device), self.queries.to(device)
         options = self.options | {"generator": self.draws(), "tolerance": RANKING_TOLERANCE}
         result = {}
         for name, condition, gallery in (
@@ -170,7 +178,7 @@ class Evaluation:
         """Correlation of eta with accuracy ("knn") or average precision ("ap", binned by the first image's eta)."""
         eta = self.eta[condition]
         if task == "knn":
-            return binned_correlation(eta[self.test.queries], self.correct[condition].double(), bins)
+            return binned_correlation(eta[self.queries], self.correct[condition].double(), bins)
         first, _, match = self.test.pairs
         return binned_correlation(eta[first], self.pair_scores[condition], bins, match)
 

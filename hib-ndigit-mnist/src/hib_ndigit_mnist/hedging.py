@@ -189,7 +189,8 @@ class MatchProbability(nn.Module):
             terms = series_of_sigmoid(mean, variance, a, b, tolerance)
         if terms is None:
             raise ValueError(
-                f"tolerance: {tolerance:g} cannot be met for D = {first.dim} and b = {b:.3g}; 1e-6 can, or take mc"
+                f"tolerance: {tolerance:g} cannot be met for D = {first.dim} and b = {b:.3g}; 1e-6 can, "
+                "but for extreme variances: there take mc"
             )
         return terms.view(len(first), -1).mean(1).to(torch.promote_types(first.mu.dtype, torch.float32))
 
@@ -211,4 +212,5 @@ def _mean_sigmoid(z1: Tensor, z2: Tensor, a: float, b: float, eps: float) -> Ten
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions as float32, others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

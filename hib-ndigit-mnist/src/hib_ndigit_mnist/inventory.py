@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hib_ndigit_mnist.data import read_mnist
+from shared_utils.images import BrokenFile
 
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
@@ -14,10 +15,10 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
         read_mnist(data_root)
     except FileNotFoundError:
         found, mend = "no", "hib-ndigit-mnist data --download"
-    except ValueError as error:
-        found, mend = f"damaged ({error})", "delete it, then hib-ndigit-mnist data --download"
+    except (BrokenFile, ValueError) as error:
+        found, mend = f"damaged ({error})", "hib-ndigit-mnist data --download --data-root NEW"
     return [
         ("scikit-learn digits", "smoke, embedded", "1 MB", "BSD", "yes", "inside scikit-learn", ""),
-        ("MNIST", "mnist, paper", "53 MB", "CC BY-SA 3.0", found, str(data_root), mend),
-        ("N-digit MNIST index tables", "mnist, paper", "1.2 MB", "Apache-2.0", "yes", "inside this package", ""),
+        ("MNIST", "lenet-20k, paper", "53 MB", "CC BY-SA 3.0", found, str(data_root), mend),
+        ("N-digit MNIST index tables", "lenet-20k, paper", "1.2 MB", "Apache-2.0", "yes", "inside this package", ""),
     ]

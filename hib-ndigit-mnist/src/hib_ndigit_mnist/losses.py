@@ -196,7 +196,7 @@ class VIBPairLoss(nn.Module):
         if self._started:
             return
         self._started = True
-        eta = eta_of_variance(float(embedding.variance().sum(-1).mean()), *self.match.values())
+        eta = eta_of_variance(float(embedding.variance().detach().sum(-1).mean()), *self.match.values())
         if not embedding.is_point and eta > HOPELESS:
             warnings.warn(
                 f"an image matches itself with a probability of {1 - eta:.2g} at the start, so that partners cannot "

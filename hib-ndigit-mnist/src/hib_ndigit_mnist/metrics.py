@@ -23,6 +23,7 @@ def average_precision(match: Tensor, scores: Tensor) -> float:
     """
     if not match.any():
         raise ValueError("match: average precision needs a matching pair, there is none")
+    _check_finite("scores", scores)
     return float(average_precision_score(match.cpu().numpy(), scores.cpu().numpy()))
 
 
@@ -42,8 +43,9 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Ten
         (Q,) labels.
 
     Raises:
-        ValueError: k outside 1 .. gallery images.
+        ValueError: k outside 1 .. gallery images, match probabilities that are NaN.
     """
+    _check_finite("match_prob", match_prob)
     available = match_prob.shape[1] - (own is not None)
     if not 1 <= k <= available:
         raise ValueError(f"k: 1 to {available} gallery images were expected, got {k}")
@@ -59,11 +61,27 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Ten
     return classes[support.argmax(1)]  # argmax takes the first: the smaller class
 
 
+def has_partner(query_labels: Tensor, gallery_labels: Tensor, own: Tensor | None = None) -> Tensor:
+    """(Q,) bool: whether the gallery holds another image of the query's class, without which no vote can be right."""
+    images = (query_labels[:, None] == gallery_labels).sum(1)
+    return images > (0 if own is None else 1)
+
+
 def knn_accuracy(
     match_prob: Tensor, query_labels: Tensor, gallery_labels: Tensor, k: int = 5, own: Tensor | None = None
 ) -> float:
-    """Share of queries whose vote is right; arguments as in `knn_predict`."""
-    return float((knn_predict(match_prob, gallery_labels, k, own) == query_labels).double().mean())
+    """Share of queries whose vote is right, of those that have a partner in the gallery; arguments as in `knn_predict`.
+
+    A class with fewer than k / 2 partners can be outvoted even by a perfect embedding: take a smaller k there.
+
+    Raises:
+        ValueError: no query has a partner, or as in `knn_predict`.
+    """
+    asked = has_partner(query_labels, gallery_labels, own)
+    if not asked.any():
+        raise ValueError("query_labels: no query has an image of its class in the gallery")
+    right = knn_predict(match_prob, gallery_labels, k, own) == query_labels
+    return float(right[asked].double().mean())
 
 
 class BinnedCorrelation(NamedTuple):
@@ -73,7 +91,7 @@ class BinnedCorrelation(NamedTuple):
     """
 
     tau: float
-    bin_x: np.ndarray  # (bins,) mean uncertainty
+    bin_x: np.ndarray  # (bins,) mean uncertainty; fewer than asked for where many values are equal
     bin_y: np.ndarray  # (bins,) performance
     p_value: float  # one-sided, by permutation of the bins
     dropped: int  # bins without a matching pair
@@ -88,6 +106,9 @@ def binned_correlation(
 ) -> BinnedCorrelation:
     """Sort by uncertainty into bins of equal count; minus tau-b between their uncertainty and their performance.
 
+    Values of equal uncertainty stay in one bin, so that the order of the rows does not matter; ties that are wider than
+    a bin leave fewer bins.
+
     Args:
         uncertainty: (n,) eta.
         performance: (n,) correctness, averaged per bin; or match scores, if `match` is given: then the performance of a
@@ -97,14 +118,20 @@ def binned_correlation(
         permutations: of the p-value.
 
     Raises:
-        ValueError: fewer values than bins, lengths that differ.
+        ValueError: fewer values than bins, lengths that differ, values that are NaN.
     """
     if not len(uncertainty) == len(performance) >= bins:
         raise ValueError(f"at least {bins} values of each were expected, got {len(uncertainty)}, {len(performance)}")
-    order = np.argsort(uncertainty.cpu().numpy(), kind="stable")
+    _check_finite("uncertainty", uncertainty)
+    _check_finite("performance", performance)
+    eta = uncertainty.cpu().numpy()
+    order = np.argsort(eta, kind="stable")
+    borders = np.cumsum([len(part) for part in np.array_split(order, bins)])[:-1]
+    borders = np.unique(np.searchsorted(eta[order], eta[order[borders - 1]], side="right"))  # behind the tie
+    parts = [part for part in np.split(order, borders) if len(part)]
     etas: list[float] = []
     performances: list[float] = []
-    for part in np.array_split(order, bins):
+    for part in parts:
         if match is not None and not match[part].any():
             continue
         values = performance[part]
@@ -112,9 +139,9 @@ def binned_correlation(
         performances.append(float(values.double().mean()) if match is None else average_precision(match[part], values))
     x, y = np.array(etas), np.array(performances)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return BinnedCorrelation(float("nan"), x, y, float("nan"), bins - len(x))
+        return BinnedCorrelation(float("nan"), x, y, float("nan"), len(parts) - len(x))
     return BinnedCorrelation(
-        -float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), bins - len(x)
+        -float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), len(parts) - len(x)
     )
 
 
@@ -158,3 +185,9 @@ def expected_calibration_error(match_prob: Tensor, match: Tensor, bins: int = 15
     weight = count / len(p)
     gap = np.nan_to_num(np.abs(confidence - frequency))
     return Calibration(float((weight * gap).sum()), confidence, frequency, weight)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    wrong = values.isnan().sum()
+    if wrong:
+        raise ValueError(f"{name}: numbers were expected, {int(wrong)} of {values.numel()} are NaN")

@@ -2,8 +2,8 @@
 
 Equal to `soft_contrastive_loss` of the logits, and faster: pairs are the innermost dimension, no logarithm is taken
 per sample pair, and the analytic gradient is made while the distances are at hand, so that autograd keeps nothing of
-size K x K. `pair_nll` takes a list of pairs, `all_pairs_nll` every pair of a batch, a tile at a time and each pair once.
-In more than a few dimensions, distances and gradients are matrix products.
+size K x K. `pair_nll` takes a list of pairs; `all_pairs_nll` every pair of a batch once, a tile at a time. In more than
+a few dimensions, distances and gradients are matrix products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TILE = 1 << 17  # distances at once in `all_pairs_nll`
 
 
 def squared_distances(left: Tensor, right: Tensor) -> Tensor:
-    """(m, D), (n, D) -> (m, n). Beyond a few dimensions a matrix product: centre the vectors, so that little cancels."""
+    """(m, D), (n, D) -> (m, n). In many dimensions a matrix product: centre the vectors, so that little cancels."""
     if left.shape[1] > BY_DIFFERENCES:
         lengths = left.square().sum(1), right.square().sum(1)
         return torch.addmm(lengths[1][None], left, right.T, alpha=-2).add_(lengths[0][:, None]).clamp_min_(0)
@@ -151,7 +151,7 @@ class _AllPairs(torch.autograd.Function):
         grad = torch.zeros_like(z)
         once = torch.ones_like(match).triu_(1)
         kinds = [once & match, once & ~match]
-        weight = sum(kind / kind.sum() for kind in kinds).to(z.dtype) / 2  # (B, B)
+        weight = torch.stack([kind / (2 * kind.sum()) for kind in kinds]).sum(0).to(z.dtype)  # (B, B)
         sign = match.to(z.dtype) * 2 - 1
         totals, grad_a, grad_b = z.new_zeros(2), z.new_zeros(()), z.new_zeros(())
         start = 0

@@ -139,7 +139,9 @@ def pairs_of(indices_tuple: tuple[Tensor, ...], batch: int) -> Pairs:
         if len(part) and (part.min() < 0 or part.max() >= batch):
             raise ValueError(f"indices_tuple: indices in 0..{batch - 1} were expected, got {int(part.max())}")
     if (own := (first == second).nonzero()).numel():
-        raise ValueError(f"indices_tuple: pairs of different images were expected, got image {int(first[own[0]])} twice")
+        raise ValueError(
+            f"indices_tuple: pairs of different images were expected, got image {int(first[own[0]])} twice"
+        )
     match = torch.arange(len(first), device=first.device) < len(indices_tuple[0])
     return Pairs(first, second, match, _balance(match, torch.ones_like(match)))
 

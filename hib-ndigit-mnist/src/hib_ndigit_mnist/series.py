@@ -40,7 +40,9 @@ def series_of_sigmoid(mean: Tensor, variance: Tensor, a: float, b: float, tolera
     end = max(b, 0.0) - math.log(tolerance / 4)  # the sigmoid is over
     result = torch.zeros_like(radius)
     near = (shortest < end).nonzero()[:, 0]
-    for part in near.split(max(1, SCALARS_AT_ONCE // (TERMS_AT_ONCE * mean.shape[1]))):
+    size = longest[near].clamp_min(end).log2().round()  # pairs of similar size share a period
+    parts = [part for each in size.unique() for part in near[size == each].split(_rows_at_once(mean.shape[1]))]
+    for part in parts:
         period = max(end**2, (float(longest[part].max()) ** 2 + end**2) / 2)
         coefficients = _cosines(b, 1.05 ** math.ceil(math.log(period, 1.05)), tolerance)
         if coefficients is None:
@@ -49,9 +51,13 @@ def series_of_sigmoid(mean: Tensor, variance: Tensor, a: float, b: float, tolera
     return result.clamp_(0, 1)
 
 
+def _rows_at_once(dim: int) -> int:
+    return max(1, SCALARS_AT_ONCE // (TERMS_AT_ONCE * dim))
+
+
 @lru_cache(maxsize=64)
 def _cosines(b: float, period: float, tolerance: float) -> tuple[np.ndarray, float] | None:
-    """c (GRID + 1,) of sigmoid(b - sqrt(q)) on [0, period]; None where the grid is too coarse for the tolerance."""
+    """C (GRID + 1,) of sigmoid(b - sqrt(q)) on [0, period]; None where the grid is too coarse for the tolerance."""
     x = np.sqrt(np.linspace(0, period, GRID + 1))
     c = scipy.fft.dct(1 / (1 + np.exp(np.clip(x - b, -700, 700))), type=1) / GRID
     c[[0, -1]] /= 2
