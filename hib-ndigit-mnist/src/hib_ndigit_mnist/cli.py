@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -178,15 +178,21 @@ class Inspect:
 class Data:
     """What is needed, where it is looked for, and what is there; with --output, writes N-digit images as .npz."""
 
+    action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list, or verify: read everything to its end."""
     data_root: Path = field(default_factory=default_data_root)
     """Where to look."""
+    images: Path | None = None
+    """Folder of your own images, for verify."""
     download: bool = False
     """Fetch MNIST through torchvision, checked by hash."""
+    tiny: Path | None = None
+    """Folder for small archives in the layout of the real ones: what yours should look like."""
     output: Path | None = None
     """Folder for <split>.npz with images (n, 28, 28 N) uint8 and labels (n,) int64, as google/n-digit-mnist writes."""
     num_digits: int = 2
     """N in 1 to 6."""
-    gap: str = "number"
+    gap: Literal["number", "instance"] = "number"
     """number or instance."""
     standard: bool = True
     """The published tables; with --no-standard drawn anew with --seed."""
@@ -194,6 +200,15 @@ class Data:
     """Of a draw."""
 
     def __call__(self) -> None:
+        if self.tiny:
+            from hib_ndigit_mnist.tiny import write_tiny
+            from shared_utils.logging import get_logger
+
+            return get_logger(PROGRAM).info("%d files in %s", len(write_tiny(self.tiny)), self.tiny)
+        if self.action == "verify":
+            from hib_ndigit_mnist.inventory import verify
+
+            return verify(self.data_root, self.images)
         if self.download:
             from torchvision.datasets import MNIST
 

@@ -5,7 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from hib_ndigit_mnist.data import read_mnist
-from shared_utils.images import BrokenFile
+from hib_ndigit_mnist.images import files_of
+from shared_utils.images import BrokenFile, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("hib-ndigit-mnist")
+
+
+def verify(data_root: Path, images: Path | None) -> None:
+    """Read a folder of images to the end of every file, or MNIST; the first broken file is told.
+
+    Raises:
+        BrokenFile: a file that cannot be read.
+        ValueError: no image, digits that are not MNIST's.
+        FileNotFoundError: nothing is there.
+    """
+    if images:
+        files = files_of(images)
+        for file in files:
+            read_image(file)
+        logger.info("%s: %d images can be read", images, len(files))
+        return
+    digits = read_mnist(data_root)
+    logger.info("%s: MNIST, %d and %d images", data_root, len(digits.train_labels), len(digits.test_labels))
 
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
