@@ -23,7 +23,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1 or figure-3; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, lenet-20k or paper."""
+    """smoke, embedded, lenet or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()

@@ -41,6 +41,6 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
         found, mend = f"damaged ({error})", "hib-ndigit-mnist data --download --data-root NEW"
     return [
         ("scikit-learn digits", "smoke, embedded", "1 MB", "BSD", "yes", "inside scikit-learn", ""),
-        ("MNIST", "lenet-20k, paper", "53 MB", "CC BY-SA 3.0", found, str(data_root), mend),
-        ("N-digit MNIST index tables", "lenet-20k, paper", "1.2 MB", "Apache-2.0", "yes", "inside this package", ""),
+        ("MNIST", "lenet, paper", "53 MB", "CC BY-SA 3.0", found, str(data_root), mend),
+        ("N-digit MNIST index tables", "lenet, paper", "1.2 MB", "Apache-2.0", "yes", "inside this package", ""),
     ]
