@@ -39,7 +39,15 @@ def test_train_eval_embed_inspect(model, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     scores = json.loads(verb("eval", model, "--images", 200, "--pairs", 400, "--queries", 50))
-    assert {"ap_clean", "ap_corrupt", "knn_corrupt_same", "auc", "tau_knn_corrupt", "ece_clean"} <= scores.keys()
+    assert {
+        "ap_clean",
+        "ap_corrupt",
+        "knn_corrupt_same",
+        "auc",
+        "tau_knn_corrupt",
+        "ece_clean",
+        "r_auroc_clean",
+    } <= scores.keys()
     digits = read_digits()
     for i in range(3):
         Image.fromarray(digits.test_images[i].numpy()).resize((64, 64)).save(tmp_path / f"{i}.png")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hib_ndigit_mnist import HedgedHead, VIBPairLoss, accuracy_rejection_area, ood_auroc, r_auroc, recall_at_1
 from hib_ndigit_mnist.data import ndigit_sets
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet
@@ -116,3 +117,35 @@ def test_each_run_is_reported_on_its_own_split(tmp_path):
     assert seen.metrics != unseen.metrics
     assert seen.dataset["test_images"] == 1330 and unseen.dataset["test_images_per_class"] == [45, 45]
     assert seen.precision == "32-true" and not seen.caveats
+
+
+def test_what_an_uncertainty_knows():
+    """Fixtures by hand, to the definitions of the URL benchmark."""
+    features = torch.tensor(
+        [[1.0, 0.0], [9.0, 1.0], [0.0, 2.0], [0.1, 1.0], [-1.0, 0.0]]
+    )  # cosine: length is no matter
+    assert recall_at_1(features, torch.tensor([0, 0, 1, 1, 2])).tolist() == [True, True, True, True, False]
+    uncertainty, correct = torch.tensor([0.4, 0.1, 0.2, 0.3]), torch.tensor([True, True, True, False])
+    assert accuracy_rejection_area(uncertainty, correct) == pytest.approx((1 + 1 + 2 / 3 + 3 / 4) / 4)
+    assert r_auroc(uncertainty, correct) == pytest.approx(2 / 3)  # two of three right ones are more certain
+    assert accuracy_rejection_area(torch.zeros(4), correct) == pytest.approx(0.75)
+    assert r_auroc(torch.zeros(4), correct) == 0.5 and r_auroc(uncertainty, torch.ones(4)) != r_auroc(
+        uncertainty, correct
+    )
+    assert ood_auroc(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.4])) == 0.75
+    for wrong in (accuracy_rejection_area, r_auroc):
+        with pytest.raises(ValueError, match="1 of 4 are NaN"):
+            wrong(torch.tensor([0.1, float("nan"), 0.2, 0.3]), correct)
+
+
+@pytest.mark.parametrize("options", [{}, {"components": 3}, {"point": True}])
+def test_a_head_hedges_any_backbone(options):
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    head, loss = HedgedHead(8, dim=16, **options), VIBPairLoss(samples=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embedding = head(backbone(torch.rand(6, 3, 12, 12)))
+    assert embedding.mu.dtype == torch.float32 and embedding.mu.shape == (6, options.get("components", 1), 16)
+    loss(embedding, torch.arange(6) // 2).loss.backward()
+    assert head.weight.grad.abs().sum() > 0 and backbone[0].weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"\(B, 8\) was expected"):
+        head(torch.rand(6, 9))

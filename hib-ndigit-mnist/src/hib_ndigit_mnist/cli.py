@@ -258,7 +258,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed against PCME's way of computing the pair loss, and time and memory of all-pairs evaluation."""
+    """Speed of the pair loss against other ways to compute it, time and memory of all-pairs evaluation."""
 
     repeats: int = 9
     """Measurements per contender, taken in turn."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 
@@ -152,6 +153,55 @@ def _p_value(x: np.ndarray, y: np.ndarray, permutations: int) -> float:
     shuffled = rng.permuted(np.tile(np.arange(len(x)), (permutations, 1)), axis=1)  # (R, n)
     sums = np.einsum("ij,rij->r", sign_x, sign_y[shuffled[:, :, None], shuffled[:, None]])
     return float((1 + (sums <= (sign_x * sign_y).sum()).sum()) / (1 + permutations))
+
+
+# ---- as the URL benchmark of transferable uncertainty has them (arXiv 2307.03810) ----
+
+
+def recall_at_1(features: Tensor, labels: Tensor) -> Tensor:
+    """Whether the image nearest by cosine, the image itself left out, is of its class: (n, D), (n,) -> (n,) bool.
+
+    Its mean is R@1. An image without a partner counts as wrong there.
+    """
+    _check_finite("features", features)
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    nearest = torch.cat([(part @ unit.T).scatter(1, own[:, None], -2.0).argmax(1) for part, own in _parts(unit)])
+    return labels[nearest] == labels
+
+
+def _parts(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    index = torch.arange(len(unit), device=unit.device)
+    return zip(unit.split(1024), index.split(1024), strict=True)
+
+
+def r_auroc(uncertainty: Tensor, correct: Tensor) -> float:
+    """R-AUROC: how well a low uncertainty (n,) foretells that R@1 is right (n,); 0.5 is chance, NaN without both."""
+    _check_finite("uncertainty", uncertainty)
+    if correct.bool().all() or not correct.any():
+        return float("nan")
+    return float(roc_auc_score(correct.bool().cpu().numpy(), -uncertainty.cpu().numpy()))
+
+
+def ood_auroc(inside: Tensor, outside: Tensor) -> float:
+    """How well the uncertainty tells images from outside (m,) from those of the training distribution (n,)."""
+    both = torch.cat([inside, outside])
+    _check_finite("uncertainty", both)
+    return float(roc_auc_score((torch.arange(len(both)) >= len(inside)).numpy(), both.cpu().numpy()))
+
+
+def accuracy_rejection_area(uncertainty: Tensor, correct: Tensor) -> float:
+    """Area under the accuracy-rejection curve: mean accuracy over the k most certain images, k = 1 .. n.
+
+    1 for a faultless model, and the plain accuracy for an uncertainty that knows nothing (constant: its ties count as
+    in random order).
+    """
+    if len(uncertainty) != len(correct) or not len(correct):
+        raise ValueError(f"as many uncertainties as outcomes were expected, got {len(uncertainty)}, {len(correct)}")
+    _check_finite("uncertainty", uncertainty)
+    _, which, counts = uncertainty.unique(return_inverse=True, return_counts=True)  # sorted
+    right = torch.zeros(len(counts), dtype=torch.float64, device=correct.device).index_add_(0, which, correct.double())
+    expected = (right / counts).repeat_interleave(counts)
+    return float((expected.cumsum(0) / torch.arange(1, len(expected) + 1, device=expected.device)).mean())
 
 
 class Calibration(NamedTuple):

@@ -18,6 +18,7 @@ from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import CONDITIONS, PAIR_TOLERANCE, Evaluation, TestSet, embed, fit_match
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.images import read_digit_images
+from hib_ndigit_mnist.metrics import ood_auroc
 from hib_ndigit_mnist.models import Encoder, build_encoder
 from hib_ndigit_mnist.settings import TrainedOn
 from hib_ndigit_mnist.train import train
@@ -119,7 +120,10 @@ def evaluate_file(
     evaluation = Evaluation(encoder, model.match, TestSet.of(sets[split], **sizes), **options)
     scores = evaluation.verification() | evaluation.identification() | evaluation.calibration()
     if not encoder.point:
-        scores |= evaluation.uncertainty() | evaluation.spread()
+        scores |= evaluation.uncertainty() | evaluation.spread() | evaluation.selective()
+        if split == "test_seen" and "test_unseen" in sets:  # numbers that were never trained, as what lies outside
+            outside = Evaluation(encoder, model.match, TestSet.of(sets["test_unseen"], **sizes), **options)
+            scores["ood_auroc_clean"] = ood_auroc(evaluation.eta["clean"], outside.eta["clean"])
     unwanted = [condition for condition in CONDITIONS if condition not in conditions]
     return {name: value for name, value in scores.items() if not any(word in name for word in unwanted)}
 
