@@ -20,11 +20,24 @@ from hib_ndigit_mnist.settings import Settings
 from hib_ndigit_mnist.train import Trained, named_precision, train
 from shared_utils.logging import console
 from shared_utils.preflight import Need, disk_space, unmet
-from shared_utils.report import duration
+from shared_utils.report import duration, interval, values
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
 PROJECT = Path(__file__).parents[2]
+SHOWN = {
+    "table-1": {
+        "ap_corrupt": "average precision, corrupted pairs",
+        "ap_clean": "average precision, clean pairs",
+        "knn_corrupt": "KNN accuracy, corrupted among clean images",
+        "knn_corrupt_same": "KNN accuracy, corrupted among corrupted images",
+        "knn_clean": "KNN accuracy, clean images",
+    },
+    "table-2": {
+        "auc": "ROC AUC of eta, corrupted against clean images",
+        "tau_knn_corrupt": "tau of eta with KNN errors, corrupted images",
+    },
+}
 PACKAGES = ("numpy", "scipy", "scikit-learn", "lightning")
 
 
@@ -109,6 +122,30 @@ def print_missing(
     console().print(shown)
     for line in unmet(lacking):
         console().print(f"missing: {line}", highlight=False)
+
+
+def summary() -> str:
+    """The README's table: seen numbers, N = 2, D = 2, at the recorded scale that is closest to the paper's."""
+    everything = {table.id: table for table in tables()}
+    methods = ("point", "MoG-1", "MoG-2")
+    for scale in ("paper", "lenet", "mnist", "embedded"):
+        log = RunLog(PROJECT / "results" / f"{scale}.jsonl")
+        if not values(everything["table-1"], scale, log):
+            continue
+        seeds = max(len(each) for each in values(everything["table-1"], scale, log).values())
+        on = everything["table-1"].scales[scale].measured_on or "MNIST, the paper's network and schedule"
+        lines = [[f"{on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
+        for name, metrics in SHOWN.items():
+            found = values(everything[name], scale, log)
+            for metric, words in metrics.items():
+                rows = [found.get(f"N=2 D=2 {method}", {}).values() for method in methods]
+                lines.append([words, *(_cell([each[metric] for each in row if metric in each]) for row in rows)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "Nothing is recorded yet."
+
+
+def _cell(sample: list[float]) -> str:
+    return "{:.3f} ± {:.3f}".format(*interval(sample)) if sample else "–"
 
 
 def stackable(run: Run) -> tuple:
