@@ -87,7 +87,7 @@ class Training:
 
     def encoder_options(self, num_digits: int, tile: int) -> dict[str, Any]:
         """Arguments of `build_encoder`."""
-        options = dict(architecture=self.architecture, num_digits=num_digits, tile=tile, dim=self.dim)
+        options: dict[str, Any] = dict(architecture=self.architecture, num_digits=num_digits, tile=tile, dim=self.dim)
         options |= dict(components=self.components, point=self.is_point, logvar_bias=self.logvar_bias)
         if self.architecture == "mlp":
             return options | dict(hidden=list(self.hidden), pool=self.pool)
