@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hib_ndigit_mnist
 from hib_ndigit_mnist.cli import main
 from hib_ndigit_mnist.data import read_digits
 
@@ -30,6 +31,11 @@ def test_help_is_quick_because_torch_stays_out():
     code = "import sys, hib_ndigit_mnist.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
     assert "default: 1500" in hib("train", "--help").stdout
+
+
+def test_every_public_name_is_what_it_says():
+    for name in hib_ndigit_mnist.__all__:
+        assert callable(getattr(hib_ndigit_mnist, name)), name  # no module hides it
 
 
 def test_train_eval_embed_inspect(model, tmp_path, monkeypatch, capsys):
