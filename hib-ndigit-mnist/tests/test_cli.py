@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hib_ndigit_mnist
 from hib_ndigit_mnist.cli import main
 from hib_ndigit_mnist.data import read_digits
 
@@ -32,6 +33,11 @@ def test_help_is_quick_because_torch_stays_out():
     assert "default: 1500" in hib("train", "--help").stdout
 
 
+def test_every_public_name_is_what_it_says():
+    for name in hib_ndigit_mnist.__all__:
+        assert callable(getattr(hib_ndigit_mnist, name)), name  # no module hides it
+
+
 def test_train_eval_embed_inspect(model, tmp_path, monkeypatch, capsys):
     def verb(*words):
         monkeypatch.setattr(sys, "argv", ["hib", *map(str, words)])
@@ -39,12 +45,21 @@ def test_train_eval_embed_inspect(model, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     scores = json.loads(verb("eval", model, "--images", 200, "--pairs", 400, "--queries", 50))
-    assert {"ap_clean", "ap_corrupt", "knn_corrupt_same", "auc", "tau_knn_corrupt", "ece_clean"} <= scores.keys()
+    assert {
+        "ap_clean",
+        "ap_corrupt",
+        "knn_corrupt_same",
+        "auc",
+        "tau_knn_corrupt",
+        "ece_clean",
+        "r_auroc_clean",
+    } <= scores.keys()
     digits = read_digits()
     for i in range(3):
         Image.fromarray(digits.test_images[i].numpy()).resize((64, 64)).save(tmp_path / f"{i}.png")
     verb("embed", model, tmp_path, "--output", tmp_path / "e.npz")
     with np.load(tmp_path / "e.npz") as found:
+        assert found["files"].tolist() == ["0.png", "1.png", "2.png"]
         assert found["mu"].shape == found["logvar"].shape == (3, 2, 2) and found["eta"].shape == (3,)
     seen = json.loads(verb("inspect", tmp_path / "0.png", "--checkpoint", model, "--top", 10))
     assert len(seen["match"]) == 10 and 0 < seen["eta"] < 1
@@ -69,18 +84,22 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "no.png").write_bytes(b"no image")
     for words, message in (
         (["run", "table-11"], "unknown table 'table-11'"),
-        (["run", "--scale", "huge"], "no"),
+        (["run", "--scale", "huge"], "none of these tables has a scale 'huge'"),
         (["run", "table-1", "--rows", "nonesuch"], "unknown row 'nonesuch'; did you mean"),
         (["train", "--scale", "huge"], "scale: one of smoke, embedded, mnist, paper"),
         (["train", "--samples", "7", "--components", "2"], "multiple of components"),
         (["eval", tmp_path / "none.pt"], "none.pt: no such file"),
         (["eval", tmp_path / "cut.pt"], "cut.pt: cannot be read"),
         (["inspect", tmp_path / "no.png", "--checkpoint", tmp_path / "other.pt"], "no model of this package"),
-        (["inspect", tmp_path / "no.png", "--checkpoint", model], "no.png: cannot be read as an image"),
+        (["inspect", tmp_path / "no.png", "--checkpoint", model], "no.png: this is not an image"),
         (["data", "--output", tmp_path / "out", "--data-root", tmp_path], "MNIST was not found; searched"),
     ):
         monkeypatch.setattr(sys, "argv", ["hib", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
         shown = capsys.readouterr().err
-        assert ended.value.code == 2 and message in shown and len(shown.splitlines()) == 1, (words, shown)
+        assert (
+            ended.value.code == (1 if "this is not" in message else 2)
+            and message in shown
+            and len(shown.splitlines()) == 1
+        ), (words, shown)

@@ -19,12 +19,15 @@ from hib_ndigit_mnist import (
     binned_correlation,
     build_ndigit_indices,
     expected_calibration_error,
+    has_partner,
+    knn_accuracy,
     knn_predict,
     read_mnist,
     standard_indices,
     verification_pairs,
 )
 from hib_ndigit_mnist.data import read_digits, read_idx
+from shared_utils.images import BrokenFile
 
 LABELS = (np.arange(3000) % 10, np.arange(1500) % 10)
 
@@ -54,7 +57,7 @@ def test_idx_layouts(tmp_path, arrays, folder, packed):
     digits = read_mnist(tmp_path, verify=False)
     for tensor, array in zip(digits, arrays.values(), strict=True):
         assert np.array_equal(tensor.numpy(), array)
-    with pytest.raises(ValueError, match="train_images are not MNIST's"):
+    with pytest.raises(ValueError, match="train_images, .* are not those of MNIST"):
         read_mnist(tmp_path)
 
 
@@ -76,7 +79,7 @@ def test_missing_and_damaged_files(tmp_path, arrays):
     write_idx(whole, arrays["train-labels-idx1-ubyte"])
     for name, data in (("cut", whole.read_bytes()[:100]), ("other", b"hello"), ("bad.gz", b"\x1f\x8bhello")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(BrokenFile, match=f"{name}.*replace the file"):
             read_idx(tmp_path / name)
 
 
@@ -220,6 +223,48 @@ def test_neighbours_leave_out_the_query_itself():
     assert knn_predict(match_prob, labels, 2, own=torch.tensor([0])) == 1  # a tie goes to the larger sum
     with pytest.raises(ValueError, match="k: 1 to 3"):
         knn_predict(match_prob, labels, 4, own=torch.tensor([0]))
+
+
+def test_a_query_without_partner_is_no_error():
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    perfect = (labels[:, None] == labels).double() * 0.9 + 0.05
+    assert knn_accuracy(perfect, labels, labels, 1, own=torch.arange(5)) == 1
+    assert knn_accuracy(perfect, labels, labels, 1) == 1
+    assert has_partner(labels, labels, torch.arange(5)).tolist() == [True] * 4 + [False]
+    assert has_partner(torch.tensor([2, 3]), labels).tolist() == [True, False]
+    with pytest.raises(ValueError, match="no query has"):
+        knn_accuracy(torch.ones(1, 5), torch.tensor([7]), labels, 1)
+
+
+def test_scores_that_are_nan_are_refused():
+    labels, nan = torch.arange(40) // 2, float("nan")
+    scores = torch.rand(40, 40)
+    scores[3, 1] = nan
+    for call in (
+        lambda: knn_predict(scores, labels, 1),
+        lambda: average_precision(labels > 3, scores[3]),
+        lambda: binned_correlation(scores[3], torch.ones(40)),
+        lambda: binned_correlation(torch.rand(40), scores[3]),
+    ):
+        with pytest.raises(ValueError, match="1 of .* are NaN"):
+            call()
+
+
+def test_tau_of_ties_does_not_depend_on_the_order_of_rows():
+    generator = torch.Generator().manual_seed(0)
+    eta = torch.rand(2000, generator=generator)
+    eta = torch.where(eta < 0.6, 0.0, eta)  # most images are certain
+    match = torch.rand(2000, generator=generator) > eta
+    scores = torch.rand(2000, generator=generator)
+    for options in ({}, {"match": match}):
+        values = scores if options else match.double()
+        found = set()
+        for order in (torch.arange(2000), match.int().argsort(), match.int().argsort().flip(0)):
+            moved = {name: value[order] for name, value in options.items()}
+            found.add(round(binned_correlation(eta[order], values[order], **moved).tau, 9))
+        assert len(found) == 1
+    binned = binned_correlation(eta, match.double())
+    assert len(binned.bin_x) == 9 and binned.bin_x[0] == 0  # 12 of 20 bins are one
 
 
 def test_tau_has_the_papers_sign_and_shuffling_destroys_it():

@@ -1,5 +1,7 @@
 """Tables, the protocol of evaluation, runs and figures."""
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from hib_ndigit_mnist.experiments import execute, parse, stackable, tables
 from hib_ndigit_mnist.figures import draw_all
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.models import MLPEncoder
+from hib_ndigit_mnist.reports import REPORTS
+from hib_ndigit_mnist.settings import Report
 from shared_utils.runlog import RunLog
 
 TABLES = {table.id: table for table in tables()}
@@ -30,6 +34,10 @@ def test_every_setting_of_every_table_makes_sense():
     assert {"table-1", "table-2", "table-dataset", "figure-1", "figure-3", "figure-4", "figure-5"} <= TABLES.keys()
     for name in ("table-1", "table-2"):  # no source for the paper's figures: none is claimed
         assert not any(row.published for row in TABLES[name].rows)
+
+
+def test_reports_have_the_names_that_settings_allow():
+    assert {*REPORTS, "dataset"} == set(get_args(Report))
 
 
 def test_rows_that_share_a_model_are_one_group():
@@ -80,6 +88,7 @@ def test_evaluation_of_points_and_mixtures(sets):
     assert scores["positive_rate"] == 0.5 and 0.4 < scores["ap_corrupt"] <= 1 and 0 <= scores["knn_corrupt_same"] <= 1
     point = Evaluation(MLPEncoder(point=True), MatchProbability(2.0, 3.0), test)
     assert point.eta["clean"].std() < 1e-6 and point.tau("corrupt", "knn").tau != point.tau("corrupt", "knn").tau
+    assert Evaluation(MLPEncoder(dim=3), MatchProbability(1.0, 12.0), test).options["method"] == "quadrature"
     wide = Evaluation(MLPEncoder(dim=3), MatchProbability(1.0, 40.0), test)
     assert wide.options["method"] == "mc"  # too steep a sigmoid for three dimensions
 
@@ -100,9 +109,11 @@ def test_a_and_b_are_fitted_for_the_classical_loss(sets):
 def test_unknown_reports_splits_and_data_are_refused(tmp_path):
     base = TABLES["table-1"].runs("smoke")[0].settings
     for options, message in (
-        ({"report": "x"}, "report: one of"),
+        ({"report": "x"}, "report: one of verification, "),
         ({"split": "x"}, "split: one of train, test"),
-        ({"dataset": "x"}, "dataset: mnist or digits"),
+        ({"split": "test_seen"}, "split: one of train, test was"),
+        ({"dataset": "x"}, "dataset: one of mnist, digits"),
+        ({"estimator": "x"}, "estimator: one of"),
     ):
         with pytest.raises(ValueError, match=message):
             execute([base | options], [0], tmp_path, "cpu")

@@ -1,11 +1,15 @@
-"""Speed against the peer's way of computing the same loss, and the cost of all-pairs evaluation."""
+"""The public pair loss against other ways to compute it, and the cost of all-pairs evaluation.
+
+All contenders score each pair of a batch once, matches and others weighing half each, and give the gradient of samples,
+a and b. Peers that gather work through chunks of pairs, so that none is slow for its memory alone.
+"""
 
 from __future__ import annotations
 
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,16 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hib_ndigit_mnist.data import NDigitSet
-from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
+from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding, default_logvar
 from hib_ndigit_mnist.experiments import PACKAGES, PROJECT
 from hib_ndigit_mnist.hedging import MatchProbability
-from hib_ndigit_mnist.pair_nll import pair_nll
+from hib_ndigit_mnist.losses import VIBPairLoss
 from hib_ndigit_mnist.settings import Training
 from hib_ndigit_mnist.train import CHUNK, GRAPH_WARMUP, train
 from shared_utils.benchmark import Timing, in_turn, report
 
-BATCH, SAMPLES, DIM, IMAGES = 128, 8, 2, 10_000
-EPS = 1e-6
+SAMPLES, DIM, IMAGES = 8, 2, 10_000
+EPS = 1e-12
+PEER_SCALARS = 1 << 18  # pairs times dimensions that a peer holds at once
 
 
 def run(repeats: int, threads: int) -> None:
@@ -33,8 +38,12 @@ def run(repeats: int, threads: int) -> None:
 
 
 def _timings(device: torch.device, repeats: int) -> Iterator[Timing]:
-    what = f"pair loss, forward + backward, B = {BATCH}, K = {SAMPLES}, all pairs"
-    yield Timing(what, "index lists, as PCME", *pair_loss(device, repeats), target=">= 3")
+    for batch in (128, 512):
+        for dim in (2, 64, 512):
+            what = f"VIBPairLoss, forward + backward, all pairs, B = {batch}, D = {dim}, K = {SAMPLES}"
+            for peer, distances in PEERS.items():
+                if peer != PCME or batch * batch * dim <= 1 << 24:  # beyond, a call takes a minute
+                    yield Timing(what, peer, *pair_loss(device, batch, dim, distances, repeats), target=">= 1")
     for method in ("mc", "quadrature"):
         seconds, megabytes = all_pairs(device.type, method)
         what = f"{IMAGES:,} x {IMAGES:,} match probabilities, {method}"
@@ -42,44 +51,81 @@ def _timings(device: torch.device, repeats: int) -> Iterator[Timing]:
         yield Timing(f"{what}: memory", None, [megabytes], unit="MB", target="<= 1024")
     for models in (1, 12):
         target = ">= 3000" if device.type == "cuda" and models == 1 else ""
-        what = f"training steps per second, LeNet, batch {BATCH}, {models} stacked"
+        what = f"training steps per second, LeNet, batch 128, {models} stacked"
         yield Timing(what, None, [steps_per_second(device.type, models)], unit="/ s", target=target)
 
 
-def pair_loss(device: torch.device, repeats: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of ours and of PCME's way, in turn on the same inputs; values and gradients must agree."""
+Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def by_differences(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """As PCME has it, with its index lists as tensors: (B, K, D) -> (P, K, K)."""
+    return ((z[first].unsqueeze(2) - z[second].unsqueeze(1)).square().sum(-1) + EPS).sqrt()
+
+
+def by_products(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The plain way at its best: gathered samples, one product per pair."""
+    left, right = z[first], z[second]
+    squares = left.square().sum(2)[:, :, None] + right.square().sum(2)[:, None]
+    return (squares - 2 * left @ right.transpose(1, 2)).clamp_min(EPS).sqrt()
+
+
+def by_cdist(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """torch.cdist of the whole batch; the pairs are taken from it."""
+    batch, samples, _ = z.shape
+    distance = torch.cdist(z.flatten(0, 1), z.flatten(0, 1)).clamp_min(EPS)
+    return distance.view(batch, samples, batch, samples).transpose(1, 2)[first, second]
+
+
+PCME = "differences of index lists, as PCME"
+PEERS: dict[str, Distances] = {
+    PCME: by_differences,
+    "autograd on triu_indices": by_products,
+    "torch.cdist": by_cdist,
+}
+
+
+def pair_loss(
+    device: torch.device, batch: int, dim: int, distances: Distances, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of ours and of a peer, in turn on the same samples; values and gradients must agree."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(BATCH, SAMPLES, DIM, generator=generator).to(device).requires_grad_()
-    a, b = (torch.tensor(value, device=device, requires_grad=True) for value in (3.0, 2.0))
-    labels = (torch.arange(BATCH) % 70).to(device)
-    as_list = labels.tolist()
-    first, second = torch.triu_indices(BATCH, BATCH, 1, device=device)
+    mu = (torch.randn(batch, 1, dim, generator=generator) / dim**0.5).to(device).requires_grad_()
+    labels = (torch.arange(batch) // 2 % 70).to(device)
+    loss = VIBPairLoss(beta=0.0, samples=SAMPLES, negatives="all", a=3.0, b=2.0).to(device)
+    embedding = GaussianMixtureEmbedding(mu, torch.full_like(mu, default_logvar(dim)))
+    inputs = (mu, loss.match.a_raw, loss.match.b)
+    first, second = torch.triu_indices(batch, batch, 1, device=device)
     match = labels[first] == labels[second]
+    weight = torch.where(match, 0.5 / match.sum(), 0.5 / (~match).sum())
+
+    def samples() -> Tensor:
+        return embedding.sample(SAMPLES, torch.Generator(device).manual_seed(1))
 
     def ours() -> tuple[Tensor, ...]:
-        return _gradients(pair_nll(z, first, second, match, a, b, "log_mean", EPS).mean(), (z, a, b))
+        found = loss(embedding, labels, generator=torch.Generator(device).manual_seed(1)).loss
+        return found.detach(), *torch.autograd.grad(found, inputs)
 
     def peer() -> tuple[Tensor, ...]:
-        return _gradients(index_list_loss(z, as_list, a, b), (z, a, b))
+        z = samples()
+        leaf = z.detach().requires_grad_()
+        total = torch.zeros((), device=device)
+        parts = (first, second, match, weight)
+        chunk = len(first) if distances is by_cdist else PEER_SCALARS // dim
+        for f, s, m, w in zip(*(part.split(chunk) for part in parts), strict=True):
+            sign = m.to(z.dtype)[:, None, None] * 2 - 1
+            right = F.logsigmoid(sign * (loss.match.b - loss.match.a * distances(leaf, f, s))).flatten(1)
+            part = -((right.logsumexp(1) - math.log(SAMPLES**2)) * w).sum()
+            part.backward(inputs=[leaf, *inputs[1:]])
+            total += part.detach()
+        grads = (*torch.autograd.grad(z, mu, leaf.grad), *(x.grad for x in inputs[1:]))
+        for x in inputs[1:]:
+            x.grad = None
+        return total, *grads
 
     for mine, theirs in zip(ours(), peer(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-5)
     return in_turn(ours, peer, repeats, device)
-
-
-def index_list_loss(z: Tensor, labels: list[int], a: Tensor, b: Tensor) -> Tensor:
-    """As PCME does: both orders of each pair in Python lists, all K x K logits kept, log-sum-exp by autograd."""
-    first, second, sign = [], [], []
-    for i, label in enumerate(labels):
-        for j, other in enumerate(labels):
-            if i != j:
-                first.append(i)
-                second.append(j)
-                sign.append(1.0 if label == other else -1.0)
-    distance = ((z[first].unsqueeze(2) - z[second].unsqueeze(1)).square().sum(-1) + EPS).sqrt()
-    logits = (b - a * distance).view(len(first), -1)  # (P, K K)
-    log_right = F.logsigmoid(logits * torch.tensor(sign, device=z.device)[:, None])
-    return -(log_right.logsumexp(1) - math.log(logits.shape[1])).mean()
 
 
 def all_pairs(device: str, method: str) -> tuple[float, float]:
@@ -122,7 +168,3 @@ def steps_per_second(device: str, models: int) -> float:
     training = Training(steps=warm + steps)
     train(data, [training] * models, range(models), device=device, visit_at=[warm, warm + steps], visit=stamp)
     return steps / (stamps[1] - stamps[0])
-
-
-def _gradients(loss: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return loss.detach(), *torch.autograd.grad(loss, inputs)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hib_ndigit_mnist.ndigit import SEED, SPLITS, STANDARD_DIGITS, SplitIndex, build_ndigit_indices, standard_indices
 from hib_ndigit_mnist.occlusion import join_tiles
+from shared_utils.images import BrokenFile, read_image
 
 MNIST_SHA256 = {
     "train_images": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
@@ -31,6 +31,7 @@ IDX_FILES = {
     "test_labels": "t10k-labels{}idx1-ubyte",
 }
 PNG_FOLDERS = (("train", "training"), ("test", "testing"))
+MEND = "replace the file, or fetch MNIST elsewhere: hib-ndigit-mnist data --download --data-root NEW"
 DIGITS_TRAIN = 1200  # of scikit-learn's 1797 digits; the other 597 are for testing
 
 
@@ -57,43 +58,60 @@ def read_mnist(root: str | Path, *, verify: bool = True) -> Digits:
 
     Raises:
         FileNotFoundError: none of these is there; lists the places searched.
-        ValueError: a damaged file, or another content than MNIST's.
+        BrokenFile: a damaged file.
+        ValueError: another content than MNIST's.
     """
-    root, searched = Path(root).expanduser(), []
-    for folder in (root, root / "raw", root / "MNIST" / "raw"):
-        found = [path for pattern in IDX_FILES.values() if (path := _idx_path(folder, pattern))]
-        if len(found) == len(IDX_FILES):
-            digits = Digits(*(torch.from_numpy(read_idx(path)) for path in found))
-            break
-        searched.append(f"{folder}/{{{','.join(pattern.format('-') for pattern in IDX_FILES.values())}}}[.gz]")
+    root = Path(root).expanduser()
+    found = find_mnist(root)
+    if found is None:
+        folders = ", ".join(str(folder) for folder in _idx_folders(root))
+        names = ", ".join(pattern.format("-") for pattern in IDX_FILES.values())
+        where = f"{names} (or .gz) in {folders}; {root}/{{train,test}}/<digit>/<index>.png"
+        raise FileNotFoundError(f"MNIST was not found; searched {where}")
+    if len(found) == len(IDX_FILES):
+        digits = Digits(*(torch.from_numpy(read_idx(path)) for path in found))
     else:
-        train, test = (next((root / n for n in names if (root / n).is_dir()), None) for names in PNG_FOLDERS)
-        if train is None or test is None:
-            searched.append(f"{root}/{{train,test}}/<digit>/<index>.png")
-            raise FileNotFoundError("MNIST was not found; searched " + "; ".join(searched))
-        digits = Digits(*_read_png_folder(train), *_read_png_folder(test))
-    if verify:
-        for name, tensor in digits._asdict().items():
-            digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-            if digest != MNIST_SHA256[name]:
-                raise ValueError(f"{root}: {name} are not MNIST's (SHA-256 {digest}, {MNIST_SHA256[name]} expected)")
+        digits = Digits(*_read_png_folder(found[0]), *_read_png_folder(found[1]))
+    if verify and (others := not_mnist(digits)):
+        raise ValueError(f"{root}: {', '.join(others)} are not those of MNIST (their SHA-256 differs)")
     return digits
 
 
+def find_mnist(root: str | Path) -> list[Path] | None:
+    """The four IDX files below a folder, or the two PNG folders; None where neither is there."""
+    root = Path(root).expanduser()
+    for folder in _idx_folders(root):
+        files = [path for pattern in IDX_FILES.values() if (path := _idx_path(folder, pattern))]
+        if len(files) == len(IDX_FILES):
+            return files
+    folders = [root / name for names in PNG_FOLDERS for name in names if (root / name).is_dir()][:2]
+    return folders if len(folders) == 2 else None
+
+
+def not_mnist(digits: Digits) -> list[str]:
+    """Names of the arrays whose content is not the original's."""
+    digests = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in digits._asdict().items()}
+    return [name for name, digest in digests.items() if digest != MNIST_SHA256[name]]
+
+
 def read_idx(path: str | Path) -> np.ndarray:
-    """A uint8 array of an IDX file, raw or gzipped; ValueError naming the file where it is damaged."""
+    """A uint8 array of an IDX file, raw or gzipped; BrokenFile where it is damaged."""
     path = Path(path)
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error})") from error
+        raise BrokenFile(f"{path}: damaged gzip file ({error}); {MEND}") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path}: no IDX file of unsigned bytes")
+        raise BrokenFile(f"{path}: no IDX file of unsigned bytes; {MEND}")
     shape = tuple(np.frombuffer(data, ">u4", data[3], offset=4).tolist())
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if len(body) != np.prod(shape):
-        raise ValueError(f"{path}: {np.prod(shape)} bytes for shape {shape} were expected, got {len(body)}")
+        raise BrokenFile(f"{path}: {np.prod(shape)} bytes for shape {shape} were expected, got {len(body)}; {MEND}")
     return body.reshape(shape).copy()
+
+
+def _idx_folders(root: Path) -> tuple[Path, ...]:
+    return root, root / "raw", root / "MNIST" / "raw"
 
 
 def _idx_path(folder: Path, pattern: str) -> Path | None:
@@ -102,14 +120,14 @@ def _idx_path(folder: Path, pattern: str) -> Path | None:
 
 
 def _read_png_folder(folder: Path) -> tuple[Tensor, Tensor]:
-    files = [path for digit in range(10) for path in (folder / str(digit)).glob("*.png")]
+    files = [path for digit in range(10) for path in (folder / str(digit)).glob("[!.]*.png")]
     if not files:
         raise FileNotFoundError(f"{folder}: no <digit>/<index>.png in it")
     try:
         files.sort(key=lambda path: int(path.stem))
     except ValueError as error:
         raise ValueError(f"{folder}: file names must be the index of the image ({error})") from error
-    images = np.stack([np.asarray(Image.open(path).convert("L")) for path in files])
+    images = np.stack([np.asarray(read_image(path, "L")) for path in files])
     return torch.from_numpy(images), torch.tensor([int(path.parent.name) for path in files], dtype=torch.uint8)
 
 
@@ -182,17 +200,28 @@ def ndigit_sets(
 ) -> dict[str, NDigitSet]:
     """All splits of "mnist" (from `root`) or "digits" (scikit-learn's).
 
-    `sizes` go to `build_ndigit_indices`. ValueError for another name.
+    `sizes` go to `build_ndigit_indices`; with them, and with standard=False, `root` may hold any data in MNIST's
+    format. ValueError for another name.
     """
     if name not in ("mnist", "digits"):
         raise ValueError(f"dataset: mnist or digits was expected, got {name!r}")
-    digits = read_digits() if name == "digits" else read_mnist(root, verify=standard)
+    digits = read_digits() if name == "digits" else read_mnist(root, verify=standard and not sizes)
     if name == "mnist" and standard and gap == "number" and num_digits in STANDARD_DIGITS and not sizes:
         tables = standard_indices(num_digits)
     else:
         labels = (digits.train_labels.numpy(), digits.test_labels.numpy())
         tables = build_ndigit_indices(labels, num_digits, gap, seed=seed, **sizes)
     return {split: NDigitSet.of(digits, table) for split, table in tables.items()}
+
+
+def is_mnist(sets: dict[str, NDigitSet]) -> bool:
+    """Whether the digits of these splits are MNIST's own."""
+    expected = {"train": "train_images"}
+    return all(
+        hashlib.sha256(data.digits.cpu().numpy().tobytes()).hexdigest()
+        == MNIST_SHA256[expected.get(split, "test_images")]
+        for split, data in sets.items()
+    )
 
 
 class NDigitMNIST(Dataset):

@@ -143,6 +143,11 @@ class GaussianMixtureEmbedding:
         return per_component.mean(-1)
 
 
+def default_logvar(dim: int) -> float:
+    """Initial log variance, -2 for D = 2; the distance of two samples of an image is then the same for every D."""
+    return -2 - math.log(dim / 2)
+
+
 def check_samples(samples: int, components: int) -> None:
     """ValueError unless K >= 1 is a multiple of C."""
     if samples < 1 or samples % components:

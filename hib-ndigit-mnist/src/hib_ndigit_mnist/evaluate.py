@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from hib_ndigit_mnist.data import NDigitSet
@@ -22,10 +21,14 @@ from hib_ndigit_mnist.expansion import sigmoid_as_gaussians
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.metrics import (
     BinnedCorrelation,
+    accuracy_rejection_area,
     average_precision,
     binned_correlation,
     expected_calibration_error,
+    has_partner,
     knn_predict,
+    ood_auroc,
+    r_auroc,
 )
 from hib_ndigit_mnist.models import Encoder
 from hib_ndigit_mnist.occlusion import OcclusionInfo, apply_occlusion, draw_occlusion
@@ -92,7 +95,8 @@ class Evaluation:
         encoder: on the device where the evaluation is to run.
         match: its match probability.
         test: images, pairs and queries.
-        estimator: "quadrature", "mc", or "auto": quadrature unless D > 2 and the sigmoid is too steep for it.
+        estimator: "quadrature", "mc", or "auto": quadrature unless D > 2 and the sigmoid is too steep for the closed
+            form, which all pairs of a large test set need.
         samples: K of the Monte Carlo estimator.
         nearest_k: neighbours that vote.
     """
@@ -107,11 +111,17 @@ class Evaluation:
         nearest_k: int = 5,
     ):
         if estimator == "auto":
-            exact = encoder.dim <= 2 or sigmoid_as_gaussians(match.values()[1], PAIR_TOLERANCE) is not None
+            exact = encoder.dim <= 2 or sigmoid_as_gaussians(match.values()[1], RANKING_TOLERANCE) is not None
             estimator = "quadrature" if exact else "mc"
         self.encoder, self.match = encoder.eval(), match.to(next(encoder.parameters()).device)
         self.test, self.k = test, nearest_k
         self.options: dict[str, Any] = {"method": estimator, "samples": samples}
+
+    @property
+    def queries(self) -> Tensor:
+        """(Q',) the queries that have a partner: images of their class beside themselves."""
+        labels, queries = self.test.labels, self.test.queries
+        return queries[has_partner(labels[queries], labels, queries)]
 
     @cached_property
     def embeddings(self) -> dict[str, GaussianMixtureEmbedding]:
@@ -136,10 +146,10 @@ class Evaluation:
         return {c: self.match.self_mismatch(e, **options).cpu() for c, e in self.embeddings.items()}
 
     @cached_property
-    def correct(self) -> dict[str, Tensor]:
-        """Whether a query's vote is right, (Q,) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
+    def _votes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Whether k neighbours and whether the nearest one are right, (Q',) bool each, by condition and gallery."""
         device = self.embeddings["clean"].mu.device
-        labels, queries = self.test.labels.to(device), self.test.queries.to(device)
+        labels, queries = self.test.labels.to(device), self.queries.to(device)
         options = self.options | {"generator": self.draws(), "tolerance": RANKING_TOLERANCE}
         result = {}
         for name, condition, gallery in (
@@ -150,9 +160,16 @@ class Evaluation:
             right = []
             for part in queries.split(500):
                 scores = self.match.pairwise(self.embeddings[condition][part], self.embeddings[gallery], **options)
-                right.append(knn_predict(scores, labels, self.k, own=part) == labels[part])
-            result[name] = torch.cat(right).cpu()
+                votes = [knn_predict(scores, labels, k, own=part) == labels[part] for k in (self.k, 1)]
+                right.append(torch.stack(votes).cpu())
+            most, nearest = torch.cat(right, 1)
+            result[name] = most, nearest
         return result
+
+    @property
+    def correct(self) -> dict[str, Tensor]:
+        """Whether the vote of `queries` is right, (Q',) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
+        return {name: most for name, (most, _) in self._votes.items()}
 
     # ---- tables ----
 
@@ -170,20 +187,29 @@ class Evaluation:
         """Correlation of eta with accuracy ("knn") or average precision ("ap", binned by the first image's eta)."""
         eta = self.eta[condition]
         if task == "knn":
-            return binned_correlation(eta[self.test.queries], self.correct[condition].double(), bins)
+            return binned_correlation(eta[self.queries], self.correct[condition].double(), bins)
         first, _, match = self.test.pairs
         return binned_correlation(eta[first], self.pair_scores[condition], bins, match)
 
     def uncertainty(self) -> dict[str, float]:
         """Tau and its p by condition and task, mean eta, and ROC AUC of eta for corrupt against clean."""
         result = {f"eta_{c}": float(eta.mean()) for c, eta in self.eta.items()}
-        eta = torch.cat([self.eta[c] for c in CONDITIONS])
-        result["auc"] = float(roc_auc_score(torch.arange(len(eta)) >= len(eta) // 2, eta))
+        result["auc"] = ood_auroc(self.eta["clean"], self.eta["corrupt"])
         for condition in CONDITIONS:
             for task in ("ap", "knn"):
                 tau = self.tau(condition, task)
                 result |= {f"tau_{task}_{condition}": tau.tau, f"p_{task}_{condition}": tau.p_value}
         result["ink"] = float(stats.spearmanr(self.test.hidden_ink(), self.eta["corrupt"]).statistic)
+        return result
+
+    def selective(self) -> dict[str, float]:
+        """R@1 by match probability, and what eta knows about it: R-AUROC and area under accuracy-rejection."""
+        result = {}
+        for condition in CONDITIONS:
+            right, eta = self._votes[condition][1], self.eta[condition][self.queries]
+            result[f"r1_{condition}"] = float(right.double().mean())
+            result[f"r_auroc_{condition}"] = r_auroc(eta, right)
+            result[f"rejection_area_{condition}"] = accuracy_rejection_area(eta, right)
         return result
 
     def spread(self) -> dict[str, float]:

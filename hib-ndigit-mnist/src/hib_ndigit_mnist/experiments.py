@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rich.table
 import torch
 
-from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
+from hib_ndigit_mnist.data import NDigitSet, find_mnist, is_mnist, ndigit_sets
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match
 from hib_ndigit_mnist.reports import REPORTS
 from hib_ndigit_mnist.settings import Settings
-from hib_ndigit_mnist.train import Trained, train
+from hib_ndigit_mnist.train import Trained, named_precision, train
+from shared_utils.logging import console
+from shared_utils.preflight import Need, disk_space, unmet
+from shared_utils.report import duration, interval, values
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
 PROJECT = Path(__file__).parents[2]
+SHOWN = {
+    "table-1": {
+        "ap_corrupt": "average precision, corrupted pairs",
+        "ap_clean": "average precision, clean pairs",
+        "knn_corrupt": "KNN accuracy, corrupted among clean images",
+        "knn_corrupt_same": "KNN accuracy, corrupted among corrupted images",
+        "knn_clean": "KNN accuracy, clean images",
+    },
+    "table-2": {
+        "auc": "ROC AUC of eta, corrupted against clean images",
+        "tau_knn_corrupt": "tau of eta with KNN errors, corrupted images",
+    },
+}
 PACKAGES = ("numpy", "scipy", "scikit-learn", "lightning")
 
 
@@ -46,6 +63,7 @@ def run_tables(
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
+    precision: str = "auto",
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -58,14 +76,76 @@ def run_tables(
         "hib-ndigit-mnist",
         runs,
         log,
-        partial(execute, data_root=data_root, checkpoints=checkpoints),
+        partial(execute, data_root=data_root, checkpoints=checkpoints, precision=precision),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
         group=stackable,
+        needs=partial(needs, data_root=data_root),
     )
     return log
+
+
+def needs(settings: dict, data_root: Path) -> Iterator[Need]:
+    """What a run reads and where it writes."""
+    if settings.get("dataset", "mnist") == "mnist":
+        found = find_mnist(data_root) is not None
+        yield Need(f"MNIST ({data_root})", "hib-ndigit-mnist data --download, or --data-root", found)
+    yield disk_space(PROJECT / "runs", 100)
+
+
+def print_missing(
+    chosen: Sequence[Table], scale: str, data_root: Path, rows: Sequence[str], seeds: Sequence[int], force: bool
+) -> None:
+    """Print what --dry-run promises: the runs and models each table lacks, the time, and what is not there.
+
+    Rows of several tables share models; each model counts where it is met first.
+    """
+    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    done = set() if force else log.keys()
+    shown = rich.table.Table("table", "missing runs", "models to train", "expected time")
+    known: set[tuple] = set()
+    lacking: list[Need] = []
+    total = 0.0
+    for table in chosen:
+        missing = [run for run in table.runs(scale, rows or None, seeds or None) if run.key not in done]
+        models = {
+            (run.seed, stackable(run), run.settings.get("beta"), run.settings.get("occlusion_p")) for run in missing
+        }
+        seconds = len(models - known) * (table.scales[scale].expected_seconds or 0)
+        shown.add_row(table.id, str(len(missing)), str(len(models - known)), duration(seconds) if seconds else "")
+        known |= models
+        total += seconds
+        lacking += [need for run in missing for need in needs(run.settings, data_root)]
+    shown.add_row("all", "", str(len(known)), duration(total) if total else "")
+    console().print(shown)
+    for line in unmet(lacking):
+        console().print(f"missing: {line}", highlight=False)
+
+
+def summary() -> str:
+    """The README's table: seen numbers, N = 2, D = 2, at the recorded scale that is closest to the paper's."""
+    everything = {table.id: table for table in tables()}
+    methods = ("point", "MoG-1", "MoG-2")
+    for scale in ("paper", "lenet", "mnist", "embedded"):
+        log = RunLog(PROJECT / "results" / f"{scale}.jsonl")
+        if not values(everything["table-1"], scale, log):
+            continue
+        seeds = max(len(each) for each in values(everything["table-1"], scale, log).values())
+        on = everything["table-1"].scales[scale].measured_on or "MNIST, the paper's network and schedule"
+        lines = [[f"{on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
+        for name, metrics in SHOWN.items():
+            found = values(everything[name], scale, log)
+            for metric, words in metrics.items():
+                rows = [found.get(f"N=2 D=2 {method}", {}).values() for method in methods]
+                lines.append([words, *(_cell([each[metric] for each in row if metric in each]) for row in rows)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "Nothing is recorded yet."
+
+
+def _cell(sample: list[float]) -> str:
+    return "{:.3f} ± {:.3f}".format(*interval(sample)) if sample else "–"
 
 
 def stackable(run: Run) -> tuple:
@@ -83,14 +163,12 @@ def execute(
     data_root: Path,
     device: str = "auto",
     checkpoints: Path | None = None,
+    precision: str = "auto",
 ) -> list[Outcome]:
     """Runs of one group: train every different model once, then report each run from its model."""
     parsed = [parse(each) for each in settings]
     if parsed[0].report == "dataset":
         return [_dataset(each, data_root) for each in parsed]
-    for each in parsed:
-        if each.report not in REPORTS:
-            raise ValueError(f"report: one of dataset, {', '.join(REPORTS)} was expected, got {each.report!r}")
     name, num_digits, gap, sizes = parsed[0].data()
     sets = ndigit_sets(name, num_digits, gap, data_root, **dict(sizes))
     jobs = list(zip(parsed, seeds, strict=True))
@@ -111,14 +189,34 @@ def execute(
     trainings, model_seeds = zip(*models, strict=True)
     visit_at = sorted({each.at for each in parsed if each.at})
     trained, visits = train(
-        sets["train"], trainings, model_seeds, device=device, checkpoint=path, visit_at=visit_at, visit=visit
+        sets["train"],
+        trainings,
+        model_seeds,
+        device=device,
+        precision=precision,
+        checkpoint=path,
+        visit_at=visit_at,
+        visit=visit,
     )
     found = {number: report for each in [*visits, visit(0, trained)] for number, *report in each}
     if path:
         path.unlink(missing_ok=True)
-    sizes_of = {split: len(data) for split, data in sets.items()}
-    record = {"name": name, "sizes": sizes_of, "sha256": sets["train"].fingerprint()}
-    return [Outcome(metrics, details, record) for metrics, details in map(found.__getitem__, range(len(jobs)))]
+    record = {"name": name, "sizes": {split: len(data) for split, data in sets.items()}}
+    record |= {"sha256": sets["train"].fingerprint()}
+    caveats = _caveats(name, bool(sizes), sets)
+    precision = named_precision(device, precision)
+    return [
+        Outcome(metrics, details, record | reporter.tested(each), precision=precision, caveats=caveats)
+        for (metrics, details), each in zip(map(found.__getitem__, range(len(jobs))), parsed, strict=True)
+    ]
+
+
+def _caveats(name: str, other_sizes: bool, sets: dict[str, NDigitSet]) -> list[str]:
+    """Why a run on "mnist" is none on the paper's data."""
+    if name != "mnist":
+        return []
+    found = ["fewer images than the paper's"] if other_sizes else []
+    return found + ([] if is_mnist(sets) else ["digits that are not MNIST's"])
 
 
 class _Reporter:
@@ -132,7 +230,7 @@ class _Reporter:
         self.device = "cuda" if on_cuda else "cpu"
 
     def report(self, model: Trained, settings: Settings) -> tuple[dict, dict]:
-        key = settings.split, settings.test_images, settings.test_pairs, settings.queries
+        key = _test_key(settings)
         if key[0] not in self.sets:
             raise ValueError(f"split: one of {', '.join(self.sets)} was expected, got {key[0]!r}")
         if key not in self.tests:
@@ -150,6 +248,15 @@ class _Reporter:
             )
         metrics, details = REPORTS[settings.report](self.evaluations[own][1])
         return {name: value for name, value in metrics.items() if value == value}, details
+
+    def tested(self, settings: Settings) -> dict[str, Any]:
+        """How many images of the test split were used, and of each class."""
+        counts = self.tests[_test_key(settings)].labels.unique(return_counts=True)[1]
+        return {"test_images": int(counts.sum()), "test_images_per_class": [int(counts.min()), int(counts.max())]}
+
+
+def _test_key(settings: Settings) -> tuple:
+    return settings.split, settings.test_images, settings.test_pairs, settings.queries
 
 
 def _dataset(settings: Settings, data_root: Path) -> Outcome:

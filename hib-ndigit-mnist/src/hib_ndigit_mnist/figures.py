@@ -33,7 +33,7 @@ def draw_all(tables: list[Table], results: Path) -> list[Path]:
     """Draw every figure at the scale closest to the paper's that was measured; returns the PNG files."""
     drawn = []
     for table in tables:
-        for scale in ("paper", "mnist", "embedded"):
+        for scale in ("paper", "lenet", "mnist", "embedded"):
             log = RunLog(results / f"{scale}.jsonl")
             if table.id in DRAW and scale in table.scales and values(table, scale, log):
                 path = results / "figures" / f"{table.id}.png"

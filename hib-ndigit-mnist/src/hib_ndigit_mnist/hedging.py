@@ -1,4 +1,4 @@
-"""Hedged instance embedding: the match probability and what is trained with it (section 3 of arXiv 1810.00319).
+"""The match probability of points and of distributions (sections 3.1, 3.2 and 3.4 of arXiv 1810.00319).
 
 One convention everywhere: p(m | z1, z2) = sigmoid(-a ||z1 - z2|| + b), Euclidean distance, a > 0 (equation 2).
 Everything is computed in float32 or float64, also under autocast.
@@ -7,19 +7,18 @@ Everything is computed in float32 or float64, also under autocast.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding, check_samples
+from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.expansion import expansion_of_sigmoid, sigmoid_as_gaussians
-from hib_ndigit_mnist.pair_nll import DISTANCE_EPS, pair_nll
-from hib_ndigit_mnist.pairs import Pairs, balanced_pairs, check_labels, dense_pairs, pairs_of
-from hib_ndigit_mnist.quadrature import expected_sigmoid
+from hib_ndigit_mnist.pair_nll import DISTANCE_EPS, squared_distances
+from hib_ndigit_mnist.quadrature import expected_sigmoid, is_isotropic
+from hib_ndigit_mnist.series import series_of_sigmoid
 
-OBJECTIVES = ("log_mean", "mean_log")
 ESTIMATORS = ("mc", "quadrature")
 TILE = 1 << 21  # distances at once in all-pairs work: 8 MB of float32 per intermediate
 
@@ -67,7 +66,7 @@ class MatchProbability(nn.Module):
 
         Leading dimensions of a and b line up with the first ones of z (stacked models).
         """
-        z1, z2 = _at_least_float32(z1), _at_least_float32(z2)
+        z1, z2 = at_least_float32(z1), at_least_float32(z2)
         squares = (z1.unsqueeze(-2) - z2.unsqueeze(-3)).square().sum(-1)
         a, b = (x.to(z1.dtype).view(*x.shape, *[1] * (squares.ndim - x.ndim)) for x in (self.a, self.b))
         return b - a * (squares + self.eps).sqrt()
@@ -80,7 +79,7 @@ class MatchProbability(nn.Module):
         samples: int = 8,
         method: str = "mc",
         generator: torch.Generator | None = None,
-        tolerance: float = 1e-9,
+        tolerance: float = 1e-6,
     ) -> Tensor:
         """p(m | x1, x2) of equally many images: (B,), equations 4 and 5.
 
@@ -93,8 +92,8 @@ class MatchProbability(nn.Module):
             tolerance: absolute error of the quadrature.
 
         Raises:
-            ValueError: unknown method, lengths or D that differ, K not a multiple of C; quadrature for D > 2 with a
-                sigmoid too steep for the tolerance (b of about 5 at 1e-6, 8 at 1e-4).
+            ValueError: unknown method, lengths or D that differ, K not a multiple of C; a tolerance below 1e-6 that
+                quadrature cannot meet in more than two dimensions with variances that differ between them.
         """
         self._check(first, second, method)
         if len(first) != len(second):
@@ -123,7 +122,7 @@ class MatchProbability(nn.Module):
             return torch.sigmoid(self.b - self.a * distance)
         if method == "quadrature":
             return self._pairwise_quadrature(first, second, tolerance).to(dtype)
-        z1, z2 = (_at_least_float32(e.sample(samples, generator)) for e in (first, second))
+        z1, z2 = (at_least_float32(e.sample(samples, generator)) for e in (first, second))
         return _mean_sigmoid(z1, z2, *self.values(), self.eps)
 
     @torch.no_grad()
@@ -133,7 +132,7 @@ class MatchProbability(nn.Module):
         samples: int = 8,
         method: str = "mc",
         generator: torch.Generator | None = None,
-        tolerance: float = 1e-9,
+        tolerance: float = 1e-6,
     ) -> Tensor:
         """eta(x) = 1 - p(m | x, x), the uncertainty of each image (section 3.4): (B,).
 
@@ -178,13 +177,21 @@ class MatchProbability(nn.Module):
     def _quadrature(
         self, first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding, tolerance: float
     ) -> Tensor:
-        """In closed form where that reaches the tolerance, else by integration."""
+        """In closed form where that reaches the tolerance, else by integration or, for D > 2, as a cosine series."""
         mean = first.mu.double()[:, :, None] - second.mu.double()[:, None]  # (B, C1, C2, D)
         variance = first.variance().double()[:, :, None] + second.variance().double()[:, None]
         mean, variance = mean.flatten(0, 2), variance.flatten(0, 2)
-        terms = expansion_of_sigmoid(mean.T, variance.T, *self.values(), tolerance)
-        if terms is None:
+        a, b = self.values()
+        terms = expansion_of_sigmoid(mean.T, variance.T, a, b, tolerance)
+        if terms is None and (first.dim <= 2 or is_isotropic(variance)):
             terms = expected_sigmoid(mean, variance, self.a.double(), self.b.double(), tolerance)
+        elif terms is None:
+            terms = series_of_sigmoid(mean, variance, a, b, tolerance)
+        if terms is None:
+            raise ValueError(
+                f"tolerance: {tolerance:g} cannot be met for D = {first.dim} and b = {b:.3g}; 1e-6 can, "
+                "but for extreme variances: there take mc"
+            )
         return terms.view(len(first), -1).mean(1).to(torch.promote_types(first.mu.dtype, torch.float32))
 
 
@@ -193,207 +200,17 @@ def _mean_sigmoid(z1: Tensor, z2: Tensor, a: float, b: float, eps: float) -> Ten
     (n1, k1, dim), (n2, k2, _) = z1.shape, z2.shape
     result = z1.new_empty(n1, n2)
     side = max(1, math.isqrt(TILE // (k1 * k2)))
-    right_all = z2.permute(2, 1, 0).contiguous()  # (D, K2, B2)
+    centre = z1.mean((0, 1))
+    left_all, right_all = ((z - centre).transpose(0, 1).contiguous() for z in (z1, z2))  # (K, B, D)
     for i in range(0, n1, side):
-        left = z1[i : i + side].permute(2, 1, 0)[:, :, None, :, None]  # (D, K1, 1, b1, 1)
+        left = left_all[:, i : i + side].reshape(-1, dim)
         for j in range(0, n2, side):
-            right = right_all[:, :, j : j + side][:, None, :, None]  # (D, 1, K2, 1, b2)
-            squares = (left[0] - right[0]).square_()  # (K1, K2, b1, b2)
-            for d in range(1, dim):
-                difference = left[d] - right[d]
-                squares.addcmul_(difference, difference)
+            squares = squared_distances(left, right_all[:, j : j + side].reshape(-1, dim))
             squares.add_(eps).sqrt_().mul_(-a).add_(b).sigmoid_()
-            result[i : i + side, j : j + side] = squares.mean((0, 1))
+            result[i : i + side, j : j + side] = squares.view(k1, len(left) // k1, k2, -1).mean((0, 2))
     return result
 
 
-def soft_contrastive_loss(
-    logits: Tensor, match: Tensor, objective: str = "log_mean", reduction: str = "mean"
-) -> Tensor:
-    """-log p(m = match) of pairs from the logits of their K x K sample pairs (equation 3).
-
-    Args:
-        logits: (P, K1, K2) floating, as `MatchProbability.logits` gives them.
-        match: (P,) bool or 0 / 1.
-        objective: "log_mean" = -log E[p], which pays for putting part of the mass right and so hedges; "mean_log" =
-            -E[log p], the bound of the paper. mean_log >= log_mean.
-        reduction: "mean", "sum" or "none".
-
-    Returns:
-        A scalar, or (P,).
-
-    Raises:
-        ValueError: values of match other than 0 and 1, shapes that do not fit, an unknown objective or reduction.
-    """
-    match = _as_bool(match)
-    if logits.ndim != 3 or match.shape != logits.shape[:1]:
-        raise ValueError(f"logits (P, K, K), match (P,) were expected, got {tuple(logits.shape)}, {tuple(match.shape)}")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} was expected, got {objective!r}")
-    logits = _at_least_float32(logits)
-    log_right = F.logsigmoid(torch.where(match[:, None, None], logits, -logits)).flatten(1)  # (P, K1 K2)
-    if objective == "log_mean":
-        return _reduce(math.log(log_right.shape[1]) - log_right.logsumexp(1), reduction)
-    return _reduce(-log_right.mean(1), reduction)
-
-
-def contrastive_loss(z1: Tensor, z2: Tensor, match: Tensor, margin: float = 1.0, reduction: str = "mean") -> Tensor:
-    """Classical contrastive loss (equation 1): d^2 for a match, max(0, margin - d)^2 otherwise.
-
-    Args:
-        z1: (P, D).
-        z2: (P, D).
-        match: (P,) bool or 0 / 1.
-        margin: M > 0.
-        reduction: "mean", "sum" or "none".
-    """
-    match = _as_bool(match)
-    if z1.shape != z2.shape or match.shape != z1.shape[:-1]:
-        raise ValueError(f"z1, z2 (P, D), match (P,) were expected, got {[tuple(x.shape) for x in (z1, z2, match)]}")
-    if margin <= 0:
-        raise ValueError(f"margin: positive was expected, got {margin}")
-    squares = (_at_least_float32(z1) - _at_least_float32(z2)).square().sum(-1)
-    apart = (margin - (squares + DISTANCE_EPS).sqrt()).clamp_min(0).square()
-    return _reduce(torch.where(match, squares, apart), reduction)
-
-
-class LossOutput(NamedTuple):
-    """Scalars, or (M,) for stacked models: loss = (nll_pos + nll_neg) / 2 + beta * kl."""
-
-    loss: Tensor
-    nll_pos: Tensor
-    nll_neg: Tensor
-    kl: Tensor  # of both images of a pair: twice the mean over images
-    a: Tensor
-    b: Tensor
-
-
-def vib_objective(
-    embedding: GaussianMixtureEmbedding,
-    z: Tensor,
-    pairs: Pairs,
-    match: MatchProbability,
-    beta: float | Tensor,
-    objective: str = "log_mean",
-    kl: str = "auto",
-) -> LossOutput:
-    """The variational information bottleneck of weighted pairs (equation 7), for one model or stacked ones.
-
-    Args:
-        embedding: (..., B, C, D).
-        z: (..., B, K, D) its samples.
-        pairs: (..., P), balanced by weight.
-        match: a and b, () or (...).
-        beta: weight of the KL term; a number or (...).
-        objective: see `soft_contrastive_loss`.
-        kl: see `GaussianMixtureEmbedding.kl`.
-    """
-    a, b = match.a.to(z.dtype), match.b.to(z.dtype)
-    nll = pair_nll(z, pairs.first, pairs.second, pairs.match, a, b, objective, match.eps) * pairs.weight
-    positive = 2 * (nll * pairs.match).sum(-1)
-    negative = 2 * (nll * ~pairs.match).sum(-1)
-    divergence = 2 * embedding.kl(kl, z).mean(-1)
-    return LossOutput((positive + negative) / 2 + beta * divergence, positive, negative, divergence, a, b)
-
-
-class VIBPairLoss(nn.Module):
-    """The training loss of hedged instance embedding on a batch with labels (equation 7).
-
-    Args:
-        beta: weight of the KL term, >= 0.
-        samples: K per image; a point embedding always has one.
-        objective: "log_mean" or "mean_log".
-        negatives: "balanced" takes all matching pairs and as many random others, "all" every pair; matching and other
-            pairs weigh 1/2 each in both.
-        kl: see `GaussianMixtureEmbedding.kl`.
-        a: initial slope of the match probability.
-        b: initial offset.
-
-    Raises:
-        ValueError: beta < 0, samples < 1, an unknown objective or choice of negatives.
-    """
-
-    def __init__(
-        self,
-        beta: float = 1e-4,
-        samples: int = 8,
-        objective: str = "log_mean",
-        negatives: str = "balanced",
-        kl: str = "auto",
-        a: float = 1.0,
-        b: float = 1.0,
-    ):
-        super().__init__()
-        if not beta >= 0:
-            raise ValueError(f"beta: >= 0 was expected, got {beta}")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} was expected, got {objective!r}")
-        check_samples(samples, 1)
-        if negatives not in ("balanced", "all"):
-            raise ValueError(f"negatives: balanced or all was expected, got {negatives!r}")
-        self.beta, self.samples, self.objective, self.negatives, self.kl = beta, samples, objective, negatives, kl
-        self.match = MatchProbability(a, b)
-
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
-    def forward(
-        self,
-        embedding: GaussianMixtureEmbedding,
-        labels: Tensor | None = None,
-        indices_tuple: tuple[Tensor, ...] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LossOutput:
-        """Loss of a batch.
-
-        Args:
-            embedding: (B, C, D).
-            labels: (B,) class of each image; an image is never paired with itself.
-            indices_tuple: pairs instead of labels, as miners of pytorch-metric-learning return them.
-            generator: of samples and of the choice of negatives, on the embedding's device.
-
-        Raises:
-            ValueError: neither labels nor pairs, labels of another length, a batch without a matching or without a
-                non-matching pair (with the counts per class), K not a multiple of C.
-        """
-        if embedding.mu.ndim != 3:
-            raise ValueError(f"embedding: (B, C, D) was expected, got {tuple(embedding.mu.shape)}")
-        embedding = embedding.to(torch.promote_types(embedding.mu.dtype, torch.float32))
-        z = embedding.sample(1 if embedding.is_point else self.samples, generator)
-        pairs = self._pairs(len(embedding), embedding.mu.device, labels, indices_tuple, generator)
-        return vib_objective(embedding, z, pairs, self.match, self.beta, self.objective, self.kl)
-
-    def _pairs(
-        self,
-        batch: int,
-        device: torch.device,
-        labels: Tensor | None,
-        indices_tuple: tuple[Tensor, ...] | None,
-        generator: torch.Generator | None,
-    ) -> Pairs:
-        if indices_tuple is not None:
-            return pairs_of(indices_tuple, batch)
-        if labels is None:
-            raise ValueError("labels or indices_tuple is needed")
-        check_labels(labels, batch)
-        if self.negatives == "all":
-            return dense_pairs(labels)
-        total = batch * (batch - 1) // 2
-        return balanced_pairs(labels, torch.rand(total, generator=generator, device=device), total)
-
-
-def _as_bool(match: Tensor) -> Tensor:
-    if match.dtype == torch.bool:
-        return match
-    if not ((match == 0) | (match == 1)).all():
-        raise ValueError(f"match: 0 / 1 or bool was expected, got values such as {match.flatten()[0].item()}")
-    return match.bool()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions as float32, others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _reduce(values: Tensor, reduction: str) -> Tensor:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: mean, sum or none was expected, got {reduction!r}")
-    return values if reduction == "none" else getattr(values, reduction)()

@@ -5,6 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from hib_ndigit_mnist.data import read_mnist
+from hib_ndigit_mnist.images import files_of
+from shared_utils.images import BrokenFile, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("hib-ndigit-mnist")
+
+
+def verify(data_root: Path, images: Path | None) -> None:
+    """Read a folder of images to the end of every file, or MNIST; the first broken file is told.
+
+    Raises:
+        BrokenFile: a file that cannot be read.
+        ValueError: no image, digits that are not MNIST's.
+        FileNotFoundError: nothing is there.
+    """
+    if images:
+        files = files_of(images)
+        for file in files:
+            read_image(file)
+        logger.info("%s: %d images can be read", images, len(files))
+        return
+    digits = read_mnist(data_root)
+    logger.info("%s: MNIST, %d and %d images", data_root, len(digits.train_labels), len(digits.test_labels))
 
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
@@ -14,10 +37,10 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
         read_mnist(data_root)
     except FileNotFoundError:
         found, mend = "no", "hib-ndigit-mnist data --download"
-    except ValueError as error:
-        found, mend = f"damaged ({error})", "delete it, then hib-ndigit-mnist data --download"
+    except (BrokenFile, ValueError) as error:
+        found, mend = f"damaged ({error})", "hib-ndigit-mnist data --download --data-root NEW"
     return [
         ("scikit-learn digits", "smoke, embedded", "1 MB", "BSD", "yes", "inside scikit-learn", ""),
-        ("MNIST", "mnist, paper", "53 MB", "CC BY-SA 3.0", found, str(data_root), mend),
-        ("N-digit MNIST index tables", "mnist, paper", "1.2 MB", "Apache-2.0", "yes", "inside this package", ""),
+        ("MNIST", "lenet, paper", "53 MB", "CC BY-SA 3.0", found, str(data_root), mend),
+        ("N-digit MNIST index tables", "lenet, paper", "1.2 MB", "Apache-2.0", "yes", "inside this package", ""),
     ]

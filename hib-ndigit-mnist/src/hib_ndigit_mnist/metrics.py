@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ def average_precision(match: Tensor, scores: Tensor) -> float:
     """
     if not match.any():
         raise ValueError("match: average precision needs a matching pair, there is none")
+    _check_finite("scores", scores)
     return float(average_precision_score(match.cpu().numpy(), scores.cpu().numpy()))
 
 
@@ -42,8 +44,9 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Ten
         (Q,) labels.
 
     Raises:
-        ValueError: k outside 1 .. gallery images.
+        ValueError: k outside 1 .. gallery images, match probabilities that are NaN.
     """
+    _check_finite("match_prob", match_prob)
     available = match_prob.shape[1] - (own is not None)
     if not 1 <= k <= available:
         raise ValueError(f"k: 1 to {available} gallery images were expected, got {k}")
@@ -59,11 +62,27 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Ten
     return classes[support.argmax(1)]  # argmax takes the first: the smaller class
 
 
+def has_partner(query_labels: Tensor, gallery_labels: Tensor, own: Tensor | None = None) -> Tensor:
+    """(Q,) bool: whether the gallery holds another image of the query's class, without which no vote can be right."""
+    images = (query_labels[:, None] == gallery_labels).sum(1)
+    return images > (0 if own is None else 1)
+
+
 def knn_accuracy(
     match_prob: Tensor, query_labels: Tensor, gallery_labels: Tensor, k: int = 5, own: Tensor | None = None
 ) -> float:
-    """Share of queries whose vote is right; arguments as in `knn_predict`."""
-    return float((knn_predict(match_prob, gallery_labels, k, own) == query_labels).double().mean())
+    """Share of queries whose vote is right, of those that have a partner in the gallery; arguments as in `knn_predict`.
+
+    A class with fewer than k / 2 partners can be outvoted even by a perfect embedding: take a smaller k there.
+
+    Raises:
+        ValueError: no query has a partner, or as in `knn_predict`.
+    """
+    asked = has_partner(query_labels, gallery_labels, own)
+    if not asked.any():
+        raise ValueError("query_labels: no query has an image of its class in the gallery")
+    right = knn_predict(match_prob, gallery_labels, k, own) == query_labels
+    return float(right[asked].double().mean())
 
 
 class BinnedCorrelation(NamedTuple):
@@ -73,7 +92,7 @@ class BinnedCorrelation(NamedTuple):
     """
 
     tau: float
-    bin_x: np.ndarray  # (bins,) mean uncertainty
+    bin_x: np.ndarray  # (bins,) mean uncertainty; fewer than asked for where many values are equal
     bin_y: np.ndarray  # (bins,) performance
     p_value: float  # one-sided, by permutation of the bins
     dropped: int  # bins without a matching pair
@@ -88,6 +107,9 @@ def binned_correlation(
 ) -> BinnedCorrelation:
     """Sort by uncertainty into bins of equal count; minus tau-b between their uncertainty and their performance.
 
+    Values of equal uncertainty stay in one bin, so that the order of the rows does not matter; ties that are wider than
+    a bin leave fewer bins.
+
     Args:
         uncertainty: (n,) eta.
         performance: (n,) correctness, averaged per bin; or match scores, if `match` is given: then the performance of a
@@ -97,14 +119,20 @@ def binned_correlation(
         permutations: of the p-value.
 
     Raises:
-        ValueError: fewer values than bins, lengths that differ.
+        ValueError: fewer values than bins, lengths that differ, values that are NaN.
     """
     if not len(uncertainty) == len(performance) >= bins:
         raise ValueError(f"at least {bins} values of each were expected, got {len(uncertainty)}, {len(performance)}")
-    order = np.argsort(uncertainty.cpu().numpy(), kind="stable")
+    _check_finite("uncertainty", uncertainty)
+    _check_finite("performance", performance)
+    eta = uncertainty.cpu().numpy()
+    order = np.argsort(eta, kind="stable")
+    borders = np.cumsum([len(part) for part in np.array_split(order, bins)])[:-1]
+    borders = np.unique(np.searchsorted(eta[order], eta[order[borders - 1]], side="right"))  # behind the tie
+    parts = [part for part in np.split(order, borders) if len(part)]
     etas: list[float] = []
     performances: list[float] = []
-    for part in np.array_split(order, bins):
+    for part in parts:
         if match is not None and not match[part].any():
             continue
         values = performance[part]
@@ -112,9 +140,9 @@ def binned_correlation(
         performances.append(float(values.double().mean()) if match is None else average_precision(match[part], values))
     x, y = np.array(etas), np.array(performances)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return BinnedCorrelation(float("nan"), x, y, float("nan"), bins - len(x))
+        return BinnedCorrelation(float("nan"), x, y, float("nan"), len(parts) - len(x))
     return BinnedCorrelation(
-        -float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), bins - len(x)
+        -float(stats.kendalltau(x, y).statistic), x, y, _p_value(x, y, permutations), len(parts) - len(x)
     )
 
 
@@ -125,6 +153,55 @@ def _p_value(x: np.ndarray, y: np.ndarray, permutations: int) -> float:
     shuffled = rng.permuted(np.tile(np.arange(len(x)), (permutations, 1)), axis=1)  # (R, n)
     sums = np.einsum("ij,rij->r", sign_x, sign_y[shuffled[:, :, None], shuffled[:, None]])
     return float((1 + (sums <= (sign_x * sign_y).sum()).sum()) / (1 + permutations))
+
+
+# ---- as the URL benchmark of transferable uncertainty has them (arXiv 2307.03810) ----
+
+
+def recall_at_1(features: Tensor, labels: Tensor) -> Tensor:
+    """Whether the image nearest by cosine, the image itself left out, is of its class: (n, D), (n,) -> (n,) bool.
+
+    Its mean is R@1. An image without a partner counts as wrong there.
+    """
+    _check_finite("features", features)
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    nearest = torch.cat([(part @ unit.T).scatter(1, own[:, None], -2.0).argmax(1) for part, own in _parts(unit)])
+    return labels[nearest] == labels
+
+
+def _parts(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    index = torch.arange(len(unit), device=unit.device)
+    return zip(unit.split(1024), index.split(1024), strict=True)
+
+
+def r_auroc(uncertainty: Tensor, correct: Tensor) -> float:
+    """R-AUROC: how well a low uncertainty (n,) foretells that R@1 is right (n,); 0.5 is chance, NaN without both."""
+    _check_finite("uncertainty", uncertainty)
+    if correct.bool().all() or not correct.any():
+        return float("nan")
+    return float(roc_auc_score(correct.bool().cpu().numpy(), -uncertainty.cpu().numpy()))
+
+
+def ood_auroc(inside: Tensor, outside: Tensor) -> float:
+    """How well the uncertainty tells images from outside (m,) from those of the training distribution (n,)."""
+    both = torch.cat([inside, outside])
+    _check_finite("uncertainty", both)
+    return float(roc_auc_score((torch.arange(len(both)) >= len(inside)).numpy(), both.cpu().numpy()))
+
+
+def accuracy_rejection_area(uncertainty: Tensor, correct: Tensor) -> float:
+    """Area under the accuracy-rejection curve: mean accuracy over the k most certain images, k = 1 .. n.
+
+    1 for a faultless model, and the plain accuracy for an uncertainty that knows nothing (constant: its ties count as
+    in random order).
+    """
+    if len(uncertainty) != len(correct) or not len(correct):
+        raise ValueError(f"as many uncertainties as outcomes were expected, got {len(uncertainty)}, {len(correct)}")
+    _check_finite("uncertainty", uncertainty)
+    _, which, counts = uncertainty.unique(return_inverse=True, return_counts=True)  # sorted
+    right = torch.zeros(len(counts), dtype=torch.float64, device=correct.device).index_add_(0, which, correct.double())
+    expected = (right / counts).repeat_interleave(counts)
+    return float((expected.cumsum(0) / torch.arange(1, len(expected) + 1, device=expected.device)).mean())
 
 
 class Calibration(NamedTuple):
@@ -158,3 +235,9 @@ def expected_calibration_error(match_prob: Tensor, match: Tensor, bins: int = 15
     weight = count / len(p)
     gap = np.nan_to_num(np.abs(confidence - frequency))
     return Calibration(float((weight * gap).sum()), confidence, frequency, weight)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    wrong = values.isnan().sum()
+    if wrong:
+        raise ValueError(f"{name}: numbers were expected, {int(wrong)} of {values.numel()} are NaN")

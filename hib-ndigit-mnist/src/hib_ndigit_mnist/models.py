@@ -10,8 +10,63 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from hib_ndigit_mnist.embedding import LOGVAR_RANGE, GaussianMixtureEmbedding
+from hib_ndigit_mnist.embedding import LOGVAR_RANGE, GaussianMixtureEmbedding, default_logvar
 from hib_ndigit_mnist.hedging import MatchProbability
+
+
+class HedgedHead(nn.Linear):
+    """Turns the features of any backbone into an embedding: one linear layer for means and log variances.
+
+    `HedgedHead(model.num_features, dim=64)` behind `timm.create_model(name, num_classes=0)`, say; train both with
+    `VIBPairLoss`. It computes in float32 under autocast.
+
+    Args:
+        features: width of the backbone's output.
+        dim: D.
+        components: C.
+        point: no variance: C * D outputs in place of 2 * C * D.
+        logvar_bias: initial log variance; None takes `default_logvar`. With a small one the variance never becomes
+            input dependent, since its gradient is proportional to it.
+
+    Raises:
+        ValueError: a size below 1, a point with several components.
+    """
+
+    def __init__(
+        self, features: int, dim: int = 2, components: int = 1, point: bool = False, logvar_bias: float | None = None
+    ):
+        for name, value in (("features", features), ("dim", dim), ("components", components)):
+            if value < 1:
+                raise ValueError(f"{name}: >= 1 was expected, got {value}")
+        if point and components > 1:
+            raise ValueError(f"components: a point embedding has one, got {components}")
+        super().__init__(features, components * dim * (1 if point else 2))
+        self.dim, self.components, self.point = dim, components, point
+        self.logvar_bias = default_logvar(dim) if logvar_bias is None else logvar_bias
+        self.reset_bias()
+
+    def reset_bias(self) -> None:
+        """Zeros for the means, the initial value for the log variances."""
+        nn.init.zeros_(self.bias)
+        if not self.point:
+            nn.init.constant_(self.bias[self.components * self.dim :], self.logvar_bias)
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """(B, features) -> raw outputs (B, C D) or (B, 2 C D), in the precision of the weights."""
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
+    def split(self, outputs: Tensor) -> GaussianMixtureEmbedding:
+        """Raw outputs (..., B, C D or 2 C D) -> the embedding; the log variance is clamped to [-14, 6]."""
+        parts = outputs.unflatten(-1, (-1, self.components, self.dim))
+        mu = parts[..., 0, :, :]
+        return GaussianMixtureEmbedding(mu, None if self.point else parts[..., 1, :, :].clamp(*LOGVAR_RANGE))
+
+    def forward(self, features: Tensor) -> GaussianMixtureEmbedding:  # type: ignore[override]
+        """(B, features) -> the embedding (B, C, D); ValueError for another shape."""
+        if features.ndim != 2 or features.shape[1] != self.in_features:
+            raise ValueError(f"features: (B, {self.in_features}) was expected, got {tuple(features.shape)}")
+        return self.split(self.outputs(features))
 
 
 class Encoder(nn.Module):
@@ -27,8 +82,7 @@ class Encoder(nn.Module):
         components: C.
         point: no variance.
         tile: side of a digit in pixels.
-        logvar_bias: initial log variance. With a small one the variance never becomes input dependent, since its
-            gradient is proportional to it.
+        logvar_bias: see `HedgedHead`.
 
     Raises:
         ValueError: a size below 1, a point with several components.
@@ -38,17 +92,21 @@ class Encoder(nn.Module):
     batched_on_cpu = True  # whether stacked models run faster as one batched operation there, too
 
     def __init__(
-        self, features: int, num_digits: int, dim: int, components: int, point: bool, tile: int, logvar_bias: float
+        self,
+        features: int,
+        num_digits: int,
+        dim: int,
+        components: int,
+        point: bool,
+        tile: int,
+        logvar_bias: float | None,
     ):
         super().__init__()
-        for name, value in (("num_digits", num_digits), ("dim", dim), ("components", components), ("tile", tile)):
+        for name, value in (("num_digits", num_digits), ("tile", tile)):
             if value < 1:
                 raise ValueError(f"{name}: >= 1 was expected, got {value}")
-        if point and components > 1:
-            raise ValueError(f"components: a point embedding has one, got {components}")
         self.shape, self.dim, self.components, self.point = (1, tile, tile * num_digits), dim, components, point
-        self.logvar_bias = logvar_bias
-        self.head = nn.Linear(features, components * dim * (1 if point else 2))
+        self.head = HedgedHead(features, dim, components, point, logvar_bias)
 
     def _initialise(self) -> None:
         for layer in self.modules():
@@ -56,20 +114,11 @@ class Encoder(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        if not self.point:
-            nn.init.constant_(self.head.bias[self.components * self.dim :], self.logvar_bias)
+        self.head.reset_bias()
 
     def outputs(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) floating in [0, 1] -> raw outputs of the heads (B, C D) or (B, 2 C D), float32."""
-        hidden = self.body(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(hidden.to(self.head.weight.dtype))
-
-    def split(self, outputs: Tensor) -> GaussianMixtureEmbedding:
-        """Raw outputs (..., B, C D or 2 C D) -> the embedding; the log variance is clamped to [-14, 6]."""
-        parts = outputs.unflatten(-1, (-1, self.components, self.dim))
-        mu = parts[..., 0, :, :]
-        return GaussianMixtureEmbedding(mu, None if self.point else parts[..., 1, :, :].clamp(*LOGVAR_RANGE))
+        return self.head.outputs(self.body(x))
 
     def forward(self, x: Tensor) -> GaussianMixtureEmbedding:
         """Embed images.
@@ -82,7 +131,7 @@ class Encoder(nn.Module):
         """
         if x.ndim != 4 or x.shape[1:] != self.shape:
             raise ValueError(f"x: (B, {', '.join(map(str, self.shape))}) was expected, got {tuple(x.shape)}")
-        return self.split(self.outputs(to_unit(x, self.head.weight.dtype)))
+        return self.head.split(self.outputs(to_unit(x, self.head.weight.dtype)))
 
 
 class HedgedEncoder(Encoder):
@@ -97,7 +146,7 @@ class HedgedEncoder(Encoder):
         hidden: units of the fully connected layer.
         batch_norm: after both convolutions and the hidden layer.
         tile: side of a digit in pixels, a multiple of 4.
-        logvar_bias: see `Encoder`.
+        logvar_bias: see `HedgedHead`.
     """
 
     batched_on_cpu = False  # a grouped convolution takes twice the time of single ones
@@ -112,7 +161,7 @@ class HedgedEncoder(Encoder):
         hidden: int = 120,
         batch_norm: bool = False,
         tile: int = 28,
-        logvar_bias: float = -2.0,
+        logvar_bias: float | None = None,
     ):
         super().__init__(hidden, num_digits, dim, components, point, tile, logvar_bias)
         if tile % 4:
@@ -141,7 +190,7 @@ class MLPEncoder(Encoder):
         hidden: units of the layers.
         pool: side of the average pooling.
         tile: side of a digit in pixels, a multiple of `pool`.
-        logvar_bias: see `Encoder`.
+        logvar_bias: see `HedgedHead`.
     """
 
     def __init__(
@@ -153,7 +202,7 @@ class MLPEncoder(Encoder):
         hidden: Sequence[int] = (128, 64),
         pool: int = 1,
         tile: int = 8,
-        logvar_bias: float = -2.0,
+        logvar_bias: float | None = None,
     ):
         super().__init__(hidden[-1], num_digits, dim, components, point, tile, logvar_bias)
         if tile % pool:
@@ -211,7 +260,7 @@ class ModelStack(nn.Module):
         return len(self.match.b)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (M, B, 1, H, W) floating -> raw outputs (M, B, ...); see `Encoder.split`."""
+        """Images (M, B, 1, H, W) floating -> raw outputs (M, B, ...); see `HedgedHead.split`."""
         state = self._state()
         if x.is_cuda or (len(self) > 1 and self.template.batched_on_cpu):
             return torch.func.vmap(lambda own, images: _outputs(self.template, own, images))(state, x)
@@ -220,7 +269,7 @@ class ModelStack(nn.Module):
 
     def embedding(self, outputs: Tensor) -> GaussianMixtureEmbedding:
         """(M, B, C, D) from raw outputs."""
-        return self.template.split(outputs)
+        return self.template.head.split(outputs)
 
     def model(self, number: int) -> tuple[Encoder, MatchProbability]:
         """A copy of one model on the CPU, in eval mode."""

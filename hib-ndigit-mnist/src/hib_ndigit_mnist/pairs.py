@@ -92,9 +92,13 @@ class TwoStreamSampler:
             yield batch[torch.randperm(self.batch_size, generator=self.generator)].tolist()
 
 
-def dense_pairs(labels: Tensor) -> Pairs:
-    """Every pair i < j of a batch, matches and non-matches balanced by weight: labels (..., B)."""
+def sample_pairs(labels: Tensor, generator: torch.Generator | None = None) -> Pairs:
+    """All matching pairs of a batch and as many random others, without padding: labels (B,)."""
     first, second, match = _upper_triangle(labels)
+    matching, others = match.nonzero()[:, 0], (~match).nonzero()[:, 0]
+    keys = torch.rand(len(others), generator=generator, device=labels.device)
+    taken = torch.cat([matching, others[keys.topk(min(len(matching), len(others))).indices]])
+    first, second, match = first[taken], second[taken], match[taken]
     return Pairs(first, second, match, _balance(match, torch.ones_like(match)))
 
 
@@ -123,7 +127,8 @@ def pairs_of(indices_tuple: tuple[Tensor, ...], batch: int) -> Pairs:
     """Pairs a miner of pytorch-metric-learning chose: (anchor, positive, anchor, negative), or triplets.
 
     Raises:
-        ValueError: neither three nor four tensors, lengths that differ, an index outside 0 .. batch - 1.
+        ValueError: neither three nor four tensors, lengths that differ, an index outside 0 .. batch - 1, an image as
+            its own partner.
     """
     if len(indices_tuple) == 3:
         indices_tuple = (indices_tuple[0], indices_tuple[1], indices_tuple[0], indices_tuple[2])
@@ -133,6 +138,10 @@ def pairs_of(indices_tuple: tuple[Tensor, ...], batch: int) -> Pairs:
     for part in (first, second):
         if len(part) and (part.min() < 0 or part.max() >= batch):
             raise ValueError(f"indices_tuple: indices in 0..{batch - 1} were expected, got {int(part.max())}")
+    if (own := (first == second).nonzero()).numel():
+        raise ValueError(
+            f"indices_tuple: pairs of different images were expected, got image {int(first[own[0]])} twice"
+        )
     match = torch.arange(len(first), device=first.device) < len(indices_tuple[0])
     return Pairs(first, second, match, _balance(match, torch.ones_like(match)))
 

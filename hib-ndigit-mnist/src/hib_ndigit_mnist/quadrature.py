@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.special import ive
+from scipy.stats import ncx2
 from torch import Tensor
 
 NODES_AT_ONCE = 1 << 21  # 16 MB of float64 per intermediate
@@ -46,11 +46,8 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
     if dim == 1:  # a second coordinate of no width: the polar form again
         variance = torch.cat([variance, torch.zeros_like(variance)], 1)
         mean = torch.cat([mean, torch.zeros_like(mean)], 1)
-    if dim > 2 and not torch.allclose(variance, variance[:, :1].expand_as(variance), rtol=1e-6, atol=1e-12):
-        raise ValueError(
-            f"method: for D = {dim} and variances that differ between dimensions, quadrature to {tolerance:g} needs "
-            "a flatter sigmoid (smaller b); use a looser tolerance, or mc"
-        )
+    if dim > 2 and not is_isotropic(variance):
+        raise ValueError(f"variance: equal in all {dim} dimensions was expected; MatchProbability takes any")
     radius = mean.norm(dim=1)
     result = torch.sigmoid(b - a * radius)
     live = (variance.amax(1) > floor).nonzero()[:, 0]
@@ -58,6 +55,11 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
         integrate = _isotropic if dim > 2 else _plane
         result[live] = integrate(mean[live], variance[live], a[live], b[live], tolerance)
     return result
+
+
+def is_isotropic(variance: Tensor) -> bool:
+    """Whether every row (n, D) holds one value."""
+    return torch.allclose(variance, variance[:, :1].expand_as(variance), rtol=1e-6, atol=1e-12)
 
 
 def _plane(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
@@ -140,10 +142,11 @@ def _line_grid(n_r: int, _: int, *inputs: Tensor) -> Tensor:
 
 
 def _isotropic(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """Any D, one variance: the length follows a noncentral chi law, an integral over the radius."""
+    """Any D, one variance: the squared length follows a noncentral chi-squared law, an integral over the length."""
     reach, step = _reach(tolerance)
     dim, sd, radius = mean.shape[1], variance[:, 0].sqrt(), mean.norm(dim=1)
-    low, high = (radius - reach * sd).clamp_min(0), radius + (reach + math.sqrt(dim)) * sd
+    square = (radius / sd).square() + dim  # mean of the squared length; the length itself varies by less than sd
+    low, high = (sd * ((square - 1).sqrt() - 1 - reach)).clamp_min(0), sd * (square.sqrt() + 1 + reach)
     need = 12 + 2 * (high - low) / torch.minimum(sd * step, step * step / (2 * a))
     return _by_size(_isotropic_grid, need, torch.ones_like(need), (radius, sd, a, b, low, high), dim=dim)
 
@@ -153,10 +156,8 @@ def _isotropic_grid(n_r: int, _: int, *inputs: Tensor, dim: int) -> Tensor:
     nodes, weights = _gauss_legendre(n_r, sd.device)
     half = (high - low)[:, None] / 2
     r = low[:, None] + half * (1 + nodes)  # (n, R)
-    x, centre = r / sd[:, None], (radius / sd).clamp_min(1e-8)[:, None]
-    order = dim / 2 - 1
-    bessel = torch.from_numpy(ive(order, (x * centre).cpu().numpy())).to(r.device)  # scaled by exp(-x centre)
-    density = x * (x / centre) ** order * bessel * (-0.5 * (x - centre).square()).exp() / sd[:, None]
+    x, centre = (r / sd[:, None]).cpu().numpy(), (radius / sd)[:, None].cpu().numpy()
+    density = torch.from_numpy(2 * x * ncx2.pdf(x**2, dim, centre**2)).to(r.device) / sd[:, None]
     return (weights * half * density * torch.sigmoid(b[:, None] - a[:, None] * r)).sum(1)
 
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Report = Literal[
+    "verification", "uncertainty", "mixture", "ellipses", "centroids", "bins", "sweep", "strip", "calibration",
+    "divergence", "hedging", "estimator", "dataset",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Training:
     """Everything that decides how a model is trained."""
 
-    method: str = "mog"
+    method: Literal["mog", "point", "contrastive"] = "mog"
     """mog (hedged), point (same loss, no variance, one sample) or contrastive (classical loss on points)"""
     components: int = 1
     """C, Gaussians per image (mog)"""
     dim: int = 2
     """D, dimension of the embedding"""
-    architecture: str = "lenet"
+    architecture: Literal["lenet", "mlp"] = "lenet"
     """lenet or mlp"""
     hidden: tuple[int, ...] = (120,)
     """units of the fully connected layers"""
@@ -26,15 +31,15 @@ class Training:
     """images are averaged over pool x pool pixels (mlp)"""
     batch_norm: bool = False
     """after convolutions and hidden layer (lenet)"""
-    logvar_bias: float = -2.0
-    """initial log variance"""
+    logvar_bias: float | None = None
+    """initial log variance; None: -2 - log(D / 2)"""
     beta: float = 1e-4
     """weight of the KL term"""
     samples: int = 8
     """K, samples per image"""
-    objective: str = "log_mean"
+    objective: Literal["log_mean", "mean_log"] = "log_mean"
     """log_mean or mean_log"""
-    kl: str = "auto"
+    kl: Literal["auto", "closed", "mc", "upper_bound"] = "auto"
     """auto, closed, mc or upper_bound"""
     margin: float = 1.0
     """of the classical loss"""
@@ -54,8 +59,7 @@ class Training:
     """a and b learn at this multiple of the rate"""
 
     def __post_init__(self) -> None:
-        if self.method not in ("mog", "point", "contrastive"):
-            raise ValueError(f"method: mog, point or contrastive was expected, got {self.method!r}")
+        _check_choices(self)
         if self.is_point and self.components != 1:
             raise ValueError(f"components: a point embedding has one, got {self.components}")
         if not self.beta >= 0:
@@ -83,7 +87,7 @@ class Training:
 
     def encoder_options(self, num_digits: int, tile: int) -> dict[str, Any]:
         """Arguments of `build_encoder`."""
-        options = dict(architecture=self.architecture, num_digits=num_digits, tile=tile, dim=self.dim)
+        options: dict[str, Any] = dict(architecture=self.architecture, num_digits=num_digits, tile=tile, dim=self.dim)
         options |= dict(components=self.components, point=self.is_point, logvar_bias=self.logvar_bias)
         if self.architecture == "mlp":
             return options | dict(hidden=list(self.hidden), pool=self.pool)
@@ -91,18 +95,16 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Settings(Training):
-    """Everything a table file may set."""
+class TrainedOn(Training):
+    """A model and the N-digit images it is trained on: what a model file holds."""
 
-    report: str = "verification"
-    """what is measured: a function of reports.py, or dataset"""
-    dataset: str = "mnist"
+    dataset: Literal["mnist", "digits"] = "mnist"
     """mnist (under the data root) or digits (scikit-learn's)"""
     num_digits: int = 2
     """N"""
-    gap: str = "number"
+    gap: Literal["number", "instance"] = "number"
     """number or instance"""
-    split: str = "test_seen"
+    split: Literal["train", "test_seen", "test_unseen", "test"] = "test_seen"
     """test_seen, test_unseen, or test for gap instance"""
     total_train: int = 100_000
     """images to aim at for training"""
@@ -110,18 +112,6 @@ class Settings(Training):
     """images to aim at in each test split"""
     min_per_number: int = 100
     """images per number below which numbers are dropped"""
-    test_images: int = 10_000
-    """at most so many are embedded"""
-    test_pairs: int = 10_000
-    """verification pairs, half of them matching"""
-    queries: int = 10_000
-    """images that are identified among the others"""
-    estimator: str = "auto"
-    """quadrature, mc, or auto"""
-    eval_samples: int = 8
-    """K of mc"""
-    at: int = 0
-    """report the model as it is after so many steps; 0: at the end"""
 
     def training(self) -> Training:
         """The part that decides about the weights."""
@@ -130,8 +120,36 @@ class Settings(Training):
     def data(self) -> tuple:
         """Arguments of the training and test sets; those of the standard tables stand for no arguments."""
         sizes = {name: getattr(self, name) for name in ("total_train", "total_test", "min_per_number")}
-        standard = all(getattr(Settings, name) == value for name, value in sizes.items())
+        standard = all(getattr(TrainedOn, name) == value for name, value in sizes.items())
         return self.dataset, self.num_digits, self.gap, () if standard else tuple(sizes.items())
+
+
+@dataclass(frozen=True)
+class Settings(TrainedOn):
+    """Everything a table file may set."""
+
+    report: Report = "verification"
+    """what is measured: a function of reports.py, or dataset"""
+    test_images: int = 10_000
+    """at most so many are embedded"""
+    test_pairs: int = 10_000
+    """verification pairs, half of them matching"""
+    queries: int = 10_000
+    """images that are identified among the others"""
+    estimator: Literal["auto", "quadrature", "mc"] = "auto"
+    """quadrature, mc, or auto"""
+    eval_samples: int = 8
+    """K of mc"""
+    at: int = 0
+    """report the model as it is after so many steps; 0: at the end"""
+
+
+def _check_choices(settings: Training) -> None:
+    """ValueError where a field holds none of the words its type names."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name}: one of {', '.join(get_args(kind))} was expected, got {value!r}")
 
 
 DIGITS = dict(dataset="digits", num_digits=1, gap="instance", total_train=1080, total_test=450, min_per_number=10)

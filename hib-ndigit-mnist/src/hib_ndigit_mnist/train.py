@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +19,11 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from hib_ndigit_mnist.checkpoint import Progress, deferred_interrupt
 from hib_ndigit_mnist.data import NDigitSet
-from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
-from hib_ndigit_mnist.hedging import LossOutput, MatchProbability, vib_objective
+from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding, default_logvar
+from hib_ndigit_mnist.hedging import MatchProbability
+from hib_ndigit_mnist.losses import HOPELESS, LossOutput, eta_of_variance, vib_objective
 from hib_ndigit_mnist.models import Encoder, ModelStack, build_encoder, to_unit
 from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
 from hib_ndigit_mnist.pair_nll import DISTANCE_EPS
@@ -94,10 +93,11 @@ def train(
     if len({training.shape() for training in trainings}) > 1:
         raise ValueError("trainings: only beta and occlusion_p may differ within a stack")
     run = _Run(data, trainings, seeds, device, precision, graph)
-    state = _Progress(checkpoint, _identity(data, trainings, seeds, visit_at))
+    state = Progress(checkpoint, _identity(data, trainings, seeds, visit_at))
     state.resume(run)
+    _warn_if_hopeless(trainings[0])
     steps = trainings[0].steps
-    with _deferred_interrupt() as interrupted, progress() as bar:
+    with deferred_interrupt() as interrupted, progress() as bar:
         task = bar.add_task(f"train {len(seeds)} x {trainings[0].method}", total=steps, completed=run.step)
         while run.step < steps:
             stop = min([s for s in (*visit_at, steps) if s > run.step])
@@ -245,6 +245,19 @@ def _warn_if_collapsed(variation: list[float], training: Training, number: int) 
         )
 
 
+def _warn_if_hopeless(training: Training) -> None:
+    bias = default_logvar(training.dim) if training.logvar_bias is None else training.logvar_bias
+    eta = 0.0 if training.is_point else eta_of_variance(training.dim * math.exp(bias), 1.0, 1.0)
+    if eta > HOPELESS:
+        logger.warning(
+            "logvar_bias %.2f with %d dimensions: an image matches itself with a probability of %.2g at the start, so "
+            "that partners cannot match either; a smaller one is needed",
+            bias,
+            training.dim,
+            1 - eta,
+        )
+
+
 def _classical(z: Tensor, pairs: Pairs, margin: float, match: MatchProbability) -> LossOutput:
     """Equation 1 on stacked points z (M, B, D), with the pairs and weights of the soft loss."""
     left, right = (z.gather(1, i[..., None].expand(-1, -1, z.shape[2])) for i in (pairs.first, pairs.second))
@@ -298,9 +311,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        precision = "bf16-mixed" if ampere else "32-true"
+    precision = named_precision(device, precision)
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
@@ -315,6 +326,14 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     return fabric
 
 
+def named_precision(device: str, precision: str) -> str:
+    """What "auto" stands for on a device; another name as it is."""
+    if precision != "auto":
+        return precision
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return "bf16-mixed" if cuda and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
+
+
 def _new_encoder(options: dict[str, Any], seed: int) -> Encoder:
     """Weights that depend on the seed alone; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
@@ -327,64 +346,3 @@ def _identity(
 ) -> dict[str, Any]:
     plain = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(t).items()} for t in trainings]
     return {"trainings": plain, "seeds": list(seeds), "data": data.fingerprint(), "visit_at": list(visit_at)}
-
-
-class _Progress:
-    """The checkpoint file: written to a temporary name and renamed, so that a kill leaves the old one or the new."""
-
-    def __init__(self, path: Path | None, identity: dict[str, Any]):
-        self.path, self.identity, self.saved = path, identity, 0
-        self.visits: list[list[Any]] = []
-
-    def save(self, run: _Run) -> None:
-        self.saved = run.step
-        if self.path is None or run.fabric.global_rank:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        state = {"identity": self.identity, "step": run.step, "visits": self.visits, "history": run.history}
-        state |= {"stack": run.stack.state_dict(), "optimizer": run.optimizer.state_dict()}
-        torch.save(state | {"generators": [g.get_state() for g in run.generators]}, temporary)
-        os.replace(temporary, self.path)
-
-    def resume(self, run: _Run) -> None:
-        if self.path is None or not self.path.exists():
-            return
-        state = load_file(self.path)
-        if state.get("identity") != self.identity:
-            raise ValueError(f"{self.path}: checkpoint of another run; delete it or name another file")
-        run.step = self.saved = state["step"]
-        self.visits = state["visits"]
-        run.history = [(step, values.to(run.fabric.device)) for step, values in state["history"]]
-        run.stack.load_state_dict(state["stack"])
-        rates = [group["lr"] for group in run.optimizer.param_groups]
-        run.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # stays where the graph looks for it
-        for generator, saved in zip(run.generators, state["generators"], strict=True):
-            generator.set_state(saved.cpu())
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C ends the run after the chunk it falls into, so that a whole state can be saved."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    seen: list[bool] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """`torch.load` with weights_only; ValueError naming the file where that fails."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error

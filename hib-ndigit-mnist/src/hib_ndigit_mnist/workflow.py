@@ -10,29 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from hib_ndigit_mnist.checkpoint import load_file
 from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import CONDITIONS, PAIR_TOLERANCE, Evaluation, TestSet, embed, fit_match
 from hib_ndigit_mnist.hedging import MatchProbability
+from hib_ndigit_mnist.images import read_digit_images
+from hib_ndigit_mnist.metrics import ood_auroc
 from hib_ndigit_mnist.models import Encoder, build_encoder
-from hib_ndigit_mnist.settings import Settings
-from hib_ndigit_mnist.train import load_file, train
+from hib_ndigit_mnist.settings import TrainedOn
+from hib_ndigit_mnist.train import train
 from shared_utils.logging import get_logger, rank
 
 logger = get_logger("hib-ndigit-mnist")
 
 GALLERY = 2000  # clean training images that a model file keeps, embedded, so that `inspect` can name numbers
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 # ---- a model as a file ----
 
 
 def train_to_file(
-    settings: Settings, output: Path, seed: int, data_root: Path, device: str, precision: str, checkpoint_every: int
+    settings: TrainedOn, output: Path, seed: int, data_root: Path, device: str, precision: str, checkpoint_every: int
 ) -> None:
     """Train one model and write weights, settings and a gallery of embedded training images.
 
@@ -57,7 +58,7 @@ def train_to_file(
         match = fit_match(model.encoder, sets["train"], training.occlusion_p)
     rows = torch.linspace(0, len(sets["train"]) - 1, min(GALLERY, len(sets["train"]))).long()
     gallery = embed(model.encoder, sets["train"].images(rows)).to(torch.float32)
-    plain = {f.name: list(v) if isinstance(v := getattr(settings, f.name), tuple) else v for f in fields(Settings)}
+    plain = {f.name: list(v) if isinstance(v := getattr(settings, f.name), tuple) else v for f in fields(TrainedOn)}
     state = {"settings": plain, "tile": sets["train"].tile, "seed": seed, "history": model.history}
     state |= {"encoder": model.encoder.state_dict(), "match": match.state_dict()}
     state |= {"gallery": {"mu": gallery.mu, "logvar": gallery.logvar, "labels": sets["train"].labels[rows]}}
@@ -79,10 +80,9 @@ class LoadedModel:
     def __init__(self, path: Path):
         state = load_file(path)
         try:
-            given: dict[str, Any] = {
-                name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()
-            }
-            self.settings = Settings(**given)
+            saved = {f.name: state["settings"][f.name] for f in fields(TrainedOn)}
+            given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+            self.settings = TrainedOn(**given)
             options = self.settings.encoder_options(self.settings.num_digits, state["tile"])
             self.encoder: Encoder = build_encoder(**options)
             self.match = MatchProbability()
@@ -120,7 +120,10 @@ def evaluate_file(
     evaluation = Evaluation(encoder, model.match, TestSet.of(sets[split], **sizes), **options)
     scores = evaluation.verification() | evaluation.identification() | evaluation.calibration()
     if not encoder.point:
-        scores |= evaluation.uncertainty() | evaluation.spread()
+        scores |= evaluation.uncertainty() | evaluation.spread() | evaluation.selective()
+        if split == "test_seen" and "test_unseen" in sets:  # numbers that were never trained, as what lies outside
+            outside = Evaluation(encoder, model.match, TestSet.of(sets["test_unseen"], **sizes), **options)
+            scores["ood_auroc_clean"] = ood_auroc(evaluation.eta["clean"], outside.eta["clean"])
     unwanted = [condition for condition in CONDITIONS if condition not in conditions]
     return {name: value for name, value in scores.items() if not any(word in name for word in unwanted)}
 
@@ -128,58 +131,22 @@ def evaluate_file(
 # ---- a user's own images ----
 
 
-def read_images(path: Path, shape: tuple[int, int, int], invert: bool = False) -> Tensor:
-    """Images of a file or folder, resized to (1, H, W): (n, 1, H, W) uint8.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: no image in it, an unreadable image, an array of another shape or type.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such image or folder")
-    if path.suffix in (".npy", ".npz"):
-        return _read_array(path, shape)
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
-    images = []
-    for file in files:
-        try:
-            grey = Image.open(file).convert("L").resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read as an image ({error})") from error
-        images.append(np.asarray(grey))
-    stacked = torch.from_numpy(np.stack(images)[:, None])
-    return 255 - stacked if invert else stacked
-
-
-def _read_array(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        array = loaded["images"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read as an array of images ({error})") from error
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[1:] != shape[1:]:
-        found = f"{array.shape} {array.dtype}"
-        raise ValueError(f"{path}: uint8 (n, {shape[1]}, {shape[2]}) was expected, got {found}")
-    return torch.from_numpy(array[:, None])
-
-
-def embed_to_file(model_path: Path, images: Path, output: Path) -> None:
-    """Write mu (n, C, D), logvar (n, C, D; left out for points) and eta (n,) as .npz."""
+def embed_to_file(model_path: Path, images: Path, output: Path, invert: bool, skip_broken: bool) -> None:
+    """Write mu (n, C, D), logvar (n, C, D; left out for points), eta (n,) and file names (n,) as .npz."""
     model = LoadedModel(model_path)
-    embedding = embed(model.encoder, read_images(images, model.encoder.shape))
+    found = read_digit_images(images, model.encoder.shape, invert, skip_broken)
+    embedding = embed(model.encoder, found.images)
     arrays: dict[str, Any] = {"mu": embedding.mu.numpy(), "eta": _eta(model, embedding).numpy()}
     if embedding.logvar is not None:
         arrays["logvar"] = embedding.logvar.numpy()
-    np.savez(output, **arrays)
+    np.savez(output, files=np.array(found.names), **arrays)
     logger.info("%d images in %s", len(embedding), output)
 
 
 def inspect_image(model_path: Path, image: Path, invert: bool, top: int) -> dict[str, Any]:
     """Gaussians and eta of one image, and the numbers with the highest mean match probability."""
     model = LoadedModel(model_path)
-    pixels = read_images(image, model.encoder.shape, invert)
+    pixels = read_digit_images(image, model.encoder.shape, invert).images
     if len(pixels) != 1:
         raise ValueError(f"{image}: one image was expected, got {len(pixels)}")
     embedding = embed(model.encoder, pixels)
@@ -213,6 +180,6 @@ def export(data_root: Path, output: Path, num_digits: int, gap: str, standard: b
         logger.info("%s: %d images of %d numbers", output / f"{split}.npz", len(data), len(data.labels.unique()))
 
 
-def _sets(settings: Settings, data_root: Path) -> dict[str, NDigitSet]:
+def _sets(settings: TrainedOn, data_root: Path) -> dict[str, NDigitSet]:
     name, num_digits, gap, sizes = settings.data()
     return ndigit_sets(name, num_digits, gap, data_root, **dict(sizes))

@@ -1,0 +1,79 @@
+"""Checkpoints of a training run: whole or not there, and resumed where they were taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from hib_ndigit_mnist.train import _Run
+
+
+class Progress:
+    """The checkpoint file: written to a temporary name and renamed, so that a kill leaves the old one or the new."""
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]):
+        self.path, self.identity, self.saved = path, identity, 0
+        self.visits: list[list[Any]] = []
+
+    def save(self, run: _Run) -> None:
+        self.saved = run.step
+        if self.path is None or run.fabric.global_rank:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        state = {"identity": self.identity, "step": run.step, "visits": self.visits, "history": run.history}
+        state |= {"stack": run.stack.state_dict(), "optimizer": run.optimizer.state_dict()}
+        torch.save(state | {"generators": [g.get_state() for g in run.generators]}, temporary)
+        os.replace(temporary, self.path)
+
+    def resume(self, run: _Run) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        state = load_file(self.path)
+        if state.get("identity") != self.identity:
+            raise ValueError(f"{self.path}: checkpoint of another run; name another --output, or move it away")
+        run.step = self.saved = state["step"]
+        self.visits = state["visits"]
+        run.history = [(step, values.to(run.fabric.device)) for step, values in state["history"]]
+        run.stack.load_state_dict(state["stack"])
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        run.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # stays where the graph looks for it
+        for generator, saved in zip(run.generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the run after the chunk it falls into, so that a whole state can be saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[bool] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """`torch.load` with weights_only; ValueError naming the file where that fails."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({reason}); name another file, or train again"
+        ) from error
