@@ -169,18 +169,46 @@ def test_several_ks_and_the_manifold_equal_single_runs(tmp_path):
     assert torch.equal(manifold.radii[:, 1], knn_radii(real, 3))
 
 
-@pytest.mark.parametrize("precision", ["medium", "high"])
-def test_the_callers_matmul_settings_do_not_matter(precision):
+@pytest.mark.parametrize("owner", [None, "all", "cuda", "mkldnn"])
+@pytest.mark.parametrize("value", ["bf16", "tf32"])
+def test_the_callers_matmul_settings_do_not_matter(owner, value):
+    """Set through the older switch or those that PyTorch has since 2.9; afterwards all stand as before."""
+    backends = torch.backends
+    newer = hasattr(backends.cuda.matmul, "fp32_precision")
+    if owner and (not newer or (owner, value) == ("cuda", "bf16")):
+        pytest.skip("no such switch")
+    owners = {"all": backends, "cuda": backends.cuda.matmul, "mkldnn": backends.mkldnn.matmul}
     rng = np.random.default_rng(0)
     real, fake = rng.standard_normal((300, 64)).astype("f"), rng.standard_normal((300, 64)).astype("f")
     expected = compute_prdc(real, fake, 5)
-    torch.set_float32_matmul_precision(precision)
+
+    def state():
+        found = [each.fp32_precision for each in owners.values()] if newer else []
+        for read in (torch.get_float32_matmul_precision, lambda: backends.cuda.matmul.allow_tf32):
+            try:
+                found.append(read())
+            except RuntimeError:  # PyTorch's own, once the newer switches are used
+                found.append("raises")
+        return found
+
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert compute_prdc(real, fake, 5) == expected
-        assert torch.get_float32_matmul_precision() == precision
+        if owner:
+            owners[owner].fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision({"bf16": "medium", "tf32": "high"}[value])
+        before = state()
+        for precision in ("float32", "bf16", "tf32"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert compute_prdc(real, fake, 5, precision=precision) == expected
+        assert state() == before
+        if owner == "all":
+            backends.fp32_precision = "ieee"
+            assert backends.mkldnn.matmul.fp32_precision == "ieee"  # follows its parent as before
     finally:
-        torch.set_float32_matmul_precision("highest")
+        if owner:
+            owners[owner].fp32_precision = "none"
+        else:
+            torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

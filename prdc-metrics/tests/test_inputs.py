@@ -1,11 +1,14 @@
 """Bad input: one clear error, as the card of the reference's behaviour says; good odd input works."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from prdc_metrics import (
     PRDCMetric,
@@ -86,17 +89,52 @@ def test_leaving_recall_out_skips_the_fake_fake_pass(monkeypatch):
     assert seen == [30]
 
 
-def test_streaming_equals_one_call_and_merges():
+def test_metric_equals_one_call_and_merges():
     one, two = PRDCMetric(ks=(3,)), PRDCMetric(ks=(3,))
     one.update(real=X[:10], fake=X[:5] + 0.1)
     two.update(real=X[10:])
     two.update(fake=X[5:] + 0.1)
-    assert one.merge(two).compute().values == prdc(X, X + 0.1, (3,)).values
-    with pytest.raises(ValueError, match="dimensions"):
+    one.merge_state(two)
+    assert one.compute() == compute_prdc(X, X + 0.1, 3)
+    with pytest.raises(ValueError, match="fake has 2 dimensions, earlier batches 4"):
         one.update(fake=X[:, :2])
+    with pytest.raises(ValueError, match="fake has NaN"):
+        one.update(real=X, fake=np.full((1, 4), np.nan))
+    assert sum(map(len, one.real)) == 30  # a refused call leaves nothing behind
     one.reset()
-    with pytest.raises(ValueError, match="both are needed"):
+    with pytest.raises(ValueError, match="no real and no fake features"):
         one.compute()
+
+
+def test_metric_is_one_of_torchmetrics():
+    """In a collection, cloned, pickled, moved; a forward scores its batch and keeps it."""
+    metric = pickle.loads(pickle.dumps(PRDCMetric(ks=(5, 3), metrics=("density",)).to("cpu")))
+    assert metric(real=X, fake=X + 0.1)["density_k3"] == compute_prdc(X, X + 0.1, 3)["density"]
+    metric.update(real=X + 5, fake=X + 5.1)
+    whole = prdc(np.concatenate([X, X + 5]), np.concatenate([X + 0.1, X + 5.1]), (3, 5)).values
+    assert metric.clone().compute() == {"density_k3": whole[3]["density"], "density_k5": whole[5]["density"]}
+    collection = MetricCollection({"prdc": PRDCMetric(ks=(3,))})
+    collection.update(real=X, fake=X + 0.1)
+    assert collection.compute() == compute_prdc(X, X + 0.1, 3)
+
+
+def test_arrays_as_they_come():
+    """Views, byte orders, lists, frames: the values of the plain array; or one clear line."""
+    values = compute_prdc(X, X + 0.1, 3)
+    frame = pd.DataFrame(X)
+    same = [X[:, ::-1][:, ::-1], np.asfortranarray(X), X.astype(">f8"), np.ma.masked_invalid(X), frame, X.tolist()]
+    same += [frame.astype(object), X.astype(np.longdouble), np.repeat(X, 2, 1)[:, ::2]]
+    for x in same:
+        assert compute_prdc(x, X + 0.1, 3) == values
+    assert compute_prdc(X[::-1], X + 0.1, 3) == values
+    with pytest.raises(ValueError, match="real has masked entries"):
+        compute_prdc(np.ma.masked_less(X, 0), X, 3)
+    with pytest.raises(ValueError, match="real holds something else than numbers"):
+        compute_prdc(frame.astype(object).replace(X[0, 0], "a"), X, 3)
+    with pytest.raises(ValueError, match="real must hold numbers, got dtype <U1"):
+        compute_prdc(np.full((5, 2), "a"), X, 3)
+    with pytest.raises(TypeError, match=r"ks must be several k such as \(5,\)"):
+        prdc(X, X, 5)
 
 
 def test_manifold_file_that_was_cut_or_changed_is_refused(tmp_path):

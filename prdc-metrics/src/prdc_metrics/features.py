@@ -10,8 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from prdc_metrics.arithmetic import full_float32
 from prdc_metrics.data import ImageArray, ImageFiles, as_rgb, resize, subset
 from prdc_metrics.embeddings import embedding_provenance, embedding_size, load_embedding
 from shared_utils.logging import progress
@@ -132,7 +132,7 @@ def _embed(
         embedding.to(device).to(memory_format=layout)
     rows, skipped = [], []
     amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with tf32_off(), torch.inference_mode(), amp, progress() as bar:
+    with full_float32(), torch.inference_mode(), amp, progress() as bar:
         task = bar.add_task("features", total=total)
         for images, errors in loader:
             for error in errors:
@@ -165,30 +165,6 @@ def _choose_device(embedding: str | Embedding, device: str | torch.device | None
     if parameter is not None and parameter.device.type != "cpu":
         return parameter.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def tf32_off() -> Iterator[None]:
-    """float32 products and convolutions in full float32; the caller's settings come back afterwards.
-
-    Since PyTorch 2.9 by `fp32_precision`, which the older flags, where a caller used those, cannot override;
-    reading the older cuDNN flag inside raises, as PyTorch has it.
-    """
-    backends: Any = torch.backends  # its stubs lack what has fp32_precision
-    switches: list[tuple[Any, str, str | bool]]
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-        switches = [(owner, "fp32_precision", "ieee") for owner in owners]
-    else:
-        switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    before = [getattr(owner, switch) for owner, switch, _ in switches]
-    try:
-        for owner, switch, full in switches:
-            setattr(owner, switch, full)
-        yield
-    finally:
-        for (owner, switch, _), value in zip(switches, before, strict=True):
-            setattr(owner, switch, value)
 
 
 # ---- images in, batches out --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from prdc_metrics import metrics as core
 from prdc_metrics.distances import exact_squared_distances
@@ -42,13 +43,13 @@ class RealManifold:
         device: str | torch.device | None = None,
         precision: str = "auto",
         tile: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> RealManifold:
-        """Radii of real features (N, D) for each k. Errors as `compute_prdc`."""
-        features = core.as_features(real, "real", device)
+        """Radii of real features (N, D) for each k. Other arguments and errors as `compute_prdc`."""
+        features, schedule = core.as_features(real, "real", device), Schedule(tile, group)
+        schedule.agree(real=features)
         ks = core.checked_ks(ks, features, "real")
-        squared, _ = core.squared_radii(
-            features, ks, Schedule.of_process(tile), core.chosen_precision(precision), "real"
-        )
+        squared, _ = core.squared_radii(features, ks, schedule, core.chosen_precision(precision), "real")
         return cls(features, ks, squared)
 
     @property
@@ -65,22 +66,24 @@ class RealManifold:
         tile: int | None = None,
         closed_ball: bool = False,
         masks: bool = False,
+        group: ProcessGroup | None = None,
     ) -> core.PRDCResult:
-        """The metrics of fake features (M, D) against this manifold, for all its ks. Errors as `compute_prdc`."""
-        start = time.perf_counter()
+        """The metrics of fake features (M, D) against this manifold, for all its ks; the rest as `compute_prdc`."""
+        start, schedule = time.perf_counter(), Schedule(tile, group)
         fake = core.as_features(fake, "fake", self.features.device)
         names = core.chosen_metrics(metrics)
         if fake.shape[1] != self.features.shape[1]:
             raise ValueError(f"real has {self.features.shape[1]} dimensions and fake {fake.shape[1]}")
         if "recall" in names:
             core.checked_ks(self.ks, fake, "fake")
+        schedule.agree(real=self.features, fake=fake)
         return core.score(
             self.features,
             self.squared,
             fake,
             self.ks,
             names,
-            Schedule.of_process(tile),
+            schedule,
             core.chosen_precision(precision),
             closed_ball,
             masks,
