@@ -17,10 +17,10 @@ def test_every_table_and_figure_of_the_paper_has_a_file():
 
 @pytest.mark.parametrize("run", SMOKE, ids=lambda run: f"{run.table} {run.row}")
 def test_smoke(run, tmp_path):
-    outcome = execute(run.settings, run.seed, tmp_path)
+    outcome = execute([run.settings], [run.seed], tmp_path)[0]
     assert set(run.metrics) <= outcome.metrics.keys()
     assert all(isinstance(count, int) for count in outcome.details["counts"].values())
-    assert execute(run.settings, run.seed, tmp_path).metrics == outcome.metrics
+    assert execute([run.settings], [run.seed], tmp_path)[0].metrics == outcome.metrics
 
 
 def test_mode_counts():
@@ -60,7 +60,7 @@ def test_paper_scale_folders_run_end_to_end(tmp_path):
             Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(tmp_path / "mine" / part / f"{i}.png")
     common = {"dataset": "mine", "embedding": "random-vgg16-64", "side": 32, "nearest_k": 3}
     for experiment, extra in (("folders", {}), ("outliers", {"ratio": 0.1}), ("truncated_folders", {"psi": 0.5})):
-        outcome = execute({"experiment": experiment} | common | extra, 0, tmp_path)
+        outcome = execute([{"experiment": experiment} | common | extra], [0], tmp_path)[0]
         assert 0 <= outcome.metrics["coverage"] <= 1
         assert outcome.dataset["name"] == "mine"
     assert outcome.details["num_fake"] == 22
@@ -70,7 +70,7 @@ def test_paper_scale_folders_run_end_to_end(tmp_path):
 def test_missing_samples_are_one_clear_error(tmp_path):
     run = TABLES["table-1"].runs("paper", seeds=[20])[1]
     with pytest.raises(FileNotFoundError, match="mnist-dcgan"):
-        execute(run.settings | {"side": 32, "embedding": "random-vgg16-64"}, 20, tmp_path)
+        execute([run.settings | {"side": 32, "embedding": "random-vgg16-64"}], [20], tmp_path)
 
 
 def test_published_cells_are_the_papers():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from prdc_metrics import toy
 from prdc_metrics.data import dataset_record, load_digits, load_mnist
-from prdc_metrics.embeddings import load_embedding
+from prdc_metrics.embeddings import embedding_provenance, load_embedding
 from prdc_metrics.expectation import expected_coverage
 from prdc_metrics.features import extract_features
 from prdc_metrics.metrics import knn_radii, prdc
 from prdc_metrics.train import VAE, fit_vae, sample
 from shared_utils.runlog import Outcome, RunLog, run_missing
-from shared_utils.tables import Table, load_tables
+from shared_utils.tables import Run, Table, load_tables
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("numpy", "torchvision")
@@ -106,26 +107,52 @@ def run_tables(
         packages=PACKAGES,
         force=force,
         jobs=jobs,
+        group=same_samples,
     )
     return log
 
 
-def execute(settings: dict, seed: int, data_root: Path) -> Outcome:
-    """One run: make the two sets, score them, return metrics, integer counts and the data's fingerprint."""
-    s = Settings(**settings)
+def same_samples(run: Run) -> Hashable:
+    """What runs share that differ in k alone: they are scored in one pass. Figure 5's fakes depend on k."""
+    if run.settings.get("experiment") == "outliers":
+        return run.key
+    return json.dumps(run.settings | {"nearest_k": None}, sort_keys=True), run.seed
+
+
+def execute(settings: Sequence[dict], seeds: Sequence[int], data_root: Path) -> list[Outcome]:
+    """Runs that differ in k alone: make the two sets, score them once, return metrics and integer counts of each."""
+    each = [Settings(**values) for values in settings]
+    s, seed = each[0], seeds[0]
     real, fake = _sets(s, seed, data_root)
-    k = s.nearest_k
-    result = prdc(real, fake, (k,))
-    metrics = dict(result.values[k])
-    expected = _expected_coverage(s, len(real), len(fake))
-    metrics |= {"density_gap": metrics["density"] - 1, "coverage_gap": metrics["coverage"] - expected}
-    details = {"counts": result.counts[k], "num_real": len(real), "num_fake": len(fake)}
-    details |= {"expected_coverage": expected, "recheck_pairs": result.recheck_pairs}
-    if s.experiment == "outliers":
-        inliers = prdc(real, fake[: _inliers(len(fake), s.ratio)], (k,)).values[k]
-        metrics |= {f"relative_{name}": metrics[name] / inliers[name] for name in inliers}
+    result = prdc(real, fake, [one.nearest_k for one in each])
     record = dataset_record(s.dataset if s.experiment in _IMAGES else s.experiment, torch.as_tensor(fake))
-    return Outcome(metrics, details, record)
+    outcomes = []
+    for k in (one.nearest_k for one in each):
+        metrics = dict(result.values[k])
+        expected = _expected_coverage(replace(s, nearest_k=k), len(real), len(fake))
+        metrics |= {"density_gap": metrics["density"] - 1, "coverage_gap": metrics["coverage"] - expected}
+        if s.experiment == "outliers":
+            inliers = prdc(real, fake[: _inliers(len(fake), s.ratio)], (k,)).values[k]
+            metrics |= {f"relative_{name}": metrics[name] / inliers[name] for name in inliers}
+        details = {"counts": result.counts[k], "num_real": len(real), "num_fake": len(fake)}
+        details |= {"expected_coverage": expected, "recheck_pairs": result.recheck_pairs}
+        outcomes.append(Outcome(metrics, details, record, weights=_weights(s, seed), caveats=_caveats(s, real, fake)))
+    return outcomes
+
+
+def _caveats(s: Settings, real: Tensor | np.ndarray, fake: Tensor | np.ndarray) -> tuple[str, ...]:
+    """A folder that holds fewer images than the row asks for makes another experiment."""
+    if s.experiment not in _FOLDERS:
+        return ()
+    pairs = (("real", len(real), s.num_real), ("fake", len(fake), s.num_fake))
+    return tuple(f"{found:,} {name} images of the {asked:,} asked" for name, found, asked in pairs if found < asked)
+
+
+def _weights(s: Settings, seed: int) -> dict[str, str]:
+    if s.experiment not in _IMAGES or s.embedding == "pixels":
+        return {}
+    found = embedding_provenance(s.embedding, seed=seed, side=s.side)
+    return {s.embedding: f"random, seed {seed}" if found["weights"] == "random" else found["weights"]}
 
 
 def _expected_coverage(s: Settings, n: int, m: int) -> float:
@@ -164,7 +191,8 @@ def _sets(s: Settings, seed: int, data_root: Path) -> tuple[Tensor | np.ndarray,
     raise ValueError(f"unknown experiment {s.experiment!r}")
 
 
-_IMAGES = ("class0", "truncation", "truncated_folders", "folders", "outliers")
+_FOLDERS = ("truncated_folders", "folders", "outliers")
+_IMAGES = ("class0", "truncation", *_FOLDERS)
 
 
 def _class0(s: Settings, seed: int, data_root: Path) -> tuple[Tensor, Tensor]:
