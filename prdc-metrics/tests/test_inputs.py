@@ -14,6 +14,7 @@ from prdc_metrics import (
     PRDCMetric,
     RealManifold,
     compute_prdc,
+    knn_radii,
     prdc,
     realism,
     smallest_k,
@@ -155,6 +156,33 @@ def test_realism():
     inside = realism(X, X.mean(0, keepdims=True), 5)
     assert inside.shape == (1,) and inside > 0
     assert torch.isinf(realism(X, X, 5)).sum() == 15  # the half of the reals with the smaller radii
+
+
+@pytest.mark.parametrize("offset, dtype", [(0, "d"), (1e5, "d"), (0, "f")])
+def test_realism_is_its_definition(offset, dtype):
+    """Largest ratio of radius to distance over the reals whose radius is at most the median."""
+    rng = np.random.default_rng(1)
+    spread = rng.uniform(0.2, 3, (301, 1))  # radii that differ much: the wrong half would show
+    real = (rng.standard_normal((301, 6)) * spread + offset).astype(dtype)
+    fake = (rng.standard_normal((97, 6)) + offset).astype(dtype)
+    fake[:5] = real[:5]
+    radii = knn_radii(real, 3).numpy()
+    distances = np.sqrt(((real[:, None].astype("d") - fake[None].astype("d")) ** 2).sum(-1))
+    with np.errstate(divide="ignore"):
+        expected = (radii[:, None] / distances)[radii <= np.median(radii)].max(0)
+    np.testing.assert_allclose(realism(real, fake, 3).numpy(), expected, rtol=1e-12)
+
+
+def test_realism_of_balls_without_radius():
+    copies = np.repeat(X[:4], 6, 0)
+    with pytest.warns(UserWarning, match="radius 0"):
+        assert (realism(copies, X, 5) == 0).all()
+
+
+def test_a_k_that_is_too_small_is_said():
+    """As the command line does: coverage cannot reach what the paper's rule asks for."""
+    with pytest.warns(UserWarning, match=r"nearest_k=1 expects a coverage of 0.508.*smallest_k"):
+        compute_prdc(X, X + 0.1, 1)
 
 
 def test_subsample_intervals_do_not_repeat_points():

@@ -16,7 +16,7 @@ _HOME = {
     "extract_features": "features",
     "knn_radii": "metrics",
     "prdc": "metrics",
-    "realism": "manifold",
+    "realism": "realism",
     "smallest_k": "expectation",
     "subsample_intervals": "resampling",
 }

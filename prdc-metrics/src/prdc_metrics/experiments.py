@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from prdc_metrics import toy
 from prdc_metrics.data import dataset_record, load_digits, load_mnist
-from prdc_metrics.embeddings import embedding_provenance, load_embedding
+from prdc_metrics.embeddings import FrozenEmbedding, embedding_provenance, load_embedding, weights_need
 from prdc_metrics.expectation import expected_coverage
 from prdc_metrics.features import extract_features
 from prdc_metrics.metrics import knn_radii, prdc
 from prdc_metrics.train import VAE, fit_vae, sample
+from shared_utils.preflight import Need, file
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
@@ -108,8 +110,23 @@ def run_tables(
         force=force,
         jobs=jobs,
         group=same_samples,
+        needs=partial(needs, data_root=data_root),
     )
     return log
+
+
+def needs(settings: dict, data_root: Path) -> Iterator[Need]:
+    """What a run reads: image folders or MNIST, and pretrained weights."""
+    s = Settings(**settings)
+    if s.experiment in _FOLDERS:
+        fake = f"psi-{s.psi:.1f}" if s.experiment == "truncated_folders" else "fake"
+        for part in ("real", fake):
+            what = f"images of {s.dataset}, {part}"
+            yield file(data_root / s.dataset / part, what, "put them there; prdc-metrics data --tiny shows the layout")
+    if s.experiment == "class0" and s.dataset == "mnist":
+        yield file(data_root / "MNIST" / "raw", "MNIST", "prdc-metrics data --download")
+    if s.experiment in _IMAGES and s.embedding != "pixels" and not s.embedding.startswith("random-"):
+        yield weights_need(s.embedding)
 
 
 def same_samples(run: Run) -> Hashable:
@@ -220,8 +237,7 @@ def _labelled_features(
     per_class = -(-len(zeros) // 9)
     others = [rest[labels[rest] == digit][:per_class] for digit in range(1, 10)]
     chosen = torch.cat([real, zeros, *others])
-    network = load_embedding(embedding, seed=seed, side=side)
-    return extract_features(images[chosen], network), labels[chosen]
+    return extract_features(images[chosen], _network(embedding, seed, side)), labels[chosen]
 
 
 @lru_cache(maxsize=8)
@@ -239,9 +255,14 @@ def _folder(s: Settings, seed: int, data_root: Path, part: str) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _folder_features(folder: Path, embedding: str, side: int, size: int, seed: int, data_root: Path) -> Tensor:
-    cache = data_root / "feature-cache"
-    network = load_embedding(embedding, seed=seed, side=side)
-    return extract_features(folder, network, num_samples=size, sample_seed=seed, cache=cache, num_workers=4)
+    cache, workers = data_root / "feature-cache", (os.cpu_count() or 1) - 1
+    network = _network(embedding, seed, side)
+    return extract_features(folder, network, num_samples=size, sample_seed=seed, cache=cache, num_workers=workers)
+
+
+@lru_cache(maxsize=1)
+def _network(embedding: str, seed: int, side: int) -> FrozenEmbedding:
+    return load_embedding(embedding, seed=seed, side=side)
 
 
 def _inliers(total: int, ratio: float) -> int:

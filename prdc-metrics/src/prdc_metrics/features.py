@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from prdc_metrics.arithmetic import full_float32
 from prdc_metrics.data import ImageArray, ImageFiles, as_rgb, resize, subset
 from prdc_metrics.embeddings import embedding_provenance, embedding_size, load_embedding
+from shared_utils.images import BrokenFile
 from shared_utils.logging import progress
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,9 @@ def extract_features(
 
     Raises:
         FileNotFoundError: folder or weights missing.
-        ValueError: a source of another shape, dtype or range; an unreadable image (named); an empty source;
-            an embedding that is in training mode or does not return (B, D).
+        ValueError: a source of another shape, dtype or range; an empty source; an embedding that is in training mode
+            or does not return (B, D).
+        BrokenFile: an unreadable image, named.
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision {precision!r} is neither 'float32' nor 'bf16'")
@@ -98,6 +100,8 @@ def extract_features(
         size, provenance = getattr(embedding, "size", None), getattr(embedding, "provenance", None)
     images = _open_images(source, size)
     indices = subset(len(images), num_samples, sample_seed)
+    if len(indices) < len(images):
+        logger.info("%d of %d images, drawn with seed %d", len(indices), len(images), sample_seed)
     entry = None
     if cache is not None and _can_cache(images, provenance):
         settings = dict(embedding=provenance, size=size, precision=precision, skip_broken=skip_broken)
@@ -145,7 +149,7 @@ def _embed(
                 rows.append(_checked_rows(embedding(images), len(images)))  # on the device: no sync per batch
             bar.advance(task, len(errors) + (0 if images is None else len(images)))
     if not rows:
-        raise ValueError(f"all {len(skipped)} images are unreadable, the first: {skipped[0]}")
+        raise BrokenFile(f"all {len(skipped)} images are unreadable, the first: {skipped[0]}")
     if skipped:
         logger.warning("skipped %d of %d images as unreadable", len(skipped), total)
     return torch.cat(rows).cpu(), skipped  # (n, D); outside inference_mode: a normal tensor

@@ -9,7 +9,8 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from importlib.metadata import version
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class PRDCResult:
     expected_density: dict[int, float]
     expected_coverage: dict[int, float]
     recheck_pairs: int  # pairs whose distance was computed exactly
+    closed_ball: bool
     device: str
     seconds: float
     real_radii: Tensor | None = None  # (N, K) float64, not squared
@@ -49,11 +51,16 @@ class PRDCResult:
     recall_mask: Tensor | None = None  # (N, K) bool
     coverage_mask: Tensor | None = None  # (N, K) bool
 
-    def to_json(self) -> str:
-        """Everything but the per-sample tensors, as one JSON object."""
-        names = ["num_real", "num_fake", "values", "counts", "expected_density", "expected_coverage"]
+    def to_json(self, **origin: Any) -> str:
+        """Everything but the per-sample tensors, as one JSON object, with the version of this package.
+
+        Args:
+            **origin: what else a reader needs to cite the numbers: embedding, weights, seed.
+        """
+        names = ["num_real", "num_fake", "ks", "values", "counts", "expected_density", "expected_coverage"]
         names += ["recheck_pairs", "device", "seconds"]
-        return json.dumps({name: getattr(self, name) for name in names}, indent=2)
+        found = {name: getattr(self, name) for name in names} | {"balls": "closed" if self.closed_ball else "open"}
+        return json.dumps(found | {"prdc_metrics": version("prdc-metrics")} | origin, indent=2)
 
 
 def compute_prdc(
@@ -105,6 +112,12 @@ def compute_prdc(
         group=group,
         sharded=sharded,
     )
+    if "coverage" in result.values[k] and result.expected_coverage[k] < 0.95:
+        warnings.warn(
+            f"nearest_k={k} expects a coverage of {result.expected_coverage[k]:.3f} even for identical laws of "
+            f"{result.num_real} reals and {result.num_fake} fakes; smallest_k gives a k for .95",
+            stacklevel=2,
+        )
     return result.values[k]
 
 
@@ -201,6 +214,7 @@ def score(
         expected_density={k: expected_density(len(real), len(fake), k) for k in ks},
         expected_coverage={k: expected_coverage(len(real), len(fake), k) for k in ks},
         recheck_pairs=verified + more,
+        closed_ball=closed_ball,
         device=str(real.device),
         seconds=time.perf_counter() - start,
         **per_sample,
