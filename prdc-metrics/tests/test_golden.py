@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from prdc_metrics import compute_prdc, expected_coverage, prdc, smallest_k
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
-pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0")
+pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0", "ignore:.*on the sphere", "ignore:nearest_k=")
 
 
 def check(case: str, **options) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,17 @@ def test_a_k_that_is_too_small_is_said():
     """As the command line does: coverage cannot reach what the paper's rule asks for."""
     with pytest.warns(UserWarning, match=r"nearest_k=1 expects a coverage of 0.508.*smallest_k"):
         compute_prdc(X, X + 0.1, 1)
+
+
+def test_discrete_features_are_said_to_miss_the_closed_forms():
+    """Bits: no two rows equal, yet most distances tie. Continuous features say nothing."""
+    rng = np.random.default_rng(0)
+    bits = [(rng.random((400, 60)) < 0.2).astype("f") for _ in range(2)]
+    with pytest.warns(UserWarning, match="exactly on the sphere of a real: discrete features"):
+        assert compute_prdc(*bits, 5)["density"] < 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compute_prdc(rng.standard_normal((400, 60)), rng.standard_normal((400, 60)), 5)
 
 
 def test_subsample_intervals_do_not_repeat_points():

@@ -25,6 +25,7 @@ class Membership:
 
     counts: Tensor  # (members, K) int64
     occupied: Tensor  # (centres, K) bool
+    on_sphere: int = 0  # pairs at exactly the radius, for any of the K
 
 
 def ball_membership(
@@ -73,7 +74,10 @@ def ball_membership(
     for ball in balls:
         ball.verify()
     verified = schedule.total(sum(ball.verified for ball in balls), real.device)
-    inside = [Membership(schedule.sum(b.counts), schedule.any(b.occupied)) for b in balls]
+    inside = [
+        Membership(schedule.sum(b.counts), schedule.any(b.occupied), schedule.total(b.on_sphere, real.device))
+        for b in balls
+    ]
     return inside[0], inside[1] if len(inside) > 1 else None, verified
 
 
@@ -98,7 +102,7 @@ class _Balls:
         self.counts = torch.zeros(len(members), ks, dtype=torch.int64, device=members.device)
         self.occupied = torch.zeros(len(centres), ks, dtype=torch.bool, device=members.device)
         self.open: list[tuple[Tensor, Tensor]] = []
-        self.waiting = self.verified = 0
+        self.waiting = self.verified = self.on_sphere = 0
 
     def take(self, finding: _Finding) -> None:
         members, centres = self.counts[finding.members], self.occupied[finding.centres]
@@ -118,6 +122,7 @@ class _Balls:
             self.counts.index_add_(0, member, inside.long())
             for column in range(inside.shape[1]):
                 self.occupied[centre[inside[:, column]], column] = True
+            self.on_sphere += int((squared == radii).any(1).sum())
             self.verified += len(centre)
         self.open, self.waiting = [], 0
 

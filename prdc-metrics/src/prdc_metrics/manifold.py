@@ -61,7 +61,8 @@ class RealManifold:
         ks = core.checked_ks(ks, self.features, "real")
         missing = [k for k in ks if k not in self.ks]
         if missing:
-            raise ValueError(f"the manifold holds k = {', '.join(map(str, self.ks))}, not {missing[0]}: fit it for that k")
+            held = ", ".join(map(str, self.ks))
+            raise ValueError(f"the manifold holds k = {held}, not {missing[0]}: fit it for that k")
         return RealManifold(self.features, ks, self.squared[:, [self.ks.index(k) for k in ks]])
 
     def score(
@@ -144,4 +145,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

@@ -77,7 +77,7 @@ class Schedule:
         return self.sum(mask.to(torch.int64)) > 0 if self.ranks > 1 else mask
 
     def agree(self, **tensors: Tensor) -> None:
-        """ValueError on every rank unless all hold the same tensors: their shapes, types and a checksum of the bytes."""
+        """ValueError on every rank unless all hold the same tensors (shape, type and a checksum of the bytes)."""
         if self.ranks == 1:
             return
         for name, x in tensors.items():

@@ -19,7 +19,7 @@ IMAGES, PER_DIGIT = 40, 60
 
 
 def write_tiny(root: Path) -> None:
-    """Write every set below `root` in seconds; images of real archives' kinds: JPEG grey and CMYK, PNG, hidden files."""
+    """Write every set below `root` in seconds, with what real archives hold: grey and CMYK JPEG, hidden files."""
     rng = np.random.default_rng(0)
     for name, parts in FOLDERS.items():
         for part in parts:
