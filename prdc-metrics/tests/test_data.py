@@ -97,9 +97,9 @@ def test_pickles_are_refused_unopened(suffix, tmp_path):
 def test_what_is_no_feature_matrix(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.npy: no such feature file"):
         load_features(tmp_path / "none.npy")
-    (tmp_path / "f.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=r"f\.csv: a feature file ends in one of \.npy"):
-        load_features(tmp_path / "f.csv")
+    (tmp_path / "f.txt").write_text("1,2")
+    with pytest.raises(ValueError, match=r"f\.txt: a feature file ends in one of \.npy"):
+        load_features(tmp_path / "f.txt")
     for array, reason in [
         (FEATURES[0], r"\(7,\)"),
         (FEATURES[None], r"\(1, 50, 7\)"),

@@ -69,7 +69,7 @@ def _hard_sets():
     yield "fakes far from reals", normal[:400], normal[400:] + 1e5
     yield "tiny scale", normal[:400] * 2.0**-400, normal[400:] * 2.0**-400
     yield "mixed scale", np.concatenate([normal[:200] * 1e-30, normal[200:400]]), normal[400:] * 1e-30
-    yield "odd sizes", normal[:257], normal[400:401].repeat(7, 0) + np.arange(7)[:, None]
+    yield "odd sizes", normal[:257], normal[400:401].repeat(17, 0) + np.arange(17)[:, None]
 
 
 HARD_SETS = list(_hard_sets())

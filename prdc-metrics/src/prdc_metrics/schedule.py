@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prdc_metrics.distances import GROUP
+from shared_utils.logging import progress
 
 Work = TypeVar("Work")
+LONG = 2_000  # tiles
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,8 +49,13 @@ class Schedule:
         return [slice(start, min(start + side, n)) for start in range(0, n, side)]
 
     def share(self, work: Sequence[Work]) -> Iterator[Work]:
-        """This rank's part."""
-        return iter(work if self.group is None else work[dist.get_rank(self.group) :: self.ranks])
+        """This rank's part, with a progress bar in a terminal where it takes minutes."""
+        mine = work if self.group is None else work[dist.get_rank(self.group) :: self.ranks]
+        if len(mine) < LONG:
+            yield from mine
+            return
+        with progress() as bar:
+            yield from bar.track(mine, description="distances")
 
     def gather(self, x: Tensor) -> Tensor:
         """Put the (n, c) tensors of all ranks side by side: (n, c * ranks)."""

@@ -74,12 +74,12 @@ class PRDCMetric(Metric):
         Returns:
             0-d float64 tensors by name; with several ks by name and k, such as "density_k5".
         """
-        sets = {name: _all_rows(getattr(self, name)) for name in ("real", "fake")}
-        empty = [name for name, x in sets.items() if x is None]
-        if empty:
+        real, fake = _all_rows(self.real), _all_rows(self.fake)
+        if real is None or fake is None:
+            empty = [name for name, x in (("real", real), ("fake", fake)) if x is None]
             raise ValueError(f"no {' and no '.join(empty)} features have been collected; both kinds are needed")
         group = (self.process_group or torch.distributed.group.WORLD) if self._is_synced else None
-        values = prdc(sets["real"], sets["fake"], self.ks, group=group, **self.options).values
+        values = prdc(real, fake, self.ks, group=group, **self.options).values
         return {
             name if len(values) == 1 else f"{name}_k{k}": torch.tensor(value, dtype=torch.float64, device=self.device)
             for k, of_k in values.items()
