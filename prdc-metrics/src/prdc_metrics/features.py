@@ -196,9 +196,9 @@ class Collate:
     def __init__(self, size: tuple[int, int] | None):
         self.size = size
 
-    def __call__(self, items: list[Tensor | ValueError]) -> tuple[Tensor | None, list[ValueError]]:
+    def __call__(self, items: list[Tensor | BrokenFile]) -> tuple[Tensor | None, list[BrokenFile]]:
         """Images (3, h, w) or what was raised for them; see the class."""
-        errors = [item for item in items if isinstance(item, ValueError)]
+        errors = [item for item in items if isinstance(item, BrokenFile)]
         images = [item for item in items if isinstance(item, Tensor)]
         if len({image.shape for image in images}) > 1:
             if self.size is None:
