@@ -202,6 +202,7 @@ def test_the_callers_matmul_settings_do_not_matter(owner, value):
                 found.append("raises")
         return found
 
+    convolution = backends.cudnn.conv.fp32_precision if newer else None
     try:
         if owner:
             owners[owner].fp32_precision = value
@@ -218,6 +219,7 @@ def test_the_callers_matmul_settings_do_not_matter(owner, value):
     finally:
         if owner:
             owners[owner].fp32_precision = "none"
+            backends.cudnn.conv.fp32_precision = convolution  # setting the parent has set it, too
         else:
             torch.set_float32_matmul_precision("highest")
 

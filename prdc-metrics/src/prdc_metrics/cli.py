@@ -145,7 +145,9 @@ class Eval:
         from prdc_metrics.data import FEATURE_SUFFIXES, load_features, load_sample_archive, subset
         from prdc_metrics.embeddings import embedding_provenance
         from prdc_metrics.features import extract_features
+        from shared_utils.logging import get_logger
 
+        get_logger("prdc_metrics")  # the library's own lines, such as files left out, belong to the console
         archive = load_sample_archive(path)
         if archive is None and path.suffix.lower() in FEATURE_SUFFIXES:
             features = load_features(path)
