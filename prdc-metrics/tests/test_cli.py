@@ -1,17 +1,19 @@
 """The command line as a user meets it: subprocesses, exit codes, one clear line per mistake."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from prdc_metrics.tiny import write_tiny
 
-def prdc_metrics(*words, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "prdc_metrics", *map(str, words)], capture_output=True, text=True, cwd=cwd
-    )
+
+def prdc_metrics(*words, env=None):
+    command = [sys.executable, "-m", "prdc_metrics", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,8 @@ def test_eval_prints_json_and_explains_on_stderr(sets):
     result = json.loads(done.stdout)
     assert result == json.loads((sets / "out.json").read_text())
     assert set(result["values"]) == {"3", "5"} and result["num_fake"] == 80
+    assert result["balls"] == "open" and result["fake"]["rows"] == 80 and result["sample_seed"] == 0
+    assert result["prdc_metrics"] and result["ks"] == [3, 5]
     assert "identical laws: density 1" in done.stderr and "100 reals and 80 fakes" in done.stderr
 
 
@@ -38,6 +42,7 @@ def test_num_samples_of_feature_files(sets):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["num_real"] == result["num_fake"] == 40
+    assert "real.npy: 40 of 100 rows, drawn with seed 3" in done.stderr
 
 
 def test_fit_then_eval_equals_eval(sets):
@@ -45,6 +50,37 @@ def test_fit_then_eval_equals_eval(sets):
     whole = json.loads(prdc_metrics("eval", sets / "real.npy", sets / "fake.npz").stdout)
     again = json.loads(prdc_metrics("eval", sets / "real.manifold", sets / "fake.npz").stdout)
     assert whole["values"] == again["values"]
+    other = prdc_metrics("eval", sets / "real.manifold", sets / "fake.npz", "--nearest-k", 3)
+    assert other.returncode == 2 and "the manifold holds k = 5, not 3" in other.stderr
+
+
+def test_folder_to_a_number_that_can_be_cited(tmp_path):
+    """Tiny sets in the tables' own layout: embedding, weights, resize and seed stand beside the values."""
+    write_tiny(tmp_path)
+    (tmp_path / "ffhq" / "fake" / "00000" / "00004.png").write_bytes(b"no image")
+    words = ["eval", tmp_path / "ffhq/real", tmp_path / "ffhq/fake", "--embedding", "random-vgg16-64", "--workers", 0]
+    done = prdc_metrics(*words, "--nearest-k", 3)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "00004.png: this is not an image; replace the file, or pass --skip-broken" in done.stderr
+    done = prdc_metrics(*words, "--nearest-k", 3, "--skip-broken", "--num-samples", 20, "--seed", 4)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["real"]["embedding"]["resize"] == "224x224 bilinear antialias"
+    assert result["real"]["embedding"]["seed"] == 4 and result["real"]["embedding"]["weights"] == "random"
+    assert "20 of 40 images, drawn with seed 4" in done.stderr
+    verified = prdc_metrics("data", "--verify", "--data-root", tmp_path)
+    assert verified.returncode == 1 and "1 images cannot be read" in verified.stderr
+
+
+def test_what_is_missing_is_said_before_anything_runs(tmp_path):
+    """All of it at once: two sets and the weights; nothing has run."""
+    words = ["run", "table-1", "--scale", "paper", "--data-root", tmp_path]
+    done = prdc_metrics(*words, env={"TORCH_HOME": str(tmp_path)})
+    assert done.returncode == 2
+    for what in ("mnist-dcgan, real", "sc09-wavegan, fake", "weights of vgg16-fc2-relu"):
+        assert done.stderr.count(what) == 1
+    dry = prdc_metrics(*words, "--dry-run", env={"TORCH_HOME": str(tmp_path)})
+    assert dry.returncode == 0 and "missing: images of mnist-dcgan, real" in dry.stdout
 
 
 def test_mistakes(sets):

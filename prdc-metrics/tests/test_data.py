@@ -18,8 +18,10 @@ from prdc_metrics.data import (
     load_digits,
     load_features,
     load_mnist,
+    load_sample_archive,
     subset,
 )
+from shared_utils.images import BrokenFile
 
 FEATURES = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
 
@@ -95,9 +97,9 @@ def test_pickles_are_refused_unopened(suffix, tmp_path):
 def test_what_is_no_feature_matrix(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.npy: no such feature file"):
         load_features(tmp_path / "none.npy")
-    (tmp_path / "f.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=r"f\.csv: a feature file ends in one of \.npy"):
-        load_features(tmp_path / "f.csv")
+    (tmp_path / "f.txt").write_text("1,2")
+    with pytest.raises(ValueError, match=r"f\.txt: a feature file ends in one of \.npy"):
+        load_features(tmp_path / "f.txt")
     for array, reason in [
         (FEATURES[0], r"\(7,\)"),
         (FEATURES[None], r"\(1, 50, 7\)"),
@@ -147,26 +149,48 @@ def test_modes_become_rgb(mode):
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     save(tmp_path / "deep.png", np.array([[0, 256, 32768, 65535]], np.uint16))
     rgb = ImageFiles(tmp_path)[0]
-    torch.testing.assert_close(rgb[1, 0], torch.tensor([0, 256, 32768, 65535]) / 65535)
+    torch.testing.assert_close(rgb[1, 0], torch.tensor([0, 256, 32768, 65535]) / 65535, atol=1 / 510, rtol=0)
     assert torch.equal(rgb[0], rgb[2])
 
 
-def test_alpha_and_transparent_palettes_keep_the_hidden_colour(tmp_path, recwarn):
-    translucent = np.concatenate([RED, np.full((4, 6, 1), 7, np.uint8)], axis=2)
-    save(tmp_path / "a.png", translucent)
-    palette = Image.fromarray(RED).convert("P")
-    palette.save(tmp_path / "p.png", transparency=bytes([0] * 256))
-    files = ImageFiles(tmp_path)
-    torch.testing.assert_close(files[0][:, 0, 0], torch.tensor([200, 30, 10]) / 255)
-    torch.testing.assert_close(files[1][:, 0, 0], files[0][:, 0, 0], atol=0.15, rtol=0)  # 216-colour palette
-    assert not recwarn.list
-
-
-def test_exif_orientation_is_ignored(tmp_path):
+def test_folder_images_look_as_in_a_viewer(tmp_path):
+    """Transparent pixels on white, turned as EXIF says."""
+    save(tmp_path / "a.png", np.concatenate([RED, np.zeros((4, 6, 1), np.uint8)], axis=2))
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     save(tmp_path / "turned.jpg", RED, exif=exif)
-    assert ImageFiles(tmp_path)[0].shape == (3, 4, 6)
+    files = ImageFiles(tmp_path)
+    assert (files[0] == 1).all() and files[1].shape == (3, 6, 4)
+
+
+def test_links_and_tiffs_count_and_hidden_files_do_not(tmp_path, caplog):
+    for name in ["a.tif", "elsewhere/b.png", ".ipynb_checkpoints/a-checkpoint.png", "._c.png"]:
+        save(tmp_path / "set" / name if "elsewhere" not in name else tmp_path / name, RED)
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "notes.txt").write_text("no image")
+    with caplog.at_level("INFO"):
+        assert ImageFiles(tmp_path / "set").names == ["a.tif", "linked/b.png"]
+    assert "2 images; left out: 1 .txt, 2 hidden" in caplog.text
+
+
+def test_tables_of_numbers_and_archives(tmp_path):
+    """CSV with and without a header, parquet, dgm-eval's reps, guided-diffusion's samples and statistics."""
+    x = np.arange(12, dtype=float).reshape(4, 3) / 7
+    np.savetxt(tmp_path / "plain.csv", x, delimiter=",")
+    np.savetxt(tmp_path / "headed.csv", x, delimiter=",", header="a,b,c", comments="")
+    np.savez(tmp_path / "reps.npz", reps=x, hparams=np.zeros(2))
+    for name in ("plain.csv", "headed.csv", "reps.npz"):
+        np.testing.assert_allclose(load_features(tmp_path / name).numpy(), x)
+    (tmp_path / "words.csv").write_text("name,a\nx.png,1\n")
+    with pytest.raises(ValueError, match="words.csv.*'name' holds no numbers"):
+        load_features(tmp_path / "words.csv")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="need the samples themselves"):
+        load_features(tmp_path / "stats.npz")
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", images, np.arange(5))
+    assert load_sample_archive(tmp_path / "samples.npz").shape == images.shape
+    assert load_sample_archive(tmp_path / "reps.npz") is None
 
 
 def test_images_of_different_sizes_batch_when_a_size_is_given(tmp_path):
@@ -183,13 +207,13 @@ def test_corrupt_image_is_named_or_handed_back(suffix, share, tmp_path):
     save(path, np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=rf"sub/bad\.{suffix}: cannot be read as an image"):
+    with pytest.raises(BrokenFile, match=rf"sub/bad\.{suffix}: .*--skip-broken"):
         ImageFiles(tmp_path)[0]
-    assert isinstance(ImageFiles(tmp_path, skip_broken=True)[0], ValueError)
+    assert isinstance(ImageFiles(tmp_path, skip_broken=True)[0], BrokenFile)
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such image folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         ImageFiles(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
         ImageFiles(tmp_path)

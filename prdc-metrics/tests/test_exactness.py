@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prdc_metrics import RealManifold, compute_prdc, expected_coverage, knn_radii, prdc
 from prdc_metrics.distances import Frame
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0")
+pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0", "ignore:.*on the sphere", "ignore:nearest_k=")
 
 
 def definition(real, fake, k, closed=False):
@@ -30,13 +30,13 @@ def definition(real, fake, k, closed=False):
     return in_real.sum(0), in_fake.any(1), in_real.any(1)
 
 
-def agree(real, fake, k, closed=False, **options):
-    counts, recall, coverage = definition(real, fake, k, closed)
-    result = prdc(real, fake, (k,), masks=True, closed_ball=closed, **options)
-    np.testing.assert_array_equal(result.fake_counts[:, 0].cpu().numpy(), counts)
-    np.testing.assert_array_equal(result.recall_mask[:, 0].cpu().numpy(), recall)
-    np.testing.assert_array_equal(result.coverage_mask[:, 0].cpu().numpy(), coverage)
-    return result
+def agree(real, fake, *ks, closed=False, **options):
+    result = prdc(real, fake, ks, masks=True, closed_ball=closed, **options)
+    for column, k in enumerate(ks):
+        counts, recall, coverage = definition(real, fake, k, closed)
+        np.testing.assert_array_equal(result.fake_counts[:, column].cpu().numpy(), counts)
+        np.testing.assert_array_equal(result.recall_mask[:, column].cpu().numpy(), recall)
+        np.testing.assert_array_equal(result.coverage_mask[:, column].cpu().numpy(), coverage)
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,7 +48,8 @@ def test_small_integer_data_full_of_ties(data):
     width = data.draw(st.integers(1, 6))
     real, fake = rng.integers(0, width, (n, dim)), rng.integers(0, width, (m, dim))
     k = data.draw(st.integers(1, min(n, m) - 1))
-    agree(real, fake, k, data.draw(st.booleans()), precision=data.draw(st.sampled_from(["float32", "bf16", "tf32"])))
+    closed, precision = data.draw(st.booleans()), data.draw(st.sampled_from(["float32", "bf16", "tf32", "float64"]))
+    agree(real, fake, *sorted({1, k}), closed=closed, precision=precision)
 
 
 def _hard_sets():
@@ -68,7 +69,7 @@ def _hard_sets():
     yield "fakes far from reals", normal[:400], normal[400:] + 1e5
     yield "tiny scale", normal[:400] * 2.0**-400, normal[400:] * 2.0**-400
     yield "mixed scale", np.concatenate([normal[:200] * 1e-30, normal[200:400]]), normal[400:] * 1e-30
-    yield "odd sizes", normal[:257], normal[400:401].repeat(7, 0) + np.arange(7)[:, None]
+    yield "odd sizes", normal[:257], normal[400:401].repeat(17, 0) + np.arange(17)[:, None]
 
 
 HARD_SETS = list(_hard_sets())
@@ -83,7 +84,17 @@ def test_hard_data_equals_the_definition(name, real, fake, tile):
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "float64"])
 @pytest.mark.parametrize("name, real, fake", HARD_SETS, ids=lambda x: x if isinstance(x, str) else "")
 def test_hard_data_in_any_filter_precision(name, real, fake, precision):
-    agree(real, fake, 3, precision=precision, tile=128)
+    agree(real, fake, 1, 3, 10, precision=precision, tile=128)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "float64"])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("spread", [1, 12], ids=["many in a ball: counted", "few in a ball: listed"])
+def test_points_on_the_sphere_in_both_branches(spread, closed, precision):
+    """Integers tie exactly; narrow fakes fill whole tiles, wide ones are listed."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.integers(-12, 13, (300, 3)), rng.integers(-spread, spread + 1, (200, 3))
+    agree(real, fake, 2, 30 if spread == 1 else 3, closed=closed, precision=precision)
 
 
 def test_copies_give_exactly_one():
@@ -169,18 +180,48 @@ def test_several_ks_and_the_manifold_equal_single_runs(tmp_path):
     assert torch.equal(manifold.radii[:, 1], knn_radii(real, 3))
 
 
-@pytest.mark.parametrize("precision", ["medium", "high"])
-def test_the_callers_matmul_settings_do_not_matter(precision):
+@pytest.mark.parametrize("owner", [None, "all", "cuda", "mkldnn"])
+@pytest.mark.parametrize("value", ["bf16", "tf32"])
+def test_the_callers_matmul_settings_do_not_matter(owner, value):
+    """Set through the older switch or those that PyTorch has since 2.9; afterwards all stand as before."""
+    backends = torch.backends
+    newer = hasattr(backends.cuda.matmul, "fp32_precision")
+    if owner and (not newer or (owner, value) == ("cuda", "bf16")):
+        pytest.skip("no such switch")
+    owners = {"all": backends, "cuda": backends.cuda.matmul, "mkldnn": backends.mkldnn.matmul}
     rng = np.random.default_rng(0)
     real, fake = rng.standard_normal((300, 64)).astype("f"), rng.standard_normal((300, 64)).astype("f")
     expected = compute_prdc(real, fake, 5)
-    torch.set_float32_matmul_precision(precision)
+
+    def state():
+        found = [each.fp32_precision for each in owners.values()] if newer else []
+        for read in (torch.get_float32_matmul_precision, lambda: backends.cuda.matmul.allow_tf32):
+            try:
+                found.append(read())
+            except RuntimeError:  # PyTorch's own, once the newer switches are used
+                found.append("raises")
+        return found
+
+    convolution = backends.cudnn.conv.fp32_precision if newer else None
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert compute_prdc(real, fake, 5) == expected
-        assert torch.get_float32_matmul_precision() == precision
+        if owner:
+            owners[owner].fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision({"bf16": "medium", "tf32": "high"}[value])
+        before = state()
+        for precision in ("float32", "bf16", "tf32"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert compute_prdc(real, fake, 5, precision=precision) == expected
+        assert state() == before
+        if owner == "all":
+            backends.fp32_precision = "ieee"
+            assert backends.mkldnn.matmul.fp32_precision == "ieee"  # follows its parent as before
     finally:
-        torch.set_float32_matmul_precision("highest")
+        if owner:
+            owners[owner].fp32_precision = "none"
+            backends.cudnn.conv.fp32_precision = convolution  # setting the parent has set it, too
+        else:
+            torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

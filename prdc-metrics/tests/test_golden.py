@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from prdc_metrics import compute_prdc, expected_coverage, prdc, smallest_k
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
-pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0")
+pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0", "ignore:.*on the sphere", "ignore:nearest_k=")
 
 
 def check(case: str, **options) -> None:
@@ -50,15 +48,6 @@ def test_fixture_with_two_threads(case):
         check(case)
     finally:
         torch.set_num_threads(before)
-
-
-def test_all_fixtures_on_two_ranks():
-    """Two gloo processes share the tiles; each must hold the full, exact result."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--standalone", str(Path(__file__).parent / "two_ranks.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(f"{len(CASES)} fixtures equal") == 2
 
 
 @pytest.mark.parametrize(

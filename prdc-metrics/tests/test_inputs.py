@@ -1,16 +1,21 @@
 """Bad input: one clear error, as the card of the reference's behaviour says; good odd input works."""
 
 import json
+import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from prdc_metrics import (
     PRDCMetric,
     RealManifold,
     compute_prdc,
+    knn_radii,
     prdc,
     realism,
     smallest_k,
@@ -86,17 +91,52 @@ def test_leaving_recall_out_skips_the_fake_fake_pass(monkeypatch):
     assert seen == [30]
 
 
-def test_streaming_equals_one_call_and_merges():
+def test_metric_equals_one_call_and_merges():
     one, two = PRDCMetric(ks=(3,)), PRDCMetric(ks=(3,))
     one.update(real=X[:10], fake=X[:5] + 0.1)
     two.update(real=X[10:])
     two.update(fake=X[5:] + 0.1)
-    assert one.merge(two).compute().values == prdc(X, X + 0.1, (3,)).values
-    with pytest.raises(ValueError, match="dimensions"):
+    one.merge_state(two)
+    assert one.compute() == compute_prdc(X, X + 0.1, 3)
+    with pytest.raises(ValueError, match="fake has 2 dimensions, earlier batches 4"):
         one.update(fake=X[:, :2])
+    with pytest.raises(ValueError, match="fake has NaN"):
+        one.update(real=X, fake=np.full((1, 4), np.nan))
+    assert sum(map(len, one.real)) == 30  # a refused call leaves nothing behind
     one.reset()
-    with pytest.raises(ValueError, match="both are needed"):
+    with pytest.raises(ValueError, match="no real and no fake features"):
         one.compute()
+
+
+def test_metric_is_one_of_torchmetrics():
+    """In a collection, cloned, pickled, moved; a forward scores its batch and keeps it."""
+    metric = pickle.loads(pickle.dumps(PRDCMetric(ks=(5, 3), metrics=("density",)).to("cpu")))
+    assert metric(real=X, fake=X + 0.1)["density_k3"] == compute_prdc(X, X + 0.1, 3)["density"]
+    metric.update(real=X + 5, fake=X + 5.1)
+    whole = prdc(np.concatenate([X, X + 5]), np.concatenate([X + 0.1, X + 5.1]), (3, 5)).values
+    assert metric.clone().compute() == {"density_k3": whole[3]["density"], "density_k5": whole[5]["density"]}
+    collection = MetricCollection({"prdc": PRDCMetric(ks=(3,))})
+    collection.update(real=X, fake=X + 0.1)
+    assert collection.compute() == compute_prdc(X, X + 0.1, 3)
+
+
+def test_arrays_as_they_come():
+    """Views, byte orders, lists, frames: the values of the plain array; or one clear line."""
+    values = compute_prdc(X, X + 0.1, 3)
+    frame = pd.DataFrame(X)
+    same = [X[:, ::-1][:, ::-1], np.asfortranarray(X), X.astype(">f8"), np.ma.masked_invalid(X), frame, X.tolist()]
+    same += [frame.astype(object), X.astype(np.longdouble), np.repeat(X, 2, 1)[:, ::2]]
+    for x in same:
+        assert compute_prdc(x, X + 0.1, 3) == values
+    assert compute_prdc(X[::-1], X + 0.1, 3) == values
+    with pytest.raises(ValueError, match="real has masked entries"):
+        compute_prdc(np.ma.masked_less(X, 0), X, 3)
+    with pytest.raises(ValueError, match="real holds something else than numbers"):
+        compute_prdc(frame.astype(object).replace(X[0, 0], "a"), X, 3)
+    with pytest.raises(ValueError, match="real must hold numbers, got dtype <U1"):
+        compute_prdc(np.full((5, 2), "a"), X, 3)
+    with pytest.raises(TypeError, match=r"ks must be several k such as \(5,\)"):
+        prdc(X, X, 5)
 
 
 def test_manifold_file_that_was_cut_or_changed_is_refused(tmp_path):
@@ -117,6 +157,44 @@ def test_realism():
     inside = realism(X, X.mean(0, keepdims=True), 5)
     assert inside.shape == (1,) and inside > 0
     assert torch.isinf(realism(X, X, 5)).sum() == 15  # the half of the reals with the smaller radii
+
+
+@pytest.mark.parametrize("offset, dtype", [(0, "d"), (1e5, "d"), (0, "f")])
+def test_realism_is_its_definition(offset, dtype):
+    """Largest ratio of radius to distance over the reals whose radius is at most the median."""
+    rng = np.random.default_rng(1)
+    spread = rng.uniform(0.2, 3, (301, 1))  # radii that differ much: the wrong half would show
+    real = (rng.standard_normal((301, 6)) * spread + offset).astype(dtype)
+    fake = (rng.standard_normal((97, 6)) + offset).astype(dtype)
+    fake[:5] = real[:5]
+    radii = knn_radii(real, 3).numpy()
+    distances = np.sqrt(((real[:, None].astype("d") - fake[None].astype("d")) ** 2).sum(-1))
+    with np.errstate(divide="ignore"):
+        expected = (radii[:, None] / distances)[radii <= np.median(radii)].max(0)
+    np.testing.assert_allclose(realism(real, fake, 3).numpy(), expected, rtol=1e-12)
+
+
+def test_realism_of_balls_without_radius():
+    copies = np.repeat(X[:4], 6, 0)
+    with pytest.warns(UserWarning, match="radius 0"):
+        assert (realism(copies, X, 5) == 0).all()
+
+
+def test_a_k_that_is_too_small_is_said():
+    """As the command line does: coverage cannot reach what the paper's rule asks for."""
+    with pytest.warns(UserWarning, match=r"nearest_k=1 expects a coverage of 0.508.*smallest_k"):
+        compute_prdc(X, X + 0.1, 1)
+
+
+def test_discrete_features_are_said_to_miss_the_closed_forms():
+    """Bits: no two rows equal, yet most distances tie. Continuous features say nothing."""
+    rng = np.random.default_rng(0)
+    bits = [(rng.random((400, 60)) < 0.2).astype("f") for _ in range(2)]
+    with pytest.warns(UserWarning, match="exactly on the sphere of a real: discrete features"):
+        assert compute_prdc(*bits, 5)["density"] < 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compute_prdc(rng.standard_normal((400, 60)), rng.standard_normal((400, 60)), 5)
 
 
 def test_subsample_intervals_do_not_repeat_points():

@@ -4,27 +4,53 @@ Names are imported when they are first used, so that the command line's --help n
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "PRDCMetric": "streaming",
-    "PRDCResult": "metrics",
-    "RealManifold": "manifold",
-    "compute_prdc": "metrics",
-    "expected_coverage": "expectation",
-    "expected_density": "expectation",
-    "extract_features": "features",
-    "knn_radii": "metrics",
-    "prdc": "metrics",
-    "realism": "manifold",
-    "smallest_k": "expectation",
-    "subsample_intervals": "resampling",
-}
-__all__ = list(_HOME)
+if TYPE_CHECKING:
+    from prdc_metrics.expectation import expected_coverage, expected_density, smallest_k
+    from prdc_metrics.features import extract_features
+    from prdc_metrics.manifold import RealManifold
+    from prdc_metrics.metrics import PRDCResult, compute_prdc, knn_radii, prdc
+    from prdc_metrics.resampling import subsample_intervals
+    from prdc_metrics.single_samples import realism
+    from prdc_metrics.streaming import PRDCMetric
+else:
+    _HOME = {
+        "PRDCMetric": "streaming",
+        "PRDCResult": "metrics",
+        "RealManifold": "manifold",
+        "compute_prdc": "metrics",
+        "expected_coverage": "expectation",
+        "expected_density": "expectation",
+        "extract_features": "features",
+        "knn_radii": "metrics",
+        "prdc": "metrics",
+        "realism": "single_samples",
+        "smallest_k": "expectation",
+        "subsample_intervals": "resampling",
+    }
+
+    def __getattr__(name):
+        """The public API, by name; unseen by type checkers, which would take any name for one of it."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'prdc_metrics' has no attribute {name!r}")
+        return getattr(import_module(f"prdc_metrics.{_HOME[name]}"), name)
+
+    def __dir__():
+        return sorted({*globals(), *_HOME})
 
 
-def __getattr__(name: str) -> Any:
-    """The public API, by name."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'prdc_metrics' has no attribute {name!r}")
-    return getattr(import_module(f"prdc_metrics.{_HOME[name]}"), name)
+__all__ = [
+    "PRDCMetric",
+    "PRDCResult",
+    "RealManifold",
+    "compute_prdc",
+    "expected_coverage",
+    "expected_density",
+    "extract_features",
+    "knn_radii",
+    "prdc",
+    "realism",
+    "smallest_k",
+    "subsample_intervals",
+]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prdc_metrics.distances import GROUP, Frame, Points, exact_squared_distances
+from prdc_metrics.distances import Frame, Points, exact_squared_distances, group_minima, pairs_below
 from prdc_metrics.schedule import Schedule
 
 FLUSH = 2**20  # open pairs are verified when this many have gathered
@@ -25,6 +25,7 @@ class Membership:
 
     counts: Tensor  # (members, K) int64
     occupied: Tensor  # (centres, K) bool
+    on_sphere: int = 0  # pairs at exactly the radius, for any of the K
 
 
 def ball_membership(
@@ -72,9 +73,12 @@ def ball_membership(
             ball.take(finding)
     for ball in balls:
         ball.verify()
-    verified = schedule.sum(torch.tensor(sum(ball.verified for ball in balls), device=real.device))
-    inside = [Membership(schedule.sum(b.counts), schedule.any(b.occupied)) for b in balls]
-    return inside[0], inside[1] if len(inside) > 1 else None, int(verified)
+    verified = schedule.total(sum(ball.verified for ball in balls), real.device)
+    inside = [
+        Membership(schedule.sum(b.counts), schedule.any(b.occupied), schedule.total(b.on_sphere, real.device))
+        for b in balls
+    ]
+    return inside[0], inside[1] if len(inside) > 1 else None, verified
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class _Balls:
         self.counts = torch.zeros(len(members), ks, dtype=torch.int64, device=members.device)
         self.occupied = torch.zeros(len(centres), ks, dtype=torch.bool, device=members.device)
         self.open: list[tuple[Tensor, Tensor]] = []
-        self.waiting = self.verified = 0
+        self.waiting = self.verified = self.on_sphere = 0
 
     def take(self, finding: _Finding) -> None:
         members, centres = self.counts[finding.members], self.occupied[finding.centres]
@@ -116,8 +120,9 @@ class _Balls:
             radii = self.squared[centre]
             inside = squared <= radii if self.closed else squared < radii
             self.counts.index_add_(0, member, inside.long())
-            hits = torch.zeros_like(self.occupied, dtype=torch.int64).index_add_(0, centre, inside.long())
-            self.occupied |= hits > 0
+            for column in range(inside.shape[1]):
+                self.occupied[centre[inside[:, column]], column] = True
+            self.on_sphere += int((squared == radii).any(1).sum())
             self.verified += len(centre)
         self.open, self.waiting = [], 0
 
@@ -141,51 +146,42 @@ class _Bracket:
 
     def findings(self, rows: slice, columns: slice, out: Tensor) -> list[_Finding]:
         tile = self.frame.lower_bounds(self.real, rows, self.fake, columns, out)
-        height, width = tile.shape
-        split = tile.view(height, GROUP, width // GROUP)
-        found = [_look(tile, split, split.amin(1), self.real, self.real_radii, rows, self.fake, columns)]
+        found = [_look(tile, 0, self.real, self.real_radii, rows, self.fake, columns)]
         if self.fake_radii is not None:
-            split = tile.view(GROUP, height // GROUP, width)
-            lowest = split.amin(0).t()
-            split = split.permute(2, 0, 1)
-            found.append(_look(tile.t(), split, lowest, self.fake, self.fake_radii, columns, self.real, rows))
+            found.append(_look(tile, 1, self.fake, self.fake_radii, columns, self.real, rows))
         return found
 
 
 def _look(
     tile: Tensor,
-    split: Tensor,
-    lowest: Tensor,
+    side: int,
     centre_points: Points,
     radii: tuple[Tensor, Tensor],
     centres: slice,
     member_points: Points,
     members: slice,
 ) -> _Finding:
-    """Settle the pairs of one tile (R centres, C members), given also as (R, L, G) groups with their minima (R, G)."""
+    """Settle the pairs of one tile whose rows (side 0) or columns (side 1) are R centres, the other side C members."""
     down, up = radii[0][centres], radii[1][centres]  # (R, K)
     centre_slack, member_slack = centre_points.slack[centres], member_points.slack[members]
     widest = up.amax(1)
-    centre, group = (lowest <= widest[:, None]).nonzero(as_tuple=True)
-    ks = up.shape[1]
-    if len(centre) * split.shape[1] <= tile.numel() // 4:  # few memberships: list them
-        bounds = split[centre, :, group]  # (hits, L)
-        hit, place = (bounds <= widest[centre, None]).nonzero(as_tuple=True)
-        centre, member = centre[hit], place * split.shape[2] + group[hit]
-        bounds = bounds[hit, place, None]  # (P, 1)
-        sure = bounds + (centre_slack[centre] + member_slack[member])[:, None] < down[centre]  # (P, K)
-        open_ = ((bounds <= up[centre]) & ~sure).any(1)
+    minima = group_minima(tile, side)
+    if int((minima <= widest[:, None]).count_nonzero()) <= minima.numel() // 4:  # few memberships: list them
+        centre, member, bounds = pairs_below(tile, side, widest, minima)
+        upper = bounds + centre_slack[centre] + member_slack[member]
+        sure = upper[:, None] < down[centre]  # (P, K)
+        open_ = ((bounds[:, None] <= up[centre]) & ~sure).any(1)
         sure = (sure & ~open_[:, None]).long()
-        counts = torch.zeros(tile.shape[1], ks, dtype=torch.int64, device=tile.device).index_add_(0, member, sure)
-        occupied = torch.zeros(tile.shape[0], ks, dtype=torch.int64, device=tile.device).index_add_(0, centre, sure)
+        counts = sure.new_zeros(len(member_slack), sure.shape[1]).index_add_(0, member, sure)
+        occupied = sure.new_zeros(len(centre_slack), sure.shape[1]).index_add_(0, centre, sure) > 0
         centre, member = centre[open_], member[open_]
     else:  # many: count them without listing
-        upper = tile + (centre_slack[:, None] + member_slack)
-        sures = [upper < down[:, k, None] for k in range(ks)]
-        open_ = torch.zeros_like(sures[0])
-        for k in range(ks):
-            open_ |= (tile <= up[:, k, None]) & ~sures[k]
+        lower = tile if side == 0 else tile.t()  # (R, C)
+        upper = lower + (centre_slack[:, None] + member_slack)
+        sures = [upper < limit[:, None] for limit in down.unbind(1)]
+        opens = [(lower <= limit[:, None]) & ~sure for limit, sure in zip(up.unbind(1), sures, strict=True)]
+        open_ = torch.stack(opens).any(0)
         counts = torch.stack([(sure & ~open_).sum(0) for sure in sures], 1)
         occupied = torch.stack([(sure & ~open_).any(1) for sure in sures], 1)
         centre, member = open_.nonzero(as_tuple=True)
-    return _Finding(centres, members, counts, occupied > 0, centre + centres.start, member + members.start)
+    return _Finding(centres, members, counts, occupied, centre + centres.start, member + members.start)

@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +63,8 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
             log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            needs = partial(experiments.needs, data_root=self.data_root)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -80,19 +83,20 @@ class Eval:
     """Score generated against real samples: JSON on stdout, everything else on stderr."""
 
     real: tyro.conf.Positional[Path]
-    """Image folder, or features as .npy, .npz, .pt or .safetensors, or a manifold written by `fit`."""
+    """Image folder, sample archive (.npz of uint8 images), features as .npy, .npz, .pt, .safetensors, .csv or .parquet,
+    or a manifold written by `fit`."""
     fake: tyro.conf.Positional[Path]
-    """Image folder or features."""
-    nearest_k: tuple[int, ...] = (5,)
-    """k, or several as 3 5 10."""
+    """As real, but no manifold."""
+    nearest_k: tuple[int, ...] = ()
+    """k, or several as 3 5 10; none means 5, or all that a manifold was fitted for."""
     metrics: tuple[str, ...] = ("precision", "recall", "density", "coverage")
     """Without recall the fake-fake distances are skipped."""
     embedding: str = "vgg16-fc2-relu"
     """Of image folders: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, inception-pool3."""
     weights: Path | None = None
     """State dict of a pretrained embedding."""
-    num_samples: int | None = 10_000
-    """Seeded subset of each side; a manifold is taken whole."""
+    num_samples: int | None = None
+    """Seeded subset of each side (the paper takes 10,000); none means all. A manifold is taken whole."""
     seed: int = 0
     """Of the subset and of a random embedding."""
     device: str = "auto"
@@ -103,6 +107,10 @@ class Eval:
     """Of the filter: auto, float32, tf32, bf16, float64. The result does not depend on it."""
     closed_ball: bool = False
     """Count points on the sphere as inside."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = max(1, (os.cpu_count() or 1) - 1)
+    """Processes that decode images."""
     cache: Path | None = None
     """Folder for features."""
     skip_broken: bool = False
@@ -117,34 +125,51 @@ class Eval:
         device = _device(self.device)
         options: dict[str, Any] = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
         options["closed_ball"] = self.closed_ball
-        fake = self._features(self.fake, device).to(device)
-        if self.real.suffix == ".manifold":
-            result = RealManifold.load(self.real, device).score(fake, **options)
+        manifold = RealManifold.load(self.real, device) if self.real.suffix == ".manifold" else None
+        if manifold and self.nearest_k:
+            manifold = manifold.at(self.nearest_k)
+        fake, fake_origin = self._features(self.fake, device)
+        if manifold:
+            result, real_origin = manifold.score(fake.to(device), **options), {"path": str(self.real)}
         else:
-            result = prdc(self._features(self.real, device).to(device), fake, self.nearest_k, **options)
+            real, real_origin = self._features(self.real, device)
+            result = prdc(real.to(device), fake.to(device), self.nearest_k or (5,), **options)
         explain(result)
-        print(result.to_json())
+        text = result.to_json(real=real_origin, fake=fake_origin, sample_seed=self.seed)
+        print(text)
         if self.json:
-            self.json.write_text(result.to_json() + "\n")
+            self.json.write_text(text + "\n")
 
-    def _features(self, path: Path, device: str) -> Tensor:
-        from prdc_metrics.data import FEATURE_SUFFIXES, load_features, subset
+    def _features(self, path: Path, device: str) -> tuple[Tensor, dict[str, Any]]:
+        """Features of one side, and what a reader must know of their origin."""
+        from prdc_metrics.data import FEATURE_SUFFIXES, load_features, load_sample_archive, subset
+        from prdc_metrics.embeddings import embedding_provenance
         from prdc_metrics.features import extract_features
+        from shared_utils.logging import get_logger
 
-        if path.suffix in FEATURE_SUFFIXES:
+        get_logger("prdc_metrics")  # the library's own lines, such as files left out, belong to the console
+        archive = load_sample_archive(path)
+        if archive is None and path.suffix.lower() in FEATURE_SUFFIXES:
             features = load_features(path)
-            return features[subset(len(features), self.num_samples, self.seed)]
-        return extract_features(
-            path,
+            chosen = subset(len(features), self.num_samples, self.seed)
+            if len(chosen) < len(features):
+                _log().info("%s: %d of %d rows, drawn with seed %d", path, len(chosen), len(features), self.seed)
+            return features[chosen], {"path": str(path), "rows": len(features), "embedding": "as in the file"}
+        features = extract_features(
+            path if archive is None else archive,
             self.embedding,
             weights=self.weights,
             seed=self.seed,
             num_samples=self.num_samples,
             sample_seed=self.seed,
+            batch_size=self.batch_size,
+            num_workers=self.workers if archive is None else 0,
             device=device,
             cache=self.cache,
             skip_broken=self.skip_broken,
         )
+        embedding = embedding_provenance(self.embedding, weights=self.weights, seed=self.seed)
+        return features, {"path": str(path), "embedding": embedding}
 
 
 @dataclass
@@ -232,8 +257,20 @@ class Data:
     """Where to look."""
     download: bool = False
     """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
+    verify: bool = False
+    """Decode every image that is there to its end."""
+    tiny: Path | None = None
+    """Write small sets in the layout of all that the tables read into this folder, and stop."""
 
     def __call__(self) -> None:
+        if self.tiny:
+            from prdc_metrics.tiny import write_tiny
+
+            return write_tiny(self.tiny)
+        if self.verify:
+            from prdc_metrics.inventory import verify
+
+            return verify(self.data_root)
         from rich.table import Table as Grid
 
         from prdc_metrics.inventory import inventory
@@ -314,6 +351,12 @@ class Bench:
         from prdc_metrics.bench import run
 
         run(self.repeats, self.threads)
+
+
+def _log() -> Logger:
+    from shared_utils.logging import get_logger
+
+    return get_logger(PROGRAM)
 
 
 def explain(result: PRDCResult) -> None:

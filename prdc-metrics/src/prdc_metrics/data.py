@@ -6,6 +6,8 @@ Every image becomes RGB, float32, channels first, in [0, 1]. No pickle is ever l
 from __future__ import annotations
 
 import hashlib
+import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +22,12 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+from shared_utils.images import SUFFIXES, BrokenFile, image_files, read_image
+
+logger = logging.getLogger(__name__)
+
+FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors", ".csv", ".parquet")
+NAMES = ("features", "reps")  # ours, and dgm-eval's
 
 
 # ---- features ----------------------------------------------------------------------------------------------
@@ -31,8 +37,9 @@ def load_features(path: str | Path) -> Tensor:
     """Read an (n, D) feature matrix, dtype as stored, on the CPU.
 
     Args:
-        path: .npy, .pt (a tensor, loaded with weights_only), .npz or .safetensors. Where a file holds several
-            arrays the one called "features" is taken; a single array may have any name.
+        path: .npy, .pt (a tensor, loaded with weights_only), .npz or .safetensors, where of several arrays the one
+            called "features" or "reps" is taken and a single one may have any name; .csv (with a header or without) or
+            .parquet, all of whose columns are numbers.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,6 +66,8 @@ def _parse_features(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     if suffix == ".safetensors":
         return safetensors.torch.load_file(path)
+    if suffix in (".csv", ".parquet"):
+        return _parse_frame(path)
     loaded = np.load(path, allow_pickle=False)
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         return loaded
@@ -66,13 +75,31 @@ def _parse_features(path: Path) -> object:
         return _only_array(loaded)
 
 
+def _parse_frame(path: Path) -> np.ndarray:
+    import pandas as pd
+
+    if path.suffix.lower() == ".parquet":
+        frame = pd.read_parquet(path)
+    else:
+        first = pd.read_csv(path, header=None, nrows=1)
+        headless = all(pd.api.types.is_numeric_dtype(kind) for kind in first.dtypes)
+        frame = pd.read_csv(path, header=None if headless else "infer")
+    words = frame.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]
+    if len(words):
+        raise ValueError(f"column {words[0]!r} holds no numbers; leave it out")
+    return frame.to_numpy()
+
+
 def _only_array(loaded: object) -> object:
     if not isinstance(loaded, Mapping):
         return loaded
-    if "features" in loaded:
-        return loaded["features"]
+    for name in NAMES:
+        if name in loaded:
+            return loaded[name]
+    if {"mu", "sigma"} <= set(loaded):
+        raise ValueError("holds the mean and covariance that FID needs; these metrics need the samples themselves")
     if len(loaded) != 1:
-        raise ValueError(f"holds {sorted(loaded) or 'nothing'}, expected 'features' or a single array")
+        raise ValueError(f"holds {sorted(loaded) or 'nothing'}, expected 'features', 'reps' or a single array")
     return next(iter(loaded.values()))
 
 
@@ -144,44 +171,43 @@ def _rgb_stack(images: Tensor) -> Tensor:
 class ImageFiles(Dataset):
     """The images of a folder and its subfolders, sorted by relative POSIX path: (3, H, W) float32 in [0, 1].
 
+    What counts as an image, and how it becomes 8-bit RGB, is `shared_utils.images`' to say; files that are left out are
+    counted in the log.
+
     Args:
-        folder: searched for png, jpg, jpeg, webp and bmp files, suffix in any case.
+        folder: searched through links; hidden files and folders are passed over.
         size: (H, W) to resize to while loading, so that images of different sizes batch; None keeps the size.
-        skip_broken: an unreadable image comes back as the ValueError that names it instead of being raised,
+        skip_broken: an unreadable image comes back as the BrokenFile that names it instead of being raised,
             so that a loader's main process can count, log and leave it out.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a file instead of a folder, a folder without images; on access: an unreadable image.
+        ValueError: a file instead of a folder, a folder without images.
+        BrokenFile: on access: an unreadable image.
     """
 
     def __init__(self, folder: str | Path, *, size: tuple[int, int] | None = None, skip_broken: bool = False):
         self.folder, self.size, self.skip_broken = Path(folder), size, skip_broken
-        if not self.folder.exists():
-            raise FileNotFoundError(f"{self.folder}: no such image folder")
-        if not self.folder.is_dir():
+        if self.folder.is_file():
             raise ValueError(f"{self.folder}: is a file, an image folder was expected")
-        self.names = sorted(
-            path.relative_to(self.folder).as_posix()
-            for path in self.folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        )
+        files, left_out = image_files(self.folder)
+        self.names = sorted(path.relative_to(self.folder).as_posix() for path in files)
+        if left_out:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+            logger.info("%s: %d images; left out: %s", self.folder, len(self.names), counts)
         if not self.names:
-            raise ValueError(f"{self.folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"{self.folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Tensor | ValueError:
-        path = self.folder / self.names[index]
+    def __getitem__(self, index: int) -> Tensor | BrokenFile:
         try:
-            with Image.open(path) as image:
-                rgb = as_rgb(image)
-        except Exception as cause:  # decoders raise nearly every type on damaged bytes
-            error = ValueError(f"{path}: cannot be read as an image ({type(cause).__name__}: {cause})")
+            rgb = as_rgb(read_image(self.folder / self.names[index]))
+        except BrokenFile as error:
             if self.skip_broken:
                 return error
-            raise error from cause
+            raise
         return rgb if self.size is None else resize(rgb, self.size)
 
     def content_digest(self, indices: Tensor) -> str:
@@ -191,6 +217,21 @@ class ImageFiles(Dataset):
             content = (self.folder / self.names[index]).read_bytes()
             digest.update(self.names[index].encode() + b"\0" + hashlib.sha256(content).digest())
         return digest.hexdigest()
+
+
+def load_sample_archive(path: str | Path) -> np.ndarray | None:
+    """Images (n, H, W, 3) uint8 of a sample archive as guided-diffusion writes them; None for any other file.
+
+    There the images are the first array of an .npz, named arr_0, and labels may follow.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
+        return None
+    with np.load(path, allow_pickle=False) as loaded:
+        if "arr_0" not in loaded or set(loaded) & set(NAMES):
+            return None
+        images = loaded["arr_0"]
+    return images if images.ndim == 4 and images.dtype == np.uint8 else None
 
 
 class ImageArray(Dataset):

@@ -17,6 +17,7 @@ from torchvision.models import VGG, Inception_V3_Weights, VGG16_Weights, incepti
 from torchvision.transforms.v2 import functional as F
 
 from prdc_metrics.data import resize
+from shared_utils.preflight import Need, file
 
 EMBEDDING_DIMS = {
     "vgg16-fc2-relu": 4096,  # T4096: ImageNet VGG16, second fully connected layer, after its ReLU
@@ -225,11 +226,21 @@ def _weights_path(name: str, weights: str | Path | None) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(_weights_url(name)).name
 
 
+def weights_need(name: str) -> Need:
+    """The weights of a pretrained embedding, in torch hub's cache."""
+    path = _weights_path(name, None)
+    return file(path, f"weights of {name}", f"fetch them with: {_fetch(path, _weights_url(name))}")
+
+
+def _fetch(path: Path, url: str) -> str:
+    return f"curl -fL --create-dirs -o '{path}' {url}"
+
+
 def _checked_sha256(path: Path, url: str) -> str:
     """sha256 of the file. A file of torchvision's name must have the hash that the name promises."""
     official = Path(url).name  # vgg16-397923af.pth
     prefix = official.removesuffix(".pth").rpartition("-")[2]
-    fetch = f"curl -fL --create-dirs -o '{path}' {url}"
+    fetch = _fetch(path, url)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights (sha256 {prefix}...); fetch them with: {fetch}")
     with path.open("rb") as file:

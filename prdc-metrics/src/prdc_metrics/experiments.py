@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import json
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from prdc_metrics import toy
 from prdc_metrics.data import dataset_record, load_digits, load_mnist
-from prdc_metrics.embeddings import load_embedding
+from prdc_metrics.embeddings import FrozenEmbedding, embedding_provenance, load_embedding, weights_need
 from prdc_metrics.expectation import expected_coverage
 from prdc_metrics.features import extract_features
 from prdc_metrics.metrics import knn_radii, prdc
 from prdc_metrics.train import VAE, fit_vae, sample
+from shared_utils.preflight import Need, file
 from shared_utils.runlog import Outcome, RunLog, run_missing
-from shared_utils.tables import Table, load_tables
+from shared_utils.tables import Run, Table, load_tables
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("numpy", "torchvision")
@@ -106,26 +109,67 @@ def run_tables(
         packages=PACKAGES,
         force=force,
         jobs=jobs,
+        group=same_samples,
+        needs=partial(needs, data_root=data_root),
     )
     return log
 
 
-def execute(settings: dict, seed: int, data_root: Path) -> Outcome:
-    """One run: make the two sets, score them, return metrics, integer counts and the data's fingerprint."""
+def needs(settings: dict, data_root: Path) -> Iterator[Need]:
+    """What a run reads: image folders or MNIST, and pretrained weights."""
     s = Settings(**settings)
+    if s.experiment in _FOLDERS:
+        fake = f"psi-{s.psi:.1f}" if s.experiment == "truncated_folders" else "fake"
+        for part in ("real", fake):
+            what = f"images of {s.dataset}, {part}"
+            yield file(data_root / s.dataset / part, what, "put them there; prdc-metrics data --tiny shows the layout")
+    if s.experiment == "class0" and s.dataset == "mnist":
+        yield file(data_root / "MNIST" / "raw", "MNIST", "prdc-metrics data --download")
+    if s.experiment in _IMAGES and s.embedding != "pixels" and not s.embedding.startswith("random-"):
+        yield weights_need(s.embedding)
+
+
+def same_samples(run: Run) -> Hashable:
+    """What runs share that differ in k alone: they are scored in one pass. Figure 5's fakes depend on k."""
+    if run.settings.get("experiment") == "outliers":
+        return run.key
+    return json.dumps(run.settings | {"nearest_k": None}, sort_keys=True), run.seed
+
+
+def execute(settings: Sequence[dict], seeds: Sequence[int], data_root: Path) -> list[Outcome]:
+    """Runs that differ in k alone: make the two sets, score them once, return metrics and integer counts of each."""
+    each = [Settings(**values) for values in settings]
+    s, seed = each[0], seeds[0]
     real, fake = _sets(s, seed, data_root)
-    k = s.nearest_k
-    result = prdc(real, fake, (k,))
-    metrics = dict(result.values[k])
-    expected = _expected_coverage(s, len(real), len(fake))
-    metrics |= {"density_gap": metrics["density"] - 1, "coverage_gap": metrics["coverage"] - expected}
-    details = {"counts": result.counts[k], "num_real": len(real), "num_fake": len(fake)}
-    details |= {"expected_coverage": expected, "recheck_pairs": result.recheck_pairs}
-    if s.experiment == "outliers":
-        inliers = prdc(real, fake[: _inliers(len(fake), s.ratio)], (k,)).values[k]
-        metrics |= {f"relative_{name}": metrics[name] / inliers[name] for name in inliers}
+    result = prdc(real, fake, [one.nearest_k for one in each])
     record = dataset_record(s.dataset if s.experiment in _IMAGES else s.experiment, torch.as_tensor(fake))
-    return Outcome(metrics, details, record)
+    outcomes = []
+    for k in (one.nearest_k for one in each):
+        metrics = dict(result.values[k])
+        expected = _expected_coverage(replace(s, nearest_k=k), len(real), len(fake))
+        metrics |= {"density_gap": metrics["density"] - 1, "coverage_gap": metrics["coverage"] - expected}
+        if s.experiment == "outliers":
+            inliers = prdc(real, fake[: _inliers(len(fake), s.ratio)], (k,)).values[k]
+            metrics |= {f"relative_{name}": metrics[name] / inliers[name] for name in inliers}
+        details = {"counts": result.counts[k], "num_real": len(real), "num_fake": len(fake)}
+        details |= {"expected_coverage": expected, "recheck_pairs": result.recheck_pairs}
+        outcomes.append(Outcome(metrics, details, record, weights=_weights(s, seed), caveats=_caveats(s, real, fake)))
+    return outcomes
+
+
+def _caveats(s: Settings, real: Tensor | np.ndarray, fake: Tensor | np.ndarray) -> tuple[str, ...]:
+    """A folder that holds fewer images than the row asks for makes another experiment."""
+    if s.experiment not in _FOLDERS:
+        return ()
+    pairs = (("real", len(real), s.num_real), ("fake", len(fake), s.num_fake))
+    return tuple(f"{found:,} {name} images of the {asked:,} asked" for name, found, asked in pairs if found < asked)
+
+
+def _weights(s: Settings, seed: int) -> dict[str, str]:
+    if s.experiment not in _IMAGES or s.embedding == "pixels":
+        return {}
+    found = embedding_provenance(s.embedding, seed=seed, side=s.side)
+    return {s.embedding: f"random, seed {seed}" if found["weights"] == "random" else found["weights"]}
 
 
 def _expected_coverage(s: Settings, n: int, m: int) -> float:
@@ -164,7 +208,8 @@ def _sets(s: Settings, seed: int, data_root: Path) -> tuple[Tensor | np.ndarray,
     raise ValueError(f"unknown experiment {s.experiment!r}")
 
 
-_IMAGES = ("class0", "truncation", "truncated_folders", "folders", "outliers")
+_FOLDERS = ("truncated_folders", "folders", "outliers")
+_IMAGES = ("class0", "truncation", *_FOLDERS)
 
 
 def _class0(s: Settings, seed: int, data_root: Path) -> tuple[Tensor, Tensor]:
@@ -192,8 +237,7 @@ def _labelled_features(
     per_class = -(-len(zeros) // 9)
     others = [rest[labels[rest] == digit][:per_class] for digit in range(1, 10)]
     chosen = torch.cat([real, zeros, *others])
-    network = load_embedding(embedding, seed=seed, side=side)
-    return extract_features(images[chosen], network), labels[chosen]
+    return extract_features(images[chosen], _network(embedding, seed, side)), labels[chosen]
 
 
 @lru_cache(maxsize=8)
@@ -211,9 +255,14 @@ def _folder(s: Settings, seed: int, data_root: Path, part: str) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _folder_features(folder: Path, embedding: str, side: int, size: int, seed: int, data_root: Path) -> Tensor:
-    cache = data_root / "feature-cache"
-    network = load_embedding(embedding, seed=seed, side=side)
-    return extract_features(folder, network, num_samples=size, sample_seed=seed, cache=cache, num_workers=4)
+    cache, workers = data_root / "feature-cache", (os.cpu_count() or 1) - 1
+    network = _network(embedding, seed, side)
+    return extract_features(folder, network, num_samples=size, sample_seed=seed, cache=cache, num_workers=workers)
+
+
+@lru_cache(maxsize=1)
+def _network(embedding: str, seed: int, side: int) -> FrozenEmbedding:
+    return load_embedding(embedding, seed=seed, side=side)
 
 
 def _inliers(total: int, ratio: float) -> int:

@@ -10,8 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from prdc_metrics.arithmetic import full_float32
 from prdc_metrics.data import ImageArray, ImageFiles, as_rgb, resize, subset
 from prdc_metrics.embeddings import embedding_provenance, embedding_size, load_embedding
+from shared_utils.images import BrokenFile
 from shared_utils.logging import progress
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,9 @@ def extract_features(
 
     Raises:
         FileNotFoundError: folder or weights missing.
-        ValueError: a source of another shape, dtype or range; an unreadable image (named); an empty source;
-            an embedding that is in training mode or does not return (B, D).
+        ValueError: a source of another shape, dtype or range; an empty source; an embedding that is in training mode
+            or does not return (B, D).
+        BrokenFile: an unreadable image, named.
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision {precision!r} is neither 'float32' nor 'bf16'")
@@ -98,6 +100,8 @@ def extract_features(
         size, provenance = getattr(embedding, "size", None), getattr(embedding, "provenance", None)
     images = _open_images(source, size)
     indices = subset(len(images), num_samples, sample_seed)
+    if len(indices) < len(images):
+        logger.info("%d of %d images, drawn with seed %d", len(indices), len(images), sample_seed)
     entry = None
     if cache is not None and _can_cache(images, provenance):
         settings = dict(embedding=provenance, size=size, precision=precision, skip_broken=skip_broken)
@@ -132,7 +136,7 @@ def _embed(
         embedding.to(device).to(memory_format=layout)
     rows, skipped = [], []
     amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with tf32_off(), torch.inference_mode(), amp, progress() as bar:
+    with full_float32(), torch.inference_mode(), amp, progress() as bar:
         task = bar.add_task("features", total=total)
         for images, errors in loader:
             for error in errors:
@@ -145,7 +149,7 @@ def _embed(
                 rows.append(_checked_rows(embedding(images), len(images)))  # on the device: no sync per batch
             bar.advance(task, len(errors) + (0 if images is None else len(images)))
     if not rows:
-        raise ValueError(f"all {len(skipped)} images are unreadable, the first: {skipped[0]}")
+        raise BrokenFile(f"all {len(skipped)} images are unreadable, the first: {skipped[0]}")
     if skipped:
         logger.warning("skipped %d of %d images as unreadable", len(skipped), total)
     return torch.cat(rows).cpu(), skipped  # (n, D); outside inference_mode: a normal tensor
@@ -165,30 +169,6 @@ def _choose_device(embedding: str | Embedding, device: str | torch.device | None
     if parameter is not None and parameter.device.type != "cpu":
         return parameter.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def tf32_off() -> Iterator[None]:
-    """float32 products and convolutions in full float32; the caller's settings come back afterwards.
-
-    Since PyTorch 2.9 by `fp32_precision`, which the older flags, where a caller used those, cannot override;
-    reading the older cuDNN flag inside raises, as PyTorch has it.
-    """
-    backends: Any = torch.backends  # its stubs lack what has fp32_precision
-    switches: list[tuple[Any, str, str | bool]]
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-        switches = [(owner, "fp32_precision", "ieee") for owner in owners]
-    else:
-        switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    before = [getattr(owner, switch) for owner, switch, _ in switches]
-    try:
-        for owner, switch, full in switches:
-            setattr(owner, switch, full)
-        yield
-    finally:
-        for (owner, switch, _), value in zip(switches, before, strict=True):
-            setattr(owner, switch, value)
 
 
 # ---- images in, batches out --------------------------------------------------------------------------------
@@ -216,9 +196,9 @@ class Collate:
     def __init__(self, size: tuple[int, int] | None):
         self.size = size
 
-    def __call__(self, items: list[Tensor | ValueError]) -> tuple[Tensor | None, list[ValueError]]:
+    def __call__(self, items: list[Tensor | BrokenFile]) -> tuple[Tensor | None, list[BrokenFile]]:
         """Images (3, h, w) or what was raised for them; see the class."""
-        errors = [item for item in items if isinstance(item, ValueError)]
+        errors = [item for item in items if isinstance(item, BrokenFile)]
         images = [item for item in items if isinstance(item, Tensor)]
         if len({image.shape for image in images}) > 1:
             if self.size is None:

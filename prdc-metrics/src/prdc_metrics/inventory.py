@@ -32,3 +32,31 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
             (name, scale, size, licence, "yes" if found else "no", str(data_root / place), "" if found else mend)
         )
     return rows
+
+
+def verify(data_root: Path) -> None:
+    """Decode every image of the sets that are there; BrokenFile, naming each, if some cannot be read."""
+    from prdc_metrics.data import load_mnist
+    from shared_utils.images import BrokenFile, image_files, read_image
+    from shared_utils.logging import get_logger, progress
+
+    broken: list[str] = []
+    for name, *_, place, _ in SETS:
+        folder = data_root / place
+        if not folder.is_dir():
+            continue
+        if name == "MNIST":
+            load_mnist(data_root, train=True)
+            count = 60_000
+        else:
+            files, _ = image_files(folder)
+            count = len(files)
+            with progress() as bar:
+                for path in bar.track(files, description=name):
+                    try:
+                        read_image(path)
+                    except BrokenFile as error:
+                        broken.append(str(error))
+        get_logger("prdc-metrics").info("%s: %d images read", name, count)
+    if broken:
+        raise BrokenFile("\n".join([f"{len(broken)} images cannot be read:", *broken]))

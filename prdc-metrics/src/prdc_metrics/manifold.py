@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from prdc_metrics import metrics as core
-from prdc_metrics.distances import exact_squared_distances
 from prdc_metrics.schedule import Schedule
 
 FORMAT = "1"
@@ -42,19 +42,28 @@ class RealManifold:
         device: str | torch.device | None = None,
         precision: str = "auto",
         tile: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> RealManifold:
-        """Radii of real features (N, D) for each k. Errors as `compute_prdc`."""
-        features = core.as_features(real, "real", device)
+        """Radii of real features (N, D) for each k. Other arguments and errors as `compute_prdc`."""
+        features, schedule = core.as_features(real, "real", device), Schedule(tile, group)
+        schedule.agree(real=features)
         ks = core.checked_ks(ks, features, "real")
-        squared, _ = core.squared_radii(
-            features, ks, Schedule.of_process(tile), core.chosen_precision(precision), "real"
-        )
+        squared, _ = core.squared_radii(features, ks, schedule, core.chosen_precision(precision), "real")
         return cls(features, ks, squared)
 
     @property
     def radii(self) -> Tensor:
         """(N, K) float64, not squared, one column per k in ascending order."""
         return self.squared.sqrt()
+
+    def at(self, ks: Sequence[int]) -> RealManifold:
+        """The same reals for some of the ks; ValueError for a k whose radii were not fitted."""
+        ks = core.checked_ks(ks, self.features, "real")
+        missing = [k for k in ks if k not in self.ks]
+        if missing:
+            held = ", ".join(map(str, self.ks))
+            raise ValueError(f"the manifold holds k = {held}, not {missing[0]}: fit it for that k")
+        return RealManifold(self.features, ks, self.squared[:, [self.ks.index(k) for k in ks]])
 
     def score(
         self,
@@ -65,22 +74,24 @@ class RealManifold:
         tile: int | None = None,
         closed_ball: bool = False,
         masks: bool = False,
+        group: ProcessGroup | None = None,
     ) -> core.PRDCResult:
-        """The metrics of fake features (M, D) against this manifold, for all its ks. Errors as `compute_prdc`."""
-        start = time.perf_counter()
+        """The metrics of fake features (M, D) against this manifold, for all its ks; the rest as `compute_prdc`."""
+        start, schedule = time.perf_counter(), Schedule(tile, group)
         fake = core.as_features(fake, "fake", self.features.device)
         names = core.chosen_metrics(metrics)
         if fake.shape[1] != self.features.shape[1]:
             raise ValueError(f"real has {self.features.shape[1]} dimensions and fake {fake.shape[1]}")
         if "recall" in names:
             core.checked_ks(self.ks, fake, "fake")
+        schedule.agree(real=self.features, fake=fake)
         return core.score(
             self.features,
             self.squared,
             fake,
             self.ks,
             names,
-            Schedule.of_process(tile),
+            schedule,
             core.chosen_precision(precision),
             closed_ball,
             masks,
@@ -134,32 +145,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def realism(real: core.Features | RealManifold, y: core.Features, k: int = 5) -> Tensor:
-    """Realism score of single samples (Kynkaanniemi et al. 2019, section 5), on the radii used by the paper.
-
-    max_i radius_i / |X_i - y| over reals whose radius is at most the median, float64.
-
-    Args:
-        real: (N, D) features or a fitted `RealManifold` (its smallest k is used).
-        y: (M, D) samples to judge.
-        k: nearest_k when `real` is features.
-
-    Returns:
-        (M,) scores; above 1 means inside some real ball; +inf where y equals a real with positive radius.
-    """
-    manifold = real if isinstance(real, RealManifold) else RealManifold.fit(real, (k,))
-    y = core.as_features(y, "y", manifold.features.device)
-    if y.shape[1] != manifold.features.shape[1]:
-        raise ValueError(f"real has {manifold.features.shape[1]} dimensions and y {y.shape[1]}")
-    radii = manifold.radii[:, 0]
-    typical = radii <= radii.quantile(0.5)
-    centres, radii = manifold.features[typical], radii[typical]
-    scores = []
-    for rows in torch.arange(len(y), device=y.device).split(max(1, 2**20 // len(centres))):
-        columns = torch.arange(len(centres), device=y.device)
-        squared = exact_squared_distances(y, centres, rows.repeat_interleave(len(centres)), columns.repeat(len(rows)))
-        ratio = radii / squared.view(len(rows), len(centres)).sqrt()
-        scores.append(ratio.nan_to_num(nan=0.0, posinf=torch.inf).amax(1))  # 0 / 0: a ball of radius 0 holds nothing
-    return torch.cat(scores)

@@ -9,21 +9,25 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from importlib.metadata import version
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from prdc_metrics.arithmetic import full_float32
 from prdc_metrics.balls import Membership, ball_membership
 from prdc_metrics.distances import PRECISIONS
 from prdc_metrics.expectation import expected_coverage, expected_density
 from prdc_metrics.neighbours import nearest_squared
-from prdc_metrics.schedule import Schedule
+from prdc_metrics.schedule import Schedule, gather_rows
 
 Features = Tensor | ArrayLike
 METRICS = ("precision", "recall", "density", "coverage")
+TIES = 0.01  # of all memberships; more of them on the sphere, and the closed forms are off by as much
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class PRDCResult:
     expected_density: dict[int, float]
     expected_coverage: dict[int, float]
     recheck_pairs: int  # pairs whose distance was computed exactly
+    closed_ball: bool
     device: str
     seconds: float
     real_radii: Tensor | None = None  # (N, K) float64, not squared
@@ -47,11 +52,16 @@ class PRDCResult:
     recall_mask: Tensor | None = None  # (N, K) bool
     coverage_mask: Tensor | None = None  # (N, K) bool
 
-    def to_json(self) -> str:
-        """Everything but the per-sample tensors, as one JSON object."""
-        names = ["num_real", "num_fake", "values", "counts", "expected_density", "expected_coverage"]
+    def to_json(self, **origin: Any) -> str:
+        """Everything but the per-sample tensors, as one JSON object, with the version of this package.
+
+        Args:
+            **origin: what else a reader needs to cite the numbers: embedding, weights, seed.
+        """
+        names = ["num_real", "num_fake", "ks", "values", "counts", "expected_density", "expected_coverage"]
         names += ["recheck_pairs", "device", "seconds"]
-        return json.dumps({name: getattr(self, name) for name in names}, indent=2)
+        found = {name: getattr(self, name) for name in names} | {"balls": "closed" if self.closed_ball else "open"}
+        return json.dumps(found | {"prdc_metrics": version("prdc-metrics")} | origin, indent=2)
 
 
 def compute_prdc(
@@ -64,6 +74,8 @@ def compute_prdc(
     precision: str = "auto",
     tile: int | None = None,
     closed_ball: bool = False,
+    group: ProcessGroup | None = None,
+    sharded: bool = False,
 ) -> dict[str, float]:
     """Drop-in for `prdc.compute_prdc`: the four metrics of the paper (section 3) for one k.
 
@@ -76,12 +88,16 @@ def compute_prdc(
         precision: of the filter ("auto", "float32", "tf32", "bf16", "float64"); the result does not depend on it.
         tile: side of a distance tile; the result does not depend on it.
         closed_ball: count points on the sphere as inside (the paper's balls are open).
+        group: processes of torch.distributed that share the work, each calling with equal features, or with its own
+            part of them (`sharded`); all get the same result. None: this process alone, distributed or not.
+        sharded: each rank of the group holds a part of the rows; the parts are gathered first.
 
     Returns:
         Python floats under "precision", "recall", "density", "coverage". Density may exceed 1: its range is [0, N / k].
 
     Raises:
-        ValueError: not 2-D, D differs, NaN or infinite values, empty sets, k out of range, unknown metric.
+        ValueError: not 2-D, D differs, NaN or infinite values, empty sets, k out of range, unknown metric; ranks of
+            the group that hold different features.
         TypeError: nearest_k is no integer.
     """
     k = _integer(nearest_k)
@@ -94,7 +110,15 @@ def compute_prdc(
         precision=precision,
         tile=tile,
         closed_ball=closed_ball,
+        group=group,
+        sharded=sharded,
     )
+    if "coverage" in result.values[k] and result.expected_coverage[k] < 0.95:
+        warnings.warn(
+            f"nearest_k={k} expects a coverage of {result.expected_coverage[k]:.3f} even for identical laws of "
+            f"{result.num_real} reals and {result.num_fake} fakes; smallest_k gives a k for .95",
+            stacklevel=2,
+        )
     return result.values[k]
 
 
@@ -109,31 +133,44 @@ def prdc(
     tile: int | None = None,
     closed_ball: bool = False,
     masks: bool = False,
+    group: ProcessGroup | None = None,
+    sharded: bool = False,
 ) -> PRDCResult:
     """The metrics for several k in one pass, with counts, expectations and (masks=True) per-sample decisions.
 
-    Under an initialised torch.distributed every rank passes the same features and the ranks share the work; all get
-    the same result. Arguments and errors as `compute_prdc`.
+    Arguments and errors as `compute_prdc`. Per-sample results of sharded features have the rows of all ranks.
     """
     start = time.perf_counter()
-    real, fake = as_features(real, "real", device), as_features(fake, "fake", device)
+    schedule, precision = Schedule(tile, group), chosen_precision(precision)
+    if sharded and group is None:
+        raise ValueError("sharded needs the group whose ranks hold the parts, such as torch.distributed.group.WORLD")
+    real, fake = as_features(real, "real", device, sharded), as_features(fake, "fake", device, sharded)
+    if sharded:
+        real, fake = (torch.cat(gather_rows(x, group)) for x in (real, fake))
+    schedule.agree(real=real, fake=fake)
     names, ks = chosen_metrics(metrics), checked_ks(ks, real, "real")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"real has {real.shape[1]} dimensions and fake {fake.shape[1]}")
     if "recall" in names:
         checked_ks(ks, fake, "fake")
-    schedule, precision = Schedule.of_process(tile), chosen_precision(precision)
     real_squared, verified = squared_radii(real, ks, schedule, precision, "real")
     return score(real, real_squared, fake, ks, names, schedule, precision, closed_ball, masks, verified, start)
 
 
 def knn_radii(
-    x: Features, k: int, *, device: str | torch.device | None = None, precision: str = "auto", tile: int | None = None
+    x: Features,
+    k: int,
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    tile: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Distance of every row to its k-th nearest other row: (n, D) -> (n,) float64, not squared (NND_k)."""
-    x = as_features(x, "x", device)
+    x, schedule = as_features(x, "x", device), Schedule(tile, group)
+    schedule.agree(x=x)
     ks = checked_ks((k,), x, "x")
-    return squared_radii(x, ks, Schedule.of_process(tile), chosen_precision(precision), "x")[0][:, 0].sqrt()
+    return squared_radii(x, ks, schedule, chosen_precision(precision), "x")[0][:, 0].sqrt()
 
 
 def score(
@@ -158,6 +195,12 @@ def score(
         in_real, in_fake, more = ball_membership(
             real, fake, real_squared, fake_squared, schedule, precision, closed_ball
         )
+    if in_real.on_sphere > TIES * int(in_real.counts[:, -1].sum()):
+        warnings.warn(
+            f"{in_real.on_sphere} fakes lie exactly on the sphere of a real: discrete features, or copies of reals. "
+            "Density 1 and the expected coverage hold for identical laws without ties only",
+            stacklevel=3,
+        )
     values, counts = _values(in_real, in_fake, ks, names)
     per_sample = {}
     if masks:
@@ -178,6 +221,7 @@ def score(
         expected_density={k: expected_density(len(real), len(fake), k) for k in ks},
         expected_coverage={k: expected_coverage(len(real), len(fake), k) for k in ks},
         recheck_pairs=verified + more,
+        closed_ball=closed_ball,
         device=str(real.device),
         seconds=time.perf_counter() - start,
         **per_sample,
@@ -205,8 +249,7 @@ def _values(
 def squared_radii(x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision: str, name: str) -> tuple[Tensor, int]:
     """NND_k^2 for each k: (n, D) -> (n, K) float64, and the number of verified pairs. Warns about zero radii."""
     with exact_arithmetic(precision, x):
-        nearest, verified = nearest_squared(x, max(ks), schedule, precision)
-    radii = nearest[:, [k - 1 for k in ks]]
+        radii, verified = nearest_squared(x, ks, schedule, precision)
     empty = int((radii[:, 0] == 0).sum())
     if empty:
         warnings.warn(
@@ -217,34 +260,53 @@ def squared_radii(x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision:
     return radii, verified
 
 
-def as_features(x: Features, name: str, device: str | torch.device | None = None) -> Tensor:
+def as_features(x: Features, name: str, device: str | torch.device | None = None, may_be_empty: bool = False) -> Tensor:
     """Check features and put them on `device`: (n, D), floating, finite. Integers become float64.
 
     Raises:
-        ValueError: not 2-D, empty, NaN or infinite, or values whose squares leave the range of float64.
+        ValueError: no numbers, masked entries, not 2-D, empty, NaN or infinite, or values whose squares leave the range
+            of float64.
     """
-    x = torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x), device=device).detach()
+    x = torch.as_tensor(x if isinstance(x, Tensor) else _as_numbers(x, name), device=device).detach()
     if x.is_complex():
         raise ValueError(f"{name} must be real-valued, got {x.dtype}")
-    if x.dim() != 2 or 0 in x.shape:
+    if x.dim() != 2 or x.shape[1] == 0 or (len(x) == 0 and not may_be_empty):
         raise ValueError(f"{name} must have shape (samples, dimensions), both at least 1, got {tuple(x.shape)}")
     if not x.is_floating_point():
         x = x.double()
-    finite = x.isfinite().all(1)
-    if not finite.all():
+    if not x.sum(dtype=torch.float64).isfinite() and not (finite := x.isfinite().all(1)).all():
         bad = (~finite).nonzero()[:, 0]
         raise ValueError(
             f"{name} has NaN or infinite values in {len(bad)} of {len(x)} rows, first in row {int(bad[0])}"
         )
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 and len(x):
         largest = float(x.abs().max())
         if largest > 2.0**500 or 0 < largest < 2.0**-450:
             raise ValueError(f"{name} has magnitude {largest:g}: rescale both sets, the metrics do not depend on scale")
     return x.contiguous()
 
 
+def _as_numbers(x: ArrayLike, name: str) -> np.ndarray:
+    """What torch can wrap: native byte order, positive strides, float64 for types that torch lacks."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.getmaskarray(x).any():
+        raise ValueError(f"{name} has masked entries: fill or drop them")
+    array = np.asarray(x)
+    if array.dtype == object:  # a frame of mixed columns, rows of unequal length
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} holds something else than numbers ({error}): pass a numeric array") from None
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"{name} must hold numbers, got dtype {array.dtype}")
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
 def checked_ks(ks: Sequence[int], x: Tensor, name: str) -> tuple[int, ...]:
     """Each k an integer in 1..n-1; returned ascending without repeats."""
+    if not isinstance(ks, Iterable):
+        raise TypeError(f"ks must be several k such as ({ks!r},), got {ks!r}; for one k there is compute_prdc")
     ks = tuple(sorted({_integer(k) for k in ks}))
     if not ks:
         raise ValueError("ks is empty")
@@ -283,10 +345,6 @@ def chosen_precision(precision: str) -> str:
 @contextlib.contextmanager
 def exact_arithmetic(precision: str, x: Tensor) -> Iterator[None]:
     """The matrix product as the error bound assumes it: no autograd, no autocast, tf32 only where asked."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" and x.is_cuda else "highest")
-    try:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    tf32 = precision == "tf32" and x.is_cuda
+    with full_float32(tf32), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield

@@ -1,8 +1,8 @@
 """Distances to the k nearest other points of a set: NND_k of the paper (section 3).
 
 Tile by tile, the lower bounds of `distances.Frame` give every row a falling upper bound of its k-th smallest distance
-and the few pairs that may lie below it. Those pairs are then computed exactly. Each tile of the upper triangle serves
-both its rows and its columns.
+and the few pairs that may lie below it. Each tile of the upper triangle serves both its rows and its columns. In the
+end the k-th smallest is known up to a bracket, and only the pairs within that bracket are computed exactly.
 """
 
 from __future__ import annotations
@@ -12,143 +12,178 @@ import math
 import torch
 from torch import Tensor
 
-from prdc_metrics.distances import GROUP, Frame, Points, exact_squared_distances
+from prdc_metrics.distances import Frame, Points, exact_squared_distances, group_minima, pairs_below
 from prdc_metrics.schedule import Schedule
 
 
-def nearest_squared(x: Tensor, k: int, schedule: Schedule, precision: str) -> tuple[Tensor, int]:
-    """Squared distances of every row to its k nearest other rows, self excluded by index.
+def nearest_squared(x: Tensor, ks: tuple[int, ...], schedule: Schedule, precision: str) -> tuple[Tensor, int]:
+    """Squared distance of every row to its k-th nearest other row, for each k; self excluded by index.
 
     Args:
         x: (n, D), floating dtype.
-        k: number of neighbours, 1 <= k < n.
+        ks: ascending, 1 <= k < n.
         schedule: tile size and ranks.
         precision: working precision of the filter.
 
     Returns:
-        (n, k) float64, ascending, and the number of pairs computed exactly.
+        (n, K) float64, and the number of pairs computed exactly.
     """
     everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    nearest, crowded, verified = _filtered(x, k, everything, schedule, precision)
+    nearest, crowded, verified = _filtered(x, ks, everything, schedule, precision)
     if precision != "float64" and crowded.any():
-        again, still_crowded, more = _filtered(x, k, crowded, schedule, "float64")
+        again, still_crowded, more = _filtered(x, ks, crowded, schedule, "float64")
         nearest[crowded] = again[crowded]
         crowded, verified = still_crowded, verified + more
     if crowded.any():
-        nearest[crowded], more = _crowded_rows(x, crowded.nonzero()[:, 0], k, schedule)
+        nearest[crowded], more = _crowded_rows(x, crowded.nonzero()[:, 0], ks, schedule)
         verified += more
     return nearest, verified
 
 
-class _Candidates:
-    """Per row the k best upper bounds seen so far, and the pairs that may be among the k nearest."""
+class Block:
+    """Consecutive rows, and the pairs that may be among their k nearest.
 
-    def __init__(self, points: Points, k: int, wanted: Tensor):
-        self.points, self.k, self.wanted = points, k, wanted
-        self.best = points.bias.new_full((len(points.bias), k), math.inf)
-        self.found = torch.zeros_like(wanted, dtype=torch.int64)
+    Args:
+        slack: (R,) of these rows.
+        wanted: (R,) bool; other rows are passed over.
+        k: the largest asked.
+        others: all points on the other side.
+    """
+
+    def __init__(self, slack: Tensor, wanted: Tensor, k: int, others: Points):
+        self.slack, self.k, self.others = slack, k, others
+        self.upper = torch.full_like(slack, torch.finfo(slack.dtype).max)  # padding is at infinity and stays out
+        self.upper.masked_fill_(~wanted, -math.inf)
+        self.crowded = torch.zeros_like(wanted)
+        self.found = torch.zeros(len(slack), dtype=torch.int64, device=slack.device)
         self.limit = 512 + 32 * k  # a row with more candidates has too many ties for this filter
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.row, self.column = self.found[:0], self.found[:0]
+        self.bound = slack[:0]
+        self.seen = self.settled = 0
 
-    def update(self, tile: Tensor, lowest: Tensor, group_slack: Tensor, rows: slice, columns: slice) -> None:
-        """Take in one tile.
+    def take(self, tile: Tensor, side: int, start: int) -> None:
+        """Take in a tile of lower bounds whose rows (side 0) or columns (side 1) are this block's.
 
-        Args:
-            tile: (R, L, G) lower bounds, the columns split into G groups of L.
-            lowest: (R, G) smallest lower bound of each group.
-            group_slack: (G,) largest column slack of each group.
-            rows: where the R rows stand in the set.
-            columns: where the L * G columns stand; column (l, g) is number l * G + g.
+        The other side begins with point number `start`.
         """
-        best = torch.cat([self.best[rows], lowest + group_slack], 1).topk(self.k, 1, largest=False)[0]
-        self.best[rows] = best
-        upper = best[:, -1] + self.points.slack[rows]
-        upper.clamp_(max=torch.finfo(upper.dtype).max)  # padding stays out
-        upper.masked_fill_(~self.wanted[rows], -math.inf)
-        row, group = (lowest <= upper[:, None]).nonzero(as_tuple=True)
-        bounds = tile[row, :, group]  # (hits, L)
-        hit, place = (bounds <= upper[row, None]).nonzero(as_tuple=True)
-        row, column = row[hit] + rows.start, place * tile.shape[2] + group[hit] + columns.start
+        width = tile.shape[1 - side]
+        minima = group_minima(tile, side, self.k)  # (R, G)
+        if not self.seen and minima.shape[1] >= self.k:
+            slack = self.others.slack[start : start + width].view(-1, minima.shape[1]).amax(0)
+            self._lower((minima + slack).topk(self.k, 1, largest=False)[0][:, -1])
+        row, column, bound = pairs_below(tile, side, self.upper, minima)
         self.found += torch.bincount(row, minlength=len(self.found))
-        self.wanted &= self.found <= self.limit
-        self.pairs.append((row, column, bounds[hit, place]))
+        self.row, self.column = torch.cat([self.row, row]), torch.cat([self.column, column + start])
+        self.bound = torch.cat([self.bound, bound])
+        self.crowded |= self.found > self.limit
+        self.upper.masked_fill_(self.crowded, -math.inf)
+        self.seen += width
+        if not self.settled:
+            self.settled = width
+        elif self.seen >= 2 * self.settled:  # the better bound of twice as many columns is worth a sort
+            self.settle()
+
+    def settle(self) -> None:
+        """Lower the bounds to what the pairs allow, and drop the pairs above them."""
+        self._lower(self.smallest(self.bound + self.others.slack.index_select(0, self.column))[:, -1])
+        keep = self.bound <= self.upper.index_select(0, self.row)
+        self.row, self.column, self.bound = self.row[keep], self.column[keep], self.bound[keep]
+        self.found = torch.bincount(self.row, minlength=len(self.found))
+        self.settled = self.seen
+
+    def smallest(self, values: Tensor) -> Tensor:
+        """Of a value per pair the k smallest of each row, ascending: (R, k), +inf where a row has fewer."""
+        return smallest_per_row(self.row, values, len(self.upper), self.k)
+
+    def pair_upper(self) -> Tensor:
+        """Upper bound of each pair's scaled squared distance: (P,)."""
+        return self.bound + self.others.slack.index_select(0, self.column) + self.slack.index_select(0, self.row)
+
+    def _lower(self, kth: Tensor) -> None:
+        self.upper = torch.minimum(self.upper, kth + self.slack)
 
 
-def _filtered(x: Tensor, k: int, wanted: Tensor, schedule: Schedule, precision: str) -> tuple[Tensor, Tensor, int]:
+def _filtered(
+    x: Tensor, ks: tuple[int, ...], wanted: Tensor, schedule: Schedule, precision: str
+) -> tuple[Tensor, Tensor, int]:
     """Filter and verify the wanted rows (n,).
 
     Returns:
-        (n, k) squared distances, (n,) mask of wanted rows left out because they have too many candidates, and the
+        (n, K) squared distances, (n,) mask of wanted rows left out because they have too many candidates, and the
         number of verified pairs.
     """
-    n = len(x)
+    n, k = len(x), ks[-1]
     frame = Frame(x, precision=precision)
     points = frame.points(x)
     wanted = torch.cat([wanted, wanted.new_zeros(len(points.bias) - n)])
-    found = _Candidates(points, k, wanted.clone())
-    blocks = schedule.blocks(len(points.bias), x.device, at_least=2 * k)
-    active = [bool(wanted[block].any()) for block in blocks]
+    places = schedule.blocks(len(points.bias), x.device, at_least=2 * k)
+    blocks = [Block(points.slack[place], wanted[place], k, points) for place in places]
+    active = [bool(wanted[place].any()) for place in places]
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks)) if active[i] or active[j]]
-    out = points.values.new_empty((blocks[0].stop - blocks[0].start) ** 2)
+    out = points.values.new_empty((places[0].stop - places[0].start) ** 2)
     for i, j in schedule.share(pairs):
-        rows, columns = blocks[i], blocks[j]
-        tile = frame.lower_bounds(points, rows, points, columns, out)
+        tile = frame.lower_bounds(points, places[i], points, places[j], out)
         if i == j:
             tile.fill_diagonal_(math.inf)
         if active[i]:
-            split = tile.view(len(tile), *_groups(tile.shape[1], k))
-            slack = points.slack[columns].view(split.shape[1:]).amax(0)
-            found.update(split, split.amin(1), slack, rows, columns)
+            blocks[i].take(tile, 0, places[j].start)
         if active[j] and i != j:
-            split = tile.view(*_groups(len(tile), k), tile.shape[1])
-            slack = points.slack[rows].view(split.shape[:2]).amax(0)
-            found.update(split.permute(2, 0, 1), split.amin(0).t().contiguous(), slack, columns, rows)
+            blocks[j].take(tile, 1, places[i].start)
 
-    best = schedule.gather(found.best).topk(k, 1, largest=False)[0]
-    row, column, bound = (
-        (torch.cat(parts) for parts in zip(*found.pairs, strict=True))
-        if found.pairs
-        else (torch.empty(0, dtype=torch.int64, device=x.device),) * 3
-    )
-    crowded = schedule.any(wanted & ~found.wanted)
-    close = (bound <= (best[:, -1] + points.slack)[row]) & ~crowded[row]
-    row, column = row[close], column[close]
-    squared = exact_squared_distances(x, x, row, column)
-    nearest = schedule.gather(_smallest_per_row(row, squared, n, k)).topk(k, 1, largest=False)[0]
-    return nearest, crowded[:n], int(schedule.sum(torch.tensor(len(row), device=x.device)))
+    crowded = schedule.any(torch.cat([block.crowded for block in blocks]))
+    lowest = schedule.smallest(torch.cat([block.smallest(block.bound) for block in blocks]))
+    highest = schedule.smallest(torch.cat([block.smallest(block.pair_upper()) for block in blocks]))
+    at = [k - 1 for k in ks]
+    nearest, verified = [], 0
+    for block, place in zip(blocks, places, strict=True):
+        squared, more = _kth(x, block, place.start, lowest[place][:, at], highest[place][:, at], ks, schedule)
+        nearest.append(squared)
+        verified += more
+    return torch.cat(nearest)[:n], crowded[:n], schedule.total(verified, x.device)
 
 
-def _groups(width: int, k: int) -> tuple[int, int]:
-    """Split `width` columns (a multiple of 32) into groups: (length, number), at least k groups where possible."""
-    length = GROUP
-    while length > 1 and width // length < k:
-        length //= 2
-    return length, width // length
+def _kth(
+    x: Tensor, block: Block, start: int, low: Tensor, high: Tensor, ks: tuple[int, ...], schedule: Schedule
+) -> tuple[Tensor, int]:
+    """The k-th smallest exact squared distance of each row, known to lie in low..high (R, K): (R, K), pairs computed.
+
+    Pairs that end below `low` count as smaller without being computed.
+    """
+    ends = block.pair_upper()[:, None]
+    smaller = ends < low[block.row]  # (P, K)
+    close = (block.bound[:, None] <= high[block.row]) & ~smaller
+    some = close.any(1)
+    row, close = block.row[some], close[some]
+    squared = exact_squared_distances(x, x, row + start, block.column[some])
+    found = []
+    for column, k in enumerate(ks):
+        before = schedule.sum(torch.bincount(block.row[smaller[:, column]], minlength=len(low)))
+        here = close[:, column]
+        nearest = schedule.smallest(smallest_per_row(row[here], squared[here], len(low), k))
+        found.append(nearest.gather(1, (k - 1 - before).clamp(min=0)[:, None])[:, 0])
+    return torch.stack(found, 1), len(row)
 
 
-def _smallest_per_row(row: Tensor, squared: Tensor, n: int, k: int) -> Tensor:
-    """The k smallest values of each row of a list of (row, value): (n, k), +inf where a row has fewer."""
-    order = squared.argsort(stable=True)
-    order = order[row[order].argsort(stable=True)]
-    row, squared = row[order], squared[order]
-    count = torch.bincount(row, minlength=n)
+def smallest_per_row(row: Tensor, values: Tensor, rows: int, k: int) -> Tensor:
+    """Of a list of (row, value) the k smallest values of each row, ascending: (rows, k), +inf where a row has fewer."""
+    order = row.argsort()
+    row, count = row[order], torch.bincount(row, minlength=rows)
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    first = place < k
-    smallest = squared.new_full((n, k), math.inf)
-    smallest[row[first], place[first]] = squared[first]
-    return smallest
+    table = values.new_full((rows, max(k, int(count.max()))), math.inf)
+    table[row, place] = values[order]
+    return table.topk(k, 1, largest=False)[0]
 
 
-def _crowded_rows(x: Tensor, rows: Tensor, k: int, schedule: Schedule) -> tuple[Tensor, int]:
+def _crowded_rows(x: Tensor, rows: Tensor, ks: tuple[int, ...], schedule: Schedule) -> tuple[Tensor, int]:
     """Rows whose k-th neighbour is tied with hundreds: zero where k copies exist, else by plain exact distances."""
-    nearest = torch.zeros(len(rows), k, dtype=torch.float64, device=x.device)
+    nearest = torch.zeros(len(rows), len(ks), dtype=torch.float64, device=x.device)
     _, label, copies = torch.unique(x.double(), dim=0, return_inverse=True, return_counts=True)
-    rest = (copies[label[rows]] <= k).nonzero()[:, 0]
+    rest = (copies[label[rows]] <= ks[-1]).nonzero()[:, 0]
     everyone = torch.arange(len(x), device=x.device)
     for some in schedule.share(rest.split(max(1, 2**20 // len(x)))):
         row = rows[some]
         squared = exact_squared_distances(x, x, row.repeat_interleave(len(x)), everyone.repeat(len(row)))
         squared = squared.view(len(row), len(x))
         squared[torch.arange(len(row), device=x.device), row] = math.inf
-        nearest[some] = squared.topk(k, 1, largest=False)[0]
+        nearest[some] = squared.topk(ks[-1], 1, largest=False)[0][:, [k - 1 for k in ks]]
     return schedule.sum(nearest), len(rest) * len(x)

@@ -1,4 +1,4 @@
-"""Features that arrive in batches, on one process or many."""
+"""Features that arrive in batches, on one process or many: a torchmetrics Metric."""
 
 from __future__ import annotations
 
@@ -7,58 +7,87 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from prdc_metrics.metrics import Features, PRDCResult, prdc
+from prdc_metrics.metrics import Features, as_features, prdc
+from prdc_metrics.schedule import gather_rows
 
 
-class PRDCMetric:
-    """Collects features, torchmetrics-style, and scores them on `compute`.
+class PRDCMetric(Metric):
+    """Collects features of real and generated samples and scores them on `compute`.
+
+    A torchmetrics `Metric`: under an initialised torch.distributed `compute` is called by every rank, gathers what all
+    ranks have collected (a sampler's repeated samples included) and lets them share the work. To score on one rank
+    alone pass `sync_on_compute=False`. As there, `metric(...)` also scores the batch itself: use `update`.
 
     Args:
         ks: nearest_k values.
-        device: where features are kept and scored; default: where they come from.
-        **options: passed on to `prdc` (metrics, precision, tile, closed_ball, masks).
+        metrics: names to compute, default all four.
+        precision: as `prdc`.
+        tile: as `prdc`.
+        closed_ball: as `prdc`.
+        **kwargs: torchmetrics' own: sync_on_compute, process_group, compute_on_cpu, ...
 
     Example:
-        >>> metric = PRDCMetric(ks=(5,))
+        >>> metric = PRDCMetric(ks=(5,)).to(device)
         >>> for batch in loader: metric.update(real=embed(batch), fake=embed(generate()))
-        >>> metric.compute().values[5]
+        >>> self.log_dict(metric.compute())  # precision, recall, density, coverage
     """
 
-    def __init__(self, ks: Sequence[int] = (5,), *, device: str | torch.device | None = None, **options: Any):
-        self.ks, self.device, self.options = tuple(ks), device, options
-        self.reset()
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    real: list[Tensor] | Tensor
+    fake: list[Tensor] | Tensor
 
-    def reset(self) -> None:
-        """Forget all features."""
-        self.real: list[Tensor] = []
-        self.fake: list[Tensor] = []
+    def __init__(
+        self,
+        ks: Sequence[int] = (5,),
+        *,
+        metrics: Sequence[str] | None = None,
+        precision: str = "auto",
+        tile: int | None = None,
+        closed_ball: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(dist_sync_fn=gather_rows, **kwargs)
+        self.ks = tuple(ks)
+        self.options: dict[str, Any] = {"metrics": metrics, "precision": precision, "tile": tile}
+        self.options |= {"closed_ball": closed_ball}
+        self.add_state("real", [], dist_reduce_fx="cat")
+        self.add_state("fake", [], dist_reduce_fx="cat")
 
     def update(self, *, real: Features | None = None, fake: Features | None = None) -> None:
-        """Add a batch (b, D) of either kind or both. ValueError for a shape or dimension that does not fit."""
-        for kept, batch, name in ((self.real, real, "real"), (self.fake, fake, "fake")):
-            if batch is None:
-                continue
-            batch = torch.as_tensor(batch, device=self.device).detach()
-            if batch.dim() != 2:
-                raise ValueError(f"{name} must have shape (batch, dimensions), got {tuple(batch.shape)}")
-            seen = self.real + self.fake
-            if seen and seen[0].shape[1] != batch.shape[1]:
-                raise ValueError(f"{name} has {batch.shape[1]} dimensions, earlier batches {seen[0].shape[1]}")
-            kept.append(batch.clone())
+        """Add a batch (b, D) of either kind or both. ValueError for a batch that does not fit, or NaN in it."""
+        batches = {name: x for name, x in (("real", real), ("fake", fake)) if x is not None}
+        checked = {name: as_features(x, name, self.device) for name, x in batches.items()}
+        for name, batch in checked.items():
+            seen = [*self.real, *self.fake, *checked.values()]
+            if seen[0].shape[-1] != batch.shape[1]:
+                raise ValueError(f"{name} has {batch.shape[1]} dimensions, earlier batches {seen[0].shape[-1]}")
+        for name, batch in checked.items():
+            getattr(self, name).append(batch.clone())
 
-    def merge(self, other: PRDCMetric) -> PRDCMetric:
-        """Take over the features of another metric with the same ks, as from another process; returns self."""
-        if other.ks != self.ks:
-            raise ValueError(f"cannot merge ks {other.ks} into {self.ks}")
-        for batch in other.real:
-            self.update(real=batch)
-        for batch in other.fake:
-            self.update(fake=batch)
-        return self
+    def compute(self) -> dict[str, Tensor]:
+        """Score what has been collected; ValueError if either kind is missing.
 
-    def compute(self) -> PRDCResult:
-        """Score what has been collected; ValueError if either kind is missing."""
-        if not self.real or not self.fake:
-            raise ValueError(f"got {len(self.real)} real and {len(self.fake)} fake batches; both are needed")
-        return prdc(torch.cat(self.real), torch.cat(self.fake), self.ks, **self.options)
+        Returns:
+            0-d float64 tensors by name; with several ks by name and k, such as "density_k5".
+        """
+        real, fake = _all_rows(self.real), _all_rows(self.fake)
+        if real is None or fake is None:
+            empty = [name for name, x in (("real", real), ("fake", fake)) if x is None]
+            raise ValueError(f"no {' and no '.join(empty)} features have been collected; both kinds are needed")
+        group = (self.process_group or torch.distributed.group.WORLD) if self._is_synced else None
+        values = prdc(real, fake, self.ks, group=group, **self.options).values
+        return {
+            name if len(values) == 1 else f"{name}_k{k}": torch.tensor(value, dtype=torch.float64, device=self.device)
+            for k, of_k in values.items()
+            for name, value in of_k.items()
+        }
+
+
+def _all_rows(state: list[Tensor] | Tensor) -> Tensor | None:
+    """A list of batches, or one tensor once the ranks' batches are gathered; None without rows."""
+    rows = state if isinstance(state, Tensor) else torch.cat(state) if state else None
+    return None if rows is None or not len(rows) else rows
