@@ -10,7 +10,7 @@ from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, me
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.methods import frozen_statistics
 from rebias.models import MLP, HexNet, SimpleConvNet
-from rebias.objectives import generalized_cross_entropy, lff_weights
+from rebias.objectives import SampleLosses, generalized_cross_entropy, lff_weights
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS
 from rebias.train import learning_rate, make_fabric
@@ -26,7 +26,8 @@ def method(**changes):
 
 def batch(size=32):
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)
+    images = torch.rand(size, 3, 8, 8, generator=generator)
+    return images, torch.randint(10, (size,), generator=generator), torch.arange(size)
 
 
 def weights(module):
@@ -88,7 +89,7 @@ def test_bias_labels_cannot_reach_the_weights():
         (images, targets), *_ = task.train.batches([torch.arange(64)])
         if permute:
             task.train.bias = task.train.bias.roll(1)
-        m.step(images, targets)
+        m.step(images, targets, torch.arange(64))
         trained.append(weights(m.modules["f"]))
     assert torch.equal(*trained)
 
@@ -143,21 +144,38 @@ def test_pretraining_where_there_is_none():
 
 @pytest.mark.parametrize("name", ["hex", "lff", "biased"])
 def test_the_other_methods_learn(name):
-    m, (images, targets) = method(method=name), batch(64)
-    first = list(m.step(images, targets).values())[0]
+    m = method(method=name)
+    first = list(m.step(*batch(64)).values())[0]
     for _ in range(30):
-        last = list(m.step(images, targets).values())[0]
+        last = list(m.step(*batch(64)).values())[0]
     assert last < first
 
 
-def test_lff_weights_favour_what_the_biased_network_gets_wrong():
-    f = torch.zeros(2, 3)
-    g = torch.tensor([[9.0, 0, 0], [9.0, 0, 0]])
-    easy, hard = lff_weights(f, g, torch.tensor([0, 1])).tolist()
-    assert easy < 0.01 and hard == pytest.approx(9.0 / (9 + torch.log(torch.tensor(3.0)).item()), rel=1e-2)
-    g = g[:1].double()
+def test_lff_remembers_every_sample_s_loss_and_compares_it_within_its_class():
+    losses = SampleLosses(4, num_classes=2)
+    losses.update(torch.tensor([2.0, 4.0]), torch.tensor([0, 1]), torch.tensor([0, 2]))
+    losses.update(torch.tensor([1.0, 8.0]), torch.tensor([0, 0]), torch.tensor([0, 3]))
+    assert losses.average.tolist() == pytest.approx([0.7 * 2 + 0.3 * 1, 0, 4, 8])  # the first loss counts in full
+    assert losses.relative(torch.tensor([0, 2, 3])).tolist() == pytest.approx([1.7 / 8, 1, 1])
+
+
+def test_lff_weights_favour_what_the_biased_network_finds_hard():
+    easy, hard = lff_weights(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0])).tolist()
+    assert easy == 0 and hard == pytest.approx(2 / 3)
+    g = torch.tensor([[9.0, 0, 0]], dtype=torch.float64, requires_grad=True)
     p = g.softmax(1)[0, 0].item()
-    assert generalized_cross_entropy(g, torch.tensor([0])).item() == pytest.approx((1 - p**0.7) / 0.7, rel=1e-5)
+    (gradient,) = torch.autograd.grad(generalized_cross_entropy(g, torch.tensor([0])), g)
+    (plain,) = torch.autograd.grad(torch.nn.functional.cross_entropy(g, torch.tensor([0])), g)
+    torch.testing.assert_close(gradient, 0.7 * p**0.7 * plain)
+
+
+@pytest.mark.parametrize("order", ["g-first", "f-first"])
+def test_without_updates_g_keeps_its_random_weights(order):
+    m = method(method="rebias", n_g_update=0, order=order)
+    g, f, mean = weights(m.gs[0]), weights(m.f), m.gs[0].layers[1].running_mean.clone()
+    m.step(*batch())
+    assert torch.equal(g, weights(m.gs[0])) and not torch.equal(f, weights(m.f))
+    assert not torch.equal(mean, m.gs[0].layers[1].running_mean)  # evaluation sees it as training does
 
 
 def test_hex_predicts_without_the_superficial_branch():
@@ -194,17 +212,17 @@ def test_rubi_and_learned_mixin_reduce_to_cross_entropy_without_bias():
 )
 def test_bandwidth_policies_that_need_no_batch(changes, sigma):
     m = method(method="rebias", sigma_every="epoch", **changes)
-    m.start_epoch(iter([batch()]))
+    m.start_epoch(iter([batch()[:2]]))
     assert m.loss.sigma_f == sigma
 
 
 def test_median_bandwidth_before_an_epoch_is_not_swapped():
     m = method(method="rebias", sigma="median", sigma_every="epoch")
-    batches = [batch(), batch()]
+    batches = [batch()[:2], batch()[:2]]
     m.start_epoch(iter(batches))
     for network, sigma in ((m.f.eval(), m.loss.sigma_f), (m.gs[0].eval(), m.loss.sigma_g)):
         with torch.no_grad():
-            torch.testing.assert_close(sigma, median_sigma([network(images)[1] for images, _ in batches]))
+            torch.testing.assert_close(sigma, median_sigma([network(images)[1] for images, *_ in batches]))
     assert m.loss.sigma_f != m.loss.sigma_g
 
 

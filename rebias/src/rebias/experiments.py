@@ -73,7 +73,7 @@ def execute(settings: dict, seed: int, *, data_root: Path, skip_missing: bool = 
         return _describe(resolved.network)
     checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
     task = TASKS[resolved.dataset](resolved, seed, data_root, _fabric(), skip_missing)
-    _, outcome = train_and_evaluate(task, checkpoint)
+    _, outcome = train_and_evaluate(task, checkpoint, checkpoint_every=100)
     checkpoint.unlink(missing_ok=True)
     return outcome
 
@@ -109,7 +109,7 @@ def build_method(task: Task, compile: bool = False) -> Method:
         network.to(memory_format=task.memory_format)
         if compile:
             network.compile()
-    return METHODS[task.settings.method](task.settings, task.fabric, f, gs)
+    return METHODS[task.settings.method](task.settings, task.fabric, f, gs, len(task.train))
 
 
 def evaluate_checkpoint(path: Path, data_root: Path, device: str, skip_missing: bool) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """One class per method: its networks, its optimizers, and one training step that reads like the method's equations.
 
-A step sees images and targets only; bias labels never get here.
+A step sees images, targets and the numbers of the samples; bias labels never get here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rebias.objectives import (
     LearnedMixinLoss,
     ReBiasLoss,
     RUBiLoss,
+    SampleLosses,
     generalized_cross_entropy,
     hex_project,
     lff_weights,
@@ -68,25 +69,31 @@ class Method(ABC):
     def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  most methods need none
         """Called before every epoch with a share of the training batches."""
 
-    def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
+    def pretrain_step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         """A step of the epochs that come before training proper."""
         raise ValueError(f"{self.settings.method} has nothing to pre-train; set pretrain_epochs to 0")
 
     @abstractmethod
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
-        """One training step; returns detached parts of the losses."""
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
+        """One training step; returns detached parts of the losses.
+
+        Args:
+            images: (B, ...).
+            targets: (B,) int64.
+            index: (B,) the samples' numbers in the training set, on any device.
+        """
 
 
 class Vanilla(Method):
     """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
         super().__init__(settings, fabric)
         (self.f,) = self.add("f", f)
         if settings.monitor_g:
             (self.g,) = self.add("g0", gs[0])
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         logits, features = self.f(images)
         loss = F.cross_entropy(logits, targets)
         parts = {"f_cross_entropy": loss.detach()}
@@ -108,7 +115,7 @@ class ReBias(Method):
 
     loss: ReBiasLoss
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
         super().__init__(settings, fabric)
         s = settings
         sigma = "median" if s.sigma == "median" and s.sigma_every == "batch" else s.sigma_value
@@ -118,14 +125,15 @@ class ReBias(Method):
         (self.f,) = self.add("f", f)
         self.gs = [self.add(f"g{number}", g)[0] for number, g in enumerate(gs)]
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         f_logits, f_feat = self._forward(self.f, images)
         if self.settings.order == "g-first":
             parts = self._update_g(images, targets, f_feat.detach())
             return parts | self._update_f(images, targets, f_logits, f_feat)
         parts = self._update_f(images, targets, f_logits, f_feat)
-        with torch.no_grad(), frozen_statistics(self.f):
-            f_feat = self._forward(self.f, images)[1]
+        if self.settings.n_g_update:
+            with torch.no_grad(), frozen_statistics(self.f):
+                f_feat = self._forward(self.f, images)[1]
         return parts | self._update_g(images, targets, f_feat)
 
     def _update_g(self, images: Tensor, targets: Tensor, f_feat: Tensor) -> Parts:
@@ -138,7 +146,8 @@ class ReBias(Method):
         return parts
 
     def _update_f(self, images: Tensor, targets: Tensor, f_logits: Tensor, f_feat: Tensor) -> Parts:
-        with torch.no_grad(), frozen_statistics(*self.gs):
+        counted = self.gs if self.settings.n_g_update else []  # a g that is never updated sees its images only here
+        with torch.no_grad(), frozen_statistics(*counted):
             g_feats = [self._forward(g, images)[1] for g in self.gs]
         if self.settings.penalty == "hsic-shuffled":
             order = torch.randperm(len(images), device=images.device)
@@ -178,12 +187,12 @@ class ReBias(Method):
 class RUBi(Method):
     """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
         super().__init__(settings, fabric)
         head = RUBiLoss(gs[0].fc.in_features, gs[0].fc.out_features)
         (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         g_logits, g_feat = self.g(images)
         loss, parts = self.head(self.f(images)[0], g_feat.detach(), targets)
         self.descend("f", loss)
@@ -194,17 +203,17 @@ class RUBi(Method):
 class LearnedMixin(Method):
     """f beside a g that was trained before and is frozen."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
         super().__init__(settings, fabric)
         head = LearnedMixinLoss(f.fc.in_features)
         (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
 
-    def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
+    def pretrain_step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         loss = F.cross_entropy(self.g(images)[0], targets)
         self.descend("g0", loss)
         return {"g_cross_entropy": loss.detach()}
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         self.g.eval()
         with torch.no_grad():
             g_logits, _ = self.g(images)
@@ -219,12 +228,12 @@ class HEX(Method):
 
     f: Any  # HexNet as Fabric wraps it, which forwards `both`
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
         super().__init__(settings, fabric)
         (self.f,) = self.add("f", HexNet(f, f.fc.in_features, f.fc.out_features))
         self.f.mark_forward_method("both")
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         loss = F.cross_entropy(hex_project(*self.f.both(images)), targets)
         self.descend("f", loss)
         return {"f_cross_entropy": loss.detach()}
@@ -233,20 +242,28 @@ class HEX(Method):
 class LfF(Method):
     """Learning from failure: a twin of f is trained to be biased, f on the samples that the twin finds hard."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
         super().__init__(settings, fabric)
         (self.f,), (self.g,) = self.add("f", f), self.add("g0", gs[0])
+        self.f_losses, self.g_losses = (SampleLosses(n_samples, f.fc.out_features) for _ in range(2))
+        self.modules |= {
+            "f.losses": fabric.to_device(self.f_losses), "g0.losses": fabric.to_device(self.g_losses)
+        }  # fmt: skip
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         f_logits, g_logits = self.f(images)[0].float(), self.g(images)[0].float()
-        weights = lff_weights(f_logits, g_logits, targets)
-        loss = (weights * F.cross_entropy(f_logits, targets, reduction="none")).mean()
+        f_losses = F.cross_entropy(f_logits, targets, reduction="none")
+        g_losses = F.cross_entropy(g_logits, targets, reduction="none")
+        for losses, each in ((self.f_losses, f_losses), (self.g_losses, g_losses)):
+            losses.update(*(gather_with_gradient(x) for x in (each.detach(), targets, index.to(targets.device))))
+        weights = lff_weights(self.f_losses.relative(index), self.g_losses.relative(index))
+        loss = (weights * f_losses).mean()
         self.descend("f", loss)
         self.descend("g0", generalized_cross_entropy(g_logits, targets))
         return {"f_weighted_cross_entropy": loss.detach()}
 
 
-METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network]], Method]] = {
+METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], int], Method]] = {
     "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
     "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
 }  # fmt: skip

@@ -169,14 +169,47 @@ def hex_project(f_a: Tensor, f_g: Tensor) -> Tensor:
 
 
 def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float = 0.7) -> Tensor:
-    """Mean of (1 - p_y^q) / q (Zhang & Sabuncu 2018): LfF's biased network trusts what is easy."""
+    """Mean of 1 - p_y^q, 0-d: LfF's biased network trusts what is easy.
+
+    Zhang & Sabuncu (2018) divide by q; LfF's released gradient, q p_y^q times that of the cross-entropy, is this one's.
+    """
     p = logits.softmax(1).gather(1, targets[:, None])
-    return ((1 - p**q) / q).mean()
+    return (1 - p**q).mean()
 
 
-def lff_weights(f_logits: Tensor, g_logits: Tensor, targets: Tensor) -> Tensor:
-    """Relative difficulty of LfF (Nam et al. 2020), (B,) without gradient: CE_g / (CE_g + CE_f)."""
-    with torch.no_grad():
-        ce_f = F.cross_entropy(f_logits, targets, reduction="none")
-        ce_g = F.cross_entropy(g_logits, targets, reduction="none")
-        return ce_g / (ce_g + ce_f + 1e-8)
+class SampleLosses(nn.Module):
+    """What LfF (Nam et al. 2020) remembers of a network: a moving average of every training sample's loss.
+
+    Args:
+        n_samples: in the training set.
+        num_classes: C.
+        alpha: weight of the past in the average.
+    """
+
+    average: Tensor
+    label: Tensor
+    seen: Tensor
+
+    def __init__(self, n_samples: int, num_classes: int, alpha: float = 0.7):
+        super().__init__()
+        self.num_classes, self.alpha = num_classes, alpha
+        self.register_buffer("average", torch.zeros(n_samples))
+        self.register_buffer("label", torch.zeros(n_samples, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(n_samples, dtype=torch.bool))
+
+    def update(self, losses: Tensor, targets: Tensor, index: Tensor) -> None:
+        """Take in (B,) losses of the samples `index` (B,); a sample's first loss is its average."""
+        old = torch.where(self.seen[index], self.average[index], losses)
+        self.average[index] = self.alpha * old + (1 - self.alpha) * losses
+        self.label[index], self.seen[index] = targets, True
+
+    def relative(self, index: Tensor) -> Tensor:
+        """(B,) averages over the largest average of a sample of the same class."""
+        largest = self.average.new_zeros(self.num_classes).scatter_reduce(0, self.label, self.average, "amax")
+        index = index.to(self.average.device)
+        return self.average[index] / largest[self.label[index]]
+
+
+def lff_weights(f_losses: Tensor, g_losses: Tensor) -> Tensor:
+    """Relative difficulty of LfF, (B,): L_g / (L_g + L_f), both from `SampleLosses.relative`."""
+    return g_losses / (g_losses + f_losses + 1e-8)

@@ -65,7 +65,7 @@ class Settings:
     order: str = "f-first"
     """which network is updated first in a step: f-first (paper) or g-first (released code)"""
     n_g_update: int = 1
-    """updates of g per update of f"""
+    """updates of g per update of f; 0 leaves g at its random weights (a control)"""
     n_g_nets: int = 1
     """biased networks"""
     feature: str = "pooled"
@@ -103,8 +103,8 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
-        if self.epochs < 1 or self.n_g_nets < 1 or self.n_g_update < 1:
-            raise ValueError("epochs, n_g_nets and n_g_update must be at least 1")
+        if self.epochs < 1 or self.n_g_nets < 1 or self.n_g_update < 0:
+            raise ValueError("epochs and n_g_nets must be at least 1, n_g_update at least 0")
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
         if self.method == "rebias" and self.penalty != "feature-norm" and self.batch_size < 4:

@@ -121,9 +121,10 @@ def fit(
         for module in method.modules.values():
             module.train()
         step = method.pretrain_step if epoch < s.pretrain_epochs else method.step
-        for images, targets in data.batches(batches[state["step"] :], epoch):
+        left = batches[state["step"] :]
+        for index, (images, targets) in zip(left, data.batches(left, epoch), strict=True):
             before_step(state["total"])
-            for name, value in step(images, targets).items():
+            for name, value in step(images, targets, index).items():
                 state["sums"][name] = state["sums"].get(name, 0) + value.double()
             state["step"] += 1
             state["total"] += 1
