@@ -25,11 +25,7 @@ from rebias import (
     unbiased_accuracy_clusters,
 )
 from rebias.data.imagenet9 import CLASS_OF_WNID, CLASSES
-from rebias.methods import LfF
 from rebias.models import receptive_field
-from rebias.objectives import lff_weights
-from rebias.settings import Settings
-from rebias.train import make_fabric
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -130,27 +126,8 @@ def test_colours_of_pixels(case, index):
     assert torch.equal(colourise(case["gray_first4"], case["bias_labels"][:4].long()), case["rgb_first4"])
 
 
-def closed_form(network):
-    state = network.state_dict()
-    for j, (name, value) in enumerate(state.items()):
-        k = torch.arange(value.numel(), dtype=torch.float64)
-        if value.ndim > 1:
-            new = torch.sin(0.37 * k + j) / math.sqrt(value[0].numel())
-        elif name.endswith("running_var"):
-            new = 1 + 0.1 * torch.cos(0.3 * k)
-        elif name.endswith("weight"):
-            new = 1 + 0.1 * torch.cos(0.3 * k + j)
-        elif value.ndim == 1:
-            new = 0.1 * torch.cos(0.11 * k + j)
-        else:
-            continue
-        state[name] = new.view(value.shape)
-    network.double().load_state_dict(state)
-    return network.eval()
-
-
 @pytest.mark.parametrize("kernel", [1, 7])
-def test_convnet_outputs(kernel):
+def test_convnet_outputs(kernel, closed_form):
     data = np.load(GOLDEN / "networks.npz")
     network = closed_form(SimpleConvNet(kernel_size=kernel))
     logits, features = network(torch.from_numpy(data[f"convnet_k{kernel}_x"]))
@@ -213,19 +190,3 @@ def test_accuracy_over_texture_clusters(case):
 def test_the_42_wordnet_ids():
     golden = json.loads((GOLDEN / "imagenet9_wnids.json").read_text())
     assert golden["wnid_to_class"] == CLASS_OF_WNID and tuple(golden["classes"]) == CLASSES
-
-
-def test_lff_walks_the_released_code_s_path():
-    """Eight steps of Adam, two passes over 24 images: sample weights and all parameters after each step."""
-    case = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "lff_trajectory.npz").items()}
-    networks = [SimpleConvNet(3, 3, (4,)) for _ in "fg"]
-    for name, network in zip("fg", networks, strict=True):
-        network.load_state_dict({key: case[f"{name}_init_{key}"] for key in network.state_dict()})
-    settings = Settings(method="lff", lr=1e-2, weight_decay=1e-3)
-    method = LfF(settings, make_fabric("cpu"), networks[0], networks[1:], len(case["images"]))
-    for index, parameters, weights in zip(case["order"], case["parameters"], case["weights"], strict=True):
-        method.step(case["images"][index], case["labels"][index], index)
-        ours = lff_weights(method.f_losses.relative(index), method.g_losses.relative(index))
-        torch.testing.assert_close(ours, weights, rtol=1e-4, atol=1e-6)
-        ours = torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
-        torch.testing.assert_close(ours, parameters, rtol=1e-4, atol=1e-5)

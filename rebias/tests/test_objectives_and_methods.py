@@ -9,7 +9,7 @@ import torch
 from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, median_sigma
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.methods import frozen_statistics
-from rebias.models import MLP, HexNet, SimpleConvNet
+from rebias.models import MLP, HexNet, ResNet3D, SimpleConvNet
 from rebias.objectives import SampleLosses, generalized_cross_entropy, lff_weights
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS
@@ -219,10 +219,12 @@ def test_bandwidth_policies_that_need_no_batch(changes, sigma):
 def test_median_bandwidth_before_an_epoch_is_not_swapped():
     m = method(method="rebias", sigma="median", sigma_every="epoch")
     batches = [batch()[:2], batch()[:2]]
+    mean = m.f.layers[1].running_mean.clone()
     m.start_epoch(iter(batches))
-    for network, sigma in ((m.f.eval(), m.loss.sigma_f), (m.gs[0].eval(), m.loss.sigma_g)):
-        with torch.no_grad():
-            torch.testing.assert_close(sigma, median_sigma([network(images)[1] for images, *_ in batches]))
+    assert torch.equal(mean, m.f.layers[1].running_mean)
+    for network, sigma in ((m.f, m.loss.sigma_f), (m.gs[0], m.loss.sigma_g)):
+        with torch.no_grad(), frozen_statistics(network):  # as the loss sees the features: in train mode
+            torch.testing.assert_close(sigma, median_sigma([network.train()(images)[1] for images, _ in batches]))
     assert m.loss.sigma_f != m.loss.sigma_g
 
 

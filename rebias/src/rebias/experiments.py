@@ -11,8 +11,9 @@ from lightning.fabric import Fabric
 from scipy import stats
 from torch import nn
 
-from rebias.methods import METHODS, Method
-from rebias.models import BagNet18, ResNet3D, ResNet18, SimpleConvNet, receptive_field
+from rebias.baselines import HEX, LearnedMixin, LfF, RUBi
+from rebias.methods import Method, ReBias, Vanilla
+from rebias.models import BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet, receptive_field
 from rebias.settings import Settings
 from rebias.tasks import TASKS, Task
 from rebias.train import fit, load_checkpoint, make_fabric
@@ -30,6 +31,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "kinetics10-f": ResNet3D,
     "kinetics10-g": partial(ResNet3D, temporal_kernels="11111"),
 }
+METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], int], Method]] = {
+    "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
+    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
+}  # fmt: skip
 
 
 def tables() -> list[Table]:

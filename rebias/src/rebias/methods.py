@@ -1,4 +1,4 @@
-"""One class per method: its networks, its optimizers, and one training step that reads like the method's equations.
+"""What every method has, the vanilla network, and ReBias: networks, optimizers, steps that read like the equations.
 
 A step sees images, targets and the numbers of the samples; bias labels never get here.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,16 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rebias.independence import dimension_sigma, median_sigma
-from rebias.models import HexNet, Network
-from rebias.objectives import (
-    LearnedMixinLoss,
-    ReBiasLoss,
-    RUBiLoss,
-    SampleLosses,
-    generalized_cross_entropy,
-    hex_project,
-    lff_weights,
-)
+from rebias.models import Network
+from rebias.objectives import ReBiasLoss
 from rebias.settings import Settings
 
 Parts = dict[str, Tensor]
@@ -167,115 +159,18 @@ class ReBias(Method):
         if s.sigma == "fixed" or (s.sigma == "median" and s.sigma_every == "batch"):
             return
         f_feats, g_feats = [], []
-        for network in (self.f, *self.gs):
-            network.eval()
-        for images, _ in batches:
-            f_feats.append(self._forward(self.f, images)[1])
-            g_feats += [self._forward(g, images)[1] for g in self.gs]
-            if s.sigma == "dimension":
-                break
-        for network in (self.f, *self.gs):
-            network.train()
+        with frozen_statistics(self.f, *self.gs):  # in train mode, as the loss will see the features
+            for images, _ in batches:
+                f_feats.append(self._forward(self.f.train(), images)[1])
+                g_feats += [self._forward(g.train(), images)[1] for g in self.gs]
+                if s.sigma == "dimension":
+                    break
         if s.sigma == "dimension":
             self.loss.sigma_f = s.sigma_value * dimension_sigma(f_feats[0])
             self.loss.sigma_g = s.sigma_value * dimension_sigma(g_feats[0])
         else:
             self.loss.sigma_f = s.sigma_value * median_sigma(f_feats)
             self.loss.sigma_g = s.sigma_value * median_sigma(g_feats)
-
-
-class RUBi(Method):
-    """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
-        super().__init__(settings, fabric)
-        head = RUBiLoss(gs[0].fc.in_features, gs[0].fc.out_features)
-        (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
-
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        g_logits, g_feat = self.g(images)
-        loss, parts = self.head(self.f(images)[0], g_feat.detach(), targets)
-        self.descend("f", loss)
-        self.descend("g0", F.cross_entropy(g_logits, targets))
-        return parts
-
-
-class LearnedMixin(Method):
-    """f beside a g that was trained before and is frozen."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
-        super().__init__(settings, fabric)
-        head = LearnedMixinLoss(f.fc.in_features)
-        (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
-
-    def pretrain_step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        loss = F.cross_entropy(self.g(images)[0], targets)
-        self.descend("g0", loss)
-        return {"g_cross_entropy": loss.detach()}
-
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        self.g.eval()
-        with torch.no_grad():
-            g_logits, _ = self.g(images)
-        f_logits, f_feat = self.f(images)
-        loss, parts = self.head(f_logits, f_feat, g_logits, targets)
-        self.descend("f", loss)
-        return parts
-
-
-class HEX(Method):
-    """Logits projected away from what the grey-level co-occurrence branch alone can say."""
-
-    f: Any  # HexNet as Fabric wraps it, which forwards `both`
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
-        super().__init__(settings, fabric)
-        (self.f,) = self.add("f", HexNet(f, f.fc.in_features, f.fc.out_features))
-        self.f.mark_forward_method("both")
-
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        loss = F.cross_entropy(hex_project(*self.f.both(images)), targets)
-        self.descend("f", loss)
-        return {"f_cross_entropy": loss.detach()}
-
-
-class LfF(Method):
-    """Learning from failure: a twin of f is trained to be biased, f on the samples that the twin finds hard."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
-        super().__init__(settings, fabric)
-        (self.f,), (self.g,) = self.add("f", f), self.add("g0", gs[0])
-        self.f_losses, self.g_losses = (SampleLosses(n_samples, f.fc.out_features) for _ in range(2))
-        self.modules |= {
-            "f.losses": fabric.to_device(self.f_losses), "g0.losses": fabric.to_device(self.g_losses)
-        }  # fmt: skip
-
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        f_logits, g_logits = self.f(images)[0].float(), self.g(images)[0].float()
-        f_losses = F.cross_entropy(f_logits, targets, reduction="none")
-        g_losses = F.cross_entropy(g_logits, targets, reduction="none")
-        for losses, each in ((self.f_losses, f_losses), (self.g_losses, g_losses)):
-            losses.update(*(gather_with_gradient(x) for x in (each.detach(), targets, index.to(targets.device))))
-        weights = lff_weights(self.f_losses.relative(index), self.g_losses.relative(index))
-        loss = (weights * f_losses).mean()
-        self.descend("f", loss)
-        self.descend("g0", generalized_cross_entropy(g_logits, targets))
-        return {"f_weighted_cross_entropy": loss.detach()}
-
-
-METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], int], Method]] = {
-    "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
-    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
-}  # fmt: skip
-
-
-def _with_head(method: Method, f: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """Put f and its loss's head under one optimizer; or a head that stays random, as the released code leaves it."""
-    if method.settings.head == "trained":
-        return method.add("f", f, head)
-    head.requires_grad_(False)
-    method.modules["f.head"] = method.fabric.to_device(head)
-    return [*method.add("f", f), head]
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebias.independence import conditional_hsic, dimension_sigma, hsic, median_sigma
+from rebias.independence import SIGMA_FLOOR, conditional_hsic, dimension_sigma, hsic, median_sigma, spread
 
 Sigma = float | Tensor | str
+DEGENERATE = 1e-2
 
 
 class ReBiasLoss:
@@ -89,9 +90,14 @@ class ReBiasLoss:
 
 
 def bandwidth(sigma: Sigma, features: Tensor) -> float | Tensor:
-    """A number as it is; "median" and "dimension" from the features. ValueError for another word."""
+    """A number as it is; "median" and "dimension" from the features. ValueError for another word.
+
+    Where more than half of a batch are near-copies, their median distance says nothing of the others and the gradient
+    of HSIC would explode: the median is at least DEGENERATE times the root mean square distance.
+    """
     if sigma == "median":
-        return median_sigma(features, include_diagonal=False)
+        floor = DEGENERATE * spread(features)
+        return median_sigma(features, include_diagonal=False).maximum(floor).clamp_min(SIGMA_FLOOR)
     if sigma == "dimension":
         return dimension_sigma(features)
     if isinstance(sigma, str):
