@@ -9,7 +9,7 @@ import torch
 from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, median_sigma
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.methods import frozen_statistics
-from rebias.models import MLP, HexNet, ResNet3D, SimpleConvNet
+from rebias.models import MLP, HexNet, SimpleConvNet
 from rebias.objectives import SampleLosses, generalized_cross_entropy, lff_weights
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from rebias import cli, experiments
+from rebias.data.dataset import Reading
 from rebias.data.inventory import inventory
 from rebias.evaluate import group_accuracy, group_summary, top1_accuracy, unbiased_accuracy_clusters
-from rebias.experiments import build_method, evaluate_checkpoint, execute, tables, train_and_evaluate
+from rebias.experiments import Execution, build_method, evaluate_checkpoint, tables, train_and_evaluate
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS
 from rebias.train import fit, index_batches, load_checkpoint, make_fabric
@@ -132,13 +133,13 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path):
 
 def test_eval_repeats_what_train_printed(tmp_path):
     _, outcome = train_and_evaluate(small_task(method="rebias"), tmp_path / "c.pt")
-    again = evaluate_checkpoint(tmp_path / "c.pt", Path("."), "cpu", False)
+    again = evaluate_checkpoint(tmp_path / "c.pt", Path("."), "cpu", Reading())
     assert {name: outcome.metrics[name] for name in again} == again
     content = load_checkpoint(tmp_path / "c.pt")
     del content["modules"]["f"]["fc.bias"]
     torch.save(content, tmp_path / "d.pt")
     with pytest.raises(ValueError, match="holds no weights for f of rebias"):
-        evaluate_checkpoint(tmp_path / "d.pt", Path("."), "cpu", False)
+        evaluate_checkpoint(tmp_path / "d.pt", Path("."), "cpu", Reading())
 
 
 def test_nan_stops_a_run_with_its_epoch():
@@ -162,7 +163,7 @@ def test_the_curve_holds_diagnostics():
 def test_mnist_at_the_paper_s_size(tmp_path, write_mnist):
     write_mnist(tmp_path, n_train=48)
     settings = replace(PRESETS["mnist"], epochs=1, batch_size=16, rho=0.9)
-    outcome = execute({name: value for name, value in vars(settings).items()}, 0, data_root=tmp_path)
+    outcome = Execution(tmp_path)(vars(settings), 0)
     assert {
         "biased_accuracy",
         "unbiased_accuracy",
@@ -176,24 +177,21 @@ def test_mnist_at_the_paper_s_size(tmp_path, write_mnist):
 @pytest.mark.parametrize("method", ["rebias", "learnedmixin"])
 def test_imagenet9_from_folders(tmp_path, monkeypatch, method, write_images):
     wnids = ["n02085620", "n01641577"]
-    write_images(tmp_path / "imagenet" / "train", wnids, 2)
-    write_images(tmp_path / "imagenet" / "val", wnids, 10)
-    write_images(tmp_path / "imagenet-a", wnids, 1)
-    write_images(tmp_path / "imagenet-c" / "fog" / "3", wnids, 1)
+    write_images(tmp_path / "imagenet" / "train", wnids)
+    write_images(tmp_path / "imagenet" / "val", wnids, per_class=10)
+    write_images(tmp_path / "imagenet-a", wnids, per_class=1)
+    write_images(tmp_path / "imagenet-c" / "fog" / "3", wnids, per_class=1)
     lines = ["path,category,cluster1,cluster2"]
     lines += [f"{wnid}/ILSVRC_{i}.JPEG,x,{j},{j}" for j, wnid in enumerate(wnids) for i in range(10)]
     (tmp_path / "clusters.csv").write_text("\n".join(lines))
-    from rebias.data import imagenet9, images
+    from rebias.data import imagenet9
 
     table = imagenet9.read_clusters(tmp_path / "clusters.csv")
     monkeypatch.setattr(imagenet9, "read_clusters", lambda: table)
-    monkeypatch.setattr(
-        images.ImageFiles.__init__, "__kwdefaults__", images.ImageFiles.__init__.__kwdefaults__ | {"num_workers": 0}
-    )
     settings = replace(
         PRESETS["imagenet9"], method=method, epochs=1, batch_size=4, pretrain_epochs=int(method == "learnedmixin")
     )
-    outcome = execute(vars(settings), 0, data_root=tmp_path)
+    outcome = Execution(tmp_path, Reading(workers=0))(vars(settings), 0)
     assert {
         "biased_accuracy",
         "unbiased_accuracy",
@@ -207,9 +205,6 @@ def test_action_from_videos(tmp_path, monkeypatch, write_video):
     from rebias.data import action
 
     monkeypatch.setattr(action, "TEST_VIEWS", 2)
-    monkeypatch.setattr(
-        action.VideoFiles.__init__, "__kwdefaults__", action.VideoFiles.__init__.__kwdefaults__ | {"num_workers": 0}
-    )
     header = "label,youtube_id,time_start,time_end\n"
     for folder, csv, videos, n in (
         ("kinetics", "train.csv", "train", 4),
@@ -221,7 +216,8 @@ def test_action_from_videos(tmp_path, monkeypatch, write_video):
         (root / csv).write_text(header + "".join(f"writing,v{i},0,3\n" for i in range(n)))
         for i in range(n):
             write_video(root / videos / "writing" / f"v{i}_000000_000003.mp4", frames=70)
-    outcome = execute(vars(replace(PRESETS["kinetics10"], epochs=1, batch_size=4)), 0, data_root=tmp_path)
+    settings = replace(PRESETS["kinetics10"], epochs=1, batch_size=4, networks="small")
+    outcome = Execution(tmp_path, Reading(workers=0))(vars(settings), 0)
     assert set(outcome.metrics) == {"biased_accuracy", "unbiased_accuracy"}
     assert outcome.dataset["test"][1]["name"] == "Mimetics-10"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -12,11 +12,14 @@ from scipy import stats
 from torch import nn
 
 from rebias.baselines import HEX, LearnedMixin, LfF, RUBi
+from rebias.data.dataset import Reading
+from rebias.data.inventory import needs
 from rebias.methods import Method, ReBias, Vanilla
 from rebias.models import BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet, receptive_field
 from rebias.settings import Settings
 from rebias.tasks import TASKS, Task
 from rebias.train import fit, load_checkpoint, make_fabric
+from shared_utils.preflight import Need
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables, settings_hash
@@ -44,16 +47,41 @@ def tables() -> list[Table]:
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out; nothing of it belongs to their settings."""
+
+    data_root: Path
+    reading: Reading = Reading()
+    precision: str = "auto"
+    compile: bool = False
+
+    def needs(self, settings: dict) -> Iterator[Need]:
+        """What a run of a table's settings reads and writes."""
+        return needs(Settings(**settings), self.data_root, PROJECT / "runs")
+
+    def __call__(self, settings: dict, seed: int) -> Outcome:
+        """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+        resolved = Settings(**settings)
+        if resolved.network:
+            return _describe(resolved.network)
+        checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+        fabric = _fabric(self.precision)
+        task = TASKS[resolved.dataset](resolved, seed, self.data_root, fabric, self.reading)
+        _, outcome = train_and_evaluate(task, checkpoint, checkpoint_every=100, compile=self.compile)
+        checkpoint.unlink(missing_ok=True)
+        return outcome
+
+
 def run_tables(
     chosen: Sequence[Table],
     scale: str,
-    data_root: Path,
+    execution: Execution,
     *,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
-    skip_missing: bool = False,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
@@ -62,25 +90,14 @@ def run_tables(
         "rebias",
         runs,
         log,
-        partial(execute, data_root=data_root, skip_missing=skip_missing),
+        execution,
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
+        needs=execution.needs,
     )
     return log
-
-
-def execute(settings: dict, seed: int, *, data_root: Path, skip_missing: bool = False) -> Outcome:
-    """One run of a table; killed and started again, it goes on from runs/checkpoints."""
-    resolved = Settings(**settings)
-    if resolved.network:
-        return _describe(resolved.network)
-    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
-    task = TASKS[resolved.dataset](resolved, seed, data_root, _fabric(), skip_missing)
-    _, outcome = train_and_evaluate(task, checkpoint, checkpoint_every=100)
-    checkpoint.unlink(missing_ok=True)
-    return outcome
 
 
 def train_and_evaluate(
@@ -103,7 +120,8 @@ def train_and_evaluate(
         details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
         metrics |= _curve_correlation(curve)
     dataset = {"train": task.train.record(), "test": [data.record() for data in task.tests]}
-    return method, Outcome(metrics, details, dataset)
+    precision = str(task.fabric._precision.precision)
+    return method, Outcome(metrics, details, dataset, precision=precision, caveats=task.caveats)
 
 
 def build_method(task: Task, compile: bool = False) -> Method:
@@ -117,11 +135,11 @@ def build_method(task: Task, compile: bool = False) -> Method:
     return METHODS[task.settings.method](task.settings, task.fabric, f, gs, len(task.train))
 
 
-def evaluate_checkpoint(path: Path, data_root: Path, device: str, skip_missing: bool) -> dict[str, float]:
+def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Reading) -> dict[str, float]:
     """Metrics of a checkpoint that `rebias train` wrote. ValueError where it is damaged or of other networks."""
     content = load_checkpoint(path)
     settings = Settings(**content["run"]["settings"])
-    task = TASKS[settings.dataset](settings, content["run"]["seed"], data_root, make_fabric(device), skip_missing)
+    task = TASKS[settings.dataset](settings, content["run"]["seed"], data_root, make_fabric(device), reading)
     method = build_method(task)
     for name, module in method.modules.items():
         try:
@@ -149,5 +167,5 @@ def _describe(name: str) -> Outcome:
 
 
 @lru_cache(maxsize=1)
-def _fabric() -> Fabric:
-    return make_fabric()
+def _fabric(precision: str) -> Fabric:
+    return make_fabric(precision=precision)

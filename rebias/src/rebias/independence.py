@@ -131,9 +131,10 @@ def conditional_hsic(
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class for each of {len(x)} samples, got {len(labels)}")
     k, l = rbf_gram(x, sigma_x), rbf_gram(y, sigma_x if sigma_y is None else sigma_y)  # noqa: E741
-    groups = [members for label in labels.unique() if len(members := (labels == label).nonzero()[:, 0]) >= 4]
+    needed = MIN_BATCH.get(estimator, 4)
+    groups = [members for label in labels.unique() if len(members := (labels == label).nonzero()[:, 0]) >= needed]
     if not groups:
-        raise ValueError("no class has the 4 samples that HSIC within classes needs")
+        raise ValueError(f"no class has the {needed} samples that HSIC within classes needs")
     return torch.stack([gram_hsic(k[i][:, i], l[i][:, i], estimator) for i in groups]).mean()
 
 

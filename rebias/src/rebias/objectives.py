@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebias.independence import SIGMA_FLOOR, conditional_hsic, dimension_sigma, hsic, median_sigma, spread
+from rebias.independence import MIN_BATCH, SIGMA_FLOOR, conditional_hsic, dimension_sigma, hsic, median_sigma, spread
 
 Sigma = float | Tensor | str
 DEGENERATE = 1e-2
@@ -43,6 +43,8 @@ class ReBiasLoss:
         conditional: bool = False,
         gather: Callable[[Tensor], Tensor] = lambda x: x,
     ):
+        if estimator not in MIN_BATCH:
+            raise ValueError(f"estimator must be one of {', '.join(MIN_BATCH)}, got {estimator!r}")
         self.f_lambda, self.g_lambda = f_lambda, g_lambda
         self.sigma_f, self.sigma_g = sigma_f, sigma_g
         self.estimator, self.conditional, self.gather = estimator, conditional, gather
@@ -81,11 +83,18 @@ class ReBiasLoss:
         return total, {"g_cross_entropy": classification.detach(), "g_hsic": dependence.detach()}
 
     def dependence(self, f_feat: Tensor, g_feat: Tensor, targets: Tensor) -> Tensor:
-        """HSIC of the (gathered) features, 0-d."""
-        f_feat, g_feat = self.gather(f_feat), self.gather(g_feat)
+        """HSIC of the (gathered) features, 0-d; 0 where it is not defined.
+
+        That is for a batch with fewer samples than the estimator needs (4, the biased one 2), such as the last one of
+        an epoch, and within classes where no class has as many.
+        """
+        f_feat, g_feat, targets = self.gather(f_feat), self.gather(g_feat), self.gather(targets)
+        largest = int(targets.bincount().max()) if self.conditional else len(targets)
+        if largest < MIN_BATCH[self.estimator]:
+            return f_feat.new_zeros((), dtype=torch.float32)
         sigmas = bandwidth(self.sigma_f, f_feat), bandwidth(self.sigma_g, g_feat)
         if self.conditional:
-            return conditional_hsic(f_feat, g_feat, self.gather(targets), *sigmas, self.estimator)
+            return conditional_hsic(f_feat, g_feat, targets, *sigmas, self.estimator)
         return hsic(f_feat, g_feat, *sigmas, self.estimator)
 
 

@@ -17,6 +17,21 @@ CHOICES = {
     "estimator": ("unbiased", "biased"),
     "penalty": ("hsic", "hsic-shuffled", "feature-norm"),
     "head": ("trained", "frozen"),
+    "networks": ("paper", "small"),
+}
+
+EFFECTIVE = {  # settings that mean something for some methods or data sets alone: default, which, what they are for
+    "head": ("trained", "method", ("rubi", "learnedmixin")),
+    "pretrain_epochs": (0, "method", ("learnedmixin",)),
+    "conditional": (False, "method", ("rebias",)),
+    "penalty": ("hsic", "method", ("rebias", "vanilla")),
+    "n_g_update": (1, "method", ("rebias",)),
+    "n_g_nets": (1, "method", ("rebias",)),
+    "monitor_g": (False, "method", ("vanilla",)),
+    "stylised": (False, "dataset", ("imagenet9",)),
+    "side": (28, "dataset", ("mnist",)),
+    "train_images": (0, "dataset", ("mnist",)),
+    "n_confusing": (9, "dataset", ("digits", "mnist")),
 }
 
 
@@ -92,6 +107,8 @@ class Settings:
     """vanilla: train a g beside f, only to measure their dependence"""
     eval_every: int = 0
     """epochs between points of the training curve; 0: none"""
+    networks: str = "paper"
+    """paper, or small: a few layers in place of imagenet9's and kinetics10's (for rehearsals)"""
     network: str = ""
     """measure a network instead of training one: mnist-f, mnist-g, imagenet9-f, imagenet9-g, kinetics10-f or -g"""
 
@@ -105,9 +122,20 @@ class Settings:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
         if self.epochs < 1 or self.n_g_nets < 1 or self.n_g_update < 0:
             raise ValueError("epochs and n_g_nets must be at least 1, n_g_update at least 0")
+        for name, (value, field, meant_for) in EFFECTIVE.items():
+            if getattr(self, name) != value and getattr(self, field) not in meant_for:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no effect with {field} {getattr(self, field)}, "
+                    f"only with {' or '.join(meant_for)}; leave it at {value}"
+                )
+        if self.penalty != "hsic" and (self.penalty == "feature-norm") != (self.method == "vanilla"):
+            raise ValueError(
+                f"penalty {self.penalty} has no effect with method {self.method}: hsic-shuffled is for rebias, "
+                "feature-norm for vanilla"
+            )
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
-        if self.method == "rebias" and self.penalty != "feature-norm" and self.batch_size < 4:
+        if self.method == "rebias" and self.batch_size < 4:
             raise ValueError(f"HSIC needs batches of 4 or more, batch_size is {self.batch_size}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rebias.data.biased import NUM_CLASSES, BiasedDigits, biased_mnist, biased_sklearn_digits
-from rebias.data.dataset import BiasedDataset, Dataset
+from rebias.data.dataset import BiasedDataset, Dataset, Reading
 from rebias.data.toy import ToyPoints
 from rebias.evaluate import (
     dependence,
@@ -42,17 +42,39 @@ class Task(ABC):
         seed: of colours, weights and order.
         data_root: where data sets are.
         fabric: device and ranks.
-        skip_missing: go on without missing videos.
+        reading: how files are read.
     """
 
     train: Dataset
     tests: tuple[Dataset, ...]
     memory_format = torch.channels_last
 
-    def __init__(self, settings: Settings, seed: int, data_root: Path, fabric: Fabric, skip_missing: bool = False):
+    paper_sizes: dict[int, int] = {}
+    """samples in the paper's sets where they are known, by position: 0 for training, 1 .. for `tests`"""
+
+    def __init__(
+        self,
+        settings: Settings,
+        seed: int,
+        data_root: Path,
+        fabric: Fabric,
+        reading: Reading = Reading(),  # noqa: B008  frozen
+    ):
         self.settings, self.seed, self.data_root = settings, seed, data_root
-        self.fabric, self.skip_missing = fabric, skip_missing
+        self.fabric, self.reading = fabric, reading
         self.load()
+
+    @property
+    def caveats(self) -> list[str]:
+        """Why figures of this task must not stand beside the paper's: files that were left out, smaller sets."""
+        sets = (self.train, *self.tests)
+        skipped = sum(len(getattr(data, "skipped", ())) for data in sets)
+        found = [f"{skipped} files skipped"] if skipped else []
+        for position, full in self.paper_sizes.items():
+            size = len(sets[position]) // getattr(sets[position], "views", 1)
+            if size != full:
+                found.append(f"{size:,} of the paper's {full:,} in {sets[position].name}")
+        return found
 
     @abstractmethod
     def load(self) -> None:
@@ -188,6 +210,8 @@ class Digits(SmallTask):
 class Mnist(Digits):
     """Biased MNIST: the paper's test sets (rho 1, 0.1 and 0), drawn once and for all, and all ten colours."""
 
+    paper_sizes = {0: 60_000, 1: 10_000}
+
     def load(self) -> None:
         s, device = self.settings, self.fabric.device
 
@@ -210,21 +234,25 @@ class Mnist(Digits):
 class ImageNet9(Task):
     """9-class ImageNet: validation accuracy, mean over cells of class and texture, ImageNet-A and, if there, -C."""
 
+    paper_sizes = {1: 2100}
+
     def load(self) -> None:
         from rebias.data import imagenet9
 
-        where = {"device": self.fabric.device}
+        where = {"device": self.fabric.device, "reading": self.reading}
         self.train = imagenet9.train_set(self.data_root, self.settings.stylised, seed=self.seed, **where)
         self.validation, self.clusters = imagenet9.validation_set(self.data_root, **where)
         self.hard = imagenet9.image_folder(self.data_root / "imagenet-a", "ImageNet-A, nine classes", **where)
         self.corrupted = imagenet9.corrupted_sets(self.data_root, **where)
-        self.tests = (self.validation, self.hard)
+        self.tests = (self.validation, self.hard, *self.corrupted.values())
 
     def f(self) -> Network:
-        return ResNet18(9)
+        small = self.settings.networks == "small"
+        return SimpleConvNet(9, 3, (4, 8), (4, 4)) if small else ResNet18(9)
 
     def g(self) -> Network:
-        return BagNet18(9)
+        small = self.settings.networks == "small"
+        return SimpleConvNet(9, 1, (4, 8), (4, 4)) if small else BagNet18(9)
 
     def evaluate(self, method: Method) -> Result:
         f = method.modules["f"]
@@ -249,19 +277,23 @@ class Action(Task):
 
     memory_format = torch.channels_last_3d
     tests: tuple[VideoFiles, VideoFiles]
+    paper_sizes = {2: 136}
 
     def load(self) -> None:
         from rebias.data import action
 
-        where = {"device": self.fabric.device, "skip_missing": self.skip_missing}
+        where = {"device": self.fabric.device, "reading": self.reading}
         self.train = action.kinetics10(self.data_root, True, seed=self.seed, **where)
         self.tests = (action.kinetics10(self.data_root, False, **where), action.mimetics10(self.data_root, **where))
 
     def f(self) -> Network:
-        return ResNet3D(10, "33333")
+        return self._network("33333")
 
     def g(self) -> Network:
-        return ResNet3D(10, "11111")
+        return self._network("11111")
+
+    def _network(self, temporal_kernels: str) -> Network:
+        return ResNet3D(10, temporal_kernels, width=2 if self.settings.networks == "small" else 32)
 
     def evaluate(self, method: Method) -> Result:
         metrics = {}
