@@ -139,7 +139,7 @@ def test_learned_mixin_pretrains_g_and_then_freezes_it():
 
 def test_pretraining_where_there_is_none():
     with pytest.raises(ValueError, match="nothing to pre-train"):
-        method(method="rubi", pretrain_epochs=1).pretrain_step(*batch())
+        method(method="rubi").pretrain_step(*batch())
 
 
 @pytest.mark.parametrize("name", ["hex", "lff", "biased"])
@@ -250,6 +250,13 @@ def test_learning_rates():
         ({"rho": 1.5}, r"rho must lie in \[0, 1\], got 1.5"),
         ({"batch_size": 3}, "batches of 4 or more, batch_size is 3"),
         ({"epochs": 0}, "at least 1"),
+        ({"n_g_update": -1}, "n_g_update at least 0"),
+        ({"penalty": "feature-norm"}, "penalty feature-norm has no effect with method rebias"),
+        ({"method": "vanilla", "penalty": "hsic-shuffled"}, "penalty hsic-shuffled has no effect with method vanilla"),
+        ({"method": "rubi", "penalty": "hsic-shuffled"}, "no effect with method rubi, only with rebias or vanilla"),
+        ({"head": "frozen"}, "head frozen has no effect with method rebias, only with rubi or learnedmixin"),
+        ({"method": "lff", "pretrain_epochs": 3}, "pretrain_epochs 3 has no effect with method lff"),
+        ({"side": 14}, "side 14 has no effect with dataset digits, only with mnist; leave it at 28"),
         ({"sigma_value": 2.0}, "no effect on the median of each batch"),
     ],
 )

@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from lightning.fabric import Fabric
-from scipy import stats
 from torch import nn
 
 from rebias.baselines import HEX, LearnedMixin, LfF, RUBi
@@ -118,7 +117,6 @@ def train_and_evaluate(
     metrics, details = task.evaluate(method)
     if s.eval_every:
         details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]
-        metrics |= _curve_correlation(curve)
     dataset = {"train": task.train.record(), "test": [data.record() for data in task.tests]}
     precision = str(task.fabric._precision.precision)
     return method, Outcome(metrics, details, dataset, precision=precision, caveats=task.caveats)
@@ -147,14 +145,6 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Readi
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path}: holds no weights for {name} of {settings.method} ({error})") from error
     return task.evaluate(method)[0]
-
-
-def _curve_correlation(curve: list[dict]) -> dict[str, float]:
-    """Spearman's correlation over epochs between HSIC(f, g) and unbiased accuracy (figure 4)."""
-    points = [(point["hsic"], point["unbiased_accuracy"]) for point in curve if "hsic" in point]
-    if len(points) < 3:
-        return {}
-    return {"hsic_accuracy_correlation": float(stats.spearmanr(points).statistic)}
 
 
 def _describe(name: str) -> Outcome:
