@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rebias import BiasedDigits, assign_bias, biased_mnist, biased_sklearn_digits, colourise
+from rebias import BiasedDigits, SimpleConvNet, assign_bias, biased_mnist, biased_sklearn_digits, colourise
 from rebias.data.action import CLASSES as ACTIONS
 from rebias.data.action import TEST_VIEWS, VideoFiles, kinetics10, mimetics10, read_clip
 from rebias.data.dataset import Reading
@@ -53,6 +53,26 @@ def test_ground_is_coloured_not_the_digit():
     (images, targets), *_ = data.batches([torch.tensor([0])])
     torch.testing.assert_close(images[0].permute(1, 2, 0), (rgb[0] / 255 - 0.5) / 0.5)
     assert images.is_contiguous(memory_format=torch.channels_last) and targets.tolist() == [3]
+
+
+def test_a_dataloader_takes_every_set_item_by_item():
+    data = biased_sklearn_digits(True, 0.9)
+    (images, labels, bias), *_ = torch.utils.data.DataLoader(data, batch_size=8)
+    (expected, targets), *_ = data.batches([torch.arange(8)])
+    assert torch.equal(images, expected) and torch.equal(labels, targets) and torch.equal(bias, data.bias[:8])
+    points = ToyPoints(10, False, 0)
+    (points_, labels, bias), *_ = torch.utils.data.DataLoader(points, batch_size=10)
+    assert torch.equal(points_, points.points) and torch.equal(bias, points.bias)
+
+
+def test_a_network_of_one_pixel_kernels_sees_colours_and_not_shapes():
+    """Shuffled pixels change nothing for g: without its colour an image is as good as any other."""
+    data = biased_sklearn_digits(False, 1.0)
+    (images, _), *_ = data.batches([torch.arange(8)])
+    shuffled = images.flatten(2)[:, :, torch.randperm(64)].view_as(images)
+    for kernel, same in ((1, True), (3, False)):
+        network = SimpleConvNet(kernel_size=kernel, widths=(8, 8)).eval()
+        assert torch.allclose(network(images)[0], network(shuffled)[0], atol=1e-5) == same
 
 
 def test_every_digit_in_all_colours():

@@ -53,6 +53,40 @@ def test_rebias_losses_are_the_paper_s_and_stay_in_their_network():
     assert f.grad is None and g.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_last_batch_that_is_too_small_for_hsic_is_classified_only(size, conditional):
+    loss = ReBiasLoss(sigma_f="median", sigma_g="median", conditional=conditional)
+    logits, features = torch.randn(size, 10, requires_grad=True), torch.randn(size, 4, requires_grad=True)
+    plain = torch.nn.functional.cross_entropy(logits, torch.arange(size))
+    total, parts = loss.f_loss(logits, features, [torch.randn(size, 4)], torch.arange(size))
+    torch.testing.assert_close(total, plain)
+    assert parts["f_hsic"] == 0
+    total.backward()
+    torch.testing.assert_close(loss.g_loss(logits, features, torch.randn(size, 4), torch.arange(size))[0], plain)
+
+
+def test_within_classes_of_four_hsic_counts_and_of_fewer_it_is_zero():
+    features = torch.randn(8, 3)
+    loss = ReBiasLoss(conditional=True)
+    assert loss.dependence(features, features, torch.arange(8) // 4) > 0
+    assert loss.dependence(features, features, torch.arange(8) // 3) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-5])
+def test_near_copies_do_not_blow_up_the_gradient(noise):
+    """A dominant colour or dead ReLUs: 48 of 64 features are the same but for noise."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, 16, generator=generator)
+    base[:48] = base[0]
+    f, g = (base + noise * torch.randn(64, 16, generator=generator) for _ in range(2))
+    f.requires_grad_()
+    logits, targets = torch.randn(64, 10, generator=generator, requires_grad=True), torch.arange(64) % 10
+    loss, _ = ReBiasLoss(f_lambda=30.0, sigma_f="median", sigma_g="median").f_loss(logits, f, [g], targets)
+    loss.backward()
+    assert f.grad.norm() < logits.grad.norm()
+
+
 def test_an_unknown_word_for_sigma():
     x = torch.randn(8, 3)
     with pytest.raises(ValueError, match="'median' or 'dimension', got 'mean'"):

@@ -257,6 +257,26 @@ def test_paper_scale_is_the_paper_s_preset(table, preset):
     assert replace(settings, rho=PRESETS[preset].rho, eval_every=0) == PRESETS[preset]
 
 
+def test_every_table_that_trains_rebias_has_the_frozen_random_g_at_every_scale():
+    for table in tables():
+        for scale in table.scales:
+            rows = {row.name: table.settings(row, scale) for row in table.rows_at(scale)}
+            trained = [name for name, s in rows.items() if s.get("method") == "rebias"]
+            frozen = [name for name in trained if rows[name].get("n_g_update") == 0]
+            assert bool(trained) == bool(frozen), (table.id, scale)
+
+
+def test_table_1_at_paper_scale_has_both_orders():
+    table = next(each for each in tables() if each.id == "table-1")
+    for rho in ("0.999", "0.997", "0.995", "0.990"):
+        f_first, g_first = (
+            Settings(**table.settings(table.row(name), "paper"))
+            for name in (f"ReBias, rho {rho}", f"ReBias, g first, rho {rho}")
+        )
+        assert f_first.order == "f-first" and g_first == replace(f_first, order="g-first")
+        assert replace(g_first, rho=0.997, eval_every=0) == PRESETS["mnist-reference"]
+
+
 def test_small_scales_are_the_small_presets():
     table = next(each for each in tables() if each.id == "table-1")
     for scale, preset in (("embedded", "digits"), ("mnist", "mnist-14")):

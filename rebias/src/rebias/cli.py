@@ -126,7 +126,7 @@ class Train:
         require(needs(self.settings, self.data_root, self.output.absolute().parent))
         fabric = make_fabric(self.device, self.precision)
         task = TASKS[self.settings.dataset](self.settings, self.seed, self.data_root, fabric, _reading(self))
-        _, outcome = train_and_evaluate(task, self.output, self.checkpoint_every, self.compile)
+        _, outcome = train_and_evaluate(task, self.output, self.checkpoint_every, self.compile, watch=True)
         if fabric.global_rank == 0:
             print(json.dumps(outcome.metrics, indent=2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,10 +19,13 @@ from rebias.models import BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet, 
 from rebias.settings import Settings
 from rebias.tasks import TASKS, Task
 from rebias.train import fit, load_checkpoint, make_fabric
+from shared_utils.logging import get_logger, progress
 from shared_utils.preflight import Need
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables, settings_hash
+
+logger = get_logger("rebias")
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy")
@@ -100,20 +104,43 @@ def run_tables(
 
 
 def train_and_evaluate(
-    task: Task, checkpoint: Path | None, checkpoint_every: int = 500, compile: bool = False
+    task: Task, checkpoint: Path | None, checkpoint_every: int = 500, compile: bool = False, watch: bool = False
 ) -> tuple[Method, Outcome]:
-    """Train from scratch (or on from the checkpoint) and evaluate the last epoch, never a chosen one."""
+    """Train from scratch (or on from the checkpoint) and evaluate the last epoch, never a chosen one.
+
+    Args:
+        task: what is learned.
+        checkpoint: file to resume from and to save to.
+        checkpoint_every: steps between saves.
+        compile: torch.compile the networks.
+        watch: show the steps, and the losses and both accuracies after every epoch.
+    """
     s = task.settings
     method = build_method(task, compile)
     last = s.pretrain_epochs + s.epochs
 
-    def on_epoch(epoch: int, method: Method) -> dict | None:
+    def on_epoch(epoch: int, losses: dict[str, float]) -> dict:
         wanted = s.eval_every and (epoch % s.eval_every == 0 or epoch == last)
-        return task.point(method) if wanted else None
+        point = task.point(method) if wanted else {}
+        if watch:
+            accuracies = task.accuracies(method)
+            shown = [f"{name} {value:.3f}" for name, value in losses.items()]
+            shown += [f"{name.replace('_', ' ')} {value:.1f} %" for name, value in accuracies.items()]
+            logger.info("epoch %d of %d: %s", epoch, last, ", ".join(shown))
+        return point
 
-    curve = fit(
-        method, task.train, task.seed, on_epoch=on_epoch, checkpoint=checkpoint, checkpoint_every=checkpoint_every
-    )
+    steps = last * (len(task.train) // s.batch_size)
+    with progress() if watch else nullcontext() as bar:
+        line = bar.add_task("training", total=steps) if bar else None
+        curve = fit(
+            method,
+            task.train,
+            task.seed,
+            on_epoch=on_epoch,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            before_step=lambda step: bar.update(line, completed=step) if bar else None,
+        )
     metrics, details = task.evaluate(method)
     if s.eval_every:
         details["curve"] = [{name: float(f"{value:.5g}") for name, value in point.items()} for point in curve]

@@ -103,6 +103,10 @@ class Task(ABC):
             gs.append(make_g())
         return f, gs
 
+    @abstractmethod
+    def accuracies(self, method: Method) -> dict[str, float]:
+        """Biased and unbiased accuracy in percent, as cheaply as they come."""
+
     def point(self, method: Method) -> dict[str, float]:
         """What the training curve holds of an epoch beyond the losses."""
         return {}
@@ -116,6 +120,9 @@ class SmallTask(Task):
     unbiased: BiasedDataset
     biased: BiasedDataset | None = None
     groups: BiasedDataset
+
+    def accuracies(self, method: Method) -> dict[str, float]:
+        return self._accuracies(method)[0]
 
     def point(self, method: Method) -> dict[str, float]:
         """Accuracies, HSIC, bandwidth and feature norm on the unbiased test set, cross-entropy by training group."""
@@ -254,12 +261,19 @@ class ImageNet9(Task):
         small = self.settings.networks == "small"
         return SimpleConvNet(9, 1, (4, 8), (4, 4)) if small else BagNet18(9)
 
-    def evaluate(self, method: Method) -> Result:
-        f = method.modules["f"]
-        logits, _ = predict(f, self.validation, self.fabric, batch_size=128)
+    def accuracies(self, method: Method) -> dict[str, float]:
+        return self._validated(method)[0]
+
+    def _validated(self, method: Method) -> tuple[dict[str, float], Tensor]:
+        logits, _ = predict(method.modules["f"], self.validation, self.fabric, batch_size=128)
         predictions, labels = logits.argmax(1), self.validation.labels
         metrics = {"biased_accuracy": top1_accuracy(logits, labels)}
         metrics["unbiased_accuracy"] = 100 * unbiased_accuracy_clusters(predictions, labels, self.clusters)
+        return metrics, predictions
+
+    def evaluate(self, method: Method) -> Result:
+        f, labels = method.modules["f"], self.validation.labels
+        metrics, predictions = self._validated(method)
         metrics["imagenet_a_accuracy"] = self._accuracy(f, self.hard)
         if self.corrupted:
             each = {name: self._accuracy(f, data) for name, data in self.corrupted.items()}
@@ -296,11 +310,14 @@ class Action(Task):
         return ResNet3D(10, temporal_kernels, width=2 if self.settings.networks == "small" else 32)
 
     def evaluate(self, method: Method) -> Result:
+        return self.accuracies(method), {}
+
+    def accuracies(self, method: Method) -> dict[str, float]:
         metrics = {}
         for name, data in zip(("biased_accuracy", "unbiased_accuracy"), self.tests, strict=True):
             logits, _ = predict(method.modules["f"], data, self.fabric, batch_size=16)
             metrics[name] = top1_accuracy(*data.sum_views(logits))
-        return metrics, {}
+        return metrics
 
 
 TASKS: dict[str, type[Task]] = {

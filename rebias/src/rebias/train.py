@@ -80,7 +80,7 @@ def fit(
     data: Dataset,
     seed: int,
     *,
-    on_epoch: Callable[[int, Method], dict | None] = lambda epoch, method: None,
+    on_epoch: Callable[[int, dict[str, float]], dict] = lambda epoch, losses: {},
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
     before_step: Callable[[int], None] = lambda step: None,
@@ -91,7 +91,8 @@ def fit(
         method: networks, optimizers and step.
         data: a training set of this package, on the method's device.
         seed: of the order of the images.
-        on_epoch: called after every epoch with its number from 1; what it returns joins the curve's point.
+        on_epoch: called after every epoch with its number from 1 and the means of the losses' parts; what it returns
+            joins the curve's point.
         checkpoint: file to resume from and to save to; of other settings it is refused.
         checkpoint_every: steps between saves; the end of training saves as well.
         before_step: called with the number of steps done.
@@ -133,7 +134,7 @@ def fit(
         point = {name: (total / len(batches)).item() for name, total in state["sums"].items()}
         if not all(math.isfinite(value) for value in point.values()):
             raise RuntimeError(f"epoch {epoch + 1}: a loss is NaN or infinite: {point}")
-        point = {"epoch": epoch + 1} | point | (on_epoch(epoch + 1, method) or {})
+        point = {"epoch": epoch + 1} | point | on_epoch(epoch + 1, point)
         state |= {"epoch": epoch + 1, "step": 0, "curve": [*state["curve"], point], "sums": {}}
     if checkpoint is not None:
         _save(checkpoint, run, state, method)
@@ -162,7 +163,10 @@ def _resume(path: Path, run: dict, method: Method) -> dict:
     if content["run"] != run:
         differing = [name for name in run["settings"] if run["settings"][name] != content["run"]["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != content["run"][name]]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
+        raise ValueError(
+            f"{path}: checkpoint of another run (other {', '.join(differing)}); "
+            "name another file, or use the settings it was made with"
+        )
     for name, module in method.modules.items():
         module.load_state_dict(content["modules"][name])
     for name, optimizer in method.optimizers.items():
@@ -182,7 +186,7 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["modules"]["f"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); name another file") from error
     return content
 
 

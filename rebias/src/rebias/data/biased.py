@@ -220,7 +220,7 @@ def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     try:
         mnist = MNIST(root, train=train)
     except Exception as error:  # the parser asserts, or fails in reshaping
-        raise ValueError(f"{raw}: MNIST is damaged ({error}); delete the folder and run: {fetch}") from error
+        raise ValueError(f"{raw}: MNIST is damaged ({error}); move the folder away and run: {fetch}") from error
     return mnist.data, mnist.targets
 
 
