@@ -275,6 +275,15 @@ def test_a_clip_of_eight_frames_at_rate_eight(tmp_path, write_video):
     assert read_clip(tmp_path / "short.mp4", 0.5).shape == (8, 3, 48, 64)
 
 
+@pytest.mark.parametrize("fps, apart", [(30, 8), (60, 16), (15, 4)])
+def test_frames_are_eight_apart_at_thirty_a_second_whatever_the_rate(tmp_path, write_video, fps, apart):
+    """The released decoder samples 8 frames of a stretch of 64 / 30 seconds."""
+    write_video(tmp_path / "v.mp4", frames=128, fps=fps)
+    frames = read_clip(tmp_path / "v.mp4", 0.0).float().mean((1, 2, 3)) / 2
+    last = 8 * apart - 1
+    torch.testing.assert_close(frames, torch.linspace(0, last, 8).round(), atol=2.5, rtol=0)
+
+
 def test_clips_for_training_and_views_for_testing(kinetics):
     path = kinetics / "kinetics" / "train" / "writing" / "id0_000005_000015.mp4"
     train, test = (VideoFiles([path], torch.tensor([9]), "x", train=t, reading=Reading(0)) for t in (True, False))

@@ -135,6 +135,15 @@ def test_convnet_outputs(kernel, closed_form):
     close(features, torch.from_numpy(data[f"convnet_k{kernel}_feat"]))
 
 
+@pytest.mark.parametrize("name, kind", [("bagnet18", BagNet18), ("resnet18", ResNet18)])
+def test_imagenet_networks_outputs(name, kind, closed_form):
+    """48 x 48 pixels: BagNet's shortcuts lose rows and columns at the far edges only."""
+    data = np.load(GOLDEN / "imagenet_networks.npz")
+    logits, features = closed_form(kind(9))(torch.from_numpy(data["x"]))
+    close(logits, torch.from_numpy(data[f"{name}_logits"]))
+    close(features, torch.from_numpy(data[f"{name}_feat"]))
+
+
 def test_parameter_counts_and_shapes_of_weights():
     golden = json.loads((GOLDEN / "networks.json").read_text())
     for name, network in {

@@ -129,6 +129,37 @@ def test_bias_labels_cannot_reach_the_weights():
 
 
 @pytest.mark.parametrize("order", ["g-first", "f-first"])
+def test_g_chases_the_f_of_its_order(order, monkeypatch):
+    """With f first, g is compared with the features of the f that has just been updated (Algorithm 1)."""
+    m, seen = method(method="rebias", order=order, f_lambda=0.0), []
+    g_loss = m.loss.g_loss
+
+    def spy(g_logits, g_feat, f_feat, targets):
+        seen.append(f_feat.detach().clone())
+        return g_loss(g_logits, g_feat, f_feat, targets)
+
+    monkeypatch.setattr(m.loss, "g_loss", spy)
+
+    def features():
+        with torch.no_grad(), frozen_statistics(m.f):
+            return m.f.train()(batch()[0])[1]
+
+    before = features()
+    m.step(*batch())
+    expected, other = (features(), before) if order == "f-first" else (before, features())
+    torch.testing.assert_close(seen[0], expected)
+    assert not torch.allclose(seen[0], other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "rebias", "rubi", "learnedmixin", "hex", "lff"])
+def test_every_optimizer_has_the_run_s_rate_and_weight_decay(name):
+    m = method(method=name, lr=2e-3, weight_decay=3e-4)
+    groups = [group for optimizer in m.optimizers.values() for group in optimizer.param_groups]
+    assert len(groups) == (1 if name in ("vanilla", "hex") else 2)
+    assert all(group["lr"] == 2e-3 and group["weight_decay"] == 3e-4 for group in groups)
+
+
+@pytest.mark.parametrize("order", ["g-first", "f-first"])
 def test_batch_norm_counts_every_image_once(order):
     m, images = method(method="rebias", order=order), batch()[0]
     f = m.modules["f"]

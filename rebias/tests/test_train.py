@@ -133,7 +133,8 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path):
 
 def test_eval_repeats_what_train_printed(tmp_path):
     _, outcome = train_and_evaluate(small_task(method="rebias"), tmp_path / "c.pt")
-    again = evaluate_checkpoint(tmp_path / "c.pt", Path("."), "cpu", Reading())
+    again, details = evaluate_checkpoint(tmp_path / "c.pt", Path("."), "cpu", Reading())
+    assert details["group_matrix"] == outcome.details["group_matrix"]
     assert {name: outcome.metrics[name] for name in again} == again
     content = load_checkpoint(tmp_path / "c.pt")
     del content["modules"]["f"]["fc.bias"]
@@ -172,6 +173,15 @@ def test_mnist_at_the_paper_s_size(tmp_path, write_mnist):
         "hsic",
     } <= outcome.metrics.keys()
     assert outcome.dataset["train"]["shape"] == [48, 28, 28] and len(outcome.dataset["test"]) == 3
+
+
+def test_the_test_sets_of_biased_mnist_have_their_own_rho(tmp_path, write_mnist):
+    """biased: all aligned; unbiased: a tenth, as chance has it; rho0: none; whatever rho the training has."""
+    write_mnist(tmp_path, n_test=200)
+    task = TASKS["mnist"](replace(PRESETS["mnist"], rho=0.997), 0, tmp_path, FABRIC)
+    shares = [(data.labels == data.bias).float().mean().item() for data in (task.biased, task.unbiased, task.rho0)]
+    assert shares == pytest.approx([1.0, 0.1, 0.0])
+    assert torch.equal(task.groups.labels[::10], task.biased.labels) and len(task.groups) == 2000
 
 
 @pytest.mark.parametrize("method", ["rebias", "learnedmixin"])

@@ -133,10 +133,10 @@ class Train:
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint of `rebias train` on its task's test sets: JSON on stdout."""
+    """Evaluate a checkpoint of `rebias train`, or a file of predictions, group by group: JSON on stdout."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `rebias train`."""
+    file: tyro.conf.Positional[Path]
+    """Checkpoint written by `rebias train`, or a CSV file with the columns prediction, label, bias."""
     data_root: Path = field(default_factory=default_data_root)
     """Where the data set is."""
     device: str = "auto"
@@ -149,9 +149,15 @@ class Eval:
     """Go on without files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
+        from rebias.evaluate import group_report, read_predictions
         from rebias.experiments import evaluate_checkpoint
 
-        print(json.dumps(evaluate_checkpoint(self.checkpoint, self.data_root, self.device, _reading(self)), indent=2))
+        if self.file.suffix.lower() == ".csv":
+            metrics, details = group_report(*read_predictions(self.file))
+        else:
+            metrics, details = evaluate_checkpoint(self.file, self.data_root, self.device, _reading(self))
+        groups = {name: details[name] for name in ("group_matrix", "group_counts") if name in details}
+        print(json.dumps(metrics | groups, indent=2))
 
 
 @dataclass

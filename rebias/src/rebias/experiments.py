@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
 from lightning.fabric import Fabric
+from rich.progress import TaskID
 from torch import nn
 
 from rebias.baselines import HEX, LearnedMixin, LfF, RUBi
@@ -124,14 +125,14 @@ def train_and_evaluate(
         point = task.point(method) if wanted else {}
         if watch:
             accuracies = task.accuracies(method)
-            shown = [f"{name} {value:.3f}" for name, value in losses.items()]
-            shown += [f"{name.replace('_', ' ')} {value:.1f} %" for name, value in accuracies.items()]
-            logger.info("epoch %d of %d: %s", epoch, last, ", ".join(shown))
+            parts = [f"{name} {value:.3f}" for name, value in losses.items()]
+            parts += [f"{name.replace('_', ' ')} {value:.1f} %" for name, value in accuracies.items()]
+            logger.info("epoch %d of %d: %s", epoch, last, ", ".join(parts))
         return point
 
-    steps = last * (len(task.train) // s.batch_size)
-    with progress() if watch else nullcontext() as bar:
-        line = bar.add_task("training", total=steps) if bar else None
+    with ExitStack() as stack:
+        shown = stack.enter_context(progress()) if watch else None
+        line = shown.add_task("training", total=last * (len(task.train) // s.batch_size)) if shown else TaskID(0)
         curve = fit(
             method,
             task.train,
@@ -139,7 +140,7 @@ def train_and_evaluate(
             on_epoch=on_epoch,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
-            before_step=lambda step: bar.update(line, completed=step) if bar else None,
+            before_step=lambda step: shown.update(line, completed=step) if shown else None,
         )
     metrics, details = task.evaluate(method)
     if s.eval_every:
@@ -160,8 +161,11 @@ def build_method(task: Task, compile: bool = False) -> Method:
     return METHODS[task.settings.method](task.settings, task.fabric, f, gs, len(task.train))
 
 
-def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Reading) -> dict[str, float]:
-    """Metrics of a checkpoint that `rebias train` wrote. ValueError where it is damaged or of other networks."""
+def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Reading) -> tuple[dict[str, float], dict]:
+    """Metrics of a checkpoint that `rebias train` wrote, and details such as groups.
+
+    ValueError where it is damaged or of other networks.
+    """
     content = load_checkpoint(path)
     settings = Settings(**content["run"]["settings"])
     task = TASKS[settings.dataset](settings, content["run"]["seed"], data_root, make_fabric(device), reading)
@@ -171,7 +175,7 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Readi
             module.load_state_dict(content["modules"][name])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path}: holds no weights for {name} of {settings.method} ({error})") from error
-    return task.evaluate(method)[0]
+    return task.evaluate(method)
 
 
 def _describe(name: str) -> Outcome:

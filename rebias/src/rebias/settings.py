@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff")
-DATASETS = ("toy", "digits", "mnist", "imagenet9", "kinetics10")
+DATASETS = ("toy", "digits", "mnist", "imagenet9", "kinetics10", "csv", "waterbirds", "celeba", "bffhq")
 CHOICES = {
     "method": METHODS,
     "dataset": DATASETS,
@@ -40,7 +40,7 @@ class Settings:
     """One run; the defaults are the paper's ReBias on Biased MNIST."""
 
     dataset: str = "mnist"
-    """toy, digits, mnist, imagenet9 or kinetics10"""
+    """toy, digits, mnist, imagenet9, kinetics10, or images with bias labels: csv, waterbirds, celeba, bffhq"""
     method: str = "rebias"
     """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex or lff"""
     rho: float = 0.997
@@ -108,7 +108,7 @@ class Settings:
     eval_every: int = 0
     """epochs between points of the training curve; 0: none"""
     networks: str = "paper"
-    """paper, or small: a few layers in place of imagenet9's and kinetics10's (for rehearsals)"""
+    """paper, or small: a few layers in place of those for images and videos (for rehearsals)"""
     network: str = ""
     """measure a network instead of training one: mnist-f, mnist-g, imagenet9-f, imagenet9-g, kinetics10-f or -g"""
 
@@ -159,5 +159,6 @@ PRESETS = {
     "imagenet9": _IMAGENET9,
     "imagenet9-reference": replace(_IMAGENET9, order="g-first"),
     "kinetics10": _KINETICS10,
+    **{name: replace(_IMAGENET9, dataset=name) for name in ("csv", "waterbirds", "celeba", "bffhq")},
     "kinetics10-reference": replace(_KINETICS10, order="g-first", feature="pooled", sigma="fixed"),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -18,6 +19,7 @@ from rebias.data.toy import ToyPoints
 from rebias.evaluate import (
     dependence,
     group_accuracy,
+    group_report,
     group_summary,
     predict,
     top1_accuracy,
@@ -30,6 +32,7 @@ from rebias.settings import Settings
 
 if TYPE_CHECKING:
     from rebias.data.action import VideoFiles
+    from rebias.data.images import ImageFiles
 
 Result = tuple[dict[str, float], dict]
 
@@ -259,7 +262,7 @@ class ImageNet9(Task):
 
     def g(self) -> Network:
         small = self.settings.networks == "small"
-        return SimpleConvNet(9, 1, (4, 8), (4, 4)) if small else BagNet18(9)
+        return SimpleConvNet(9, 1, (4, 8)) if small else BagNet18(9)
 
     def accuracies(self, method: Method) -> dict[str, float]:
         return self._validated(method)[0]
@@ -284,6 +287,45 @@ class ImageNet9(Task):
 
     def _accuracy(self, f: nn.Module, data: Dataset) -> float:
         return top1_accuracy(predict(f, data, self.fabric, batch_size=128)[0], data.labels)
+
+
+class Grouped(Task):
+    """Images with bias labels, the user's own or released ones, for ResNet-18 and BagNet-18: accuracy by group."""
+
+    train: ImageFiles
+    test: ImageFiles
+
+    def load(self) -> None:
+        from rebias.data import grouped
+
+        layouts: dict[str, tuple[str, Callable[..., ImageFiles]]] = {
+            "csv": ("images.csv", grouped.csv_set),
+            "waterbirds": ("waterbird_complete95_forest2water2", grouped.waterbirds),
+            "celeba": ("celeba", grouped.celeba),
+            "bffhq": ("bffhq", grouped.bffhq),
+        }
+        folder, open_set = layouts[self.settings.dataset]
+        where: dict[str, Any] = {"device": self.fabric.device, "reading": self.reading}
+        place = self.data_root / folder
+        self.train = open_set(place, "train", augment=True, seed=self.seed, **where)
+        self.test = open_set(place, "test", **where)
+        self.tests = (self.test,)
+        self.classes = int(max(self.train.labels.max(), self.test.labels.max())) + 1
+
+    def f(self) -> Network:
+        small = self.settings.networks == "small"
+        return SimpleConvNet(self.classes, 3, (4, 8), (4, 4)) if small else ResNet18(self.classes)
+
+    def g(self) -> Network:
+        small = self.settings.networks == "small"
+        return SimpleConvNet(self.classes, 1, (4, 8)) if small else BagNet18(self.classes)
+
+    def accuracies(self, method: Method) -> dict[str, float]:
+        return self.evaluate(method)[0]
+
+    def evaluate(self, method: Method) -> Result:
+        logits, _ = predict(method.modules["f"], self.test, self.fabric, batch_size=128)
+        return group_report(logits.argmax(1), self.test.labels, cast(Tensor, self.test.bias))
 
 
 class Action(Task):
@@ -326,4 +368,5 @@ TASKS: dict[str, type[Task]] = {
     "mnist": Mnist,
     "imagenet9": ImageNet9,
     "kinetics10": Action,
+    **dict.fromkeys(("csv", "waterbirds", "celeba", "bffhq"), Grouped),
 }

@@ -8,7 +8,7 @@ six-digit seconds (Mimetics: <label>/...). Spaces in labels may be underscores, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,23 @@ class VideoFiles:
         return record | ({"skipped": self.skipped} if self.skipped else {})
 
 
+@lru_cache(maxsize=1)  # the ten views of a test video come one after the other
+def decode(path: Path) -> tuple[list[np.ndarray], float]:
+    """All frames (H, W, 3) uint8 of a video, and how many there are in a second. BrokenFile where that fails."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or TARGET_FPS)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise BrokenFile(f"{path}: {error}; replace the video, or pass --skip-broken") from None
+    if not frames:
+        raise BrokenFile(f"{path}: holds no video frame; replace the video, or pass --skip-broken")
+    return frames, fps
+
+
 def read_clip(path: Path, position: float) -> Tensor:
     """Decode the clip of 8 frames, 8 apart at 30 frames a second, that starts at a share of what room there is.
 
@@ -142,17 +159,7 @@ def read_clip(path: Path, position: float) -> Tensor:
     Raises:
         BrokenFile: the file cannot be decoded.
     """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or TARGET_FPS)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise BrokenFile(f"{path}: {error}; replace the video, or pass --skip-broken") from None
-    if not frames:
-        raise BrokenFile(f"{path}: holds no video frame; replace the video, or pass --skip-broken")
+    frames, fps = decode(path)
     length = FRAMES * SAMPLING_RATE * fps / TARGET_FPS
     start = max(len(frames) - length, 0) * position
     wanted = np.clip(np.linspace(start, start + length - 1, FRAMES).round().astype(int), 0, len(frames) - 1)

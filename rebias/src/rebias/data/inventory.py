@@ -30,6 +30,12 @@ PLACES = {  # what a data set's training and evaluation read, below the data roo
         "kinetics/train.csv", "kinetics/train", "kinetics/val.csv", "kinetics/val", "mimetics/mimetics.csv",
     ),
 }  # fmt: skip
+PLACES |= {
+    "csv": ("images.csv",),
+    "waterbirds": ("waterbird_complete95_forest2water2/metadata.csv",),
+    "celeba": ("celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt", "celeba/img_align_celeba"),
+    "bffhq": ("bffhq/0.5pct/align", "bffhq/0.5pct/conflict", "bffhq/valid", "bffhq/test"),
+}
 CHECKPOINT_MB = {"mnist": 20, "imagenet9": 300, "kinetics10": 150}
 
 
