@@ -3,13 +3,13 @@
 .DELETE_ON_ERROR:
 PROJECT  ?=
 PYTHON3  ?= python3
-PROJECTS := $(or $(PROJECT),$(shell $(PYTHON3) workspace.py projects))
+PROJECTS := $(or $(PROJECT),$(shell $(PYTHON3) tools/workspace.py projects))
 PACKAGES := $(sort shared-utils $(PROJECTS))
 EACH     := $(filter-out shared-utils,$(PROJECTS))
 
 help:    ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 10
-	@echo "built projects: $(shell $(PYTHON3) workspace.py projects)"
+	@echo "built projects: $(shell $(PYTHON3) tools/workspace.py projects)"
 
 setup: .venv/stamp  ## .venv with every built project, from requirements.lock
 
@@ -17,21 +17,24 @@ setup: .venv/stamp  ## .venv with every built project, from requirements.lock
 	test -x .venv/bin/python || $(PYTHON3) -m venv .venv
 	test -x .venv/bin/uv || .venv/bin/python -m pip install -q uv
 	.venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python -r requirements.lock
-	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps $(patsubst %,-e ./%,shared-utils $(shell $(PYTHON3) workspace.py projects))
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps $(patsubst %,-e ./%,shared-utils $(shell $(PYTHON3) tools/workspace.py projects))
 	touch $@
 
 demo: setup  ## run every built project at embedded scale into runs/, then print published | ours | yours
-	.venv/bin/python demo.py $(PROJECT)
+	.venv/bin/python tools/demo.py $(PROJECT)
+
+keep: setup  ## keep the verdicts of your demo in results/machines/, beside other kinds of machine
+	.venv/bin/python tools/machines.py
 
 tables: setup  ## regenerate every RESULTS.md and figure from the committed run logs
 	set -e; for name in $(EACH); do $(MAKE) -C $$name tables; done
-	.venv/bin/python results.py
+	.venv/bin/python tools/results.py
 
 test: setup  ## run all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
 
 site: setup  ## static results site in site/
-	.venv/bin/python -m website.build
+	PYTHONPATH=tools .venv/bin/python -m website.build
 
 rehearse: setup  ## every table at paper scale, end to end, on tiny archives in a temporary copy
 	set -e; for name in $(EACH); do test ! -f $$name/rehearsal.toml || $(MAKE) -C $$name rehearse; done
@@ -43,23 +46,23 @@ bench: setup  ## speed against the peers, into each project's runs/bench.json; s
 record: setup  ## move finished runs, benchmarks and the drill into results/ (clean tree only)
 	set -e; for name in $(EACH); do $(MAKE) -C $$name record; done
 	if test -f runs/drill.jsonl; then mkdir -p results; cat runs/drill.jsonl >> results/drill.jsonl; rm runs/drill.jsonl; fi
-	.venv/bin/python results.py
+	.venv/bin/python tools/results.py
 
 doctor:  ## what this machine and .venv have, and the line that mends each problem
-	@$(PYTHON3) doctor.py
+	@$(PYTHON3) tools/doctor.py
 
 drill: demo  ## SIGKILL every demo five times, restart it, compare the final metrics; into runs/drill.jsonl
-	.venv/bin/python drill.py $(PROJECT)
+	.venv/bin/python tools/drill.py $(PROJECT)
 
 alone:   ## each project in an environment of its own: install, import, --help, smoke tables
-	$(PYTHON3) alone.py $(PROJECT)
+	$(PYTHON3) tools/alone.py $(PROJECT)
 
 lint: setup  ## ruff and mypy, check only
 	.venv/bin/ruff check .
-	.venv/bin/python -m mypy *.py website */src
+	.venv/bin/python -m mypy tools/*.py tools/website conftest.py */src
 
 clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo tables test site rehearse bench record doctor drill alone lint clean
+.PHONY: help setup demo keep tables test site rehearse bench record doctor drill alone lint clean

@@ -22,7 +22,7 @@ from shared_utils.runlog import RunLog
 from shared_utils.tables import load_table, load_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 import workspace  # noqa: E402
 from website.build import build  # noqa: E402
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 import results  # noqa: E402
 import workspace  # noqa: E402
 
@@ -84,6 +84,6 @@ def test_lock_file_names_no_host_and_no_path():
 
 
 def test_an_unknown_project_is_wrong_usage():
-    command = [sys.executable, str(ROOT / "demo.py"), "nonesuch"]
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "nonesuch"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "nonesuch" in done.stderr

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 11)
 DISK_GB = 12  # .venv with the CUDA build of torch, and a demo's runs
 MEMORY_GB = 8

@@ -168,6 +168,7 @@ def _farewell(names: list[str], code: int) -> None:
     for name in names:
         print(f"  {name + '/results/RESULTS.md':<37} published | ours, with figures beside it")
         print(f"  {f'{name}/runs/{SCALE}.jsonl':<37} your own runs, one JSON line each; printed tables in demo.log")
+    print("  make keep                             keeps this machine's verdicts beside those of other kinds")
     if code:
         print(f"A project failed (exit code {code}), see its message above.", file=sys.stderr)
 

@@ -1,0 +1,72 @@
+"""`make keep`: the verdicts of your own demo, kept in results/machines/ beside those of other kinds of machine.
+
+A verdict that another processor turns is no verdict: the README's "holds" is one that held on every kind tried.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shared_utils.report import NOT_MEASURED, Verdict, judge
+from shared_utils.runlog import RunLog, provenance
+from shared_utils.tables import load_tables
+from workspace import ROOT, projects
+
+SCALE = "embedded"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Verdicts by project, table and text of the claim, as one machine's demo gave them."""
+
+    device: str
+    commit: str
+    versions: dict[str, str]
+    verdicts: dict[str, dict[str, dict[str, str]]]
+
+    def judged(self, project: str, table: str, verdict: Verdict) -> str:
+        """How the claim came out here; empty where it was not judged or is another scale's."""
+        if verdict.scale != SCALE:
+            return ""
+        return self.verdicts.get(project, {}).get(table, {}).get(verdict.claim.text, "")
+
+
+def machines(root: Path = ROOT) -> list[Machine]:
+    """Those that were kept."""
+    return [Machine(**json.loads(path.read_text())) for path in sorted((root / "results" / "machines").glob("*.json"))]
+
+
+def keep(root: Path = ROOT) -> Path:
+    """Judge the claims on the runs of this machine's demo and write the verdicts; returns the file.
+
+    Raises:
+        RuntimeError: no demo was run, or it ran on uncommitted code.
+    """
+    verdicts: dict[str, dict[str, dict[str, str]]] = {}
+    for entry in projects(root=root):
+        log = RunLog(root / entry["name"] / "runs" / f"{SCALE}.jsonl")
+        if any(not record["clean"] for record in log.records()):
+            raise RuntimeError(f"{entry['name']}: runs/{SCALE}.jsonl was measured on uncommitted code")
+        for table in load_tables(root / entry["name"] / "tables"):
+            judged = {v.claim.text: v.verdict for v in judge(table, SCALE, log) if v.verdict != NOT_MEASURED}
+            if judged:
+                verdicts.setdefault(entry["name"], {})[table.id] = judged
+    if not verdicts:
+        raise RuntimeError("there are no runs of yours: make demo")
+    here = provenance(root, ("numpy", "torchvision", "lightning"))
+    machine = Machine(here["device"], here["commit"], here["versions"], verdicts)
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
+    path = root / "results" / "machines" / f"{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(machine), indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{keep().relative_to(ROOT)} written; make tables shows it in RESULTS.md")
+    except RuntimeError as error:
+        raise SystemExit(f"keep: {error}") from None
