@@ -315,6 +315,7 @@ def test_learning_rates():
         ({"rho": 1.5}, r"rho must lie in \[0, 1\], got 1.5"),
         ({"batch_size": 3}, "batches of 4 or more, batch_size is 3"),
         ({"epochs": 0}, "at least 1"),
+        ({"method": "hex", "dataset": "imagenet9"}, "hex takes grey levels .* not imagenet9"),
         ({"n_g_update": -1}, "n_g_update at least 0"),
         ({"penalty": "feature-norm"}, "penalty feature-norm has no effect with method rebias"),
         ({"method": "vanilla", "penalty": "hsic-shuffled"}, "penalty hsic-shuffled has no effect with method vanilla"),

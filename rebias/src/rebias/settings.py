@@ -135,6 +135,8 @@ class Settings:
             )
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
+        if self.method == "hex" and self.dataset not in ("digits", "mnist"):
+            raise ValueError(f"hex takes grey levels from images in [-1, 1]: digits or mnist, not {self.dataset}")
         if self.method == "rebias" and self.batch_size < 4:
             raise ValueError(f"HSIC needs batches of 4 or more, batch_size is {self.batch_size}")
 

@@ -74,6 +74,8 @@ class Task(ABC):
         skipped = sum(len(getattr(data, "skipped", ())) for data in sets)
         found = [f"{skipped} files skipped"] if skipped else []
         for position, full in self.paper_sizes.items():
+            if position == 0 and self.settings.train_images:
+                continue  # the settings say so
             size = len(sets[position]) // getattr(sets[position], "views", 1)
             if size != full:
                 found.append(f"{size:,} of the paper's {full:,} in {sets[position].name}")
