@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from rebias import SimpleConvNet
-from rebias.baselines import HEX, LearnedMixin, LfF, RUBi
+from rebias.baselines import HEX, JTT, Balanced, LearnedMixin, LfF, RUBi
 from rebias.methods import ReBias
-from rebias.objectives import lff_weights
+from rebias.objectives import balanced_cross_entropy, lff_weights
 from rebias.settings import Settings
 from rebias.train import make_fabric
 
@@ -42,7 +43,7 @@ TRAINER = load("trainer_trajectory")
 def test_the_released_trainer_s_steps(name, kind, changes, closed_form):
     """clovaai/rebias, 16 images of 8 x 8 a step; LearnedMixin's first two steps train g alone."""
     f, g = (closed_form(SimpleConvNet(kernel_size=kernel)).float().train() for kernel in (3, 1))
-    method = kind(replace(Settings(), **changes), FABRIC, f, [g], 64)
+    method = kind(replace(Settings(), **changes), FABRIC, f, [g], range(64))
     if name != "rebias":
         head = method.modules["f.head"].fc
         head.weight.data = torch.sin(torch.arange(head.weight.numel()) * 0.37).view_as(head.weight) / 10
@@ -63,11 +64,36 @@ def test_the_released_steps_of_lff():
     for name, network in zip("fg", networks, strict=True):
         network.load_state_dict({key: case[f"{name}_init_{key}"] for key in network.state_dict()})
     settings = Settings(method="lff", lr=1e-2, weight_decay=1e-3)
-    method = LfF(settings, FABRIC, networks[0], networks[1:], len(case["images"]))
+    method = LfF(settings, FABRIC, networks[0], networks[1:], case["images"])
     for index, parameters, weights in zip(case["order"], case["parameters"], case["weights"], strict=True):
         method.step(case["images"][index], case["labels"][index], index)
         close(lff_weights(method.f_losses.relative(index), method.g_losses.relative(index)), weights)
         close(torch.cat([p.flatten() for network in networks for p in network.parameters()]), parameters)
+
+
+def test_the_released_balanced_loss():
+    """grayhong/bias-contrastive-learning: prior from the counts of the training set, loss and gradient."""
+    case, f = load("balanced_loss"), SimpleConvNet(4, 1, (4,))
+    data = SimpleNamespace(labels=case["train_labels"], bias=case["train_bias"])
+    method = Balanced(Settings(method="balanced"), FABRIC, f, [], data)
+    close(method.prior, case["prior"])
+    logits = case["logits"].requires_grad_()
+    loss = balanced_cross_entropy(logits, case["labels"], method.prior[case["bias"]])
+    loss.backward()
+    close(loss, case["loss"])
+    close(logits.grad, case["gradient"])
+
+
+def test_jtt_weighs_errors_as_the_released_code_repeats_them():
+    """anniesch/jtt: the training set with `up_weight` further copies of what the first network gets wrong."""
+    f, g = (SimpleConvNet(3, 1, (4,)).eval() for _ in "fg")
+    images, targets = torch.randn(12, 3, 4, 4), torch.arange(12) % 3
+    wrong = g(images)[0].argmax(1) != targets
+    repeated = torch.cat([torch.arange(12), wrong.nonzero()[:, 0].repeat(7)])
+    expected = torch.nn.functional.cross_entropy(f(images)[0][repeated], targets[repeated])
+    method = JTT(Settings(method="jtt", upweight=7), FABRIC, f, [g], range(12))
+    assert 0 < wrong.sum() < 12
+    close(method.step(images, targets, torch.arange(12))["f_weighted_cross_entropy"], expected.detach())
 
 
 def test_the_released_steps_of_hex():
@@ -75,7 +101,7 @@ def test_the_released_steps_of_hex():
     case = load("hex_trajectory")
     f = SimpleConvNet(3, 3, (4,))
     f.load_state_dict({key: case[f"f_init_{key}"] for key in f.state_dict()})
-    method = HEX(Settings(method="hex", lr=1e-2, weight_decay=0.0), FABRIC, f, [], 36)
+    method = HEX(Settings(method="hex", lr=1e-2, weight_decay=0.0), FABRIC, f, [], range(36))
     network = method.modules["f"].module
     glcm, head = network.superficial, network.head
     start = {glcm.lambda_: "lamda", glcm.theta: "theta", glcm.fc.weight: "W1", glcm.fc.bias: "b1"}

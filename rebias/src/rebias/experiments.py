@@ -12,8 +12,8 @@ from lightning.fabric import Fabric
 from rich.progress import TaskID
 from torch import nn
 
-from rebias.baselines import HEX, LearnedMixin, LfF, RUBi
-from rebias.data.dataset import Reading
+from rebias.baselines import HEX, JTT, Balanced, LearnedMixin, LfF, RUBi
+from rebias.data.dataset import Dataset, Reading
 from rebias.data.inventory import needs
 from rebias.methods import Method, ReBias, Vanilla
 from rebias.models import BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet, receptive_field
@@ -38,9 +38,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "kinetics10-f": ResNet3D,
     "kinetics10-g": partial(ResNet3D, temporal_kernels="11111"),
 }
-METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], int], Method]] = {
+METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], Dataset], Method]] = {
     "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
-    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
+    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF, "jtt": JTT, "balanced": Balanced,
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def build_method(task: Task, compile: bool = False) -> Method:
         network.to(memory_format=task.memory_format)
         if compile:
             network.compile()
-    return METHODS[task.settings.method](task.settings, task.fabric, f, gs, len(task.train))
+    return METHODS[task.settings.method](task.settings, task.fabric, f, gs, task.train)
 
 
 def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Reading) -> tuple[dict[str, float], dict]:

@@ -17,6 +17,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rebias.data.dataset import Dataset
 from rebias.independence import dimension_sigma, median_sigma
 from rebias.models import Network
 from rebias.objectives import ReBiasLoss
@@ -79,7 +80,7 @@ class Method(ABC):
 class Vanilla(Method):
     """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
         (self.f,) = self.add("f", f)
         if settings.monitor_g:
@@ -107,7 +108,7 @@ class ReBias(Method):
 
     loss: ReBiasLoss
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], n_samples: int):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
         s = settings
         sigma = "median" if s.sigma == "median" and s.sigma_every == "batch" else s.sigma_value

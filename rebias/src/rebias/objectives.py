@@ -228,3 +228,14 @@ class SampleLosses(nn.Module):
 def lff_weights(f_losses: Tensor, g_losses: Tensor) -> Tensor:
     """Relative difficulty of LfF, (B,): L_g / (L_g + L_f), both from `SampleLosses.relative`."""
     return g_losses / (g_losses + f_losses + 1e-8)
+
+
+def balanced_cross_entropy(logits: Tensor, targets: Tensor, prior: Tensor) -> Tensor:
+    """Bias-balanced loss (Hong & Yang 2021), 0-d: cross-entropy of logits + log p(label | bias).
+
+    Args:
+        logits: (B, C).
+        targets: (B,) int64.
+        prior: (B, C) share of each label among the training samples of the sample's bias.
+    """
+    return F.cross_entropy(logits + (prior + 1e-9).log(), targets)

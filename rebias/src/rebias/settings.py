@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff")
+METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff", "jtt", "balanced")
 DATASETS = ("toy", "digits", "mnist", "imagenet9", "kinetics10", "csv", "waterbirds", "celeba", "bffhq")
 CHOICES = {
     "method": METHODS,
@@ -22,7 +22,8 @@ CHOICES = {
 
 EFFECTIVE = {  # settings that mean something for some methods or data sets alone: default, which, what they are for
     "head": ("trained", "method", ("rubi", "learnedmixin")),
-    "pretrain_epochs": (0, "method", ("learnedmixin",)),
+    "pretrain_epochs": (0, "method", ("learnedmixin", "jtt")),
+    "upweight": (50, "method", ("jtt",)),
     "conditional": (False, "method", ("rebias",)),
     "penalty": ("hsic", "method", ("rebias", "vanilla")),
     "n_g_update": (1, "method", ("rebias",)),
@@ -42,7 +43,7 @@ class Settings:
     dataset: str = "mnist"
     """toy, digits, mnist, imagenet9, kinetics10, or images with bias labels: csv, waterbirds, celeba, bffhq"""
     method: str = "rebias"
-    """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex or lff"""
+    """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex, lff, jtt or balanced (which sees bias labels)"""
     rho: float = 0.997
     """share of training images whose bias agrees with the label (digits, mnist)"""
     n_confusing: int = 9
@@ -102,7 +103,9 @@ class Settings:
     head: str = "trained"
     """RUBi's and LearnedMixin's heads: trained, or frozen at random as in the released code"""
     pretrain_epochs: int = 0
-    """LearnedMixin: epochs of g alone before"""
+    """LearnedMixin: epochs of g alone before; JTT: of the first network"""
+    upweight: int = 50
+    """JTT: how many times more a sample counts that the first network gets wrong (released: 50 or 100)"""
     monitor_g: bool = False
     """vanilla: train a g beside f, only to measure their dependence"""
     eval_every: int = 0
@@ -135,6 +138,8 @@ class Settings:
             )
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
+        if self.method == "balanced" and self.dataset in ("imagenet9", "kinetics10"):
+            raise ValueError(f"balanced needs a bias label for every training image, {self.dataset} has none")
         if self.method == "hex" and self.dataset not in ("digits", "mnist"):
             raise ValueError(f"hex takes grey levels from images in [-1, 1]: digits or mnist, not {self.dataset}")
         if self.method == "rebias" and self.batch_size < 4:

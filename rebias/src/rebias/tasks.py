@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rebias.data.images import ImageFiles
 
 Result = tuple[dict[str, float], dict]
+TWINS = ("lff", "jtt")  # their second network is another f
 
 
 class Task(ABC):
@@ -99,7 +100,7 @@ class Task(ABC):
 
     def networks(self) -> tuple[Network, list[Network]]:
         """Fresh f and gs; f's weights depend on the seed alone, whatever the method trains beside it."""
-        method, make_g = self.settings.method, self.f if self.settings.method == "lff" else self.g
+        method, make_g = self.settings.method, self.f if self.settings.method in TWINS else self.g
         torch.manual_seed(self.seed)
         f = self.g() if method == "biased" else self.f()
         gs = []
@@ -133,7 +134,7 @@ class SmallTask(Task):
         """Accuracies, HSIC, bandwidth and feature norm on the unbiased test set, cross-entropy by training group."""
         metrics, (_, features) = self._accuracies(method)
         point = {name: metrics[name] for name in ("unbiased_accuracy", "biased_accuracy")}
-        if "g0" in method.modules and self.settings.method != "lff":
+        if "g0" in method.modules and self.settings.method not in TWINS:
             point["hsic"] = dependence(features, self._features(method, "g0"))
         point["sigma_f"] = median_sigma(features[:1000], include_diagonal=False).item()
         point["feature_norm"] = features.norm(dim=1).mean().item()
@@ -142,7 +143,7 @@ class SmallTask(Task):
     def evaluate(self, method: Method) -> Result:
         """Percentages over the test sets, HSIC between f and g where there is a g, and the group matrix."""
         metrics, (_, features) = self._accuracies(method)
-        if "g0" in method.modules and self.settings.method != "lff":
+        if "g0" in method.modules and self.settings.method not in TWINS:
             metrics["hsic"] = dependence(features, self._features(method, "g0"))
         logits, _ = predict(method.modules["f"], self.groups, self.fabric)
         predictions, labels, bias = logits.argmax(1), self.groups.labels.cpu(), self.groups.bias.cpu()
