@@ -143,6 +143,17 @@ def test_eval_repeats_what_train_printed(tmp_path):
         evaluate_checkpoint(tmp_path / "d.pt", Path("."), "cpu", Reading())
 
 
+def test_a_full_disk_leaves_one_line_and_no_half_checkpoint(tmp_path, monkeypatch):
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match="c.pt: the checkpoint cannot be written .*failed.; make room") as error:
+        train_and_evaluate(small_task(method="vanilla"), tmp_path / "c.pt")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_nan_stops_a_run_with_its_epoch():
     task = small_task(method="vanilla")
     task.train._colours[:] = float("nan")
@@ -304,7 +315,7 @@ def test_run_twice_runs_nothing_new(tmp_path, monkeypatch, capsys):
     run = cli.Run(("figure-A1", "table-A1"), scale="smoke", jobs=1)
     run()
     lines = (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines()
-    assert len(lines) == 9 and json.loads(lines[0])["dataset"]["train"]["sha256"]
+    assert len(lines) == 10 and json.loads(lines[0])["dataset"]["train"]["sha256"]
     assert "531,210" in capsys.readouterr().out
     run()
     assert (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines() == lines
@@ -324,7 +335,11 @@ def test_train_then_eval_from_the_command_line(tmp_path):
     "words, code, message",
     [
         (("run", "table-9"), 2, "unknown table 'table-9'; there are"),
-        (("run", "table-1", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"), 2, "MNIST lacks"),
+        (
+            ("run", "table-1", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"),
+            2,
+            "MNIST (nowhere/MNIST/raw/train-images-idx3-ubyte): rebias data --download",
+        ),
         (("eval", "none.pt"), 2, "none.pt: no such checkpoint"),
     ],
 )

@@ -153,8 +153,13 @@ def _save(path: Path, run: dict, state: dict, method: Method) -> None:
         content = {"run": run, "state": state, "rng": rng_state(), "bandwidths": _bandwidths(method)}
         content["modules"] = {name: module.state_dict() for name, module in method.modules.items()}
         content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        try:
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+            temporary.unlink(missing_ok=True)
+            reason = str(error).split("\n")[0]
+            raise RuntimeError(f"{path}: the checkpoint cannot be written ({reason}); make room, then go on") from error
     method.fabric.barrier()
 
 
