@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rebias import BiasedDigits, assign_bias, biased_mnist, biased_sklearn_digits, colourise
+from rebias import BiasedDigits, SimpleConvNet, assign_bias, biased_mnist, biased_sklearn_digits, colourise
 from rebias.data.action import CLASSES as ACTIONS
 from rebias.data.action import TEST_VIEWS, VideoFiles, kinetics10, mimetics10, read_clip
+from rebias.data.dataset import Reading
 from rebias.data.imagenet9 import (
     CLASS_OF_WNID,
     corrupted_sets,
@@ -21,6 +22,7 @@ from rebias.data.imagenet9 import (
 )
 from rebias.data.texture import gram_vectors, texture_clusters, texture_network
 from rebias.data.toy import ToyPoints
+from shared_utils.images import BrokenFile
 
 
 @settings(deadline=None, max_examples=40)
@@ -51,6 +53,26 @@ def test_ground_is_coloured_not_the_digit():
     (images, targets), *_ = data.batches([torch.tensor([0])])
     torch.testing.assert_close(images[0].permute(1, 2, 0), (rgb[0] / 255 - 0.5) / 0.5)
     assert images.is_contiguous(memory_format=torch.channels_last) and targets.tolist() == [3]
+
+
+def test_a_dataloader_takes_every_set_item_by_item():
+    data = biased_sklearn_digits(True, 0.9)
+    (images, labels, bias), *_ = torch.utils.data.DataLoader(data, batch_size=8)
+    (expected, targets), *_ = data.batches([torch.arange(8)])
+    assert torch.equal(images, expected) and torch.equal(labels, targets) and torch.equal(bias, data.bias[:8])
+    points = ToyPoints(10, False, 0)
+    (points_, labels, bias), *_ = torch.utils.data.DataLoader(points, batch_size=10)
+    assert torch.equal(points_, points.points) and torch.equal(bias, points.bias)
+
+
+def test_a_network_of_one_pixel_kernels_sees_colours_and_not_shapes():
+    """Shuffled pixels change nothing for g: without its colour an image is as good as any other."""
+    data = biased_sklearn_digits(False, 1.0)
+    (images, _), *_ = data.batches([torch.arange(8)])
+    shuffled = images.flatten(2)[:, :, torch.randperm(64)].view_as(images)
+    for kernel, same in ((1, True), (3, False)):
+        network = SimpleConvNet(kernel_size=kernel, widths=(8, 8)).eval()
+        assert torch.allclose(network(images)[0], network(shuffled)[0], atol=1e-5) == same
 
 
 def test_every_digit_in_all_colours():
@@ -125,7 +147,7 @@ def test_the_toy_is_biased_in_training_only():
 def test_image_folder_reads_the_nine_classes_only(tmp_path, write_images):
     wnids = ["n02085620", "n01641577", "n99999999"]
     write_images(tmp_path, wnids)
-    data = image_folder(tmp_path, "x", num_workers=0)
+    data = image_folder(tmp_path, "x", reading=Reading(0))
     assert data.names == [f"{w}/ILSVRC_{i}.JPEG" for w in ("n01641577", "n02085620") for i in (0, 1)]
     assert data.labels.tolist() == [2, 2, 0, 0]
     (images, targets), *_ = data.batches([torch.tensor([3, 0])])
@@ -133,10 +155,10 @@ def test_image_folder_reads_the_nine_classes_only(tmp_path, write_images):
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path, write_images):
-    write_images(tmp_path / "imagenet" / "train", ["n02085620"], 3)
+    write_images(tmp_path / "imagenet" / "train", ["n02085620"], per_class=3)
 
     def first(epoch, order, workers, seed=5):
-        data = train_set(tmp_path, False, seed=seed, num_workers=workers)
+        data = train_set(tmp_path, False, seed=seed, reading=Reading(workers))
         return next(iter(data.batches([torch.tensor(order)], epoch)))[0]
 
     a = first(1, [0, 1, 2], 0)
@@ -146,7 +168,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path, write_imag
 
 def test_the_stylised_copy_doubles_the_training_set(tmp_path, write_images):
     for name in ("imagenet", "stylised-imagenet"):
-        write_images(tmp_path / name / "train", ["n02085620"], 2)
+        write_images(tmp_path / name / "train", ["n02085620"])
     assert len(train_set(tmp_path, True)) == 2 * len(train_set(tmp_path, False)) == 4
 
 
@@ -164,7 +186,7 @@ def test_broken_and_missing_images_are_named(tmp_path, write_images):
         image_folder(tmp_path, "x")
     write_images(tmp_path, ["n02085620"])
     (tmp_path / "n02085620" / "ILSVRC_0.JPEG").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="ILSVRC_0.JPEG: cannot be read as an image"):
+    with pytest.raises(BrokenFile, match="ILSVRC_0.JPEG: this is not an image"):
         image_folder(tmp_path, "x").read(0, 0)
 
 
@@ -212,7 +234,7 @@ def test_texture_clusters_find_textures(tmp_path):
             texture = rng.integers(0, 256, (40, 40, 3)) if noisy else np.full((40, 40, 3), 40 * number)
             Image.fromarray(texture.astype(np.uint8)).save(tmp_path / wnid / f"{number}.png")
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
-    data = image_folder(tmp_path, "x", num_workers=0)
+    data = image_folder(tmp_path, "x", reading=Reading(0))
     table = texture_clusters(data, network, repeats=2)
     assert list(table.columns) == ["path", "category", "cluster1", "cluster2"]
     noise = set(table.cluster1[table.category == "dog"])
@@ -253,9 +275,18 @@ def test_a_clip_of_eight_frames_at_rate_eight(tmp_path, write_video):
     assert read_clip(tmp_path / "short.mp4", 0.5).shape == (8, 3, 48, 64)
 
 
+@pytest.mark.parametrize("fps, apart", [(30, 8), (60, 16), (15, 4)])
+def test_frames_are_eight_apart_at_thirty_a_second_whatever_the_rate(tmp_path, write_video, fps, apart):
+    """The released decoder samples 8 frames of a stretch of 64 / 30 seconds."""
+    write_video(tmp_path / "v.mp4", frames=128, fps=fps)
+    frames = read_clip(tmp_path / "v.mp4", 0.0).float().mean((1, 2, 3)) / 2
+    last = 8 * apart - 1
+    torch.testing.assert_close(frames, torch.linspace(0, last, 8).round(), atol=2.5, rtol=0)
+
+
 def test_clips_for_training_and_views_for_testing(kinetics):
     path = kinetics / "kinetics" / "train" / "writing" / "id0_000005_000015.mp4"
-    train, test = (VideoFiles([path], torch.tensor([9]), "x", train=t, num_workers=0) for t in (True, False))
+    train, test = (VideoFiles([path], torch.tensor([9]), "x", train=t, reading=Reading(0)) for t in (True, False))
     (clips, targets), *_ = train.batches([torch.tensor([0])])
     assert clips.shape == (1, 3, 8, 224, 224) and targets.tolist() == [9]
     assert len(test) == TEST_VIEWS and test.read(0, 3).shape == (3, 8, 256, 256)
@@ -271,7 +302,7 @@ def test_missing_videos_are_counted_and_named(kinetics, caplog):
     import logging
 
     logging.getLogger("rebias").addHandler(caplog.handler)
-    data = kinetics10(kinetics, True, skip_missing=True)
+    data = kinetics10(kinetics, True, reading=Reading(skip_missing=True))
     assert len(data) == 1 and data.labels.tolist() == [ACTIONS.index("writing")]
     assert "1 of 2 videos are missing" in caplog.text
     with pytest.raises(FileNotFoundError, match="no such annotation file"):
@@ -281,7 +312,7 @@ def test_missing_videos_are_counted_and_named(kinetics, caplog):
 def test_a_broken_video_and_a_strange_annotation(kinetics):
     path = kinetics / "bad.mp4"
     path.write_bytes(b"no video")
-    with pytest.raises(ValueError, match="bad.mp4: cannot be decoded"):
+    with pytest.raises(BrokenFile, match="bad.mp4: .*replace the video"):
         read_clip(path, 0.0)
     (kinetics / "kinetics" / "train.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="needs the columns label"):

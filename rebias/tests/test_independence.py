@@ -100,6 +100,8 @@ def test_within_classes():
     x, y, labels = draw(13, 3, 0), draw(13, 3, 1), torch.tensor([0] * 5 + [1] * 6 + [2] * 2)
     expected = (hsic(x[:5], y[:5]) + hsic(x[5:11], y[5:11])) / 2
     assert conditional_hsic(x, y, labels).item() == pytest.approx(expected.item(), rel=1e-9)
+    parts = [hsic(x[i], y[i], estimator="biased") for i in (slice(0, 5), slice(5, 11), slice(11, 13))]
+    assert conditional_hsic(x, y, labels, estimator="biased").item() == pytest.approx(sum(parts).item() / 3, rel=1e-9)
 
 
 def test_float32_under_autocast():
@@ -121,6 +123,18 @@ def test_median_with_and_without_the_diagonal():
     assert median_sigma(x).item() == 1  # squares 0 0 0 1 1 4 4 9 9: the fifth
     assert median_sigma(torch.zeros(4, 2)).item() == pytest.approx(1e-6)
     assert dimension_sigma(torch.zeros(3, 4, 4)) == 4
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-5])
+def test_the_median_distance_of_near_copies_is_exact(noise):
+    """48 of 64 rows are the same up to noise, far from the origin: float32's rounding is 100 times as large."""
+    rows = draw(64, 16, 0)
+    rows[:48] = draw(1, 16, 1) + noise * draw(48, 16, 2)
+    x = rows.float()
+    expected = torch.pdist(x.double()).median().item()
+    assert median_sigma(x, include_diagonal=False).item() == pytest.approx(expected, rel=1e-3)
+    with_diagonal = torch.cat([torch.zeros(64), torch.pdist(x).repeat(2)]).quantile(0.5).item()
+    assert median_sigma(x).item() == pytest.approx(with_diagonal, rel=1e-3)
 
 
 @pytest.mark.parametrize(

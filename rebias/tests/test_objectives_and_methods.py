@@ -10,7 +10,7 @@ from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, me
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.methods import frozen_statistics
 from rebias.models import MLP, HexNet, SimpleConvNet
-from rebias.objectives import generalized_cross_entropy, lff_weights
+from rebias.objectives import SampleLosses, generalized_cross_entropy, lff_weights
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS
 from rebias.train import learning_rate, make_fabric
@@ -26,7 +26,8 @@ def method(**changes):
 
 def batch(size=32):
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)
+    images = torch.rand(size, 3, 8, 8, generator=generator)
+    return images, torch.randint(10, (size,), generator=generator), torch.arange(size)
 
 
 def weights(module):
@@ -50,6 +51,40 @@ def test_rebias_losses_are_the_paper_s_and_stay_in_their_network():
     torch.testing.assert_close(g_total, 3 * torch.nn.functional.cross_entropy(g_logits, targets) - dependence)
     g_total.backward()
     assert f.grad is None and g.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_last_batch_that_is_too_small_for_hsic_is_classified_only(size, conditional):
+    loss = ReBiasLoss(sigma_f="median", sigma_g="median", conditional=conditional)
+    logits, features = torch.randn(size, 10, requires_grad=True), torch.randn(size, 4, requires_grad=True)
+    plain = torch.nn.functional.cross_entropy(logits, torch.arange(size))
+    total, parts = loss.f_loss(logits, features, [torch.randn(size, 4)], torch.arange(size))
+    torch.testing.assert_close(total, plain)
+    assert parts["f_hsic"] == 0
+    total.backward()
+    torch.testing.assert_close(loss.g_loss(logits, features, torch.randn(size, 4), torch.arange(size))[0], plain)
+
+
+def test_within_classes_of_four_hsic_counts_and_of_fewer_it_is_zero():
+    features = torch.randn(8, 3)
+    loss = ReBiasLoss(conditional=True)
+    assert loss.dependence(features, features, torch.arange(8) // 4) > 0
+    assert loss.dependence(features, features, torch.arange(8) // 3) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-5])
+def test_near_copies_do_not_blow_up_the_gradient(noise):
+    """A dominant colour or dead ReLUs: 48 of 64 features are the same but for noise."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, 16, generator=generator)
+    base[:48] = base[0]
+    f, g = (base + noise * torch.randn(64, 16, generator=generator) for _ in range(2))
+    f.requires_grad_()
+    logits, targets = torch.randn(64, 10, generator=generator, requires_grad=True), torch.arange(64) % 10
+    loss, _ = ReBiasLoss(f_lambda=30.0, sigma_f="median", sigma_g="median").f_loss(logits, f, [g], targets)
+    loss.backward()
+    assert f.grad.norm() < logits.grad.norm()
 
 
 def test_an_unknown_word_for_sigma():
@@ -88,9 +123,40 @@ def test_bias_labels_cannot_reach_the_weights():
         (images, targets), *_ = task.train.batches([torch.arange(64)])
         if permute:
             task.train.bias = task.train.bias.roll(1)
-        m.step(images, targets)
+        m.step(images, targets, torch.arange(64))
         trained.append(weights(m.modules["f"]))
     assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("order", ["g-first", "f-first"])
+def test_g_chases_the_f_of_its_order(order, monkeypatch):
+    """With f first, g is compared with the features of the f that has just been updated (Algorithm 1)."""
+    m, seen = method(method="rebias", order=order, f_lambda=0.0), []
+    g_loss = m.loss.g_loss
+
+    def spy(g_logits, g_feat, f_feat, targets):
+        seen.append(f_feat.detach().clone())
+        return g_loss(g_logits, g_feat, f_feat, targets)
+
+    monkeypatch.setattr(m.loss, "g_loss", spy)
+
+    def features():
+        with torch.no_grad(), frozen_statistics(m.f):
+            return m.f.train()(batch()[0])[1]
+
+    before = features()
+    m.step(*batch())
+    expected, other = (features(), before) if order == "f-first" else (before, features())
+    torch.testing.assert_close(seen[0], expected)
+    assert not torch.allclose(seen[0], other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "rebias", "rubi", "learnedmixin", "hex", "lff"])
+def test_every_optimizer_has_the_run_s_rate_and_weight_decay(name):
+    m = method(method=name, lr=2e-3, weight_decay=3e-4)
+    groups = [group for optimizer in m.optimizers.values() for group in optimizer.param_groups]
+    assert len(groups) == (1 if name in ("vanilla", "hex") else 2)
+    assert all(group["lr"] == 2e-3 and group["weight_decay"] == 3e-4 for group in groups)
 
 
 @pytest.mark.parametrize("order", ["g-first", "f-first"])
@@ -138,26 +204,43 @@ def test_learned_mixin_pretrains_g_and_then_freezes_it():
 
 def test_pretraining_where_there_is_none():
     with pytest.raises(ValueError, match="nothing to pre-train"):
-        method(method="rubi", pretrain_epochs=1).pretrain_step(*batch())
+        method(method="rubi").pretrain_step(*batch())
 
 
-@pytest.mark.parametrize("name", ["hex", "lff", "biased"])
+@pytest.mark.parametrize("name", ["hex", "lff", "biased", "jtt", "balanced"])
 def test_the_other_methods_learn(name):
-    m, (images, targets) = method(method=name), batch(64)
-    first = list(m.step(images, targets).values())[0]
+    m = method(method=name)
+    first = list(m.step(*batch(64)).values())[0]
     for _ in range(30):
-        last = list(m.step(images, targets).values())[0]
+        last = list(m.step(*batch(64)).values())[0]
     assert last < first
 
 
-def test_lff_weights_favour_what_the_biased_network_gets_wrong():
-    f = torch.zeros(2, 3)
-    g = torch.tensor([[9.0, 0, 0], [9.0, 0, 0]])
-    easy, hard = lff_weights(f, g, torch.tensor([0, 1])).tolist()
-    assert easy < 0.01 and hard == pytest.approx(9.0 / (9 + torch.log(torch.tensor(3.0)).item()), rel=1e-2)
-    g = g[:1].double()
+def test_lff_remembers_every_sample_s_loss_and_compares_it_within_its_class():
+    losses = SampleLosses(4, num_classes=2)
+    losses.update(torch.tensor([2.0, 4.0]), torch.tensor([0, 1]), torch.tensor([0, 2]))
+    losses.update(torch.tensor([1.0, 8.0]), torch.tensor([0, 0]), torch.tensor([0, 3]))
+    assert losses.average.tolist() == pytest.approx([0.7 * 2 + 0.3 * 1, 0, 4, 8])  # the first loss counts in full
+    assert losses.relative(torch.tensor([0, 2, 3])).tolist() == pytest.approx([1.7 / 8, 1, 1])
+
+
+def test_lff_weights_favour_what_the_biased_network_finds_hard():
+    easy, hard = lff_weights(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0])).tolist()
+    assert easy == 0 and hard == pytest.approx(2 / 3)
+    g = torch.tensor([[9.0, 0, 0]], dtype=torch.float64, requires_grad=True)
     p = g.softmax(1)[0, 0].item()
-    assert generalized_cross_entropy(g, torch.tensor([0])).item() == pytest.approx((1 - p**0.7) / 0.7, rel=1e-5)
+    (gradient,) = torch.autograd.grad(generalized_cross_entropy(g, torch.tensor([0])), g)
+    (plain,) = torch.autograd.grad(torch.nn.functional.cross_entropy(g, torch.tensor([0])), g)
+    torch.testing.assert_close(gradient, 0.7 * p**0.7 * plain)
+
+
+@pytest.mark.parametrize("order", ["g-first", "f-first"])
+def test_without_updates_g_keeps_its_random_weights(order):
+    m = method(method="rebias", n_g_update=0, order=order)
+    g, f, mean = weights(m.gs[0]), weights(m.f), m.gs[0].layers[1].running_mean.clone()
+    m.step(*batch())
+    assert torch.equal(g, weights(m.gs[0])) and not torch.equal(f, weights(m.f))
+    assert not torch.equal(mean, m.gs[0].layers[1].running_mean)  # evaluation sees it as training does
 
 
 def test_hex_predicts_without_the_superficial_branch():
@@ -194,17 +277,19 @@ def test_rubi_and_learned_mixin_reduce_to_cross_entropy_without_bias():
 )
 def test_bandwidth_policies_that_need_no_batch(changes, sigma):
     m = method(method="rebias", sigma_every="epoch", **changes)
-    m.start_epoch(iter([batch()]))
+    m.start_epoch(iter([batch()[:2]]))
     assert m.loss.sigma_f == sigma
 
 
 def test_median_bandwidth_before_an_epoch_is_not_swapped():
     m = method(method="rebias", sigma="median", sigma_every="epoch")
-    batches = [batch(), batch()]
+    batches = [batch()[:2], batch()[:2]]
+    mean = m.f.layers[1].running_mean.clone()
     m.start_epoch(iter(batches))
-    for network, sigma in ((m.f.eval(), m.loss.sigma_f), (m.gs[0].eval(), m.loss.sigma_g)):
-        with torch.no_grad():
-            torch.testing.assert_close(sigma, median_sigma([network(images)[1] for images, _ in batches]))
+    assert torch.equal(mean, m.f.layers[1].running_mean)
+    for network, sigma in ((m.f, m.loss.sigma_f), (m.gs[0], m.loss.sigma_g)):
+        with torch.no_grad(), frozen_statistics(network):  # as the loss sees the features: in train mode
+            torch.testing.assert_close(sigma, median_sigma([network.train()(images)[1] for images, _ in batches]))
     assert m.loss.sigma_f != m.loss.sigma_g
 
 
@@ -226,10 +311,19 @@ def test_learning_rates():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method": "jtt"}, "method must be one of vanilla"),
+        ({"method": "erm"}, "method must be one of vanilla"),
         ({"rho": 1.5}, r"rho must lie in \[0, 1\], got 1.5"),
         ({"batch_size": 3}, "batches of 4 or more, batch_size is 3"),
         ({"epochs": 0}, "at least 1"),
+        ({"method": "hex", "dataset": "imagenet9"}, "hex takes grey levels .* not imagenet9"),
+        ({"method": "balanced", "dataset": "kinetics10"}, "balanced needs a bias label .* kinetics10 has none"),
+        ({"n_g_update": -1}, "n_g_update at least 0"),
+        ({"penalty": "feature-norm"}, "penalty feature-norm has no effect with method rebias"),
+        ({"method": "vanilla", "penalty": "hsic-shuffled"}, "penalty hsic-shuffled has no effect with method vanilla"),
+        ({"method": "rubi", "penalty": "hsic-shuffled"}, "no effect with method rubi, only with rebias or vanilla"),
+        ({"head": "frozen"}, "head frozen has no effect with method rebias, only with rubi or learnedmixin"),
+        ({"method": "lff", "pretrain_epochs": 3}, "pretrain_epochs 3 has no effect with method lff"),
+        ({"side": 14}, "side 14 has no effect with dataset digits, only with mnist; leave it at 28"),
         ({"sigma_value": 2.0}, "no effect on the median of each batch"),
     ],
 )

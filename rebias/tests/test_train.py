@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from rebias import cli, experiments
+from rebias.data.dataset import Reading
 from rebias.data.inventory import inventory
 from rebias.evaluate import group_accuracy, group_summary, top1_accuracy, unbiased_accuracy_clusters
-from rebias.experiments import build_method, evaluate_checkpoint, execute, tables, train_and_evaluate
+from rebias.experiments import Execution, build_method, evaluate_checkpoint, tables, train_and_evaluate
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS
 from rebias.train import fit, index_batches, load_checkpoint, make_fabric
@@ -132,13 +133,25 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path):
 
 def test_eval_repeats_what_train_printed(tmp_path):
     _, outcome = train_and_evaluate(small_task(method="rebias"), tmp_path / "c.pt")
-    again = evaluate_checkpoint(tmp_path / "c.pt", Path("."), "cpu", False)
+    again, details = evaluate_checkpoint(tmp_path / "c.pt", Path("."), "cpu", Reading())
+    assert details["group_matrix"] == outcome.details["group_matrix"]
     assert {name: outcome.metrics[name] for name in again} == again
     content = load_checkpoint(tmp_path / "c.pt")
     del content["modules"]["f"]["fc.bias"]
     torch.save(content, tmp_path / "d.pt")
     with pytest.raises(ValueError, match="holds no weights for f of rebias"):
-        evaluate_checkpoint(tmp_path / "d.pt", Path("."), "cpu", False)
+        evaluate_checkpoint(tmp_path / "d.pt", Path("."), "cpu", Reading())
+
+
+def test_a_full_disk_leaves_one_line_and_no_half_checkpoint(tmp_path, monkeypatch):
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match="c.pt: the checkpoint cannot be written .*failed.; make room") as error:
+        train_and_evaluate(small_task(method="vanilla"), tmp_path / "c.pt")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_nan_stops_a_run_with_its_epoch():
@@ -162,7 +175,7 @@ def test_the_curve_holds_diagnostics():
 def test_mnist_at_the_paper_s_size(tmp_path, write_mnist):
     write_mnist(tmp_path, n_train=48)
     settings = replace(PRESETS["mnist"], epochs=1, batch_size=16, rho=0.9)
-    outcome = execute({name: value for name, value in vars(settings).items()}, 0, data_root=tmp_path)
+    outcome = Execution(tmp_path)(vars(settings), 0)
     assert {
         "biased_accuracy",
         "unbiased_accuracy",
@@ -173,27 +186,33 @@ def test_mnist_at_the_paper_s_size(tmp_path, write_mnist):
     assert outcome.dataset["train"]["shape"] == [48, 28, 28] and len(outcome.dataset["test"]) == 3
 
 
+def test_the_test_sets_of_biased_mnist_have_their_own_rho(tmp_path, write_mnist):
+    """biased: all aligned; unbiased: a tenth, as chance has it; rho0: none; whatever rho the training has."""
+    write_mnist(tmp_path, n_test=200)
+    task = TASKS["mnist"](replace(PRESETS["mnist"], rho=0.997), 0, tmp_path, FABRIC)
+    shares = [(data.labels == data.bias).float().mean().item() for data in (task.biased, task.unbiased, task.rho0)]
+    assert shares == pytest.approx([1.0, 0.1, 0.0])
+    assert torch.equal(task.groups.labels[::10], task.biased.labels) and len(task.groups) == 2000
+
+
 @pytest.mark.parametrize("method", ["rebias", "learnedmixin"])
 def test_imagenet9_from_folders(tmp_path, monkeypatch, method, write_images):
     wnids = ["n02085620", "n01641577"]
-    write_images(tmp_path / "imagenet" / "train", wnids, 2)
-    write_images(tmp_path / "imagenet" / "val", wnids, 10)
-    write_images(tmp_path / "imagenet-a", wnids, 1)
-    write_images(tmp_path / "imagenet-c" / "fog" / "3", wnids, 1)
+    write_images(tmp_path / "imagenet" / "train", wnids)
+    write_images(tmp_path / "imagenet" / "val", wnids, per_class=10)
+    write_images(tmp_path / "imagenet-a", wnids, per_class=1)
+    write_images(tmp_path / "imagenet-c" / "fog" / "3", wnids, per_class=1)
     lines = ["path,category,cluster1,cluster2"]
     lines += [f"{wnid}/ILSVRC_{i}.JPEG,x,{j},{j}" for j, wnid in enumerate(wnids) for i in range(10)]
     (tmp_path / "clusters.csv").write_text("\n".join(lines))
-    from rebias.data import imagenet9, images
+    from rebias.data import imagenet9
 
     table = imagenet9.read_clusters(tmp_path / "clusters.csv")
     monkeypatch.setattr(imagenet9, "read_clusters", lambda: table)
-    monkeypatch.setattr(
-        images.ImageFiles.__init__, "__kwdefaults__", images.ImageFiles.__init__.__kwdefaults__ | {"num_workers": 0}
-    )
     settings = replace(
         PRESETS["imagenet9"], method=method, epochs=1, batch_size=4, pretrain_epochs=int(method == "learnedmixin")
     )
-    outcome = execute(vars(settings), 0, data_root=tmp_path)
+    outcome = Execution(tmp_path, Reading(workers=0))(vars(settings), 0)
     assert {
         "biased_accuracy",
         "unbiased_accuracy",
@@ -207,9 +226,6 @@ def test_action_from_videos(tmp_path, monkeypatch, write_video):
     from rebias.data import action
 
     monkeypatch.setattr(action, "TEST_VIEWS", 2)
-    monkeypatch.setattr(
-        action.VideoFiles.__init__, "__kwdefaults__", action.VideoFiles.__init__.__kwdefaults__ | {"num_workers": 0}
-    )
     header = "label,youtube_id,time_start,time_end\n"
     for folder, csv, videos, n in (
         ("kinetics", "train.csv", "train", 4),
@@ -221,7 +237,8 @@ def test_action_from_videos(tmp_path, monkeypatch, write_video):
         (root / csv).write_text(header + "".join(f"writing,v{i},0,3\n" for i in range(n)))
         for i in range(n):
             write_video(root / videos / "writing" / f"v{i}_000000_000003.mp4", frames=70)
-    outcome = execute(vars(replace(PRESETS["kinetics10"], epochs=1, batch_size=4)), 0, data_root=tmp_path)
+    settings = replace(PRESETS["kinetics10"], epochs=1, batch_size=4, networks="small")
+    outcome = Execution(tmp_path, Reading(workers=0))(vars(settings), 0)
     assert set(outcome.metrics) == {"biased_accuracy", "unbiased_accuracy"}
     assert outcome.dataset["test"][1]["name"] == "Mimetics-10"
 
@@ -261,6 +278,26 @@ def test_paper_scale_is_the_paper_s_preset(table, preset):
     assert replace(settings, rho=PRESETS[preset].rho, eval_every=0) == PRESETS[preset]
 
 
+def test_every_table_that_trains_rebias_has_the_frozen_random_g_at_every_scale():
+    for table in tables():
+        for scale in table.scales:
+            rows = {row.name: table.settings(row, scale) for row in table.rows_at(scale)}
+            trained = [name for name, s in rows.items() if s.get("method") == "rebias"]
+            frozen = [name for name in trained if rows[name].get("n_g_update") == 0]
+            assert bool(trained) == bool(frozen), (table.id, scale)
+
+
+def test_table_1_at_paper_scale_has_both_orders():
+    table = next(each for each in tables() if each.id == "table-1")
+    for rho in ("0.999", "0.997", "0.995", "0.990"):
+        f_first, g_first = (
+            Settings(**table.settings(table.row(name), "paper"))
+            for name in (f"ReBias, rho {rho}", f"ReBias, g first, rho {rho}")
+        )
+        assert f_first.order == "f-first" and g_first == replace(f_first, order="g-first")
+        assert replace(g_first, rho=0.997, eval_every=0) == PRESETS["mnist-reference"]
+
+
 def test_small_scales_are_the_small_presets():
     table = next(each for each in tables() if each.id == "table-1")
     for scale, preset in (("embedded", "digits"), ("mnist", "mnist-14")):
@@ -278,7 +315,7 @@ def test_run_twice_runs_nothing_new(tmp_path, monkeypatch, capsys):
     run = cli.Run(("figure-A1", "table-A1"), scale="smoke", jobs=1)
     run()
     lines = (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines()
-    assert len(lines) == 9 and json.loads(lines[0])["dataset"]["train"]["sha256"]
+    assert len(lines) == 10 and json.loads(lines[0])["dataset"]["train"]["sha256"]
     assert "531,210" in capsys.readouterr().out
     run()
     assert (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines() == lines
@@ -298,7 +335,11 @@ def test_train_then_eval_from_the_command_line(tmp_path):
     "words, code, message",
     [
         (("run", "table-9"), 2, "unknown table 'table-9'; there are"),
-        (("run", "table-1", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"), 2, "MNIST lacks"),
+        (
+            ("run", "table-1", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"),
+            2,
+            "MNIST (nowhere/MNIST/raw/train-images-idx3-ubyte): rebias data --download",
+        ),
         (("eval", "none.pt"), 2, "none.pt: no such checkpoint"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "BagNet18": "models",
     "BiasedDigits": "data.biased",
+    "ColoredMNIST": "data.grouped",
     "LearnedMixinLoss": "objectives",
     "RUBiLoss": "objectives",
     "ReBiasLoss": "objectives",
@@ -16,17 +17,22 @@ _HOME = {
     "ResNet3D": "models",
     "SimpleConvNet": "models",
     "assign_bias": "data.biased",
+    "bffhq": "data.grouped",
     "biased_mnist": "data.biased",
     "biased_sklearn_digits": "data.biased",
+    "celeba": "data.grouped",
     "colourise": "data.biased",
     "conditional_hsic": "independence",
+    "csv_set": "data.grouped",
     "group_accuracy": "evaluate",
+    "group_report": "evaluate",
     "gram_hsic": "independence",
     "hex_project": "objectives",
     "hsic": "independence",
     "median_sigma": "independence",
     "rbf_gram": "independence",
     "unbiased_accuracy_clusters": "evaluate",
+    "waterbirds": "data.grouped",
 }
 __all__ = list(_HOME)
 

@@ -17,6 +17,8 @@ from rebias.settings import PRESETS, Settings
 PROGRAM = "rebias"
 
 if TYPE_CHECKING:
+    from rebias.data.dataset import Reading
+
     Preset = Settings
 else:
     Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
@@ -25,6 +27,12 @@ else:
 def default_data_root() -> Path:
     """DATA_ROOT, else ~/.cache/rebias."""
     return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
+
+
+def _reading(verb: Run | Train | Eval) -> Reading:
+    from rebias.data.dataset import Reading
+
+    return Reading(verb.workers, verb.skip_missing, verb.skip_broken)
 
 
 @dataclass
@@ -43,8 +51,16 @@ class Run:
     """Where MNIST, ImageNet and videos are."""
     jobs: int = 0
     """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    workers: int = -1
+    """Processes that read files; -1: one per core, 8 at most."""
     skip_missing: bool = False
     """Go on without the videos that are missing (they are counted and named)."""
+    skip_broken: bool = False
+    """Go on without files that cannot be decoded (they are counted and named)."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA, float32 on a CPU), or one of Fabric's such as bf16-mixed."""
+    compile: bool = False
+    """torch.compile the networks."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -62,18 +78,12 @@ class Run:
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
+        execution = experiments.Execution(self.data_root, _reading(self), self.precision, self.compile)
         if self.dry_run:
             log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, execution.needs)
         yours = experiments.run_tables(
-            chosen,
-            self.scale,
-            self.data_root,
-            rows=self.rows,
-            seeds=self.seeds,
-            force=self.force,
-            jobs=self.jobs,
-            skip_missing=self.skip_missing,
+            chosen, self.scale, execution, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
@@ -94,45 +104,60 @@ class Train:
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
-    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    """auto (bf16-mixed on CUDA, float32 on a CPU), or one of Fabric's such as bf16-mixed."""
     checkpoint_every: int = 500
     """Steps between saves."""
     compile: bool = False
     """torch.compile the networks."""
+    workers: int = -1
+    """Processes that read files; -1: one per core, 8 at most."""
     skip_missing: bool = False
-    """Go on without the videos that are missing."""
+    """Go on without the videos that are missing (they are counted and named)."""
+    skip_broken: bool = False
+    """Go on without files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
+        from rebias.data.inventory import needs
         from rebias.experiments import train_and_evaluate
         from rebias.tasks import TASKS
         from rebias.train import make_fabric
+        from shared_utils.preflight import require
 
+        require(needs(self.settings, self.data_root, self.output.absolute().parent))
         fabric = make_fabric(self.device, self.precision)
-        task = TASKS[self.settings.dataset](self.settings, self.seed, self.data_root, fabric, self.skip_missing)
-        _, outcome = train_and_evaluate(task, self.output, self.checkpoint_every, self.compile)
+        task = TASKS[self.settings.dataset](self.settings, self.seed, self.data_root, fabric, _reading(self))
+        _, outcome = train_and_evaluate(task, self.output, self.checkpoint_every, self.compile, watch=True)
         if fabric.global_rank == 0:
             print(json.dumps(outcome.metrics, indent=2))
 
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint of `rebias train` on its task's test sets: JSON on stdout."""
+    """Evaluate a checkpoint of `rebias train`, or a file of predictions, group by group: JSON on stdout."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `rebias train`."""
+    file: tyro.conf.Positional[Path]
+    """Checkpoint written by `rebias train`, or a CSV file with the columns prediction, label, bias."""
     data_root: Path = field(default_factory=default_data_root)
     """Where the data set is."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    workers: int = -1
+    """Processes that read files; -1: one per core, 8 at most."""
     skip_missing: bool = False
-    """Go on without the videos that are missing."""
+    """Go on without the videos that are missing (they are counted and named)."""
+    skip_broken: bool = False
+    """Go on without files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
+        from rebias.evaluate import group_report, read_predictions
         from rebias.experiments import evaluate_checkpoint
 
-        print(
-            json.dumps(evaluate_checkpoint(self.checkpoint, self.data_root, self.device, self.skip_missing), indent=2)
-        )
+        if self.file.suffix.lower() == ".csv":
+            metrics, details = group_report(*read_predictions(self.file))
+        else:
+            metrics, details = evaluate_checkpoint(self.file, self.data_root, self.device, _reading(self))
+        groups = {name: details[name] for name in ("group_matrix", "group_counts") if name in details}
+        print(json.dumps(metrics | groups, indent=2))
 
 
 @dataclass
@@ -145,11 +170,17 @@ class Data:
     """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
     preview: Path | None = None
     """Write a PNG of biased digits to this file."""
+    tiny: Path | None = None
+    """Write tiny archives in the layout of the real ones into this folder: what a data root must look like."""
+    verify: bool = False
+    """Decode every file to its end and name those that are broken."""
+    workers: int = -1
+    """Processes or threads that read files; -1: one per core, 8 at most."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
 
-        from rebias.data.inventory import inventory
+        from rebias.data.inventory import inventory, verify
         from shared_utils.logging import console
 
         if self.download:
@@ -160,6 +191,18 @@ class Data:
             from rebias.figures import draw_preview
 
             draw_preview(self.preview)
+        if self.tiny:
+            from rebias.data.tiny import write
+
+            return write(self.tiny)
+        if self.verify:
+            checked = verify(self.data_root, self.workers)
+            for name, (count, broken) in checked.items():
+                console().print(f"{name}: {count:,} files, {len(broken)} broken", highlight=False)
+            lines = [line for _, broken in checked.values() for line in broken.values()]
+            if lines:
+                raise RuntimeError(f"{len(lines)} broken files, first {lines[0]}")
+            return None
         grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory(self.data_root):
             grid.add_row(*row)
@@ -184,14 +227,20 @@ class Clusters:
     """Of k-means."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    workers: int = -1
+    """Processes that read files; -1: one per core, 8 at most."""
+    skip_broken: bool = False
+    """Go on without files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
+        from rebias.data.dataset import Reading
         from rebias.data.imagenet9 import image_folder
         from rebias.data.texture import texture_clusters, texture_network
         from rebias.train import make_fabric
 
         network = texture_network(self.weights, self.layer)
-        data = image_folder(self.images, self.images.name, device=make_fabric(self.device).device)
+        reading = Reading(self.workers, skip_broken=self.skip_broken)
+        data = image_folder(self.images, self.images.name, device=make_fabric(self.device).device, reading=reading)
         texture_clusters(data, network, repeats=self.repeats, seed=self.seed).to_csv(self.output, index=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -110,6 +111,45 @@ def unbiased_accuracy_clusters(
             raise ValueError(f"clustering {number} has no cell of {min_count} images or more")
         means.append(cells.mean())
     return torch.stack(means).mean().item()
+
+
+def read_predictions(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions, labels and bias, each (n,) int64, from a CSV file with columns of these names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other columns, or values that are not 0, 1, 2 ..
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    table, names = pd.read_csv(path), ("prediction", "label", "bias")
+    if not set(names) <= set(table.columns):
+        raise ValueError(f"{path}: needs the columns {', '.join(names)}, has {', '.join(map(str, table.columns))}")
+    for name in names:
+        if not len(table) or not pd.api.types.is_integer_dtype(table[name]) or table[name].min() < 0:
+            raise ValueError(f"{path}: {name} must hold 0, 1, 2 .., one value a line")
+    prediction, label, bias = (torch.from_numpy(table[name].to_numpy(copy=True)).long() for name in names)
+    return prediction, label, bias
+
+
+def group_report(predictions: Tensor, labels: Tensor, bias: Tensor) -> tuple[dict[str, float], dict]:
+    """Percentages over all samples, over the mean of the groups and in the worst one; and accuracy and size of each.
+
+    The mean over groups is what is usually meant by unbiased accuracy; groups without a sample do not count.
+    """
+    n_labels, n_bias = int(labels.max()) + 1, int(bias.max()) + 1
+    accuracy, counts = group_accuracy(predictions, labels, bias, n_labels, n_bias)
+    filled = accuracy[counts > 0]
+    metrics = {
+        "accuracy": 100 * (predictions == labels).double().mean().item(),
+        "group_mean_accuracy": 100 * filled.mean().item(),
+        "worst_group_accuracy": 100 * filled.min().item(),
+    }
+    matrix = [[round(cell, 4) if count else None for cell, count in zip(*row, strict=True)]
+              for row in zip(accuracy.tolist(), counts.tolist(), strict=True)]  # fmt: skip
+    return metrics, {"group_matrix": matrix, "group_counts": counts.tolist()}
 
 
 def group_summary(predictions: Tensor, labels: Tensor, bias: Tensor, n: int) -> dict[str, float]:

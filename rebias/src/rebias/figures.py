@@ -16,7 +16,7 @@ from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
 
 SCALES = ("paper", "mnist", "embedded")
-COLOURS = {"Vanilla": "tab:gray", "ReBias": "tab:blue"}
+COLOURS = {"Vanilla": "tab:gray", "ReBias": "tab:blue", "Frozen random g": "tab:orange"}
 TOY_COLOURS = ("#f4b6ad", "#b9d7f0", "#cfe8c0")
 
 

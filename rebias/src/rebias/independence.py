@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pdist
 
 SIGMA_FLOOR = 1e-6  # constant features have a median distance of zero
 MIN_BATCH = {"unbiased": 4, "biased": 2}
@@ -130,9 +131,10 @@ def conditional_hsic(
     if len(labels) != len(x):
         raise ValueError(f"labels must hold one class for each of {len(x)} samples, got {len(labels)}")
     k, l = rbf_gram(x, sigma_x), rbf_gram(y, sigma_x if sigma_y is None else sigma_y)  # noqa: E741
-    groups = [members for label in labels.unique() if len(members := (labels == label).nonzero()[:, 0]) >= 4]
+    needed = MIN_BATCH.get(estimator, 4)
+    groups = [members for label in labels.unique() if len(members := (labels == label).nonzero()[:, 0]) >= needed]
     if not groups:
-        raise ValueError("no class has the 4 samples that HSIC within classes needs")
+        raise ValueError(f"no class has the {needed} samples that HSIC within classes needs")
     return torch.stack([gram_hsic(k[i][:, i], l[i][:, i], estimator) for i in groups]).mean()
 
 
@@ -156,10 +158,18 @@ def median_sigma(
     batches = [features] if isinstance(features, Tensor) else list(features)
     if not batches or any(len(batch) < 2 for batch in batches):
         raise ValueError("a median distance needs batches of at least 2 samples")
-    distances = [squared_distances(batch) for batch in batches]
-    if not include_diagonal:
-        distances = [each[torch.ones_like(each, dtype=torch.bool).triu(1)] for each in distances]  # each pair once
-    return torch.cat([each.flatten() for each in distances]).quantile(0.5).sqrt().clamp_min(floor)
+    distances = []
+    for batch in map(_as_matrix, batches):
+        pairs = pdist(batch).square()  # each pair once, by differences: exact for near-copies too
+        distances += [batch.new_zeros(len(batch)), pairs, pairs] if include_diagonal else [pairs]
+    return torch.cat(distances).quantile(0.5).sqrt().clamp_min(floor)
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """Root mean square distance between the rows of (m, ...) features, 0-d."""
+    x = _as_matrix(features)
+    return (2 * (x - x.mean(0)).square().sum(1).mean()).sqrt()
 
 
 def dimension_sigma(features: Tensor) -> float:

@@ -1,13 +1,13 @@
-"""One class per method: its networks, its optimizers, and one training step that reads like the method's equations.
+"""What every method has, the vanilla network, and ReBias: networks, optimizers, steps that read like the equations.
 
-A step sees images and targets only; bias labels never get here.
+A step sees images, targets and the numbers of the samples; bias labels never get here.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,10 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rebias.data.dataset import Dataset
 from rebias.independence import dimension_sigma, median_sigma
-from rebias.models import HexNet, Network
-from rebias.objectives import (
-    LearnedMixinLoss,
-    ReBiasLoss,
-    RUBiLoss,
-    generalized_cross_entropy,
-    hex_project,
-    lff_weights,
-)
+from rebias.models import Network
+from rebias.objectives import ReBiasLoss
 from rebias.settings import Settings
 
 Parts = dict[str, Tensor]
@@ -68,25 +62,31 @@ class Method(ABC):
     def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  most methods need none
         """Called before every epoch with a share of the training batches."""
 
-    def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
+    def pretrain_step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         """A step of the epochs that come before training proper."""
         raise ValueError(f"{self.settings.method} has nothing to pre-train; set pretrain_epochs to 0")
 
     @abstractmethod
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
-        """One training step; returns detached parts of the losses."""
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
+        """One training step; returns detached parts of the losses.
+
+        Args:
+            images: (B, ...).
+            targets: (B,) int64.
+            index: (B,) the samples' numbers in the training set, on any device.
+        """
 
 
 class Vanilla(Method):
     """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
         (self.f,) = self.add("f", f)
         if settings.monitor_g:
             (self.g,) = self.add("g0", gs[0])
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         logits, features = self.f(images)
         loss = F.cross_entropy(logits, targets)
         parts = {"f_cross_entropy": loss.detach()}
@@ -108,7 +108,7 @@ class ReBias(Method):
 
     loss: ReBiasLoss
 
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
+    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
         s = settings
         sigma = "median" if s.sigma == "median" and s.sigma_every == "batch" else s.sigma_value
@@ -118,14 +118,15 @@ class ReBias(Method):
         (self.f,) = self.add("f", f)
         self.gs = [self.add(f"g{number}", g)[0] for number, g in enumerate(gs)]
 
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         f_logits, f_feat = self._forward(self.f, images)
         if self.settings.order == "g-first":
             parts = self._update_g(images, targets, f_feat.detach())
             return parts | self._update_f(images, targets, f_logits, f_feat)
         parts = self._update_f(images, targets, f_logits, f_feat)
-        with torch.no_grad(), frozen_statistics(self.f):
-            f_feat = self._forward(self.f, images)[1]
+        if self.settings.n_g_update:
+            with torch.no_grad(), frozen_statistics(self.f):
+                f_feat = self._forward(self.f, images)[1]
         return parts | self._update_g(images, targets, f_feat)
 
     def _update_g(self, images: Tensor, targets: Tensor, f_feat: Tensor) -> Parts:
@@ -138,7 +139,8 @@ class ReBias(Method):
         return parts
 
     def _update_f(self, images: Tensor, targets: Tensor, f_logits: Tensor, f_feat: Tensor) -> Parts:
-        with torch.no_grad(), frozen_statistics(*self.gs):
+        counted = self.gs if self.settings.n_g_update else []  # a g that is never updated sees its images only here
+        with torch.no_grad(), frozen_statistics(*counted):
             g_feats = [self._forward(g, images)[1] for g in self.gs]
         if self.settings.penalty == "hsic-shuffled":
             order = torch.randperm(len(images), device=images.device)
@@ -158,107 +160,18 @@ class ReBias(Method):
         if s.sigma == "fixed" or (s.sigma == "median" and s.sigma_every == "batch"):
             return
         f_feats, g_feats = [], []
-        for network in (self.f, *self.gs):
-            network.eval()
-        for images, _ in batches:
-            f_feats.append(self._forward(self.f, images)[1])
-            g_feats += [self._forward(g, images)[1] for g in self.gs]
-            if s.sigma == "dimension":
-                break
-        for network in (self.f, *self.gs):
-            network.train()
+        with frozen_statistics(self.f, *self.gs):  # in train mode, as the loss will see the features
+            for images, _ in batches:
+                f_feats.append(self._forward(self.f.train(), images)[1])
+                g_feats += [self._forward(g.train(), images)[1] for g in self.gs]
+                if s.sigma == "dimension":
+                    break
         if s.sigma == "dimension":
             self.loss.sigma_f = s.sigma_value * dimension_sigma(f_feats[0])
             self.loss.sigma_g = s.sigma_value * dimension_sigma(g_feats[0])
         else:
             self.loss.sigma_f = s.sigma_value * median_sigma(f_feats)
             self.loss.sigma_g = s.sigma_value * median_sigma(g_feats)
-
-
-class RUBi(Method):
-    """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
-        super().__init__(settings, fabric)
-        head = RUBiLoss(gs[0].fc.in_features, gs[0].fc.out_features)
-        (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
-
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
-        g_logits, g_feat = self.g(images)
-        loss, parts = self.head(self.f(images)[0], g_feat.detach(), targets)
-        self.descend("f", loss)
-        self.descend("g0", F.cross_entropy(g_logits, targets))
-        return parts
-
-
-class LearnedMixin(Method):
-    """f beside a g that was trained before and is frozen."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
-        super().__init__(settings, fabric)
-        head = LearnedMixinLoss(f.fc.in_features)
-        (self.f, self.head), (self.g,) = _with_head(self, f, head), self.add("g0", gs[0])
-
-    def pretrain_step(self, images: Tensor, targets: Tensor) -> Parts:
-        loss = F.cross_entropy(self.g(images)[0], targets)
-        self.descend("g0", loss)
-        return {"g_cross_entropy": loss.detach()}
-
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
-        self.g.eval()
-        with torch.no_grad():
-            g_logits, _ = self.g(images)
-        f_logits, f_feat = self.f(images)
-        loss, parts = self.head(f_logits, f_feat, g_logits, targets)
-        self.descend("f", loss)
-        return parts
-
-
-class HEX(Method):
-    """Logits projected away from what the grey-level co-occurrence branch alone can say."""
-
-    f: Any  # HexNet as Fabric wraps it, which forwards `both`
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
-        super().__init__(settings, fabric)
-        (self.f,) = self.add("f", HexNet(f, f.fc.in_features, f.fc.out_features))
-        self.f.mark_forward_method("both")
-
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
-        loss = F.cross_entropy(hex_project(*self.f.both(images)), targets)
-        self.descend("f", loss)
-        return {"f_cross_entropy": loss.detach()}
-
-
-class LfF(Method):
-    """Learning from failure: a twin of f is trained to be biased, f on the samples that the twin finds hard."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network]):
-        super().__init__(settings, fabric)
-        (self.f,), (self.g,) = self.add("f", f), self.add("g0", gs[0])
-
-    def step(self, images: Tensor, targets: Tensor) -> Parts:
-        f_logits, g_logits = self.f(images)[0].float(), self.g(images)[0].float()
-        weights = lff_weights(f_logits, g_logits, targets)
-        loss = (weights * F.cross_entropy(f_logits, targets, reduction="none")).mean()
-        self.descend("f", loss)
-        self.descend("g0", generalized_cross_entropy(g_logits, targets))
-        return {"f_weighted_cross_entropy": loss.detach()}
-
-
-METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network]], Method]] = {
-    "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
-    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF,
-}  # fmt: skip
-
-
-def _with_head(method: Method, f: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """Put f and its loss's head under one optimizer; or a head that stays random, as the released code leaves it."""
-    if method.settings.head == "trained":
-        return method.add("f", f, head)
-    head.requires_grad_(False)
-    method.modules["f.head"] = method.fabric.to_device(head)
-    return [*method.add("f", f), head]
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebias.independence import conditional_hsic, dimension_sigma, hsic, median_sigma
+from rebias.independence import MIN_BATCH, SIGMA_FLOOR, conditional_hsic, dimension_sigma, hsic, median_sigma, spread
 
 Sigma = float | Tensor | str
+DEGENERATE = 1e-2
 
 
 class ReBiasLoss:
@@ -42,6 +43,8 @@ class ReBiasLoss:
         conditional: bool = False,
         gather: Callable[[Tensor], Tensor] = lambda x: x,
     ):
+        if estimator not in MIN_BATCH:
+            raise ValueError(f"estimator must be one of {', '.join(MIN_BATCH)}, got {estimator!r}")
         self.f_lambda, self.g_lambda = f_lambda, g_lambda
         self.sigma_f, self.sigma_g = sigma_f, sigma_g
         self.estimator, self.conditional, self.gather = estimator, conditional, gather
@@ -80,18 +83,30 @@ class ReBiasLoss:
         return total, {"g_cross_entropy": classification.detach(), "g_hsic": dependence.detach()}
 
     def dependence(self, f_feat: Tensor, g_feat: Tensor, targets: Tensor) -> Tensor:
-        """HSIC of the (gathered) features, 0-d."""
-        f_feat, g_feat = self.gather(f_feat), self.gather(g_feat)
+        """HSIC of the (gathered) features, 0-d; 0 where it is not defined.
+
+        That is for a batch with fewer samples than the estimator needs (4, the biased one 2), such as the last one of
+        an epoch, and within classes where no class has as many.
+        """
+        f_feat, g_feat, targets = self.gather(f_feat), self.gather(g_feat), self.gather(targets)
+        largest = int(targets.bincount().max()) if self.conditional else len(targets)
+        if largest < MIN_BATCH[self.estimator]:
+            return f_feat.new_zeros((), dtype=torch.float32)
         sigmas = bandwidth(self.sigma_f, f_feat), bandwidth(self.sigma_g, g_feat)
         if self.conditional:
-            return conditional_hsic(f_feat, g_feat, self.gather(targets), *sigmas, self.estimator)
+            return conditional_hsic(f_feat, g_feat, targets, *sigmas, self.estimator)
         return hsic(f_feat, g_feat, *sigmas, self.estimator)
 
 
 def bandwidth(sigma: Sigma, features: Tensor) -> float | Tensor:
-    """A number as it is; "median" and "dimension" from the features. ValueError for another word."""
+    """A number as it is; "median" and "dimension" from the features. ValueError for another word.
+
+    Where more than half of a batch are near-copies, their median distance says nothing of the others and the gradient
+    of HSIC would explode: the median is at least DEGENERATE times the root mean square distance.
+    """
     if sigma == "median":
-        return median_sigma(features, include_diagonal=False)
+        floor = DEGENERATE * spread(features)
+        return median_sigma(features, include_diagonal=False).maximum(floor).clamp_min(SIGMA_FLOOR)
     if sigma == "dimension":
         return dimension_sigma(features)
     if isinstance(sigma, str):
@@ -169,14 +184,58 @@ def hex_project(f_a: Tensor, f_g: Tensor) -> Tensor:
 
 
 def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float = 0.7) -> Tensor:
-    """Mean of (1 - p_y^q) / q (Zhang & Sabuncu 2018): LfF's biased network trusts what is easy."""
+    """Mean of 1 - p_y^q, 0-d: LfF's biased network trusts what is easy.
+
+    Zhang & Sabuncu (2018) divide by q; LfF's released gradient, q p_y^q times that of the cross-entropy, is this one's.
+    """
     p = logits.softmax(1).gather(1, targets[:, None])
-    return ((1 - p**q) / q).mean()
+    return (1 - p**q).mean()
 
 
-def lff_weights(f_logits: Tensor, g_logits: Tensor, targets: Tensor) -> Tensor:
-    """Relative difficulty of LfF (Nam et al. 2020), (B,) without gradient: CE_g / (CE_g + CE_f)."""
-    with torch.no_grad():
-        ce_f = F.cross_entropy(f_logits, targets, reduction="none")
-        ce_g = F.cross_entropy(g_logits, targets, reduction="none")
-        return ce_g / (ce_g + ce_f + 1e-8)
+class SampleLosses(nn.Module):
+    """What LfF (Nam et al. 2020) remembers of a network: a moving average of every training sample's loss.
+
+    Args:
+        n_samples: in the training set.
+        num_classes: C.
+        alpha: weight of the past in the average.
+    """
+
+    average: Tensor
+    label: Tensor
+    seen: Tensor
+
+    def __init__(self, n_samples: int, num_classes: int, alpha: float = 0.7):
+        super().__init__()
+        self.num_classes, self.alpha = num_classes, alpha
+        self.register_buffer("average", torch.zeros(n_samples))
+        self.register_buffer("label", torch.zeros(n_samples, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(n_samples, dtype=torch.bool))
+
+    def update(self, losses: Tensor, targets: Tensor, index: Tensor) -> None:
+        """Take in (B,) losses of the samples `index` (B,); a sample's first loss is its average."""
+        old = torch.where(self.seen[index], self.average[index], losses)
+        self.average[index] = self.alpha * old + (1 - self.alpha) * losses
+        self.label[index], self.seen[index] = targets, True
+
+    def relative(self, index: Tensor) -> Tensor:
+        """(B,) averages over the largest average of a sample of the same class."""
+        largest = self.average.new_zeros(self.num_classes).scatter_reduce(0, self.label, self.average, "amax")
+        index = index.to(self.average.device)
+        return self.average[index] / largest[self.label[index]]
+
+
+def lff_weights(f_losses: Tensor, g_losses: Tensor) -> Tensor:
+    """Relative difficulty of LfF, (B,): L_g / (L_g + L_f), both from `SampleLosses.relative`."""
+    return g_losses / (g_losses + f_losses + 1e-8)
+
+
+def balanced_cross_entropy(logits: Tensor, targets: Tensor, prior: Tensor) -> Tensor:
+    """Bias-balanced loss (Hong & Yang 2021), 0-d: cross-entropy of logits + log p(label | bias).
+
+    Args:
+        logits: (B, C).
+        targets: (B,) int64.
+        prior: (B, C) share of each label among the training samples of the sample's bias.
+    """
+    return F.cross_entropy(logits + (prior + 1e-9).log(), targets)

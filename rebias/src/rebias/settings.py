@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff")
-DATASETS = ("toy", "digits", "mnist", "imagenet9", "kinetics10")
+METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff", "jtt", "balanced")
+DATASETS = ("toy", "digits", "mnist", "imagenet9", "kinetics10", "csv", "waterbirds", "celeba", "bffhq")
 CHOICES = {
     "method": METHODS,
     "dataset": DATASETS,
@@ -17,6 +17,22 @@ CHOICES = {
     "estimator": ("unbiased", "biased"),
     "penalty": ("hsic", "hsic-shuffled", "feature-norm"),
     "head": ("trained", "frozen"),
+    "networks": ("paper", "small"),
+}
+
+EFFECTIVE = {  # settings that mean something for some methods or data sets alone: default, which, what they are for
+    "head": ("trained", "method", ("rubi", "learnedmixin")),
+    "pretrain_epochs": (0, "method", ("learnedmixin", "jtt")),
+    "upweight": (50, "method", ("jtt",)),
+    "conditional": (False, "method", ("rebias",)),
+    "penalty": ("hsic", "method", ("rebias", "vanilla")),
+    "n_g_update": (1, "method", ("rebias",)),
+    "n_g_nets": (1, "method", ("rebias",)),
+    "monitor_g": (False, "method", ("vanilla",)),
+    "stylised": (False, "dataset", ("imagenet9",)),
+    "side": (28, "dataset", ("mnist",)),
+    "train_images": (0, "dataset", ("mnist",)),
+    "n_confusing": (9, "dataset", ("digits", "mnist")),
 }
 
 
@@ -25,9 +41,9 @@ class Settings:
     """One run; the defaults are the paper's ReBias on Biased MNIST."""
 
     dataset: str = "mnist"
-    """toy, digits, mnist, imagenet9 or kinetics10"""
+    """toy, digits, mnist, imagenet9, kinetics10, or images with bias labels: csv, waterbirds, celeba, bffhq"""
     method: str = "rebias"
-    """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex or lff"""
+    """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex, lff, jtt or balanced (which sees bias labels)"""
     rho: float = 0.997
     """share of training images whose bias agrees with the label (digits, mnist)"""
     n_confusing: int = 9
@@ -65,7 +81,7 @@ class Settings:
     order: str = "f-first"
     """which network is updated first in a step: f-first (paper) or g-first (released code)"""
     n_g_update: int = 1
-    """updates of g per update of f"""
+    """updates of g per update of f; 0 leaves g at its random weights (a control)"""
     n_g_nets: int = 1
     """biased networks"""
     feature: str = "pooled"
@@ -87,11 +103,15 @@ class Settings:
     head: str = "trained"
     """RUBi's and LearnedMixin's heads: trained, or frozen at random as in the released code"""
     pretrain_epochs: int = 0
-    """LearnedMixin: epochs of g alone before"""
+    """LearnedMixin: epochs of g alone before; JTT: of the first network"""
+    upweight: int = 50
+    """JTT: how many times more a sample counts that the first network gets wrong (released: 50 or 100)"""
     monitor_g: bool = False
     """vanilla: train a g beside f, only to measure their dependence"""
     eval_every: int = 0
     """epochs between points of the training curve; 0: none"""
+    networks: str = "paper"
+    """paper, or small: a few layers in place of those for images and videos (for rehearsals)"""
     network: str = ""
     """measure a network instead of training one: mnist-f, mnist-g, imagenet9-f, imagenet9-g, kinetics10-f or -g"""
 
@@ -103,11 +123,26 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
-        if self.epochs < 1 or self.n_g_nets < 1 or self.n_g_update < 1:
-            raise ValueError("epochs, n_g_nets and n_g_update must be at least 1")
+        if self.epochs < 1 or self.n_g_nets < 1 or self.n_g_update < 0:
+            raise ValueError("epochs and n_g_nets must be at least 1, n_g_update at least 0")
+        for name, (value, field, meant_for) in EFFECTIVE.items():
+            if getattr(self, name) != value and getattr(self, field) not in meant_for:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no effect with {field} {getattr(self, field)}, "
+                    f"only with {' or '.join(meant_for)}; leave it at {value}"
+                )
+        if self.penalty != "hsic" and (self.penalty == "feature-norm") != (self.method == "vanilla"):
+            raise ValueError(
+                f"penalty {self.penalty} has no effect with method {self.method}: hsic-shuffled is for rebias, "
+                "feature-norm for vanilla"
+            )
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
-        if self.method == "rebias" and self.penalty != "feature-norm" and self.batch_size < 4:
+        if self.method == "balanced" and self.dataset in ("imagenet9", "kinetics10"):
+            raise ValueError(f"balanced needs a bias label for every training image, {self.dataset} has none")
+        if self.method == "hex" and self.dataset not in ("digits", "mnist"):
+            raise ValueError(f"hex takes grey levels from images in [-1, 1]: digits or mnist, not {self.dataset}")
+        if self.method == "rebias" and self.batch_size < 4:
             raise ValueError(f"HSIC needs batches of 4 or more, batch_size is {self.batch_size}")
 
 
@@ -131,5 +166,6 @@ PRESETS = {
     "imagenet9": _IMAGENET9,
     "imagenet9-reference": replace(_IMAGENET9, order="g-first"),
     "kinetics10": _KINETICS10,
+    **{name: replace(_IMAGENET9, dataset=name) for name in ("csv", "waterbirds", "celeba", "bffhq")},
     "kinetics10-reference": replace(_KINETICS10, order="g-first", feature="pooled", sigma="fixed"),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rebias.data.biased import NUM_CLASSES, BiasedDigits, biased_mnist, biased_sklearn_digits
-from rebias.data.dataset import BiasedDataset, Dataset
+from rebias.data.dataset import BiasedDataset, Dataset, Reading
 from rebias.data.toy import ToyPoints
 from rebias.evaluate import (
     dependence,
     group_accuracy,
+    group_report,
     group_summary,
     predict,
     top1_accuracy,
@@ -30,8 +32,10 @@ from rebias.settings import Settings
 
 if TYPE_CHECKING:
     from rebias.data.action import VideoFiles
+    from rebias.data.images import ImageFiles
 
 Result = tuple[dict[str, float], dict]
+TWINS = ("lff", "jtt")  # their second network is another f
 
 
 class Task(ABC):
@@ -42,17 +46,41 @@ class Task(ABC):
         seed: of colours, weights and order.
         data_root: where data sets are.
         fabric: device and ranks.
-        skip_missing: go on without missing videos.
+        reading: how files are read.
     """
 
     train: Dataset
     tests: tuple[Dataset, ...]
     memory_format = torch.channels_last
 
-    def __init__(self, settings: Settings, seed: int, data_root: Path, fabric: Fabric, skip_missing: bool = False):
+    paper_sizes: dict[int, int] = {}
+    """samples in the paper's sets where they are known, by position: 0 for training, 1 .. for `tests`"""
+
+    def __init__(
+        self,
+        settings: Settings,
+        seed: int,
+        data_root: Path,
+        fabric: Fabric,
+        reading: Reading = Reading(),  # noqa: B008  frozen
+    ):
         self.settings, self.seed, self.data_root = settings, seed, data_root
-        self.fabric, self.skip_missing = fabric, skip_missing
+        self.fabric, self.reading = fabric, reading
         self.load()
+
+    @property
+    def caveats(self) -> list[str]:
+        """Why figures of this task must not stand beside the paper's: files that were left out, smaller sets."""
+        sets = (self.train, *self.tests)
+        skipped = sum(len(getattr(data, "skipped", ())) for data in sets)
+        found = [f"{skipped} files skipped"] if skipped else []
+        for position, full in self.paper_sizes.items():
+            if position == 0 and self.settings.train_images:
+                continue  # the settings say so
+            size = len(sets[position]) // getattr(sets[position], "views", 1)
+            if size != full:
+                found.append(f"{size:,} of the paper's {full:,} in {sets[position].name}")
+        return found
 
     @abstractmethod
     def load(self) -> None:
@@ -72,7 +100,7 @@ class Task(ABC):
 
     def networks(self) -> tuple[Network, list[Network]]:
         """Fresh f and gs; f's weights depend on the seed alone, whatever the method trains beside it."""
-        method, make_g = self.settings.method, self.f if self.settings.method == "lff" else self.g
+        method, make_g = self.settings.method, self.f if self.settings.method in TWINS else self.g
         torch.manual_seed(self.seed)
         f = self.g() if method == "biased" else self.f()
         gs = []
@@ -80,6 +108,10 @@ class Task(ABC):
             torch.manual_seed((self.seed << 8) + number + 1)
             gs.append(make_g())
         return f, gs
+
+    @abstractmethod
+    def accuracies(self, method: Method) -> dict[str, float]:
+        """Biased and unbiased accuracy in percent, as cheaply as they come."""
 
     def point(self, method: Method) -> dict[str, float]:
         """What the training curve holds of an epoch beyond the losses."""
@@ -95,11 +127,14 @@ class SmallTask(Task):
     biased: BiasedDataset | None = None
     groups: BiasedDataset
 
+    def accuracies(self, method: Method) -> dict[str, float]:
+        return self._accuracies(method)[0]
+
     def point(self, method: Method) -> dict[str, float]:
         """Accuracies, HSIC, bandwidth and feature norm on the unbiased test set, cross-entropy by training group."""
         metrics, (_, features) = self._accuracies(method)
         point = {name: metrics[name] for name in ("unbiased_accuracy", "biased_accuracy")}
-        if "g0" in method.modules and self.settings.method != "lff":
+        if "g0" in method.modules and self.settings.method not in TWINS:
             point["hsic"] = dependence(features, self._features(method, "g0"))
         point["sigma_f"] = median_sigma(features[:1000], include_diagonal=False).item()
         point["feature_norm"] = features.norm(dim=1).mean().item()
@@ -108,7 +143,7 @@ class SmallTask(Task):
     def evaluate(self, method: Method) -> Result:
         """Percentages over the test sets, HSIC between f and g where there is a g, and the group matrix."""
         metrics, (_, features) = self._accuracies(method)
-        if "g0" in method.modules and self.settings.method != "lff":
+        if "g0" in method.modules and self.settings.method not in TWINS:
             metrics["hsic"] = dependence(features, self._features(method, "g0"))
         logits, _ = predict(method.modules["f"], self.groups, self.fabric)
         predictions, labels, bias = logits.argmax(1), self.groups.labels.cpu(), self.groups.bias.cpu()
@@ -188,6 +223,8 @@ class Digits(SmallTask):
 class Mnist(Digits):
     """Biased MNIST: the paper's test sets (rho 1, 0.1 and 0), drawn once and for all, and all ten colours."""
 
+    paper_sizes = {0: 60_000, 1: 10_000}
+
     def load(self) -> None:
         s, device = self.settings, self.fabric.device
 
@@ -210,28 +247,39 @@ class Mnist(Digits):
 class ImageNet9(Task):
     """9-class ImageNet: validation accuracy, mean over cells of class and texture, ImageNet-A and, if there, -C."""
 
+    paper_sizes = {1: 2100}
+
     def load(self) -> None:
         from rebias.data import imagenet9
 
-        where = {"device": self.fabric.device}
+        where = {"device": self.fabric.device, "reading": self.reading}
         self.train = imagenet9.train_set(self.data_root, self.settings.stylised, seed=self.seed, **where)
         self.validation, self.clusters = imagenet9.validation_set(self.data_root, **where)
         self.hard = imagenet9.image_folder(self.data_root / "imagenet-a", "ImageNet-A, nine classes", **where)
         self.corrupted = imagenet9.corrupted_sets(self.data_root, **where)
-        self.tests = (self.validation, self.hard)
+        self.tests = (self.validation, self.hard, *self.corrupted.values())
 
     def f(self) -> Network:
-        return ResNet18(9)
+        small = self.settings.networks == "small"
+        return SimpleConvNet(9, 3, (4, 8), (4, 4)) if small else ResNet18(9)
 
     def g(self) -> Network:
-        return BagNet18(9)
+        small = self.settings.networks == "small"
+        return SimpleConvNet(9, 1, (4, 8)) if small else BagNet18(9)
 
-    def evaluate(self, method: Method) -> Result:
-        f = method.modules["f"]
-        logits, _ = predict(f, self.validation, self.fabric, batch_size=128)
+    def accuracies(self, method: Method) -> dict[str, float]:
+        return self._validated(method)[0]
+
+    def _validated(self, method: Method) -> tuple[dict[str, float], Tensor]:
+        logits, _ = predict(method.modules["f"], self.validation, self.fabric, batch_size=128)
         predictions, labels = logits.argmax(1), self.validation.labels
         metrics = {"biased_accuracy": top1_accuracy(logits, labels)}
         metrics["unbiased_accuracy"] = 100 * unbiased_accuracy_clusters(predictions, labels, self.clusters)
+        return metrics, predictions
+
+    def evaluate(self, method: Method) -> Result:
+        f, labels = method.modules["f"], self.validation.labels
+        metrics, predictions = self._validated(method)
         metrics["imagenet_a_accuracy"] = self._accuracy(f, self.hard)
         if self.corrupted:
             each = {name: self._accuracy(f, data) for name, data in self.corrupted.items()}
@@ -244,31 +292,77 @@ class ImageNet9(Task):
         return top1_accuracy(predict(f, data, self.fabric, batch_size=128)[0], data.labels)
 
 
+class Grouped(Task):
+    """Images with bias labels, the user's own or released ones, for ResNet-18 and BagNet-18: accuracy by group."""
+
+    train: ImageFiles
+    test: ImageFiles
+
+    def load(self) -> None:
+        from rebias.data import grouped
+
+        layouts: dict[str, tuple[str, Callable[..., ImageFiles]]] = {
+            "csv": ("images.csv", grouped.csv_set),
+            "waterbirds": ("waterbird_complete95_forest2water2", grouped.waterbirds),
+            "celeba": ("celeba", grouped.celeba),
+            "bffhq": ("bffhq", grouped.bffhq),
+        }
+        folder, open_set = layouts[self.settings.dataset]
+        where: dict[str, Any] = {"device": self.fabric.device, "reading": self.reading}
+        place = self.data_root / folder
+        self.train = open_set(place, "train", augment=True, seed=self.seed, **where)
+        self.test = open_set(place, "test", **where)
+        self.tests = (self.test,)
+        self.classes = int(max(self.train.labels.max(), self.test.labels.max())) + 1
+
+    def f(self) -> Network:
+        small = self.settings.networks == "small"
+        return SimpleConvNet(self.classes, 3, (4, 8), (4, 4)) if small else ResNet18(self.classes)
+
+    def g(self) -> Network:
+        small = self.settings.networks == "small"
+        return SimpleConvNet(self.classes, 1, (4, 8)) if small else BagNet18(self.classes)
+
+    def accuracies(self, method: Method) -> dict[str, float]:
+        return self.evaluate(method)[0]
+
+    def evaluate(self, method: Method) -> Result:
+        logits, _ = predict(method.modules["f"], self.test, self.fabric, batch_size=128)
+        return group_report(logits.argmax(1), self.test.labels, cast(Tensor, self.test.bias))
+
+
 class Action(Task):
     """Kinetics-10 for training and the biased test, Mimetics-10 for the unbiased one."""
 
     memory_format = torch.channels_last_3d
     tests: tuple[VideoFiles, VideoFiles]
+    paper_sizes = {2: 136}
 
     def load(self) -> None:
         from rebias.data import action
 
-        where = {"device": self.fabric.device, "skip_missing": self.skip_missing}
+        where = {"device": self.fabric.device, "reading": self.reading}
         self.train = action.kinetics10(self.data_root, True, seed=self.seed, **where)
         self.tests = (action.kinetics10(self.data_root, False, **where), action.mimetics10(self.data_root, **where))
 
     def f(self) -> Network:
-        return ResNet3D(10, "33333")
+        return self._network("33333")
 
     def g(self) -> Network:
-        return ResNet3D(10, "11111")
+        return self._network("11111")
+
+    def _network(self, temporal_kernels: str) -> Network:
+        return ResNet3D(10, temporal_kernels, width=2 if self.settings.networks == "small" else 32)
 
     def evaluate(self, method: Method) -> Result:
+        return self.accuracies(method), {}
+
+    def accuracies(self, method: Method) -> dict[str, float]:
         metrics = {}
         for name, data in zip(("biased_accuracy", "unbiased_accuracy"), self.tests, strict=True):
             logits, _ = predict(method.modules["f"], data, self.fabric, batch_size=16)
             metrics[name] = top1_accuracy(*data.sum_views(logits))
-        return metrics, {}
+        return metrics
 
 
 TASKS: dict[str, type[Task]] = {
@@ -277,4 +371,5 @@ TASKS: dict[str, type[Task]] = {
     "mnist": Mnist,
     "imagenet9": ImageNet9,
     "kinetics10": Action,
+    **dict.fromkeys(("csv", "waterbirds", "celeba", "bffhq"), Grouped),
 }

@@ -80,7 +80,7 @@ def fit(
     data: Dataset,
     seed: int,
     *,
-    on_epoch: Callable[[int, Method], dict | None] = lambda epoch, method: None,
+    on_epoch: Callable[[int, dict[str, float]], dict] = lambda epoch, losses: {},
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
     before_step: Callable[[int], None] = lambda step: None,
@@ -91,7 +91,8 @@ def fit(
         method: networks, optimizers and step.
         data: a training set of this package, on the method's device.
         seed: of the order of the images.
-        on_epoch: called after every epoch with its number from 1; what it returns joins the curve's point.
+        on_epoch: called after every epoch with its number from 1 and the means of the losses' parts; what it returns
+            joins the curve's point.
         checkpoint: file to resume from and to save to; of other settings it is refused.
         checkpoint_every: steps between saves; the end of training saves as well.
         before_step: called with the number of steps done.
@@ -121,9 +122,10 @@ def fit(
         for module in method.modules.values():
             module.train()
         step = method.pretrain_step if epoch < s.pretrain_epochs else method.step
-        for images, targets in data.batches(batches[state["step"] :], epoch):
+        left = batches[state["step"] :]
+        for index, (images, targets) in zip(left, data.batches(left, epoch), strict=True):
             before_step(state["total"])
-            for name, value in step(images, targets).items():
+            for name, value in step(images, targets, index).items():
                 state["sums"][name] = state["sums"].get(name, 0) + value.double()
             state["step"] += 1
             state["total"] += 1
@@ -132,7 +134,7 @@ def fit(
         point = {name: (total / len(batches)).item() for name, total in state["sums"].items()}
         if not all(math.isfinite(value) for value in point.values()):
             raise RuntimeError(f"epoch {epoch + 1}: a loss is NaN or infinite: {point}")
-        point = {"epoch": epoch + 1} | point | (on_epoch(epoch + 1, method) or {})
+        point = {"epoch": epoch + 1} | point | on_epoch(epoch + 1, point)
         state |= {"epoch": epoch + 1, "step": 0, "curve": [*state["curve"], point], "sums": {}}
     if checkpoint is not None:
         _save(checkpoint, run, state, method)
@@ -151,8 +153,13 @@ def _save(path: Path, run: dict, state: dict, method: Method) -> None:
         content = {"run": run, "state": state, "rng": rng_state(), "bandwidths": _bandwidths(method)}
         content["modules"] = {name: module.state_dict() for name, module in method.modules.items()}
         content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        try:
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+            temporary.unlink(missing_ok=True)
+            reason = str(error).split("\n")[0]
+            raise RuntimeError(f"{path}: the checkpoint cannot be written ({reason}); make room, then go on") from error
     method.fabric.barrier()
 
 
@@ -161,7 +168,10 @@ def _resume(path: Path, run: dict, method: Method) -> dict:
     if content["run"] != run:
         differing = [name for name in run["settings"] if run["settings"][name] != content["run"]["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != content["run"][name]]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
+        raise ValueError(
+            f"{path}: checkpoint of another run (other {', '.join(differing)}); "
+            "name another file, or use the settings it was made with"
+        )
     for name, module in method.modules.items():
         module.load_state_dict(content["modules"][name])
     for name, optimizer in method.optimizers.items():
@@ -181,7 +191,7 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["modules"]["f"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); name another file") from error
     return content
 
 

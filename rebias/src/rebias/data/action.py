@@ -7,7 +7,8 @@ six-digit seconds (Mimetics: <label>/...). Spaces in labels may be underscores, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from rebias.data.images import digest_of, loaded
+from rebias.data.dataset import Reading
+from rebias.data.images import broken_files, digest_of, loaded
+from shared_utils.images import BrokenFile
 from shared_utils.logging import get_logger
 
 logger = get_logger("rebias")
@@ -49,10 +52,14 @@ class VideoFiles:
         paths: video files.
         labels: (n,) int64 of the videos.
         name: for the run record.
+        missing: names of annotated videos that were not found and are done without.
         train: random clips, sizes, crops and flips; else views with the centre at 256 pixels.
         seed: of the randomness.
         device: where batches go.
-        num_workers: decoding processes.
+        reading: workers, and whether videos that cannot be decoded are dropped.
+
+    Attributes:
+        skipped: names of the videos that were dropped or are missing.
     """
 
     def __init__(
@@ -64,14 +71,23 @@ class VideoFiles:
         train: bool,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        num_workers: int = 8,
+        reading: Reading = Reading(),  # noqa: B008  frozen
+        missing: Sequence[str] = (),
     ):
-        self.paths, self.name, self.train, self.views = paths, name, train, 1 if train else TEST_VIEWS
-        self.labels = labels.repeat_interleave(self.views)
-        self.seed, self.device, self.num_workers = seed, torch.device(device), num_workers
+        self.name, self.train, self.views = name, train, 1 if train else TEST_VIEWS
+        self.seed, self.device, self.num_workers = seed, torch.device(device), reading.num_workers
+        self.paths = paths
+        broken = self.broken() if reading.skip_broken else {}
+        kept = [number for number in range(len(paths)) if number not in broken]
+        self.paths, self.labels = [paths[number] for number in kept], labels[kept].repeat_interleave(self.views)
+        self.skipped = [*missing, *(paths[number].name for number in broken)]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One normalised clip (3, 8, S, S) and its label."""
+        return self.read(0, index), int(self.labels[index])
 
     def to(self, device: torch.device | str) -> VideoFiles:
         """Where batches go; returns itself."""
@@ -92,6 +108,10 @@ class VideoFiles:
             frames = F.center_crop(F.resize(frames, [256], antialias=True), [256, 256])
         return ((frames.float() / 255 - MEAN) / STD).transpose(0, 1)
 
+    def broken(self) -> dict[int, str]:
+        """Decode every video to its end: see `broken_files`."""
+        return broken_files(partial(read_clip, position=0.0), self.paths, self.num_workers)
+
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """For every (B,) batch of indices: clips (B, 3, 8, S, S) on the device, targets (B,)."""
         for clips, index in loaded(self.read, self.seed, index_batches, epoch, self.num_workers, self.device):
@@ -105,7 +125,25 @@ class VideoFiles:
     def record(self) -> dict:
         """Name, number of videos and checksum of names and labels, for the run record."""
         names, labels = [path.name for path in self.paths], self.labels[:: self.views]
-        return {"name": self.name, "videos": len(self.paths), "sha256": digest_of(names, labels)}
+        record = {"name": self.name, "videos": len(self.paths), "sha256": digest_of(names, labels)}
+        return record | ({"skipped": self.skipped} if self.skipped else {})
+
+
+@lru_cache(maxsize=1)  # the ten views of a test video come one after the other
+def decode(path: Path) -> tuple[list[np.ndarray], float]:
+    """All frames (H, W, 3) uint8 of a video, and how many there are in a second. BrokenFile where that fails."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or TARGET_FPS)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise BrokenFile(f"{path}: {error}; replace the video, or pass --skip-broken") from None
+    if not frames:
+        raise BrokenFile(f"{path}: holds no video frame; replace the video, or pass --skip-broken")
+    return frames, fps
 
 
 def read_clip(path: Path, position: float) -> Tensor:
@@ -119,19 +157,9 @@ def read_clip(path: Path, position: float) -> Tensor:
         (8, 3, H, W) uint8; the last frame is repeated where the video is too short.
 
     Raises:
-        ValueError: the file cannot be decoded.
+        BrokenFile: the file cannot be decoded.
     """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or TARGET_FPS)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be decoded as a video ({error})") from error
-    if not frames:
-        raise ValueError(f"{path}: holds no video frame")
+    frames, fps = decode(path)
     length = FRAMES * SAMPLING_RATE * fps / TARGET_FPS
     start = max(len(frames) - length, 0) * position
     wanted = np.clip(np.linspace(start, start + length - 1, FRAMES).round().astype(int), 0, len(frames) - 1)
@@ -139,13 +167,19 @@ def read_clip(path: Path, position: float) -> Tensor:
 
 
 def video_set(
-    csv: Path, folder: Path, name: str, *, train: bool, skip_missing: bool = False, **options: Any
+    csv: Path,
+    folder: Path,
+    name: str,
+    *,
+    train: bool,
+    reading: Reading = Reading(),  # noqa: B008  frozen
+    **options: Any,
 ) -> VideoFiles:
     """The videos of the ten classes that an annotation file names.
 
     Raises:
-        FileNotFoundError: no annotation file; videos are missing and `skip_missing` is False, with their number and
-            names (with it they are counted and named in the log).
+        FileNotFoundError: no annotation file; videos are missing and `reading.skip_missing` is False, with their
+            number and names (with it they are counted and named in the log and in the run record).
         ValueError: other columns, or no video of the ten classes.
     """
     if not csv.is_file():
@@ -170,10 +204,10 @@ def video_set(
     if missing:
         shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
         message = f"{name}: {len(missing)} of {len(table)} videos are missing below {folder}: {shown}"
-        if not skip_missing or not paths:
-            raise FileNotFoundError(message)
+        if not reading.skip_missing or not paths:
+            raise FileNotFoundError(f"{message}; fetch them, or pass --skip-missing")
         logger.warning(message)
-    return VideoFiles(paths, torch.tensor(labels), name, train=train, **options)
+    return VideoFiles(paths, torch.tensor(labels), name, train=train, reading=reading, missing=missing, **options)
 
 
 def kinetics10(data_root: Path, train: bool, **options: Any) -> VideoFiles:

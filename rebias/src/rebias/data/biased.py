@@ -109,6 +109,12 @@ class BiasedDigits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        """One image (3, H, W) float32 in [-1, 1], its label and its colour."""
+        ground = self._colours[self.bias[index]]  # (3,)
+        image = torch.where(self.mask[index][..., None], 1.0, ground).permute(2, 0, 1)
+        return image, int(self.labels[index]), int(self.bias[index])
+
     def to(self, device: torch.device | str) -> BiasedDigits:
         """Move masks, labels and colours; returns itself."""
         for name in ("mask", "labels", "bias", "_colours"):
@@ -214,7 +220,7 @@ def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     try:
         mnist = MNIST(root, train=train)
     except Exception as error:  # the parser asserts, or fails in reshaping
-        raise ValueError(f"{raw}: MNIST is damaged ({error}); delete the folder and run: {fetch}") from error
+        raise ValueError(f"{raw}: MNIST is damaged ({error}); move the folder away and run: {fetch}") from error
     return mnist.data, mnist.targets
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rebias.data.images import ImageFiles
+from shared_utils.images import image_files
 
 CLASSES = ("dog", "cat", "frog", "turtle", "bird", "monkey", "fish", "crab", "insect")
 WNIDS = {
@@ -30,7 +31,6 @@ WNIDS = {
     "insect": "n02174001 n02177972 n02190166 n02206856 n02219486",
 }
 CLASS_OF_WNID = {wnid: number for number, name in enumerate(CLASSES) for wnid in WNIDS[name].split()}
-SUFFIXES = (".jpeg", ".jpg", ".png")
 CLUSTERS_FILE = "imagenet9_val_texture_clusters.csv"
 CLUSTERS_SHA256 = "40a55e0a276d4d323a20baa358429ccccbbb873afdd5bc58c1298680ecc824ba"
 
@@ -41,28 +41,29 @@ def image_folder(root: str | Path, name: str, **options: Any) -> ImageFiles:
     Raises:
         FileNotFoundError: no such folder, or none of the 42 wnids in it.
     """
-    root = Path(root)
+    return ImageFiles(root, *_listed(Path(root)), name, **options)
+
+
+def _listed(root: Path) -> tuple[list[str], Tensor]:
+    """Names below the root, and labels."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; it must hold one folder per WordNet id")
-    paths = [
-        path for wnid in sorted(CLASS_OF_WNID) for path in sorted((root / wnid).glob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]  # fmt: skip
+    folders = [root / wnid for wnid in sorted(CLASS_OF_WNID) if (root / wnid).is_dir()]
+    paths = [path for folder in folders for path in image_files(folder)[0]]
     if not paths:
         raise FileNotFoundError(f"{root}: holds none of the 42 WordNet ids of 9-class ImageNet")
-    labels = torch.tensor([CLASS_OF_WNID[path.parent.name] for path in paths])
-    return ImageFiles(root, [path.relative_to(root).as_posix() for path in paths], labels, name, **options)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return names, torch.tensor([CLASS_OF_WNID[name.split("/")[0]] for name in names])
 
 
 def train_set(data_root: Path, stylised: bool, **options: Any) -> ImageFiles:
     """ImageNet's training images of the nine classes, with the stylised copy of them where asked."""
-    plain = image_folder(data_root / "imagenet" / "train", "9-class ImageNet train", augment=True, **options)
     if not stylised:
-        return plain
-    other = image_folder(data_root / "stylised-imagenet" / "train", "stylised", augment=True, **options)
-    names = [f"imagenet/train/{name}" for name in plain.names]
-    names += [f"stylised-imagenet/train/{name}" for name in other.names]
-    labels = torch.cat([plain.labels, other.labels])
+        return image_folder(data_root / "imagenet" / "train", "9-class ImageNet train", augment=True, **options)
+    folders = ("imagenet/train", "stylised-imagenet/train")
+    listed = [_listed(data_root / folder) for folder in folders]
+    names = [f"{folder}/{name}" for folder, (own, _) in zip(folders, listed, strict=True) for name in own]
+    labels = torch.cat([labels for _, labels in listed])
     return ImageFiles(data_root, names, labels, "9-class ImageNet train and stylised", augment=True, **options)
 
 
@@ -73,7 +74,8 @@ def validation_set(data_root: Path, **options: Any) -> tuple[ImageFiles, Tensor]
         ValueError: other images than the cluster labels are for.
     """
     data = image_folder(data_root / "imagenet" / "val", "9-class ImageNet val", **options)
-    return data, join_clusters(data.names, read_clusters())
+    table = read_clusters()
+    return data, join_clusters(data.names, table[~table.path.isin(data.skipped)])
 
 
 def corrupted_sets(data_root: Path, **options: Any) -> dict[str, ImageFiles]:

@@ -7,15 +7,18 @@ workers nor on where a killed run was continued.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from rebias.data.dataset import Reading
+from shared_utils.images import BrokenFile, read_image
 from shared_utils.logging import get_logger
 
 logger = get_logger("rebias")
@@ -42,11 +45,15 @@ class ImageFiles:
         augment: random crop and flip of training; else resize to 256 and crop the centre.
         seed: of the augmentation.
         device: where batches go.
-        num_workers: reading processes.
+        reading: workers, and whether images that cannot be decoded are dropped.
+        bias: (n,) int64 bias labels, where they are known.
+
+    Attributes:
+        skipped: names of the images that were dropped.
 
     Raises:
         FileNotFoundError: files that are missing, with their number and the first one's name.
-        ValueError: on reading, an image that cannot be decoded, by name.
+        BrokenFile: on reading, an image that cannot be decoded, by name.
     """
 
     def __init__(
@@ -59,7 +66,8 @@ class ImageFiles:
         augment: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        num_workers: int = 8,
+        reading: Reading = Reading(),  # noqa: B008  frozen
+        bias: Tensor | None = None,
     ):
         missing = [each for each in names if not (Path(root) / each).is_file()]
         if missing:
@@ -69,10 +77,23 @@ class ImageFiles:
         self.transform = v2.Compose(
             [v2.ToImage(), *chain, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         )
-        self.seed, self.device, self.num_workers = seed, torch.device(device), num_workers
+        self.seed, self.device, self.num_workers = seed, torch.device(device), reading.num_workers
+        self.skipped: list[str] = []
+        self.bias = bias
+        if reading.skip_broken:
+            broken = self.broken()
+            self.skipped = [names[number] for number in broken]
+            kept = [number for number in range(len(names)) if number not in broken]
+            self.names, self.labels = [names[number] for number in kept], labels[kept]
+            self.bias = None if bias is None else bias[kept]
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """One transformed image (3, 224, 224), its label, and its bias label where it is known."""
+        item = self.read(0, index), int(self.labels[index])
+        return item if self.bias is None else (*item, int(self.bias[index]))
 
     def to(self, device: torch.device | str) -> ImageFiles:
         """Where batches go; returns itself."""
@@ -81,13 +102,11 @@ class ImageFiles:
 
     def read(self, epoch: int, index: int) -> Tensor:
         """One transformed image (3, 224, 224)."""
-        path = self.root / self.names[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError) as error:  # what Pillow raises on damaged bytes
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-        return self.transform(image)
+        return self.transform(read_image(self.root / self.names[index]))
+
+    def broken(self) -> dict[int, str]:
+        """Decode every image to its end: see `broken_files`."""
+        return broken_files(read_image, [self.root / name for name in self.names], self.num_workers)
 
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """For every (B,) batch of indices: images (B, 3, 224, 224) channels-last on the device, targets (B,)."""
@@ -97,7 +116,8 @@ class ImageFiles:
 
     def record(self) -> dict:
         """Name, number of images and checksum of the sorted file names and labels, for the run record."""
-        return {"name": self.name, "images": len(self), "sha256": digest_of(self.names, self.labels)}
+        record = {"name": self.name, "images": len(self), "sha256": digest_of(self.names, self.labels)}
+        return record | ({"skipped": self.skipped} if self.skipped else {})
 
 
 def loaded(
@@ -116,6 +136,23 @@ def loaded(
         pin_memory=device.type == "cuda",
     )
     yield from loader
+
+
+def broken_files(read: Callable[[Path], Any], paths: Sequence[Path], workers: int) -> dict[int, str]:
+    """Read every file; the numbers of those that raise BrokenFile, each with its line, which is logged as well."""
+
+    def reason(path: Path) -> str:
+        try:
+            read(path)
+        except BrokenFile as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        found = {number: line for number, line in enumerate(pool.map(reason, paths)) if line}
+    for line in found.values():
+        logger.warning(line)
+    return found
 
 
 def digest_of(names: list[str], labels: Tensor) -> str:

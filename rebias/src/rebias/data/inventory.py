@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from rebias.settings import Settings
+from shared_utils.preflight import Need, disk_space, file
 
 MNIST_FETCH = "rebias data --download"
 SETS = (  # name, scale, size, licence, place below the data root, what to do
@@ -14,6 +20,23 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("Kinetics (ten classes)", "paper", "", "CC BY 4.0 (annotation)", "kinetics", "its annotation, videos by hand"),
     ("Mimetics (ten classes)", "paper", "136 clips", "", "mimetics", "its annotation, videos by hand"),
 )
+BY_HAND = "lay it out as the README's tree shows (`rebias data --tiny FOLDER` writes an example)"
+PLACES = {  # what a data set's training and evaluation read, below the data root
+    "mnist": tuple(
+        f"MNIST/raw/{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    ),
+    "imagenet9": ("imagenet/train", "imagenet/val", "imagenet-a"),
+    "kinetics10": (
+        "kinetics/train.csv", "kinetics/train", "kinetics/val.csv", "kinetics/val", "mimetics/mimetics.csv",
+    ),
+}  # fmt: skip
+PLACES |= {
+    "csv": ("images.csv",),
+    "waterbirds": ("waterbird_complete95_forest2water2/metadata.csv",),
+    "celeba": ("celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt", "celeba/img_align_celeba"),
+    "bffhq": ("bffhq/0.5pct/align", "bffhq/0.5pct/conflict", "bffhq/valid", "bffhq/test"),
+}
+CHECKPOINT_MB = {"mnist": 20, "imagenet9": 300, "kinetics10": 150}
 
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
@@ -25,3 +48,47 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
             (name, scale, size, licence, "yes" if found else "no", str(data_root / place), "" if found else mend)
         )
     return rows
+
+
+def needs(settings: Settings, data_root: Path, output: Path) -> Iterator[Need]:
+    """All that a run of these settings reads, and room for its checkpoint in the folder `output`."""
+    places = PLACES.get(settings.dataset, ()) if not settings.network else ()
+    for place in (*places, *(["stylised-imagenet/train"] if settings.stylised else [])):
+        remedy = MNIST_FETCH if settings.dataset == "mnist" else BY_HAND
+        yield file(data_root / place, place.split("/")[0], remedy)
+    yield disk_space(output, CHECKPOINT_MB.get(settings.dataset, 5))
+
+
+def verify(data_root: Path, workers: int) -> dict[str, tuple[int, dict[int, str]]]:
+    """Decode every file that is there to its end.
+
+    Returns:
+        By name of the set: how many files, and the lines of those that are broken. MNIST counts as one file.
+    """
+    from rebias.data import action, imagenet9
+    from rebias.data.biased import load_mnist
+    from rebias.data.dataset import Reading
+
+    options: dict[str, Any] = {"reading": Reading(workers=workers, skip_missing=True)}
+    found: dict[str, tuple[int, dict[int, str]]] = {}
+    if (data_root / "MNIST" / "raw").is_dir():
+        lines = {}
+        for train in (True, False):
+            try:
+                load_mnist(data_root, train)
+            except (OSError, ValueError) as error:
+                lines[int(train)] = str(error)
+        found["MNIST"] = 2, lines
+    folders = ["imagenet/train", "imagenet/val", "imagenet-a", "stylised-imagenet/train"]
+    folders += [path.relative_to(data_root).as_posix() for path in sorted((data_root / "imagenet-c").glob("*/[1-5]"))]
+    sets: dict[str, Callable[[], Any]] = {
+        folder: partial(imagenet9.image_folder, data_root / folder, folder, **options) for folder in folders
+    }
+    sets["kinetics/train"] = partial(action.kinetics10, data_root, True, **options)
+    sets["kinetics/val"] = partial(action.kinetics10, data_root, False, **options)
+    sets["mimetics"] = partial(action.mimetics10, data_root, **options)
+    for place, opened in sets.items():
+        if (data_root / place).is_dir():
+            data = opened()
+            found[place] = len(data) // getattr(data, "views", 1), data.broken()
+    return found

@@ -34,6 +34,10 @@ class ToyPoints:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        """One point (2,), its label and its bias."""
+        return self.points[index], int(self.labels[index]), int(self.bias[index])
+
     def to(self, device: torch.device | str) -> ToyPoints:
         """Move everything; returns itself."""
         self.points, self.labels, self.bias = (x.to(device) for x in (self.points, self.labels, self.bias))

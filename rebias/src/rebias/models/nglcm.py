@@ -1,34 +1,68 @@
-"""HEX's network (Wang et al. 2019): a convolutional branch, and a grey-level co-occurrence branch that sees texture."""
+"""HEX's network (Wang et al. 2019, after the released HaohanWang/HEX): a convolutional branch and a textural one.
+
+Two things differ from the released code: pixels are quantised here and not beforehand, and at test time the norm of a
+feature over the batch is the running mean of training's, so that a prediction does not depend on its neighbours.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rebias.models.network import Network
 
+LUMA = (0.2989, 0.587, 0.114)
+
 
 class NGLCM(nn.Module):
-    """Neural grey-level co-occurrence: soft histograms of neighbouring grey values, and a perceptron on them.
+    """Neural grey-level co-occurrence matrix: how often a grey level goes with a difference to the pixel on the left.
 
     Args:
-        levels: grey levels, with learned centres and one learned width.
+        levels: grey levels (16 in the released MNIST experiments).
         feat_dim: of the output.
     """
 
-    def __init__(self, levels: int = 8, feat_dim: int = 64):
+    def __init__(self, levels: int = 16, feat_dim: int = 32):
         super().__init__()
-        self.centres = nn.Parameter(torch.linspace(-1, 1, levels))
-        self.log_width = nn.Parameter(torch.tensor(2.0 / levels).log())
-        self.head = nn.Sequential(nn.Linear(2 * levels * levels, feat_dim), nn.ReLU())
+        self.levels = levels
+        self.lambda_ = nn.Parameter(levels * torch.rand(levels, 1))  # thresholds of the differences
+        self.theta = nn.Parameter(levels * torch.rand(levels, 1))  # thresholds of the levels
+        self.fc = nn.Linear(levels * levels, feat_dim)
+        _small(self.fc)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised -> (B, feat_dim); pairs of horizontal and of vertical neighbours."""
-        grey = images.mean(1)  # (B, H, W)
-        levels = (-((grey[..., None] - self.centres) / self.log_width.exp()).square() / 2).softmax(-1)
-        right = torch.einsum("bhwi,bhwj->bij", levels[:, :, :-1], levels[:, :, 1:]) / levels[0, :, 1:, 0].numel()
-        down = torch.einsum("bhwi,bhwj->bij", levels[:, :-1], levels[:, 1:]) / levels[0, 1:, :, 0].numel()
-        return self.head(torch.stack([right, down], 1).flatten(1))
+        """(B, 3, H, W) normalised to [-1, 1] -> (B, feat_dim)."""
+        grey = ((images + 1) / 2 * images.new_tensor(LUMA)[:, None, None]).sum(1)  # (B, H, W)
+        level = (grey / grey.amax((1, 2), keepdim=True) * (self.levels - 1) + 1e-4).floor()
+        difference = F.pad(level, (1, 0))[:, :, :-1] - level
+        above = (level.flatten(1)[:, None] - self.theta).clamp(1e-5, 1)  # (B, levels, H * W)
+        steps = (difference.flatten(1)[:, None] - self.lambda_).clamp(1e-5, 1)
+        return self.fc((steps @ above.mT).flatten(1)).relu()
+
+
+class BatchUnitNorm(nn.Module):
+    """Every feature of unit length over the batch; in eval mode by the running mean of the lengths in training.
+
+    Args:
+        feat_dim: d of (B, d) features.
+        momentum: weight of the present batch in the running mean.
+    """
+
+    norm: Tensor
+
+    def __init__(self, feat_dim: int, momentum: float = 0.1):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("norm", torch.ones(feat_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, d) -> (B, d)."""
+        if not self.training:
+            return features / self.norm.clamp_min(1e-6)
+        norm = features.norm(dim=0)
+        self.norm.lerp_(norm.detach(), self.momentum)
+        return features / norm.clamp_min(1e-6)
 
 
 class HexNet(nn.Module):
@@ -41,20 +75,28 @@ class HexNet(nn.Module):
         superficial_dim: features of NGLCM.
     """
 
-    def __init__(self, backbone: Network, feat_dim: int, num_classes: int, superficial_dim: int = 64):
+    def __init__(self, backbone: Network, feat_dim: int, num_classes: int, superficial_dim: int = 32):
         super().__init__()
         self.backbone, self.superficial = backbone, NGLCM(feat_dim=superficial_dim)
+        self.f_norm, self.g_norm = BatchUnitNorm(feat_dim), BatchUnitNorm(superficial_dim)
         self.superficial_dim = superficial_dim
         self.head = nn.Linear(feat_dim + superficial_dim, num_classes)
+        _small(self.head)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> F_P = head([h_f, 0]) (B, C), the logits at test time, and h_f (B, feat_dim)."""
-        _, h_f = self.backbone(images)
+        h_f = self.f_norm(self.backbone(images)[1])
         return self.head(torch.cat([h_f, h_f.new_zeros(len(h_f), self.superficial_dim)], 1)), h_f
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> F_A = head([h_f, h_g]) and F_G = head([0, h_g]), both (B, C)."""
-        _, h_f = self.backbone(images)
-        h_g = self.superficial(images)
+        h_f = self.f_norm(self.backbone(images)[1])
+        h_g = self.g_norm(self.superficial(images))
         f_a = self.head(torch.cat([h_f, h_g], 1))
         return f_a, self.head(torch.cat([torch.zeros_like(h_f), h_g], 1))
+
+
+def _small(linear: nn.Linear) -> None:
+    """The released initialisation: a normal of deviation 0.1, cut at two deviations, and no bias."""
+    nn.init.trunc_normal_(linear.weight, std=0.1, a=-0.2, b=0.2)
+    nn.init.zeros_(linear.bias)
