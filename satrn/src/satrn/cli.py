@@ -212,7 +212,8 @@ class Bench:
 
 VERBS = {
     "run": Run, "train": Train, "eval": Eval, "mcnemar": McNemar, "read": Read,
-    "rotate-curve": RotateCurve, "aspect": Aspect, "render": Render, "check": Check, "export": Export, "data": Data, "tables": Tables, "record": Record,
+    "rotate-curve": RotateCurve, "aspect": Aspect, "render": Render, "check": Check,
+    "export": Export, "data": Data, "tables": Tables, "record": Record,
     "bench": Bench,
 }  # fmt: skip
 

@@ -91,7 +91,7 @@ def on_other_data(runs: Sequence[Run], log: RunLog, data_root: Path) -> list[Run
     for run in runs:
         s = Settings(**run.settings)
         folders = list(inventory.wanted(s, data_root).values())
-        if run.key not in records or not folders or any(need.met is False for need in inventory.needs(s, data_root)):
+        if run.key not in records or not folders or not all(need.met for need in inventory.needs(s, data_root)):
             continue
         for folder in folders:
             if folder not in checksums:
@@ -117,7 +117,8 @@ def execute(
     s = Settings(**settings)
     if s.dataset == "none":
         return Outcome(sizes(s))
-    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+    identity = settings_hash(settings | {"data_root": str(data_root.resolve())})
+    checkpoint = PROJECT / "runs" / "checkpoints" / f"{identity}-{seed}.pt"
     _, outcome = train_and_evaluate(
         s, seed, data_root, _fabric(precision), checkpoint, workers=workers, skip_broken=skip_broken, compile=compile
     )

@@ -83,10 +83,14 @@ def load_pretrained(path: Path, charset: str | None = None, dictionary: str | No
         try:
             model.load_state_dict(content["model"])
         except RuntimeError as error:
-            raise ValueError(f"{path}: the weights do not fit the settings beside them ({error})") from error
+            raise ValueError(f"{path}: the weights do not fit the settings beside them ({_one_line(error)})") from error
     else:
         model = _mmocr(content, path, dictionary)
     return (model if charset is None or charset == model.cfg.charset else _with_charset(model, charset, path)).eval()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def settings_of(content: dict, path: Path) -> Settings:
@@ -188,7 +192,7 @@ def _mmocr(content: dict, path: Path, dictionary: str | None, heads: int | None 
         model = SATRN(_mmocr_config(weights, charset, heads or (int(stored[1]) if stored else 8)))
         model.load_state_dict({_our_name(name): _our_shape(name, value) for name, value in weights.items()})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: these weights are no SATRN of MMOCR ({error})") from error
+        raise ValueError(f"{path}: these weights are no SATRN of MMOCR ({_one_line(error)})") from error
     return model
 
 
@@ -201,9 +205,8 @@ def _dictionary(path: Path, embeddings: int, classes: int, given: str | None, co
             f"{path}: {embeddings} embeddings and {classes} classes, expected the characters and 3 special classes"
             f" (start and end in one, padding, unknown){wanted}"
         )
-    foreign = {
-        name for name in re.findall(r"dict_file=['\"]([^'\"]+)", config) if Path(name).name not in DICTIONARY_FILES
-    }
+    named = {Path(name).name for name in re.findall(r"dict_file=['\"]([^'\"]+)", config)}
+    foreign = named - DICTIONARY_FILES
     if given is None and (foreign or characters not in DICTIONARIES):
         trained_with = ", ".join(foreign) or "which no English dictionary of MMOCR has"
         raise ValueError(
