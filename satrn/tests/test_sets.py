@@ -22,6 +22,7 @@ from satrn.measure import _evaluate_real
 from satrn.rotation import rotate_words
 from satrn.settings import Settings
 from shared_utils.images import BrokenFile
+from shared_utils.rehearsal import rehearse
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Run
 
@@ -249,3 +250,9 @@ def test_a_table_of_real_words_runs_from_tiny_archives_to_its_record(archives, t
     assert f"{len(tiny.WORDS)} of the paper's 1,015 words of IC13" in outcome.caveats
     assert any("words of MJ" in caveat for caveat in outcome.caveats)
     json.dumps([outcome.metrics, outcome.details, outcome.dataset])
+
+
+def test_a_paper_table_is_rehearsed_end_to_end():
+    """One of those of `make rehearse`: tiny archives, run, record, verdict."""
+    (outcome,) = rehearse(Path(cli.__file__).parents[2], ["table-4-multi-line"])
+    assert outcome.passed, outcome.problem
