@@ -5,19 +5,23 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import satrn as satrn_package
 from satrn import cli, experiments
-from satrn.experiments import count, load_model, tables
+from satrn.experiments import tables
 from satrn.figures import draw_all
+from satrn.measure import load_model, sizes
 from satrn.models import SATRN
-from satrn.pretrained import MMOCR_CHARSET, load_mmocr_checkpoint, load_pretrained
+from satrn.pretrained import load_pretrained, read_checkpoint
 from satrn.settings import PRESETS, RENDERED, Settings
-from satrn.train import load_checkpoint, make_fabric
+from satrn.train import make_fabric
+from shared_utils.images import BrokenFile
 
 BY_ID = {table.id: table for table in tables()}
 
@@ -64,6 +68,27 @@ def test_small_scales_are_the_small_preset(table, row, scale, changes):
     assert settings_of(table, row, scale) == replace(RENDERED, **changes)
 
 
+def test_learning_curves_show_both_networks_at_the_same_steps(tmp_path):
+    table = BY_ID["learning-curves"]
+    runs = [run for run in table.runs("rendered") if run.seed < 22]
+    metrics = {"accuracy": 90.0, "control_accuracy": 40.0, "gain": 50.0}
+    names = ("table", "row", "scale", "seed", "settings")
+    with open(tmp_path / "rendered.jsonl", "w") as log:
+        for run in runs:
+            record = {name: getattr(run, name) for name in names} | {"settings_hash": run.key[-1], "metrics": metrics}
+            log.write(json.dumps(record) + "\n")
+    assert [path.stem for path in draw_all([table], tmp_path)] == ["learning-curves"]
+    for row in ("two characters, 6,400 steps", "three characters, 1,600 steps"):
+        settings = settings_of("learning-curves", row, "rendered")
+        assert settings.control and f"{settings.steps:,} steps" in row and settings.train_images <= 32 * settings.steps
+
+
+def test_every_public_name_can_be_used():
+    for name in satrn_package.__all__:
+        assert not isinstance(getattr(satrn_package, name), ModuleType), name
+    assert issubclass(satrn_package.SATRN, torch.nn.Module) and callable(satrn_package.costs)
+
+
 def test_every_row_is_a_possible_run_and_embedded_seeds_are_fresh():
     for table in BY_ID.values():
         for scale in table.scales:
@@ -73,12 +98,10 @@ def test_every_row_is_a_possible_run_and_embedded_seeds_are_fresh():
 
 
 def test_costs_of_the_swap_are_the_printed_ones():
-    big = count(settings_of("table-2-costs", "SATRN + SATRN", "embedded")).metrics
+    big = sizes(settings_of("table-2-costs", "SATRN + SATRN", "embedded"))
     assert big["parameters"] == 55_657_728
-    for row, billions, tolerance in (("ResNet + LSTM (SAR)", 21.9, 0.01), ("SATRN + LSTM", 16.4, 0.015)):
-        assert count(settings_of("table-2-costs", row, "embedded")).metrics["flops_b"] == pytest.approx(
-            billions, rel=tolerance
-        )
+    for row, billions, tolerance in (("ResNet + LSTM (SAR)", 21.9, 0.006), ("SATRN + LSTM", 16.4, 0.004)):
+        assert sizes(settings_of("table-2-costs", row, "embedded"))["flops_b"] == pytest.approx(billions, rel=tolerance)
 
 
 def test_run_twice_runs_nothing_new_and_draws(tmp_path, monkeypatch, capsys):
@@ -107,69 +130,6 @@ def test_figures_need_nothing_but_the_committed_log(tmp_path):
 
 
 # ---- weights ------------------------------------------------------------
-
-
-def mmocr_state_dict(layout, characters=5):
-    """A state dict of MMOCR's names and shapes, with random weights."""
-    cfg = replace(SATRN_TINY.cfg, in_channels=3)
-    torch.manual_seed(1)
-    weights = {}
-    for name, value in SATRN(cfg).state_dict().items():
-        theirs = name.replace("_scale.3.", "_scale.2.")
-        value = torch.rand_like(value) if value.is_floating_point() else value
-        if "_scale." in name and name.endswith("weight"):
-            value = value[:, :, None, None]
-        weights[theirs] = value
-    rows = characters + 3
-    weights["decoder.trg_word_emb.weight"] = torch.randn(rows, cfg.d_model)
-    classes = rows - 1 if layout == "0.x" else rows
-    weights["decoder.classifier.weight"] = torch.randn(classes, cfg.d_model)
-    weights["decoder.classifier.bias"] = torch.randn(classes)
-    weights["encoder.position_enc.h_position_encoder"] = torch.zeros(1, cfg.d_model, 100, 1)
-    weights["encoder.position_enc.w_position_encoder"] = torch.zeros(1, cfg.d_model, 1, 100)
-    weights["decoder.position_enc.position_table"] = torch.zeros(1, 200, cfg.d_model)
-    return weights
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_mmocr(tiny):
-    global SATRN_TINY
-    SATRN_TINY = SATRN(tiny(variant="mmocr", img_size=(32, 100)))
-
-
-@pytest.mark.parametrize("layout", ["0.x", "1.x"])
-def test_mmocr_checkpoints_load_by_name(tmp_path, layout):
-    weights = mmocr_state_dict(layout)
-    torch.save({"state_dict": weights, "meta": {}}, tmp_path / "m.pth")
-    model = load_mmocr_checkpoint(tmp_path / "m.pth", charset="abcde", layout=layout, heads=2)
-    assert model.cfg.in_channels == 3 and model.cfg.enc_layers == 2 and model.cfg.ffn == 16
-    end, unknown = (6, 5) if layout == "0.x" else (5, 7)
-    embedding = weights["decoder.trg_word_emb.weight"]
-    assert torch.equal(model.decoder.trg_word_emb.weight, embedding[[end, unknown, 0, 1, 2, 3, 4, end]])
-    bias = weights["decoder.classifier.bias"]
-    assert torch.equal(model.decoder.classifier.bias, bias[[end, unknown, 0, 1, 2, 3, 4]])
-    theirs = weights["encoder.position_enc.h_scale.2.weight"].flatten(1)
-    assert torch.equal(model.encoder.position_enc.h_scale[3].weight, theirs)
-    assert len(model.generate(torch.rand(2, 3, 32, 100) - 0.5).texts) == 2
-
-
-def test_what_is_no_mmocr_checkpoint(tmp_path):
-    weights = mmocr_state_dict("1.x")
-    torch.save(weights, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="no SATRN of MMOCR with 90 characters"):
-        load_mmocr_checkpoint(tmp_path / "m.pth", charset=MMOCR_CHARSET, heads=2)
-    del weights["encoder.layer_norm.weight"]
-    torch.save(weights, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="encoder.layer_norm.weight"):
-        load_mmocr_checkpoint(tmp_path / "m.pth", charset="abcde", heads=2)
-    (tmp_path / "junk.pth").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="junk.pth: cannot be read"):
-        load_mmocr_checkpoint(tmp_path / "junk.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no weights"):
-        load_mmocr_checkpoint(tmp_path / "list.pth")
-    with pytest.raises(FileNotFoundError):
-        load_mmocr_checkpoint(tmp_path / "none.pth")
 
 
 def test_another_charset_keeps_the_characters_that_it_shares(checkpoint):
@@ -247,10 +207,15 @@ def test_the_other_verbs(tmp_path, checkpoint, capsys):
     [
         (lambda p, c: cli.Read((p / "none.png",), c), "none.png: no such image"),
         (lambda p, c: cli.Read((), c), "no image given"),
-        (lambda p, c: cli.Read((p / "text.png",), c), "text.png: no readable image"),
+        (lambda p, c: cli.Read((p / "text.png",), c), "text.png: this is not an image"),
         (lambda p, c: cli.Read((p / "text.png",), p / "none.pt"), "none.pt: no such checkpoint"),
-        (lambda p, c: cli.Read((p / "text.png",), c, mmocr="2.x"), "layout must be one of 0.x, 1.x, got '2.x'"),
-        (lambda p, c: cli.Eval(p / "text.png"), "text.png: cannot be read as a checkpoint of satrn"),
+        (lambda p, c: cli.Read((p / "text.png",), c, p / "empty.txt"), "empty.txt: expected different characters"),
+        (lambda p, c: cli.Eval(p / "text.png"), "text.png: cannot be read as a checkpoint"),
+        (lambda p, c: cli.Eval(c, ("SVT",), protocol="loose", data_root=p), "no LMDB here"),
+        (lambda p, c: cli.Render(p / "y", words=p / "spaced.txt", warp="curve"), "'two words' has a space"),
+        (lambda p, c: cli.Render(p / "z", charset="a日b"), "lacks '日'"),
+        (lambda p, c: cli.Data(p / "nothing", verify=True), "nothing: no LMDB below this folder"),
+        (lambda p, c: cli.Data(tiny=p), "is not empty; name a new folder"),
         (lambda p, c: cli.RotateCurve(c, p), "no LMDB here"),
         (lambda p, c: cli.Render(p / "x", words=p / "empty.txt"), "empty.txt: holds no word"),
         (lambda p, c: cli.Export(p / "none.pt"), "none.pt: no such checkpoint"),
@@ -259,7 +224,8 @@ def test_the_other_verbs(tmp_path, checkpoint, capsys):
 def test_wrong_input_is_named(tmp_path, checkpoint, verb, message):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    (tmp_path / "spaced.txt").write_text("two words\n")
+    with pytest.raises((ValueError, FileNotFoundError, BrokenFile), match=message):
         verb(tmp_path, checkpoint)()
 
 
@@ -304,6 +270,6 @@ def test_every_setting_is_documented():
 
 
 def test_checkpoint_holds_what_a_resume_needs(checkpoint):
-    content = load_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint)
     assert {"run", "state", "model", "optimizer", "rng", "precision"} == set(content)
     assert content["state"]["step"] == 40 and load_model(checkpoint, make_fabric("cpu")).cfg.charset == "47"

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from satrn.charset import END, IGNORED, Tokenizer
-from satrn.data.inventory import inventory
 from satrn.data.render import random_words, render_words
 from satrn.data.streams import RenderedWords, normalise, positions, share_counts
 from satrn.data.words_lmdb import LmdbMixture, LmdbWords, decode_image, write_lmdb
 from satrn.rotation import draw_angles, rotate_words
 from satrn.settings import Settings
+from shared_utils.images import BrokenFile
 
 META = ".*+?[](){}|^$\\/-s"
 
@@ -152,11 +152,12 @@ def test_faulty_lmdbs(tmp_path, write_words):
         ("empty", b"num-samples", b"0", "empty LMDB"),
         ("text", b"num-samples", b"many", "empty LMDB .num-samples is 'many'"),
         ("label", b"label-000000003", None, "key 'label-000000003' is missing"),
-        ("image", b"image-000000003", b"no picture", "image-000000003: no readable image"),
+        ("image", b"image-000000003", b"no picture", "image-000000003: this is not an image"),
+        ("latin-1", b"label-000000003", "café".encode("latin-1"), "latin-1: label-000000003 is not UTF-8 .b'caf"),
     ):
         write_words(tmp_path / name)
         change(tmp_path / name, key, value)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, BrokenFile), match=message):
             list(LmdbWords(tmp_path / name, (16, 24)).batches(4))
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "data.mdb").write_bytes(b"x" * 9000)
@@ -169,14 +170,15 @@ def test_broken_images_are_skipped_only_where_asked(tmp_path, write_words):
     change(tmp_path / "set", b"image-000000003", b"no picture")
     data = LmdbWords(tmp_path / "set", (16, 24), skip_broken=True)
     read = [label for _, labels in data.batches(5) for label in labels]
-    assert read == words[:2] + words[3:] and data.broken == {2}
+    assert read == words[:2] + words[3:] and data.broken.nonzero().flatten().tolist() == [2]
+    assert data.record() == data.identity() | {"words": 11, "skipped": 1}
     s = settings_for(mix=(1.0,), train_sets=("set",), max_length=4)
     mixture = LmdbMixture([tmp_path / "set"], s, workers=0, skip_broken=True)
     usable = [i for i in range(12) if len(words[i]) < 4]
     for place, index in enumerate(usable):  # the next usable word, never a made-up one
         following = usable[(place + 1) % len(usable)]
         assert mixture[0, place][1] == words[following if index == 2 else index]
-    with pytest.raises(ValueError, match="image-000000003: no readable image"):
+    with pytest.raises(BrokenFile, match="image-000000003: this is not an image"):
         LmdbMixture([tmp_path / "set"], settings_for(mix=(1.0,), train_sets=("set",)), workers=0)[0, 2]
 
 
@@ -198,7 +200,9 @@ def test_the_mixture_holds_its_shares_and_resumes_anywhere(tmp_path, write_words
     assert sum(from_first) == 6 * 6
     halves = [[t for _, t in data.steps(s, 3, 0, slice(rank, None, 2))] for rank in (0, 1)]
     assert all(torch.equal(w[0::2], a) and torch.equal(w[1::2], b) for w, a, b in zip(whole, *halves, strict=True))
-    assert data.record()["sets"][0] == {"name": "MJ", "words": 11, "usable": 11}
+    checksum = data.sets[0].checksum()
+    assert data.record()["sets"][0] == {"name": "MJ", "words": 11, "sha256": checksum, "usable": 11}
+    assert checksum != data.sets[1].checksum()
 
 
 def test_unusable_words_are_counted_and_an_unusable_set_is_refused(tmp_path, write_words, caplog):
@@ -229,18 +233,11 @@ def test_every_word_comes_once_per_epoch(n, per_step, seed):
 
 
 def test_pixels_and_records(small_settings):
-    gray = normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+    gray = normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), Settings())
     assert gray.tolist() == [[[[-0.5, 0.5]]]]
-    white = normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), channels=3)
+    white = normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), Settings(in_channels=3))
     torch.testing.assert_close(white.flatten(), torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
     a, b = (RenderedWords(small_settings, 9, seed, torch.device("cpu")) for seed in (1, 2))
     assert a.record()["sha256"] != b.record()["sha256"] and a.record()["shape"] == [9, 1, 16, 16]
-    with pytest.raises(ValueError, match="no readable image"):
-        decode_image(b"nothing", (16, 24), 1)
-
-
-def test_inventory_names_what_is_missing(tmp_path, write_words):
-    assert [row[4] for row in inventory(tmp_path)].count("no") == 10
-    write_words(tmp_path / "evaluation" / "SVT")
-    found = {row[0]: row[4] for row in inventory(tmp_path)}
-    assert found["SVT"] == "yes" and found["MJ"] == "no" and found["rendered words"] == "yes"
+    with pytest.raises(BrokenFile, match="word 3: this is not an image"):
+        decode_image(b"nothing", (16, 24), 1, "word 3")

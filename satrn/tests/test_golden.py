@@ -14,7 +14,7 @@ from satrn.models.decoder import DecoderLayer
 from satrn.models.encoder import Encoder, EncoderLayer
 from satrn.models.satrn import SATRN
 from satrn.positional import AdaptivePositionalEncoding2D, sinusoid
-from satrn.pretrained import _is_gate, _our_name
+from satrn.pretrained import _our_name, _our_shape
 
 CFG = SATRNConfig(variant="mmocr", d_model=32, ffn=64, heads=4, enc_layers=2, dec_layers=1, img_size=(16, 40))
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -28,7 +28,7 @@ def oracle(golden):
 def load(module, oracle, name):
     """MMOCR's weights by name; the oracles' LayerNorms have eps 1e-5."""
     weights = {k.split("/w/")[1]: v for k, v in oracle.items() if k.startswith(f"{name}/w/")}
-    ours = {_our_name(k): v.flatten(1) if _is_gate(k) else v for k, v in weights.items()}
+    ours = {_our_name(k): _our_shape(k, v) for k, v in weights.items()}
     missing, unexpected = module.load_state_dict(ours, strict=False)
     assert not unexpected and all("num_batches_tracked" in key for key in missing)
     return module.eval()

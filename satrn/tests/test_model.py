@@ -15,8 +15,9 @@ from satrn.decoding import Recognition, beam_search, greedy
 from satrn.evaluate import aspect_ratios, group_by_ratio, line_jumps
 from satrn.laff import LocalityAwareFeedForward
 from satrn.models import SATRN
-from satrn.positional import AdaptivePositionalEncoding2D, sinusoid
+from satrn.positional import AdaptivePositionalEncoding2D, fixed_encoding, sinusoid
 
+SMALL = dict(d_model=8, heads=2, ffn=8, enc_layers=1, dec_layers=1, img_size=(12, 20), charset="abc", max_length=4)
 KINDS = [
     dict(), dict(variant="official"), dict(variant="mmocr"), dict(decoder="lstm"), dict(encoder="resnet"),
     dict(pos="none"), dict(pos="1d"), dict(pos="2d_concat", laff="conv"), dict(squash_height=True, laff="fc"),
@@ -63,6 +64,46 @@ def test_a2dpe_is_equations_3_to_8():
     assert not any(name.endswith("bias") for name, _ in module.named_parameters())
 
 
+def test_fixed_encodings_tell_rows_and_columns():
+    table = fixed_encoding("2d_concat", 8, 3, 5, "interleaved", torch.device("cpu"))
+    for h, w in itertools.product(range(3), range(5)):
+        torch.testing.assert_close(table[:, h, w], torch.cat([sinusoid(3, 4)[h], sinusoid(5, 4)[w]]))
+    flat = fixed_encoding("1d", 8, 3, 5, "halves", torch.device("cpu"))
+    torch.testing.assert_close(flat.flatten(1).T, sinusoid(15, 8, "halves"))  # row by row
+    assert not fixed_encoding("none", 8, 3, 5, "interleaved", torch.device("cpu")).any()
+
+
+def test_sar_is_its_equations_and_reads_its_columns_to_the_last():
+    """One step by hand; the holistic vector is the bidirectional LSTM's output behind the last column."""
+    torch.manual_seed(0)
+    model = SATRN(SATRNConfig(**SMALL, decoder="lstm")).double().eval()
+    sar, memory = model.decoder, torch.randn(2, 15, 8, dtype=torch.float64)
+    columns = memory.view(2, 3, 5, 8).amax(dim=1)
+    outputs, (last, _) = sar.holistic(columns)
+    forwards = last[0]  # the forward half has seen all columns, the backward half only the last one
+    torch.testing.assert_close(outputs[:, -1, :4], forwards)
+    assert not torch.allclose(outputs[:, 0, :4], forwards)
+    holistic = sar.holistic_fc(outputs[:, -1])
+    keys = sar.key(memory.view(2, 3, 5, 8).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(2, 15, 8)
+
+    def attend(hidden, cell):
+        energy = torch.tanh(keys + (torch.cat([cell, hidden], 1) @ sar.query.weight.T)[:, None])
+        weights = (energy @ sar.energy.weight[0]).softmax(dim=1)
+        return (weights[..., None] * memory).sum(dim=1), weights
+
+    state = sar.start(memory, (3, 5))
+    torch.testing.assert_close(state.hidden, holistic)
+    torch.testing.assert_close(state.glimpse, attend(holistic, holistic)[0])
+    previous = torch.tensor([model.cfg.classes, 2])
+    inputs = sar.input_fc(torch.cat([torch.eye(model.cfg.classes + 1).double()[previous], state.glimpse], 1))
+    hidden, cell = sar.reader(inputs, (holistic, holistic))
+    glimpse, weights = attend(hidden, cell)
+    wanted = sar.classifier(torch.relu(sar.output_fc(torch.cat([hidden, glimpse], 1))))
+    logits, after = sar.step(previous, state)
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(after.attention, weights)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 999), length=st.integers(1, 7), causal=st.booleans())
 def test_attention_is_its_float64_definition(seed, length, causal):
@@ -76,8 +117,9 @@ def test_attention_is_its_float64_definition(seed, length, causal):
         weights = torch.softmax(torch.stack([0.7 * q[b, i, head] @ k[b, j, head] for j in range(seen)]), dim=0)
         out[b, i, 4 * head : 4 * head + 4] = sum(weights[j] * v[b, j, head] for j in range(seen))
     torch.testing.assert_close(module(x, causal=causal), module.fc(out))
-    maps = module.weights(x, module.keys_values(x)[0])
-    torch.testing.assert_close(maps.sum(dim=-1), torch.ones_like(maps[..., 0]))
+    maps = module.weights(x, module.keys_values(x)[0])  # the mean over heads of softmax(0.7 q k), no mask
+    wanted = torch.softmax(0.7 * torch.einsum("bihd,bjhd->bhij", q, k), dim=-1).mean(dim=1)
+    torch.testing.assert_close(maps.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, weight", [("fc", 2), ("separable", 2), ("conv", 18)])
@@ -182,6 +224,9 @@ def test_official_s_quirks(tiny):
     torch.testing.assert_close(model.decoder.embed(start, torch.zeros(1, 16)), torch.zeros(1, 1, 16))
     assert (model.decoder.layer_stack[0].mlp(torch.randn(9, 16)) >= 0).all()
     assert (build(tiny()).decoder.layer_stack[0].mlp(torch.randn(99, 16)) < 0).any()
+    for kind, wanted in (("official", (1e-3, 0.01)), ("paper", (1e-5, 0.1)), ("mmocr", (1e-5, 0.1))):
+        norms = [each for each in build(tiny(variant=kind)).modules() if isinstance(each, torch.nn.BatchNorm2d)]
+        assert len(norms) == 8 and {(norm.eps, norm.momentum) for norm in norms} == {wanted}
 
 
 def test_recompute_changes_neither_gradients_nor_statistics(tiny):

@@ -14,12 +14,15 @@ import torch
 
 from satrn import experiments
 from satrn.charset import IGNORED
+from satrn.data.inventory import NAMES, TEST_SIZES
 from satrn.data.streams import RenderedWords, normalise
 from satrn.data.words_lmdb import LmdbWords
-from satrn.evaluate import correct, evaluate_rotation, same_word
-from satrn.experiments import evaluate_checkpoint, execute, load_model, mcnemar, overfit_one_batch, train_and_evaluate
+from satrn.evaluate import comparable, correct, evaluate_rotation, mcnemar
+from satrn.experiments import execute, overfit_one_batch, train_and_evaluate
+from satrn.measure import evaluate_checkpoint, load_model
+from satrn.pretrained import read_checkpoint
 from satrn.settings import RENDERED, Settings
-from satrn.train import build_model, ctc_loss, fit, learning_rate, load_checkpoint, make_fabric, report_point, text_loss
+from satrn.train import build_model, ctc_loss, fit, learning_rate, make_fabric, report_point, text_loss
 
 FABRIC = make_fabric("cpu")
 NOWHERE = Path("nowhere")
@@ -56,7 +59,7 @@ def test_sigkill_and_continue_is_bit_equal(tmp_path):
     time.sleep(0.9)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert 0 < load_checkpoint(tmp_path / "killed")["state"]["step"] < 60
+    assert 0 < read_checkpoint(tmp_path / "killed")["state"]["step"] < 60
     subprocess.run(run("killed", "fast"), check=True)
     whole, killed = (torch.load(tmp_path / f"{name}.done", weights_only=True) for name in ("whole", "killed"))
     assert whole["curve"] == killed["curve"] and len(whole["curve"]) == 10
@@ -102,20 +105,20 @@ def test_checkpoints_that_are_refused(tmp_path, checkpoint, small_settings):
     other = replace(small_settings, lr=1e-4)
     copy = tmp_path / "copy.pt"
     copy.write_bytes(checkpoint.read_bytes())
-    with pytest.raises(ValueError, match=r"checkpoint of another run \(other lr\)"):
+    with pytest.raises(ValueError, match=r"another run \(other lr\); give another --output"):
         train_and_evaluate(other, 3, NOWHERE, FABRIC, copy)
     with pytest.raises(ValueError, match=r"another run \(other seed, data\)"):
         train_and_evaluate(small_settings, 4, NOWHERE, FABRIC, copy)
-    content = load_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint)
     content["run"]["settings"]["ffn"] = 32
     torch.save(content, copy)
     with pytest.raises(ValueError, match="the weights do not fit the settings"):
         load_model(copy, FABRIC)
     copy.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint of satrn"):
-        load_checkpoint(copy)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        read_checkpoint(copy)
     with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
-        load_checkpoint(tmp_path / "none.pt")
+        read_checkpoint(tmp_path / "none.pt")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, checkpoint, small_settings):
@@ -188,8 +191,14 @@ def test_one_batch_is_learned_by_heart():
 
 
 def test_words_are_compared_as_the_field_does():
-    assert same_word("It's", "ITS") and same_word("a-1", "A1") and not same_word("a1", "a2")
-    assert not same_word("It's", "ITS", strict=True) and same_word("!!", "??")
+    readings = ("It's", "ITS", "its", "a-1", "A1")
+    assert [comparable(each) for each in readings] == ["its", "its", "its", "a1", "a1"]
+    assert [comparable(each, "case-sensitive") for each in readings] == ["Its", "ITS", "its", "a1", "A1"]
+    assert [comparable(each, "exact") for each in readings] == list(readings)
+    with pytest.raises(ValueError, match="protocol must be one of case-insensitive, case-sensitive, exact, got '36'"):
+        comparable("a", "36")
+    with pytest.raises(ValueError, match="the same words, got 1 and 2"):
+        mcnemar(np.array([True]), np.array([True, False]))
     assert mcnemar(np.array([1, 1, 1, 0], bool), np.array([1, 0, 0, 1], bool)) == {
         "only_first": 2, "only_second": 1, "p": 1.0,
     }  # fmt: skip
@@ -235,18 +244,20 @@ def test_paper_scale_on_small_lmdbs(tmp_path, write_words, monkeypatch):
     monkeypatch.setattr(experiments, "PROJECT", tmp_path)
     for name in ("MJ", "ST"):
         write_words(tmp_path / "training" / name)
-    for folder, _ in experiments.TEST_FOLDERS.values():
-        write_words(tmp_path / "evaluation" / folder, count=4)
+    for name in TEST_SIZES:
+        write_words(tmp_path / "evaluation" / NAMES.get(name, (name,))[0], count=4)
     s = dict(
         d_model=16, heads=2, ffn=16, enc_layers=1, dec_layers=1, max_length=6, batch_size=4, steps=2, img_size=(16, 16),
         test_angles=(0, 90), recompute=True,
     )  # fmt: skip
     outcome = execute(s, 0, data_root=tmp_path)
-    sets = set(experiments.TEST_FOLDERS)
+    sets = set(TEST_SIZES)
     assert sets | {"accuracy", "irregular_mean", "rotated_0", "rotated_90", "parameters_m", "flops_b"} == set(
         outcome.metrics
     )
     assert outcome.dataset["train"]["sets"][1]["name"] == "ST" and len(outcome.dataset["test"]) == 7
+    assert "4 of the paper's 3,000 words of IIIT5K" in outcome.caveats and outcome.precision == "32-true"
+    assert outcome.details["words"]["all"] == 28
     assert not list((tmp_path / "runs" / "checkpoints").iterdir())
     with pytest.raises(FileNotFoundError, match="no LMDB here"):
         execute(s | {"test_sets": ["MULTI_LINE"]}, 0, data_root=tmp_path)
@@ -266,9 +277,11 @@ def test_rendered_runs_report_what_their_tables_show(small_settings, warp):
 
 def test_eval_repeats_what_training_measured(checkpoint, small_settings, tmp_path, write_words):
     _, outcome = train_and_evaluate(small_settings, 3, NOWHERE, FABRIC, checkpoint)
-    assert evaluate_checkpoint(checkpoint, NOWHERE, "cpu", (), False) == outcome.metrics
-    write_words(tmp_path / "set", charset="47")
-    assert 0 <= correct(load_model(checkpoint, FABRIC), LmdbWords(tmp_path / "set", (16, 16))).mean() <= 1
+    assert evaluate_checkpoint(checkpoint, NOWHERE, "cpu") == (outcome.metrics, {})
+    words = write_words(tmp_path / "evaluation" / "own", charset="47")
+    metrics, counts = evaluate_checkpoint(checkpoint, tmp_path, "cpu", ("own",))  # a rendered one's, on real words
+    read = correct(load_model(checkpoint, FABRIC), LmdbWords(tmp_path / "evaluation" / "own", (16, 16)))
+    assert metrics["own"] == metrics["accuracy"] == 100 * read.mean() and counts == {"own": len(words), "all": 12}
 
 
 @pytest.mark.gpu
@@ -280,6 +293,6 @@ def test_cuda_trains_in_bf16_and_reads_alike_with_and_without_cache(small_settin
     model = build_model(s, 1, fabric)
     curve = fit(model, data, s, 1, fabric)
     assert fabric.strategy.precision.precision == "bf16-mixed" and curve[-1]["loss"] < curve[0]["loss"]
-    images = normalise(data.images[:8])
+    images = normalise(data.images[:8], s)
     model.eval()
     assert model.generate(images).texts == model.generate(images, cache=False).texts

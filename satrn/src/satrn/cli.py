@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from satrn.settings import PRESETS, Settings
+from satrn.verbs import (
+    Aspect,
+    Data,
+    Eval,
+    Export,
+    McNemar,
+    Read,
+    Render,
+    RotateCurve,
+    default_data_root,
+    loader_processes,
+    read_characters,
+)
 
 PROGRAM = "satrn"
 
@@ -20,11 +32,6 @@ if TYPE_CHECKING:
     Preset = Settings
 else:
     Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
-
-
-def default_data_root() -> Path:
-    """DATA_ROOT, else ~/.cache/satrn."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -43,14 +50,22 @@ class Run:
     """Where training/ and evaluation/ are."""
     jobs: int = 0
     """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    workers: int = -1
+    """Loader processes of a run; -1: one per core, eight at most."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    compile: bool = False
+    """torch.compile the training step."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Go on without broken words (they are counted and named)."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
     """List the missing runs and their expected cost only."""
 
     def __call__(self) -> None:
+        from functools import partial
+
         from satrn import experiments
         from shared_utils.report import print_missing, print_table
         from shared_utils.runlog import RunLog
@@ -64,7 +79,8 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
             done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
+            needed = partial(experiments.needs, data_root=self.data_root, output=experiments.PROJECT / "runs")
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done, needed)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -73,7 +89,10 @@ class Run:
             seeds=self.seeds,
             force=self.force,
             jobs=self.jobs,
+            workers=loader_processes(self.workers),
             skip_broken=self.skip_broken,
+            precision=self.precision,
+            compile=self.compile,
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
@@ -100,140 +119,32 @@ class Train:
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     start: Path | None = None
-    """Checkpoint to fine-tune from; another charset is carried over by character."""
+    """Checkpoint of satrn or MMOCR to fine-tune: its network, with rows carried over to the settings' charset."""
+    dictionary: Path | None = None
+    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
     checkpoint_every: int = 1000
     """Steps between saves."""
     compile: bool = False
     """torch.compile the training step."""
-    workers: int = 4
-    """Loader processes."""
+    workers: int = -1
+    """Loader processes; -1: one per core, eight at most."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Go on without broken words (they are counted and named)."""
 
     def __call__(self) -> None:
-        from satrn.experiments import train_and_evaluate
+        from satrn.experiments import needs, train_and_evaluate
         from satrn.train import make_fabric, report_point
+        from shared_utils.preflight import require
 
+        require(needs(vars(self.settings), self.data_root, self.output.absolute().parent))
         fabric = make_fabric(self.device, self.precision)
         _, outcome = train_and_evaluate(
             self.settings, self.seed, self.data_root, fabric, self.output, checkpoint_every=self.checkpoint_every,
-            compile=self.compile, workers=self.workers, skip_broken=self.skip_broken,
-            start=self.start, on_point=report_point(self.settings),
+            compile=self.compile, workers=loader_processes(self.workers), skip_broken=self.skip_broken,
+            start=self.start, dictionary=read_characters(self.dictionary), on_point=report_point(self.settings),
         )  # fmt: skip
         if fabric.global_rank == 0:
             print(json.dumps(outcome.metrics, indent=2))
-
-
-@dataclass
-class Eval:
-    """Evaluate a checkpoint of `satrn train` on its test sets or on others: JSON on stdout."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `satrn train`."""
-    test_sets: tuple[str, ...] = ()
-    """LMDB folders below <data root>/evaluation instead of the checkpoint's own test sets."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where evaluation/ is."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
-
-    def __call__(self) -> None:
-        from satrn.experiments import evaluate_checkpoint
-
-        metrics = evaluate_checkpoint(self.checkpoint, self.data_root, self.device, self.test_sets, self.skip_broken)
-        print(json.dumps(metrics, indent=2))
-
-
-@dataclass
-class Read:
-    """Read word images: file, text and confidence, one line each."""
-
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, one word each."""
-    checkpoint: Path = Path("satrn.pt")
-    """File written by `satrn train`, or MMOCR's with --mmocr."""
-    mmocr: str = ""
-    """1.x or 0.x: the checkpoint is MMOCR's, of that version."""
-    beam: int = 1
-    """Width of the beam; 1 is greedy."""
-    attention: Path | None = None
-    """Also write a PNG with the attention map of every character (greedy)."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-    def __call__(self) -> None:
-        from satrn.predict import read_images
-
-        words = read_images(self.images, self.checkpoint, self.mmocr, self.beam, self.attention, self.device)
-        for image, (text, confidence) in zip(self.images, words, strict=True):
-            print(f"{image}\t{text}\t{confidence:.4f}")
-
-
-@dataclass
-class RotateCurve:
-    """Word accuracy by angle of a checkpoint on an LMDB of upright words: CSV on stdout."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `satrn train`."""
-    words: tyro.conf.Positional[Path]
-    """LMDB folder."""
-    angles: tuple[float, ...] = tuple(range(0, 360, 30))
-    """Degrees, anticlockwise."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-    def __call__(self) -> None:
-        from satrn.predict import rotation_frame
-
-        print(rotation_frame(self.checkpoint, self.words, self.angles, self.device).to_csv(index=False), end="")
-
-
-@dataclass
-class Aspect:
-    """A2DPE's r = |alpha| / |beta| of word images: file and r, one line each (figure 7)."""
-
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, one word each."""
-    checkpoint: Path = Path("satrn.pt")
-    """File written by `satrn train`."""
-
-    def __call__(self) -> None:
-        from satrn.predict import image_ratios
-
-        for image, ratio in zip(self.images, image_ratios(self.images, self.checkpoint), strict=True):
-            print(f"{image}\t{ratio:.4f}")
-
-
-@dataclass
-class Render:
-    """Write an LMDB of rendered words (two-line words for training multi-line reading, for example)."""
-
-    output: tyro.conf.Positional[Path]
-    """New LMDB folder."""
-    count: int = 10000
-    """Words."""
-    warp: str = "multi_line"
-    """straight, rotate, curve, multi_line or upright_or_vertical."""
-    words: Path | None = None
-    """Text file with one word per line, taken in turn; else random strings."""
-    charset: str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    """Of random strings."""
-    word_lengths: tuple[int, int] = (4, 12)
-    """Shortest and longest random string."""
-    img_size: tuple[int, int] = (64, 64)
-    """Height and width in pixels."""
-    seed: int = 0
-    """Of words and pictures."""
-
-    def __call__(self) -> None:
-        from satrn.predict import render_lmdb
-
-        written = render_lmdb(
-            self.output, self.count, self.warp, self.words, self.charset, self.word_lengths, self.img_size, self.seed
-        )
-        print(f"{written} words in {self.output}")
 
 
 @dataclass
@@ -255,42 +166,6 @@ class Check:
         print(f"{accuracy:.0f} % of the batch is read")
         if accuracy < 100:
             raise RuntimeError(f"only {accuracy:.0f} % of one batch was learned in {self.batch_steps} steps")
-
-
-@dataclass
-class Export:
-    """Write a checkpoint as two ONNX graphs, encoder.onnx and step.onnx."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `satrn train`."""
-    output: Path = Path("onnx")
-    """Folder."""
-
-    def __call__(self) -> None:
-        from satrn.export import export_onnx
-        from satrn.pretrained import load_pretrained
-
-        print(*export_onnx(load_pretrained(self.checkpoint), self.output), sep="\n")
-
-
-@dataclass
-class Data:
-    """What is needed, where it is looked for, and what is there."""
-
-    data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
-
-    def __call__(self) -> None:
-        from rich.table import Table as Grid
-
-        from satrn.data.inventory import inventory
-        from shared_utils.logging import console
-
-        columns = ("data", "scale", "size", "licence", "found", "where", "if missing")
-        grid = Grid(*columns, title=f"below {self.data_root}")
-        for row in inventory(self.data_root):
-            grid.add_row(*row)
-        console().print(grid)
 
 
 @dataclass
@@ -336,8 +211,9 @@ class Bench:
 
 
 VERBS = {
-    "run": Run, "train": Train, "eval": Eval, "read": Read, "rotate-curve": RotateCurve, "aspect": Aspect,
-    "render": Render, "check": Check, "export": Export, "data": Data, "tables": Tables, "record": Record,
+    "run": Run, "train": Train, "eval": Eval, "mcnemar": McNemar, "read": Read,
+    "rotate-curve": RotateCurve, "aspect": Aspect, "render": Render, "check": Check,
+    "export": Export, "data": Data, "tables": Tables, "record": Record,
     "bench": Bench,
 }  # fmt: skip
 

@@ -63,9 +63,9 @@ def _multiply_adds(model: nn.Module) -> Iterator[list[int]]:
             counts.append(output.numel() * module.weight[0].numel())
         elif isinstance(module, nn.Linear):
             counts.append(output.numel() * module.in_features)
-        elif isinstance(module, nn.LSTM):
+        elif isinstance(module, nn.LSTM | nn.LSTMCell):
             weights = sum(w.numel() for name, w in module.named_parameters() if name.startswith("weight"))
-            counts.append(inputs[0].shape[:2].numel() * weights)
+            counts.append(inputs[0].shape[:-1].numel() * weights)
 
     handles = [module.register_forward_hook(count) for module in model.modules()]
     try:

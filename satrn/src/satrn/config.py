@@ -27,9 +27,9 @@ class SATRNConfig:
       separate bias-free A2DPE perceptrons, interleaved sinusoids, output tied to the embedding.
     - official (clovaai/SATRN): the same widths with scale 1/sqrt(d/heads), A2DPE perceptrons that share a biased
       hidden layer, sinusoids in halves, the encoder's second LayerNorm discarded, ReLU behind the decoder's second
-      dense layer, a zero vector as start.
+      dense layer, a zero vector as start, batch norm with TensorFlow's epsilon and momentum.
     - mmocr (open-mmlab/mmocr): full-width q and k without biases, biased A2DPE perceptrons of hidden width d, GELU
-      in the decoder, a classifier of its own.
+      in the decoder, a classifier of its own, colour planes in the order blue, green, red.
     """
 
     d_model: int = 512

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
 from satrn.data.streams import RenderedWords, normalise
@@ -15,12 +16,25 @@ from satrn.data.words_lmdb import LmdbWords
 from satrn.models import SATRN
 from satrn.rotation import rotate_words
 
+PROTOCOLS = ("case-insensitive", "case-sensitive", "exact")
 
-def same_word(read: str, label: str, strict: bool = False) -> bool:
-    """Equal after lower-casing and keeping [0-9a-z] in both (strict: as they are)."""
-    if strict:
-        return read == label
-    return re.sub("[^0-9a-z]", "", read.lower()) == re.sub("[^0-9a-z]", "", label.lower())
+
+def comparable(text: str, protocol: str = "case-insensitive") -> str:
+    """What counts of a word.
+
+    Args:
+        text: as read, or a label.
+        protocol: case-insensitive (the paper's and the field's: lower-cased letters and digits), case-sensitive
+            (letters and digits) or exact (every character).
+
+    Raises:
+        ValueError: another protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if protocol == "exact":
+        return text
+    return re.sub("[^0-9A-Za-z]", "", text.lower() if protocol == "case-insensitive" else text)
 
 
 def read_all(
@@ -34,7 +48,7 @@ def read_all(
         images = images.to(device, non_blocking=True)
         if degrees:
             images = rotate_words(images, degrees)
-        images = normalise(images, model.cfg.in_channels).contiguous(memory_format=torch.channels_last)
+        images = normalise(images, model.cfg).contiguous(memory_format=torch.channels_last)
         readings += model.generate(images).texts
         labels += words
     model.train(was_training)
@@ -42,9 +56,13 @@ def read_all(
 
 
 def correct(
-    model: SATRN, data: RenderedWords | LmdbWords, batch_size: int = 500, strict: bool = False, degrees: float = 0.0
+    model: SATRN,
+    data: RenderedWords | LmdbWords,
+    batch_size: int = 500,
+    protocol: str = "case-insensitive",
+    degrees: float = 0.0,
 ) -> np.ndarray:
-    """Whether each word was read, bool [N].
+    """Whether each word was read, bool [N]; see `comparable` for the protocol.
 
     Raises:
         ValueError: an empty data set.
@@ -52,7 +70,25 @@ def correct(
     readings, labels = read_all(model, data, batch_size, degrees)
     if not labels:
         raise ValueError("cannot evaluate an empty data set")
-    return np.array([same_word(*pair, strict) for pair in zip(readings, labels, strict=True)])
+    pairs = zip(readings, labels, strict=True)
+    return np.array([comparable(read, protocol) == comparable(label, protocol) for read, label in pairs])
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Words that only one of two models read, and the exact two-sided p that both are as good.
+
+    Args:
+        first: whether each word was read, bool [N].
+        second: the same words by the other model.
+
+    Raises:
+        ValueError: different numbers of words.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"both models must have read the same words, got {len(first)} and {len(second)}")
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    p = stats.binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
+    return {"only_first": only_first, "only_second": only_second, "p": float(f"{p:.3g}")}
 
 
 def evaluate_rotation(
@@ -85,7 +121,7 @@ def aspect_ratios(model: SATRN, images: Tensor, batch_size: int = 500) -> Tensor
     """
     ratios = []
     for part in images.split(batch_size):
-        encoded = model.encode(normalise(part, model.cfg.in_channels))
+        encoded = model.encode(normalise(part, model.cfg))
         if encoded.alpha is None or encoded.beta is None:
             raise ValueError(f"aspect ratios need pos='a2dpe', got {model.cfg.pos!r}")
         ratios.append(encoded.alpha.float().sum(dim=1) / encoded.beta.float().sum(dim=1))

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.fabric import Fabric
-from scipy import stats
 
 from satrn.complexity import costs
-from satrn.data.inventory import TEST_FOLDERS, test_folder
-from satrn.data.streams import RenderedWords, normalise
+from satrn.data import inventory
+from satrn.data.streams import RenderedWords
 from satrn.data.words_lmdb import LmdbMixture, LmdbWords
-from satrn.evaluate import aspect_ratios, correct, group_by_ratio, line_jumps
+from satrn.evaluate import correct
+from satrn.measure import evaluate, sizes, with_network
 from satrn.models import SATRN
-from satrn.pretrained import load_pretrained
+from satrn.pretrained import load_pretrained, weights_record
 from satrn.settings import Settings
-from satrn.train import build_model, fit, load_checkpoint, make_fabric
+from satrn.train import build_model, fit, make_fabric
 from shared_utils.logging import get_logger
-from shared_utils.runlog import Outcome, RunLog, run_missing
-from shared_utils.tables import Table, load_tables, settings_hash
+from shared_utils.preflight import Need, disk_space
+from shared_utils.runlog import Outcome, RunLog, key_of, run_missing
+from shared_utils.tables import Run, Table, load_tables, settings_hash
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("torchvision", "lightning", "numpy")
-IRREGULAR = ("IC15", "SVTP", "CT80")
-CURVE_ANGLES = tuple(range(0, 360, 30))
-CURVE_WORDS = 200
-SHEET_WORDS = 8
 logger = get_logger("satrn")
 
 
@@ -52,43 +46,90 @@ def run_tables(
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
-    skip_broken: bool = False,
+    **options: Any,
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    """Run what runs/<scale>.jsonl lacks of the tables, and what it has of other data than this root's.
+
+    Args:
+        chosen: tables.
+        scale: such as "paper".
+        data_root: with the sets.
+        rows: only these.
+        seeds: instead of the tables'.
+        force: run again what is there.
+        jobs: see `shared_utils.runlog.run_missing`.
+        options: workers, skip_broken, precision and compile, as for `execute`.
+
+    Raises:
+        Missing: what the runs need and is not there, all of it.
+    """
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
-    execute_here = partial(execute, data_root=data_root, skip_broken=skip_broken)
-    run_missing("satrn", runs, log, execute_here, repository=PROJECT, packages=PACKAGES, force=force, jobs=jobs)
+    execute_here = partial(execute, data_root=data_root, **options)
+    needed = partial(needs, data_root=data_root, output=PROJECT / "runs")
+    common: dict[str, Any] = dict(repository=PROJECT, packages=PACKAGES, jobs=jobs, needs=needed)
+    other = [] if force else on_other_data(runs, log, data_root)
+    if other:
+        logger.info("%d finished runs were on other data than that in %s: they run again", len(other), data_root)
+        run_missing("satrn", other, log, execute_here, force=True, **common)
+    run_missing("satrn", runs, log, execute_here, force=force, **common)
     return log
 
 
-def execute(settings: dict, seed: int, *, data_root: Path, skip_broken: bool = False) -> Outcome:
+def needs(settings: dict[str, Any], data_root: Path, output: Path) -> Iterator[Need]:
+    """All that a run needs: its sets, those of the evaluation too, and room for two checkpoints."""
+    s = Settings(**settings)
+    yield from inventory.needs(s, data_root)
+    if s.dataset == "lmdb":  # weights and Adam's two averages, in float32, old and new
+        yield disk_space(output, 24 * costs(s.network()).parameters / 2**20)
+
+
+def on_other_data(runs: Sequence[Run], log: RunLog, data_root: Path) -> list[Run]:
+    """Runs whose records in a log are of other words than a data root has now."""
+    records = {key_of(record): record for record in log.records()}
+    found, checksums = [], dict[Path, str]()
+    for run in runs:
+        s = Settings(**run.settings)
+        folders = list(inventory.wanted(s, data_root).values())
+        if run.key not in records or not folders or not all(need.met for need in inventory.needs(s, data_root)):
+            continue
+        for folder in folders:
+            if folder not in checksums:
+                checksums[folder] = LmdbWords(folder, s.img_size).checksum()
+        dataset = records[run.key]["dataset"]
+        recorded = [part.get("sha256") for part in [*dataset["train"]["sets"], *dataset["test"]]]
+        if recorded != [checksums[folder] for folder in folders]:
+            found.append(run)
+    return found
+
+
+def execute(
+    settings: dict,
+    seed: int,
+    *,
+    data_root: Path,
+    workers: int = 0,
+    skip_broken: bool = False,
+    precision: str = "auto",
+    compile: bool = False,
+) -> Outcome:
     """One run of a table; killed and started again, it goes on from runs/checkpoints."""
     s = Settings(**settings)
-    if s.count_only:
-        return count(s)
-    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
-    _, outcome = train_and_evaluate(s, seed, data_root, _fabric(), checkpoint, skip_broken=skip_broken)
+    if s.dataset == "none":
+        return Outcome(sizes(s))
+    identity = settings_hash(settings | {"data_root": str(data_root.resolve())})
+    checkpoint = PROJECT / "runs" / "checkpoints" / f"{identity}-{seed}.pt"
+    _, outcome = train_and_evaluate(
+        s, seed, data_root, _fabric(precision), checkpoint, workers=workers, skip_broken=skip_broken, compile=compile
+    )
     for path in (checkpoint, _control_path(checkpoint)):
         path.unlink(missing_ok=True)
     return outcome
 
 
 @lru_cache(maxsize=1)
-def _fabric() -> Fabric:
-    return make_fabric()
-
-
-def count(s: Settings) -> Outcome:
-    """Parameters and FLOPs (millions, billions), by the paper's rule and with keys and values kept."""
-    counted = costs(s.network())
-    measured = {
-        "parameters": counted.parameters,
-        "parameters_m": counted.parameters / 1e6,
-        "flops_b": counted.flops / 1e9,
-        "flops_kept_b": counted.flops_kept / 1e9,
-    }
-    return Outcome(measured)
+def _fabric(precision: str) -> Fabric:
+    return make_fabric(precision=precision)
 
 
 def train_and_evaluate(
@@ -100,9 +141,10 @@ def train_and_evaluate(
     *,
     checkpoint_every: int = 1000,
     compile: bool = False,
-    workers: int = 4,
+    workers: int = 0,
     skip_broken: bool = False,
     start: Path | None = None,
+    dictionary: str | None = None,
     on_point: Callable[[dict], None] = lambda point: None,
 ) -> tuple[SATRN, Outcome]:
     """Train (on from the checkpoint where there is one) and evaluate the last step, never a chosen one.
@@ -117,14 +159,19 @@ def train_and_evaluate(
         compile: through torch.compile.
         workers: loader processes.
         skip_broken: go on without broken images.
-        start: checkpoint whose weights to begin with, carried over by character; None: fresh ones.
+        start: checkpoint (of this package or MMOCR) to begin with; its network replaces the settings', its rows are
+            carried over to the settings' charset; None: a fresh network.
+        dictionary: of an MMOCR checkpoint, where its size does not tell it.
         on_point: called with every point of the training curve.
     """
+    begun = None if start is None else load_pretrained(start, s.charset, dictionary)
+    s = s if begun is None else with_network(s, begun.cfg)
     data = training_data(s, seed, data_root, fabric, workers, skip_broken)
     options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "compile": compile, "on_point": on_point}
     model = build_model(s, seed, fabric)
-    if start is not None:
-        model.load_state_dict(load_pretrained(start, s.charset).state_dict())
+    if begun is not None:
+        weights = model.state_dict()  # an auxiliary head may be on one side only
+        model.load_state_dict(weights | {k: v for k, v in begun.state_dict().items() if k in weights})
     details = {"curve": fit(model, data, s, seed, fabric, checkpoint=checkpoint, **options)}
     control = None
     if s.control:
@@ -133,7 +180,12 @@ def train_and_evaluate(
         path = None if checkpoint is None else _control_path(checkpoint)
         details["control_curve"] = fit(control, data, squashed, seed, fabric, checkpoint=path, **options)
     metrics, more, tests = evaluate(model, s, seed, data_root, fabric, skip_broken, control)
-    return model, Outcome(metrics, details | more, {"train": data.record(), "test": tests})
+    read = data.record()
+    caveats = inventory.caveats(read, tests, s) if s.dataset == "lmdb" else []
+    weights = {} if start is None else weights_record(start)
+    return model, Outcome(
+        metrics, details | more, {"train": read, "test": tests}, weights, fabric.strategy.precision.precision, caveats
+    )
 
 
 def _control_path(checkpoint: Path) -> Path:
@@ -146,168 +198,9 @@ def training_data(
     """The settings' training words."""
     if s.dataset == "rendered":
         return RenderedWords(s, s.train_images, 10_000 + seed, fabric.device)
-    return LmdbMixture([data_root / "training" / name for name in s.train_sets], s, workers, skip_broken)
-
-
-def evaluate(
-    model: SATRN,
-    s: Settings,
-    seed: int,
-    data_root: Path,
-    fabric: Fabric,
-    skip_broken: bool = False,
-    control: SATRN | None = None,
-) -> tuple[dict, dict, list]:
-    """Metrics (percent), details for figures, and records of the test sets."""
-    model.eval()
-    if s.dataset == "rendered":
-        return _evaluate_rendered(model, control, s, seed, fabric)
-    return _evaluate_real(model, s, data_root, skip_broken)
-
-
-def evaluate_checkpoint(
-    path: Path, data_root: Path, device: str, test_sets: Sequence[str], skip_broken: bool
-) -> dict[str, float]:
-    """Metrics of a checkpoint that `satrn train` wrote; other test sets than its own where they are named."""
-    content = load_checkpoint(path)
-    s = Settings(**content["run"]["settings"])
-    s = replace(s, test_sets=tuple(test_sets)) if test_sets else s
-    fabric = make_fabric(device)
-    return evaluate(load_model(path, fabric), s, content["run"]["seed"], data_root, fabric, skip_broken)[0]
-
-
-def load_model(path: Path, fabric: Fabric) -> SATRN:
-    """The network of a checkpoint, ready to read. ValueError where the weights are of another network."""
-    content = load_checkpoint(path)
-    model = build_model(Settings(**content["run"]["settings"]), 0, fabric)
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the settings beside them ({error})") from error
-    return model.eval()
-
-
-# ---- real words ------------------------------------------------------------
-
-
-def _evaluate_real(model: SATRN, s: Settings, data_root: Path, skip_broken: bool) -> tuple[dict, dict, list]:
-    metrics: dict[str, float] = {}
-    hits: dict[str, np.ndarray] = {}
-    records = []
-    for name in s.test_sets:
-        words = LmdbWords(test_folder(data_root, name), s.img_size, s.in_channels, skip_broken)
-        expected = TEST_FOLDERS.get(name, (name, len(words)))[1]
-        if len(words) != expected:
-            logger.warning("%s has %d words, the paper's has %d: not comparable", name, len(words), expected)
-        hits[name] = correct(model, words)
-        metrics[name] = 100 * float(hits[name].mean())
-        for angle in s.test_angles:
-            key = f"rotated_{angle:g}"
-            hits[key] = np.append(hits.get(key, []), correct(model, words, degrees=angle))
-        records.append(words.record())
-    metrics["accuracy"] = 100 * float(np.concatenate([hits[name] for name in s.test_sets]).mean())
-    metrics |= {key: 100 * float(np.mean(values)) for key, values in hits.items() if key.startswith("rotated_")}
-    if set(IRREGULAR) <= hits.keys():
-        metrics["irregular_mean"] = float(np.mean([metrics[name] for name in IRREGULAR]))
-    return metrics | _sizes(s), {}, records
-
-
-def _sizes(s: Settings) -> dict[str, float]:
-    counted = count(s).metrics
-    return {name: counted[name] for name in ("parameters_m", "flops_b")}
-
-
-# ---- rendered words ------------------------------------------------------------
-
-
-def _evaluate_rendered(
-    model: SATRN, control: SATRN | None, s: Settings, seed: int, fabric: Fabric
-) -> tuple[dict, dict, list]:
-    test = RenderedWords(s, s.test_images, 20_000 + seed, fabric.device)
-    hits = correct(model, test, strict=True)
-    metrics = {"accuracy": 100 * float(hits.mean())} | _sizes(s)
-    details: dict[str, Any] = {}
-    if control is not None:
-        control.eval()
-        other = correct(control, test, strict=True)
-        metrics["control_accuracy"] = 100 * float(other.mean())
-        metrics["gain"] = metrics["accuracy"] - metrics["control_accuracy"]
-        details["mcnemar"] = mcnemar(hits, other)
-    if s.warp == "rotate":
-        names = {"accuracy_by_angle": model} | ({"control_accuracy_by_angle": control} if control else {})
-        details |= {name: rotation_curve(each, s, seed, fabric) for name, each in names.items()}
-    if s.warp == "upright_or_vertical":
-        metrics["ratio_auc"], details["ratio_groups"] = _ratio_report(model, test)
-    if s.warp == "multi_line":
-        metrics["one_jump"] = _one_jump(model, test)
-    if s.control:
-        details["sheet"] = reading_sheet(model, test)
-    return metrics, details, [test.record()]
-
-
-def rotation_curve(model: SATRN, s: Settings, seed: int, fabric: Fabric) -> dict[str, float]:
-    """Accuracy in percent by angle: the same words drawn at every angle."""
-    words = replace(s, warp="straight")
-    curve = {}
-    for angle in CURVE_ANGLES:
-        test = RenderedWords(words, CURVE_WORDS, 30_000 + seed, fabric.device, degrees=angle)
-        curve[str(angle)] = round(100 * float(correct(model, test, strict=True).mean()), 2)
-    return curve
-
-
-def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Words that only one of two models read, and the exact two-sided p that both are as good."""
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    p = stats.binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
-    return {"only_first": only_first, "only_second": only_second, "p": float(f"{p:.3g}")}
-
-
-def _ratio_report(model: SATRN, test: RenderedWords) -> tuple[float, dict]:
-    """Share of (vertical, upright) pairs in which the vertical word has the higher r, and the paper's groups."""
-    ratios = aspect_ratios(model, test.images).cpu().numpy()
-    vertical = (test.angles == 90).numpy()
-    wins = stats.mannwhitneyu(ratios[vertical], ratios[~vertical]).statistic
-    groups = {
-        "vertical": group_by_ratio(ratios[vertical]),
-        "upright": group_by_ratio(ratios[~vertical]),
-        "median_vertical": round(float(np.median(ratios[vertical])), 4),
-        "median_upright": round(float(np.median(ratios[~vertical])), 4),
-    }
-    return float(wins / (vertical.sum() * (~vertical).sum())), groups
-
-
-def _one_jump(model: SATRN, test: RenderedWords) -> float:
-    """Percent of correctly read two-line words whose attention moves down exactly once."""
-    read = model.generate(normalise(test.images, model.cfg.in_channels), attention=True)
-    assert read.attention is not None
-    jumps = [
-        line_jumps(maps, len(text))
-        for maps, text, label in zip(read.attention, read.texts, test.labels, strict=True)
-        if text == label
-    ]
-    return 100 * float(np.mean([jump == 1 for jump in jumps])) if jumps else 0.0
-
-
-def reading_sheet(model: SATRN, test: RenderedWords) -> list[dict]:
-    """Test words with readings, confidences and attention maps, small enough for a run record."""
-    read = model.generate(normalise(test.images[:SHEET_WORDS], model.cfg.in_channels), attention=True)
-    assert read.attention is not None
-    sheet = []
-    for i, text in enumerate(read.texts):
-        maps = read.attention[i, : len(text)]
-        shades = (255 * maps / maps.amax(dim=(1, 2), keepdim=True)).round().to(torch.uint8)
-        sheet.append(
-            {
-                "label": test.labels[i],
-                "text": text,
-                "confidence": round(read.confidence[i], 3),
-                "size": list(test.images.shape[2:]),
-                "image": base64.b64encode(test.images[i, 0].cpu().numpy().tobytes()).decode(),
-                "maps": [base64.b64encode(shade.cpu().numpy().tobytes()).decode() for shade in shades],
-                "map_size": list(maps.shape[1:]),
-            }
-        )
-    return sheet
+    if s.dataset == "none":
+        raise ValueError("dataset must be lmdb or rendered to train, got 'none'")
+    return LmdbMixture([inventory.training_folder(data_root, name) for name in s.train_sets], s, workers, skip_broken)
 
 
 def overfit_one_batch(s: Settings, fabric: Fabric, steps: int = 300) -> float:
@@ -320,4 +213,4 @@ def overfit_one_batch(s: Settings, fabric: Fabric, steps: int = 300) -> float:
     data = RenderedWords(s, s.train_images, 0, fabric.device)
     model = build_model(s, 0, fabric)
     fit(model, data, s, 0, fabric)
-    return 100 * float(correct(model, data, strict=True).mean())
+    return 100 * float(correct(model, data, protocol="exact").mean())

@@ -90,7 +90,33 @@ def _rotation(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Fig
     right.set_xticks(range(len(found)), [row.replace(" words", "\nwords") for row in found], fontsize=8)
     right.set_ylabel("gain of 2-D over 1-D (points)")
     right.set_title("Trained and tested alike", fontsize=10)
-    figure.suptitle(f"Two-dimensional attention against the 1-D control (scale {scale})", fontsize=11)
+    figure.suptitle(f"Two-dimensional attention against the 1-D control at equal steps (scale {scale})", fontsize=11)
+    return figure
+
+
+def _learning(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figure:
+    """Words read by steps of training, 2-D and control, a panel per length of the words; a dot per seed."""
+    lengths = list(dict.fromkeys(row.split(",")[0] for row in found))
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(4.5 * len(lengths), 3.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, length in zip(axes[0], lengths, strict=True):
+        runs = [records for row, records in found.items() if row.startswith(length)]
+        steps = [records[0]["settings"]["steps"] for records in runs]
+        for metric, label, colour in (
+            ("accuracy", "SATRN (2-D)", BLUE),
+            ("control_accuracy", "1-D control (height averaged)", ORANGE),
+        ):
+            values = [[record["metrics"][metric] for record in records] for records in runs]
+            axis.plot(steps, [np.mean(each) for each in values], "-", color=colour, label=label)
+            for x, each in zip(steps, values, strict=True):
+                axis.plot([x] * len(each), each, ".", color=colour)
+        axis.set(xscale="log", xlabel="steps of training, the same for both", ylim=(0, 100), title=length)
+        axis.set_xticks(steps, [f"{each:,}" for each in steps])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("words read (%)")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"Rotated words: who learns faster (scale {scale})", fontsize=11)
     return figure
 
 
@@ -203,6 +229,7 @@ DRAW: dict[str, dict[str, Draw]] = {
     "figure-5-costs": {"figure-5-costs": _sizes},
     "figure-7": {"figure-7": _aspect},
     "figure-8-costs": {"figure-8-costs": _sizes},
+    "learning-curves": {"learning-curves": _learning},
     "rotation": {"rotation": _rotation, "readings": _readings},
     "figure-9": {"figure-9": _readings},
 }

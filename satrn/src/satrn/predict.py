@@ -13,9 +13,8 @@ from satrn.data.render import random_words, render_words
 from satrn.data.streams import normalise
 from satrn.data.words_lmdb import LmdbWords, decode_image, write_lmdb
 from satrn.evaluate import aspect_ratios, evaluate_rotation
-from satrn.experiments import load_model
+from satrn.measure import load_model
 from satrn.models import SATRN
-from satrn.pretrained import load_mmocr_checkpoint
 from satrn.train import make_fabric
 
 
@@ -24,7 +23,8 @@ def load_images(paths: Sequence[Path], model: SATRN) -> Tensor:
 
     Raises:
         FileNotFoundError: a missing file.
-        ValueError: none given, or one that is no image.
+        ValueError: none given.
+        BrokenFile: one that is no readable image.
     """
     if not paths:
         raise ValueError("no image given")
@@ -32,31 +32,32 @@ def load_images(paths: Sequence[Path], model: SATRN) -> Tensor:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image")
-        try:
-            images.append(decode_image(path, model.cfg.img_size, model.cfg.in_channels))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        images.append(decode_image(path, model.cfg.img_size, model.cfg.in_channels))
     return torch.stack(images)
 
 
 def read_images(
-    paths: Sequence[Path], checkpoint: Path, mmocr: str, beam: int, attention: Path | None, device: str
+    paths: Sequence[Path],
+    checkpoint: Path,
+    beam: int = 1,
+    attention: Path | None = None,
+    device: str = "auto",
+    dictionary: str | None = None,
 ) -> list[tuple[str, float]]:
     """Text and confidence of every image file.
 
     Args:
         paths: image files.
         checkpoint: of `satrn train`, or of MMOCR.
-        mmocr: MMOCR's version (1.x or 0.x), or empty.
         beam: width of the beam.
         attention: PNG to write attention maps to.
         device: auto, cpu or cuda.
+        dictionary: of an MMOCR checkpoint, where its size does not tell it.
     """
     fabric = make_fabric(device)
-    model = load_mmocr_checkpoint(checkpoint, layout=mmocr) if mmocr else load_model(checkpoint, fabric)
-    model.to(fabric.device)
+    model = load_model(checkpoint, fabric, dictionary)
     images = load_images(paths, model)
-    pixels = normalise(images.to(fabric.device), model.cfg.in_channels)
+    pixels = normalise(images.to(fabric.device), model.cfg)
     read = model.generate(pixels, beam=beam, attention=attention is not None)
     if attention is not None:
         from satrn.figures import draw_attention
@@ -87,13 +88,21 @@ def render_lmdb(
     size: tuple[int, int],
     seed: int,
 ) -> int:
-    """Write an LMDB of `count` rendered words: the lines of a file in turn, or random strings; returns the count."""
+    """Write an LMDB of `count` rendered words: the lines of a file in turn, or random strings; returns the count.
+
+    A space in a line of the file is where multi_line may break it; the label has no spaces.
+
+    Raises:
+        ValueError: a file without words, or a line with a space for another warp.
+    """
     if words is not None:
-        lines = [line.strip() for line in words.read_text().splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"{words}: holds no word")
-        labels = [lines[i % len(lines)] for i in range(count)]
+        lines = [line.strip() for line in words.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        spaced = [line for line in lines if " " in line] if warp != "multi_line" else []
+        if not lines or spaced:
+            what = f"{spaced[0]!r} has a space; write one word per line, or take --warp multi_line" if spaced else ""
+            raise ValueError(f"{words}: {what or 'holds no word'}")
+        texts = [lines[i % len(lines)] for i in range(count)]
     else:
-        labels = random_words(count, charset, lengths, torch.Generator().manual_seed(seed))
-    images, _ = render_words(labels, seed, warp, size, font_pixels=float(max(size)))
-    return write_lmdb(folder, zip(images, labels, strict=True))
+        texts = random_words(count, charset, lengths, torch.Generator().manual_seed(seed))
+    images, _ = render_words(texts, seed, warp, size, font_pixels=float(max(size)))
+    return write_lmdb(folder, zip(images, [text.replace(" ", "") for text in texts], strict=True))

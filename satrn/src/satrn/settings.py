@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from satrn.config import CHARSET_94, CHOICES, SIZES, SATRNConfig
 
 SETTING_CHOICES = {
-    "dataset": ("lmdb", "rendered"),
+    "dataset": ("lmdb", "rendered", "none"),
     "rotation": ("none", "normal", "uniform"),
     "schedule": ("triangle", "onecycle"),
     "warp": ("straight", "rotate", "curve", "multi_line", "upright_or_vertical"),
@@ -19,13 +19,13 @@ class Settings:
     """One run; the defaults are the paper's SATRN (big) on MJSynth and SynthText."""
 
     dataset: str = "lmdb"
-    """lmdb (real words) or rendered (made here)"""
+    """lmdb (real words), rendered (made here) or none (only parameters and FLOPs are counted)"""
     train_sets: tuple[str, ...] = ("MJ", "ST")
-    """LMDB folders below <data root>/training"""
+    """names of sets below the data root, each one LMDB or a folder of several"""
     mix: tuple[float, ...] = (0.5, 0.5)
     """share of each training set in every batch"""
     test_sets: tuple[str, ...] = ("IIIT5K", "SVT", "IC03", "IC13", "IC15", "SVTP", "CT80")
-    """LMDB folders below <data root>/evaluation"""
+    """names of sets below the data root"""
     test_angles: tuple[float, ...] = ()
     """also read the test sets rotated by these degrees"""
     rotation: str = "normal"
@@ -96,8 +96,6 @@ class Settings:
     """keep LAFF's activations out of memory and compute them again in the backward pass"""
     control: bool = False
     """rendered: also train the 1-D control (squash_height) on the same words in the same order"""
-    count_only: bool = False
-    """only count parameters and FLOPs; no training"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

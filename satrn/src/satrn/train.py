@@ -24,6 +24,7 @@ from satrn.charset import IGNORED
 from satrn.data.streams import RenderedWords, normalise
 from satrn.data.words_lmdb import LmdbMixture
 from satrn.models import SATRN
+from satrn.pretrained import read_checkpoint
 from satrn.rotation import draw_angles, rotate_words
 from satrn.settings import Settings
 from shared_utils.logging import get_logger
@@ -175,7 +176,7 @@ def fit(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, betas=s.betas, fused=True)
     losses = _Losses(model, s.ctc_weight)
     module, optimizer = fabric.setup(cast(torch.nn.Module, torch.compile(losses)) if compile else losses, optimizer)
-    run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.record()}
+    run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.identity()}
     state: State = {"step": 0, "curve": [], "total": 0.0}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, fabric)
@@ -216,7 +217,7 @@ def _prepare(images: Tensor, s: Settings, seed: int, step: int, fabric: Fabric) 
         generator = torch.Generator().manual_seed((seed << 32) + step)
         angles = draw_angles(s.rotation, s.batch_size, generator)[fabric.global_rank :: fabric.world_size]
         images = rotate_words(images, angles.to(fabric.device, non_blocking=True))
-    return normalise(images, s.in_channels).contiguous(memory_format=torch.channels_last)
+    return normalise(images, s).contiguous(memory_format=torch.channels_last)
 
 
 def _point(step: int, loss: Tensor) -> dict:
@@ -255,26 +256,14 @@ def _save(path: Path, run: dict, state: State, model: SATRN, optimizer: Optimize
 
 
 def _resume(path: Path, run: dict, model: SATRN, optimizer: Optimizer, fabric: Fabric) -> State:
-    content = load_checkpoint(path)
-    if content["run"] != run:
-        differing = [name for name in run["settings"] if run["settings"][name] != content["run"]["settings"].get(name)]
-        differing += [name for name in ("seed", "data") if run[name] != content["run"][name]]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); delete it or name another")
+    content = read_checkpoint(path)
+    other = content.get("run", {"settings": {}})
+    if other != run:
+        differing = [name for name in run["settings"] if run["settings"][name] != other["settings"].get(name)]
+        differing += [name for name in ("seed", "data") if run[name] != other.get(name)]
+        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); give another --output")
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     fabric.strategy.precision.load_state_dict(content["precision"])
     restore_rng_state(content["rng"])
     return content["state"]
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint written by `fit`, on the CPU and with weights_only. ValueError where it is damaged."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["run"]["settings"], content["model"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint of satrn ({reason})") from error
-    return content

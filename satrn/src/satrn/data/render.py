@@ -26,8 +26,12 @@ def glyphs(charset: str) -> tuple[Tensor, Tensor]:
     """Coverage [fonts, characters, CELL_PIXELS, CELL_PIXELS] in 0 .. 1 and advances [fonts, characters] in font sizes.
 
     The middle of a capital's height is in the middle of its cell.
+
+    Raises:
+        ValueError: characters that one of the fonts lacks: it would draw all of them as the same box.
     """
     import matplotlib
+    from matplotlib.ft2font import FT2Font
     from PIL import Image, ImageDraw, ImageFont
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -35,6 +39,10 @@ def glyphs(charset: str) -> tuple[Tensor, Tensor]:
     cells = np.zeros((len(FONTS), len(charset), CELL_PIXELS, CELL_PIXELS), dtype=np.float32)
     advances = np.zeros(cells.shape[:2], dtype=np.float32)
     for i, name in enumerate(FONTS):
+        known = FT2Font(str(folder / name)).get_charmap()
+        lacking = "".join(character for character in charset if ord(character) not in known)
+        if lacking:
+            raise ValueError(f"words must have characters of matplotlib's {name}, which lacks {lacking!r}")
         font = ImageFont.truetype(str(folder / name), round(size))
         for j, character in enumerate(charset):
             image = Image.new("L", (CELL_PIXELS, CELL_PIXELS))
@@ -70,7 +78,8 @@ def render_words(
     """Draw words: dark on light, contrast 0.35 to 0.5, noise of standard deviation 0.05.
 
     Args:
-        words: to draw; multi_line breaks each into two lines, the first getting the odd character.
+        words: to draw; multi_line breaks each into two lines: at the space nearest to its middle, or where there is
+            none in the middle of the word, the first line getting the odd character.
         seed: of fonts, angles, arcs, shades and noise.
         warp: straight; rotate (0 to 360 degrees); curve (an arc of 0.9 to 1.9 radians, up or down, and rotated by up
             to 15 degrees); multi_line; upright_or_vertical (each word at 0 or 90 degrees).
@@ -126,8 +135,10 @@ def _layout(words: Sequence[str], fonts: Tensor, warp: str, arc: Tensor, sign: T
     advances = advance_of[fonts[:, None], number.clamp(min=0)] * present
     line = torch.zeros_like(number)
     if warp == "multi_line":
-        lengths = present.sum(dim=1, keepdim=True)
-        line = (torch.arange(longest) >= (lengths + 1) // 2).long() * present
+        ends = torch.tensor([_line_end(word) for word in words])[:, None]
+        line = (torch.arange(longest) >= ends).long() * present
+        at_break = (torch.arange(longest) == ends) & torch.tensor([[c == " " for c in w.ljust(longest)] for w in words])
+        advances = advances * ~at_break  # the space at the break takes no room on the second line
     x, widths = torch.zeros_like(advances), []
     for each in (0, 1):
         on_line = advances * (line == each)
@@ -147,6 +158,13 @@ def _layout(words: Sequence[str], fonts: Tensor, warp: str, arc: Tensor, sign: T
         height = height + (y * present).abs().amax(dim=1)
         y = y - middle[:, None]
     return cells, torch.stack([x, y.expand_as(x)], dim=-1), turns, torch.stack([height, width], dim=1)
+
+
+def _line_end(word: str) -> int:
+    """Characters of a word's first line."""
+    middle = (len(word) + 1) // 2
+    spaces = [i for i in range(1, len(word) - 1) if word[i] == " "]
+    return min(spaces, key=lambda i: abs(i - (len(word) - 1) / 2)) if spaces else middle
 
 
 def _fit(extent: Tensor, angles: Tensor, size: tuple[int, int], font_pixels: float) -> Tensor:

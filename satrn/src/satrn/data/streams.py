@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from satrn.charset import Tokenizer
+from satrn.config import SATRNConfig
 from satrn.data.render import random_words, render_words
 from satrn.settings import Settings
 
 
-def normalise(images: Tensor, channels: int = 1) -> Tensor:
-    """Uint8 [B, C, H, W] to float32: v/255 - 0.5 for gray; ImageNet's mean and deviation for RGB (as MMOCR)."""
+def normalise(images: Tensor, cfg: SATRNConfig | Settings) -> Tensor:
+    """Uint8 [B, C, H, W] (gray or RGB) to float32, as the network wants it.
+
+    Gray is v/255 - 0.5. RGB is scaled by ImageNet's means and deviations; for variant mmocr the planes are blue, green,
+    red, with the constants in the order of red, green, blue, as MMOCR trained.
+    """
     images = images.float() / 255
-    if channels == 1:
+    if cfg.in_channels == 1:
         return images - 0.5
     mean, deviation = (
         torch.tensor(values, device=images.device).view(1, 3, 1, 1)
         for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
-    return (images - mean) / deviation
+    return ((images.flip(1) if cfg.variant == "mmocr" else images) - mean) / deviation
 
 
 def positions(n: int, per_step: int, seed: int, step: int) -> Tensor:
@@ -68,17 +73,21 @@ class RenderedWords:
         images, self.angles = render_words(
             self.labels, seed, warp or s.warp, s.img_size, s.font_pixels, degrees=degrees
         )
-        self.name, self.channels = f"rendered {warp or s.warp}", s.in_channels
+        self.name = f"rendered {warp or s.warp}"
         self.images = images.expand(-1, s.in_channels, -1, -1).to(device)
         self.targets = Tokenizer(s.charset).encode(self.labels, s.max_length).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def record(self) -> dict:
-        """Name, size and checksum for a run log."""
+    def identity(self) -> dict:
+        """Name, size and checksum."""
         digest = hashlib.sha256(self.images.cpu().numpy().tobytes() + "\n".join(self.labels).encode()).hexdigest()
         return {"name": self.name, "shape": list(self.images.shape), "sha256": digest[:16]}
+
+    def record(self) -> dict:
+        """For a run log."""
+        return self.identity()
 
     def steps(self, s: Settings, seed: int, first: int, share: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 and targets of this rank's share of every batch, from a step on."""

@@ -1,6 +1,7 @@
-"""SAR's decoder (Li et al., AAAI 2019), the other half of table 2: LSTMs with additive attention on the 2-D map.
+"""SAR's decoder (Li et al., AAAI 2019), the other half of table 2, as the official repository builds it.
 
-A reconstruction from SAR's description and its public re-implementations; the SATRN paper prints its size only.
+A bidirectional LSTM over the columns gives a holistic vector, from which one LSTM starts; what its attention saw on the
+2-D map is fed back into its next input.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from satrn.config import SATRNConfig
 
@@ -21,66 +23,65 @@ class LSTMState:
     """map as tokens [B, T, d]"""
     keys: Tensor
     """attention keys [B, T, d]"""
-    holistic: Tensor
-    """summary of the image [B, d]"""
     hidden: Tensor
-    """LSTM [layers, B, d]"""
+    """LSTM [B, d]"""
     cell: Tensor
-    """LSTM [layers, B, d]"""
-    attention: Tensor | None = None
-    """weights on the map at the last step [B, T]"""
+    """LSTM [B, d]"""
+    glimpse: Tensor
+    """what the attention saw last [B, d]"""
+    attention: Tensor
+    """its weights on the map [B, T]"""
 
     def select(self, index: Tensor) -> LSTMState:
         """The state of chosen rows of the batch, in that order."""
-        memory, keys, holistic = (value[index] for value in (self.memory, self.keys, self.holistic))
-        weights = None if self.attention is None else self.attention[index]
-        return LSTMState(memory, keys, holistic, self.hidden[:, index], self.cell[:, index], weights)
+        return LSTMState(*(value[index] for value in vars(self).values()))
 
 
 class LSTMDecoder(nn.Module):
-    """Two LSTM layers over the columns give a holistic vector; two more read, attending to the map."""
+    """One LSTM that reads, with additive attention to the map whose keys are a 3x3 convolution."""
 
     def __init__(self, cfg: SATRNConfig):
         super().__init__()
-        d = cfg.d_model
+        d, inputs = cfg.d_model, cfg.classes + 1  # one-hot characters: the classes and start
         self.cfg = cfg
-        self.holistic = nn.LSTM(d, d, 2, batch_first=True)
+        self.holistic = nn.LSTM(d, d // 2, batch_first=True, bidirectional=True)
         self.holistic_fc = nn.Linear(d, d)
-        self.trg_word_emb = nn.Embedding(cfg.classes + 1, d)
-        self.reader = nn.LSTM(d, d, 2, batch_first=True)
-        self.query = nn.Linear(d, d)
-        self.key = nn.Conv2d(d, d, 3, padding=1)
-        self.energy = nn.Linear(d, 1)
-        self.classifier = nn.Linear(3 * d, cfg.classes)
+        self.input_fc = nn.Linear(inputs + d, inputs)
+        self.reader = nn.LSTMCell(inputs, d)
+        self.key = nn.Conv2d(d, d, 3, padding=1, bias=False)
+        self.query = nn.Linear(2 * d, d, bias=False)
+        self.energy = nn.Linear(d, 1, bias=False)
+        self.output_fc = nn.Linear(2 * d, d)
+        self.classifier = nn.Linear(d, cfg.classes)
 
-    def _glimpse(self, hidden: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:
-        energy = self.energy(torch.tanh(self.query(hidden)[:, :, None] + state.keys[:, None])).squeeze(-1)
-        weights = energy.float().softmax(dim=-1).to(energy.dtype)  # (B, L, T)
-        return weights @ state.memory, weights
-
-    def _classify(self, hidden: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:
-        glimpse, weights = self._glimpse(hidden, state)
-        holistic = state.holistic[:, None].expand_as(hidden)
-        return self.classifier(torch.cat([hidden, glimpse, holistic], dim=-1)), weights
+    def _attend(self, memory: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Glimpse [B, d] and weights [B, T] of the LSTM's state."""
+        query = self.query(torch.cat([cell, hidden], dim=1))
+        energy = self.energy(torch.tanh(keys + query[:, None])).squeeze(-1)  # (B, T)
+        weights = energy.float().softmax(dim=1).to(memory.dtype)
+        return (weights[:, None] @ memory)[:, 0], weights
 
     def forward(self, previous: Tensor, memory: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Logits [B, L, K] of the characters that follow `previous` [B, L]."""
-        state = self.start(memory, hw)
-        hidden, _ = self.reader(self.trg_word_emb(previous), (state.hidden, state.cell))
-        return self._classify(hidden, state)[0]
+        """Logits [B, L, K] of the characters that follow `previous` [B, L]; step by step, for the glimpses' sake."""
+        state, logits = self.start(memory, hw), []
+        for characters in previous.unbind(dim=1):
+            step, state = self.step(characters, state)
+            logits.append(step)
+        return torch.stack(logits, dim=1)
 
     def start(self, memory: Tensor, hw: tuple[int, int]) -> LSTMState:
-        """Keys, holistic vector and the reader's first state (which has seen the holistic vector)."""
+        """Keys of the map; hidden and cell are the holistic vector, read behind the last column."""
         image = memory.unflatten(1, hw).permute(0, 3, 1, 2)  # (B, d, H', W')
         columns = image.amax(dim=2).transpose(1, 2)  # (B, W', d)
         holistic = self.holistic_fc(self.holistic(columns)[0][:, -1])
         keys = self.key(image).permute(0, 2, 3, 1).flatten(1, 2)
-        _, (hidden, cell) = self.reader(holistic[:, None])
-        return LSTMState(memory, keys, holistic, hidden, cell)
+        return LSTMState(memory, keys, holistic, holistic, *self._attend(memory, keys, holistic, holistic))
 
     def step(self, previous: Tensor, state: LSTMState, attention: bool = False) -> tuple[Tensor, LSTMState]:
-        """Logits [B, K] of the next character after `previous` [B]."""
-        out, (hidden, cell) = self.reader(self.trg_word_emb(previous[:, None]), (state.hidden, state.cell))
-        logits, weights = self._classify(out, state)
-        kept = LSTMState(state.memory, state.keys, state.holistic, hidden, cell, weights[:, 0] if attention else None)
-        return logits[:, 0], kept
+        """Logits [B, K] of the next character after `previous` [B] (cfg.classes stands for start)."""
+        character = F.one_hot(previous, self.cfg.classes + 1).to(state.memory.dtype)
+        inputs = self.input_fc(torch.cat([character, state.glimpse], dim=1))
+        hidden, cell = self.reader(inputs, (state.hidden, state.cell))
+        glimpse, weights = self._attend(state.memory, state.keys, hidden, cell)
+        logits = self.classifier(F.relu(self.output_fc(torch.cat([hidden, glimpse], dim=1))))
+        return logits, LSTMState(state.memory, state.keys, hidden, cell, glimpse, weights)

@@ -33,6 +33,8 @@ class SATRN(nn.Module):
         self.decoder = Decoder(cfg) if cfg.decoder == "satrn" else LSTMDecoder(cfg)
         self.ctc = nn.Linear(cfg.d_model, cfg.classes) if cfg.ctc else None  # class 0 is its blank
         self.apply(_initialise)
+        if cfg.variant == "official":
+            self.apply(_as_tensorflow)
 
     def encode(self, images: Tensor) -> EncoderOutput:
         """Images [B, C, H, W] in -0.5 .. 0.5 to tokens [B, H'W', d] with the map's size and A2DPE's gates.
@@ -136,3 +138,9 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+
+
+def _as_tensorflow(module: nn.Module) -> None:
+    """Batch norm with TensorFlow's defaults: epsilon 1e-3, and statistics that keep 0.99 of their past."""
+    if isinstance(module, nn.BatchNorm2d):
+        module.eps, module.momentum = 1e-3, 0.01

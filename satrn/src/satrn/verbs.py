@@ -1,0 +1,235 @@
+"""The command line's verbs on checkpoints, word images and data sets; heavy imports wait inside."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+
+def default_data_root() -> Path:
+    """DATA_ROOT, else ~/.cache/satrn."""
+    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / "satrn")
+
+
+def loader_processes(workers: int) -> int:
+    """As asked for; -1: one per core, eight at most."""
+    return min(8, os.cpu_count() or 1) if workers < 0 else workers
+
+
+def read_characters(dictionary: Path | None) -> str | None:
+    """Characters of an MMOCR dictionary file, where one is named."""
+    from satrn.pretrained import read_dictionary
+
+    return None if dictionary is None else read_dictionary(dictionary)
+
+
+@dataclass
+class Eval:
+    """Evaluate a checkpoint of satrn or MMOCR on its test sets or on others: JSON on stdout."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint."""
+    test_sets: tuple[str, ...] = ()
+    """Sets below the data root instead of the checkpoint's own; for MMOCR's: the paper's seven."""
+    protocol: str = "case-insensitive"
+    """case-insensitive (the field's: letters and digits), case-sensitive (the same) or exact (every character)."""
+    dictionary: Path | None = None
+    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where evaluation/ (or test/, u14m/) is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    skip_broken: bool = False
+    """Go on without broken words (they are counted and named)."""
+
+    def __call__(self) -> None:
+        from satrn.measure import evaluate_checkpoint
+
+        metrics, words = evaluate_checkpoint(
+            self.checkpoint, self.data_root, self.device, self.test_sets, self.skip_broken, self.protocol,
+            read_characters(self.dictionary),
+        )  # fmt: skip
+        print(json.dumps(metrics | ({"words": words} if words else {}), indent=2))
+
+
+@dataclass
+class McNemar:
+    """McNemar's test of two checkpoints on the same words, by test set and over all: CSV on stdout."""
+
+    first: tyro.conf.Positional[Path]
+    """Checkpoint."""
+    second: tyro.conf.Positional[Path]
+    """Another."""
+    test_sets: tuple[str, ...] = ()
+    """Sets below the data root; none means the paper's seven."""
+    protocol: str = "case-insensitive"
+    """case-insensitive, case-sensitive or exact."""
+    dictionary: Path | None = None
+    """Of MMOCR checkpoints: a file of their characters, one a line, where their number does not tell them."""
+    data_root: Path = field(default_factory=default_data_root)
+    """Where evaluation/ (or test/, u14m/) is."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    skip_broken: bool = False
+    """Go on without broken words (they are counted and named)."""
+
+    def __call__(self) -> None:
+        from satrn.measure import compare_checkpoints
+
+        frame = compare_checkpoints(
+            (self.first, self.second), self.data_root, self.device, self.test_sets, self.skip_broken, self.protocol,
+            read_characters(self.dictionary),
+        )  # fmt: skip
+        print(frame.to_csv(index=False, float_format="%.6g"), end="")
+
+
+@dataclass
+class Read:
+    """Read word images: file, text and confidence, one line each."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, one word each."""
+    checkpoint: Path = Path("satrn.pt")
+    """Checkpoint of satrn or MMOCR."""
+    dictionary: Path | None = None
+    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+    beam: int = 1
+    """Width of the beam; 1 is greedy."""
+    attention: Path | None = None
+    """Also write a PNG with the attention map of every character (greedy)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __call__(self) -> None:
+        from satrn.predict import read_images
+
+        dictionary = read_characters(self.dictionary)
+        words = read_images(self.images, self.checkpoint, self.beam, self.attention, self.device, dictionary)
+        for image, (text, confidence) in zip(self.images, words, strict=True):
+            print(f"{image}\t{text}\t{confidence:.4f}")
+
+
+@dataclass
+class RotateCurve:
+    """Word accuracy by angle of a checkpoint on an LMDB of upright words: CSV on stdout."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """File written by `satrn train`."""
+    words: tyro.conf.Positional[Path]
+    """LMDB folder."""
+    angles: tuple[float, ...] = tuple(range(0, 360, 30))
+    """Degrees, anticlockwise."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __call__(self) -> None:
+        from satrn.predict import rotation_frame
+
+        print(rotation_frame(self.checkpoint, self.words, self.angles, self.device).to_csv(index=False), end="")
+
+
+@dataclass
+class Aspect:
+    """A2DPE's r = |alpha| / |beta| of word images: file and r, one line each (figure 7)."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, one word each."""
+    checkpoint: Path = Path("satrn.pt")
+    """File written by `satrn train`."""
+
+    def __call__(self) -> None:
+        from satrn.predict import image_ratios
+
+        for image, ratio in zip(self.images, image_ratios(self.images, self.checkpoint), strict=True):
+            print(f"{image}\t{ratio:.4f}")
+
+
+@dataclass
+class Render:
+    """Write an LMDB of rendered words (two-line words for training multi-line reading, for example)."""
+
+    output: tyro.conf.Positional[Path]
+    """New LMDB folder."""
+    count: int = 10000
+    """Words."""
+    warp: str = "multi_line"
+    """straight, rotate, curve, multi_line or upright_or_vertical."""
+    words: Path | None = None
+    """Text file with one word per line, taken in turn; else random strings."""
+    charset: str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    """Of random strings."""
+    word_lengths: tuple[int, int] = (4, 12)
+    """Shortest and longest random string."""
+    img_size: tuple[int, int] = (64, 64)
+    """Height and width in pixels."""
+    seed: int = 0
+    """Of words and pictures."""
+
+    def __call__(self) -> None:
+        from satrn.predict import render_lmdb
+
+        written = render_lmdb(
+            self.output, self.count, self.warp, self.words, self.charset, self.word_lengths, self.img_size, self.seed
+        )
+        print(f"{written} words in {self.output}")
+
+
+@dataclass
+class Export:
+    """Write a checkpoint as two ONNX graphs, encoder.onnx and step.onnx."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint of satrn or MMOCR."""
+    output: Path = Path("onnx")
+    """Folder."""
+    dictionary: Path | None = None
+    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+
+    def __call__(self) -> None:
+        from satrn.export import export_onnx
+        from satrn.pretrained import load_pretrained
+
+        model = load_pretrained(self.checkpoint, dictionary=read_characters(self.dictionary))
+        print(*export_onnx(model, self.output), sep="\n")
+
+
+@dataclass
+class Data:
+    """What is needed, where it is looked for, and what is there."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where to look."""
+    tiny: Path | None = None
+    """Write tiny archives in the layout of the real ones into this new folder: what a data root must look like."""
+    verify: bool = False
+    """Decode every word below the data root to its end and name those that are broken."""
+
+    def __call__(self) -> None:
+        from rich.table import Table as Grid
+
+        from satrn.data.inventory import inventory, verify
+        from shared_utils.logging import console
+
+        if self.tiny:
+            from satrn.data.tiny import write
+
+            return write(self.tiny)
+        if self.verify:
+            checked = verify(self.data_root)
+            for name, (count, broken) in checked.items():
+                print(f"{name}: {count:,} words, {len(broken)} broken")
+            lines = [line for _, broken in checked.values() for line in broken]
+            if lines:
+                raise RuntimeError("\n".join([f"{len(lines)} broken words", *lines]))
+            return None
+
+        columns = ("data", "scale", "size", "licence", "found", "where", "if missing")
+        grid = Grid(*columns, title=f"below {self.data_root}")
+        for row in inventory(self.data_root):
+            grid.add_row(*row)
+        console().print(grid)
+        return None
