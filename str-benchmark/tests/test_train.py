@@ -19,10 +19,10 @@ from str_benchmark import cli, experiments
 from str_benchmark.aggregate import failures_of_runs, mean_of_runs, unpack
 from str_benchmark.data.inventory import inventory
 from str_benchmark.data.lmdb_store import LMDBDataset, write_lmdb
-from str_benchmark.evaluate import evaluate, latency_ms, read
+from str_benchmark.evaluation import evaluate, latency_ms, read
 from str_benchmark.experiments import Source, execute, load_trained, tables, train_and_evaluate
 from str_benchmark.models import build_model
-from str_benchmark.predict import image_files, predict
+from str_benchmark.reading import image_files, predict
 from str_benchmark.settings import PRESETS, TINY, Settings
 from str_benchmark.train import learning_rate, load_checkpoint, loss_of, make_fabric
 
@@ -86,7 +86,7 @@ import torch
 from dataclasses import replace
 from str_benchmark import experiments
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData
-from str_benchmark.evaluate import read
+from str_benchmark.evaluation import read
 from str_benchmark.models import build_model
 from str_benchmark.settings import TINY
 from str_benchmark.train import fit, make_fabric
