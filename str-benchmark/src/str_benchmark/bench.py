@@ -60,7 +60,8 @@ def run_network(model: Recognizer, repeats: int, threads: int) -> None:
 
 def _network(model: Recognizer, folder: Path, repeats: int, threads: int) -> Iterator[Timing]:
     config, device = model.config, next(model.parameters()).device
-    fast, peers = for_inference(model), {"the network as loaded": model}
+    fast = for_inference(model)
+    peers: dict[str, Callable[[Tensor], Tensor]] = {"the network as loaded": model}
     if device.type == "cpu" and find_spec("onnx") and find_spec("onnxruntime"):
         peers["ONNX Runtime"] = _onnx_runtime(model, folder / "model.onnx", threads)
     for batch in (1, 8):

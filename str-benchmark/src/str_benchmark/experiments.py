@@ -56,7 +56,7 @@ def tables() -> list[Table]:
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run is executed; its settings and results do not depend on it."""
+    """How a run is executed: what stands in no table file."""
 
     data_root: Path
     workers: int = 0
@@ -239,7 +239,7 @@ def train_and_evaluate(
     model = model.to(fabric.device).to(memory_format=torch.channels_last)
 
     def accuracy(model: Recognizer) -> float:
-        options = {"test_charset": s.test_characters, "pad": s.pad, "skip_broken": source.skip_broken}
+        options: dict[str, Any] = {"test_charset": s.test_characters, "pad": s.pad, "skip_broken": source.skip_broken}
         frame = evaluate(model, validation, **options)[0]
         return float(frame.correct.sum() / frame.n.sum())
 

@@ -235,7 +235,7 @@ def _failures(table: Table, scale: str, records: dict[str, list[dict]], rendered
     drawn = [name for name in sets if name in RENDERED]
     words = [(name, index) for name in drawn for index in sets[name]["missed"][:SHOWN_MISSED]]
     figure = plt.figure(figsize=(9, 5.2 if words else 3.4), layout="constrained")
-    upper, *lower = np.atleast_1d(figure.subfigures(2 if words else 1, 1))
+    upper, *lower = figure.subfigures(2 if words else 1, 1, squeeze=False)[:, 0]
     panel, place = upper.subplots(), np.arange(len(sets))
     for shift, key, label in ((-0.2, "missed_by_all", "missed by all"), (0.2, "expected", "if they were independent")):
         panel.bar(place + shift, [part[key] for part in sets.values()], width=0.38, label=label)

@@ -203,7 +203,7 @@ def _observe(
         if state["best"] is None or point["accuracy"] >= state["best"]["accuracy"]:
             weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             state["best"] = {"accuracy": point["accuracy"], "step": step, "weights": weights}
-        said += f", validation accuracy {100 * point['accuracy']:.2f} % (best: step {state['best']['step']:,})"
+        said += f", validation accuracy {100 * point['accuracy']:.2f} %"
     logger.info(said)
     state["curve"].append(point)
 
