@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import str_benchmark
 from shared_utils.preflight import Missing
@@ -189,7 +190,7 @@ def test_gradients_are_clipped_to_their_norm():
         squares = [p.grad.square().sum() for group in optimizer.param_groups for p in group["params"]]
         norms.append(float(torch.stack(squares).sum().sqrt()))
 
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(watch)
+    handle = register_optimizer_step_pre_hook(watch)
     try:
         fit(model, Batches(model), replace(TINY, grad_clip=1e-3, lr=1e-3), FABRIC, run={"settings": {}}, steps=2)
     finally:

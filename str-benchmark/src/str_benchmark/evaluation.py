@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shared_utils.logging import get_logger
+from str_benchmark.charset import resolve_charset
 from str_benchmark.data.lmdb_store import LMDBDataset, decode_samples
 from str_benchmark.data.sets import SETS
 from str_benchmark.metrics import bootstrap_interval, correct_words, edit_similarity, normalise
@@ -98,7 +99,7 @@ def evaluate(
     """
     if not sets:
         raise ValueError("sets: expected one or more, got none")
-    test_charset = test_charset or model.config.charset
+    test_charset = resolve_charset(test_charset or model.config.charset)
     rows, correct, readings = [], {}, {}
     for name, datasets in sets.items():
         reading = read(model, datasets, pad=pad, batch_size=batch_size, skip_broken=skip_broken)
