@@ -47,6 +47,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if path.is_file():
             found.append(path)
             continue
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such file or folder")
         inside, left_out = image_files(path)
         if not inside:
             raise FileNotFoundError(f"{path}: no images in this folder")

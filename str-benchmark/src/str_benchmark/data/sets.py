@@ -64,7 +64,7 @@ class Parts:
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction: expected (0, 1], got {fraction}")
         count = int(len(self) * fraction)
-        starts = [0, *self._ends[:-1]]
+        starts = [0, *self._ends][: len(self.parts)]
         return Parts([part.first(max(0, count - start)) for part, start in zip(self.parts, starts, strict=True)])
 
 
