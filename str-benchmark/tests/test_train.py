@@ -21,8 +21,8 @@ from str_benchmark import cli, experiments
 from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind
 from str_benchmark.checkpoints import load_any, load_trained
 from str_benchmark.data.inventory import inventory
-from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
 from str_benchmark.data.lmdb_store import LMDBDataset, write_lmdb
+from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
 from str_benchmark.evaluation import evaluate, latency_ms, read
 from str_benchmark.experiments import Machine, Source, execute, tables, train_and_evaluate
 from str_benchmark.models import build_model
@@ -449,7 +449,11 @@ def test_from_a_list_of_images_to_a_reading(tmp_path, program):
     [
         (("run", "table-99"), 2, "unknown table 'table-99'; there are cost"),
         (("run", "--scale", "mnist"), 2, "no table has a scale 'mnist'"),
-        (("run", "table-2", "--scale", "paper", "--data-root", "nowhere"), 2, "nowhere/evaluation/CUTE80): put the released"),
+        (
+            ("run", "table-2", "--scale", "paper", "--data-root", "nowhere"),
+            2,
+            "nowhere/evaluation/CUTE80): put the released",
+        ),
         (("data", "inspect", "nowhere"), 2, "neither a set"),
         (("predict", "none.pt", "x.png"), 2, "x.png: no such"),
         (("predict", "english_g2"), 2, "expected one or more files"),

@@ -159,7 +159,9 @@ def test_fine_tuning_starts_from_another_training(tmp_path, monkeypatch, caplog)
     _, outcome = train_and_evaluate(s, 0, source, FABRIC, tmp_path / "second.pt", start=str(tmp_path / "first.pt"))
     assert outcome.weights == weights and load_checkpoint(tmp_path / "second.pt")["run"]["start"] == weights
     assert "step 1 of 1: loss" in caplog.text and "validation accuracy" in caplog.text
-    fresh, _ = train_and_evaluate(replace(s, steps=1, lr=1e-9), 0, source, FABRIC, None, start=str(tmp_path / "first.pt"))
+    fresh, _ = train_and_evaluate(
+        replace(s, steps=1, lr=1e-9), 0, source, FABRIC, None, start=str(tmp_path / "first.pt")
+    )
     torch.testing.assert_close(fresh.Prediction.weight[:11], first.Prediction.weight, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="not the weights of None-VGG-BiLSTM-CTC"):
         start_from(tmp_path / "first.pt", replace(s, model="CRNN"))
