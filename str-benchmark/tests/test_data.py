@@ -15,16 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from shared_utils.images import BrokenFile
 from str_benchmark import bench
 from str_benchmark.charset import PRESETS
 from str_benchmark.data import images
 from str_benchmark.data.create import listed_images, rendered_items
-from str_benchmark.data.filters import LabelFilter, subset
-from str_benchmark.data.inventory import inventory
-from str_benchmark.data.lmdb_store import LMDBDataset, check_file, load_samples, write_lmdb
-from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares, lmdb_weights
+from str_benchmark.data.filters import LabelFilter, ctc_columns, subset
+from str_benchmark.data.inventory import inventory, verify
+from str_benchmark.data.lmdb_store import LMDBDataset, check_file, decode_samples, load_samples, write_lmdb
+from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
-from str_benchmark.data.sets import SETS, locate, open_set
+from str_benchmark.data.sets import SETS, Parts, find_lmdbs, locate, open_set
 from str_benchmark.render import WARPS, font_files, random_words, render_words
 from str_benchmark.tokenizers import CTCTokenizer
 
@@ -109,6 +110,19 @@ def test_decoding_is_pillow_s(seed, mode, form, quality):
     for channels, wanted in ((1, "L"), (3, "RGB")):
         expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert(wanted))
         assert np.array_equal(np.asarray(images.decode(buffer.getvalue(), channels)), expected)
+
+
+def test_pictures_are_turned_and_laid_on_white():
+    pixels = np.zeros((20, 40), np.uint8)
+    pixels[:, :20] = 200  # the left half is light
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # shown turned by a quarter to the right
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, exif=exif)
+    upright = np.asarray(images.decode(buffer.getvalue()))
+    assert upright.shape == (40, 20) and upright[:18].mean() > 190 and upright[22:].mean() < 10
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert np.asarray(images.decode(buffer.getvalue())).min() == 255  # black text would vanish on black
 
 
 def test_batches_equal_the_plain_loader_s(tmp_path):
@@ -200,12 +214,22 @@ def test_broken_images_are_named_and_never_trained(tmp_path):
     write_lmdb(items, tmp_path / "w")
     data = LMDBDataset(tmp_path / "w")
     samples = [(data, i) for i in range(4)]
-    with pytest.raises(ValueError, match="image-000000002: broken image"):
+    with pytest.raises(BrokenFile, match="image-000000002: this is not an image; .* --skip-broken"):
         load_samples(samples, (32, 100))
     loaded = load_samples(samples, (32, 100), skip_broken=True)
-    assert loaded.labels == ["one"] and loaded.kept == [0] and len(loaded.broken) == 3
+    assert loaded.labels == ["one"] and len(loaded.pixels) == 1 and len(loaded.broken) == 3
+    assert decode_samples(samples, skip_broken=True).kept == [0]
+    assert verify([str(tmp_path / "w")], tmp_path) == loaded.broken
+    for workers in (0, 1):  # a loader's worker says the same line as this process
+        sampler = BalancedBatchSampler([data], [1], 4, seed=0)
+        stream = TrainingData(
+            [Parts([data])], sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), workers=workers
+        )
+        with pytest.raises(BrokenFile, match=r"^\S+ image-00000000\d: [^\n]*--skip-broken$"):
+            list(stream.batches(0, 1))
     sampler = BalancedBatchSampler([data], [1], 4, seed=0)
-    stream = TrainingData([data], sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), skip_broken=True)
+    parts = [Parts([data])]
+    stream = TrainingData(parts, sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), skip_broken=True)
     batches = list(stream.batches(0, 2))
     assert [len(pixels) for pixels, _, _ in batches] == [1, 1] and stream.broken == 6
 
@@ -220,7 +244,8 @@ def test_workers_and_a_second_process_read_the_same_file(tmp_path, word_lmdb):
     for workers in (0, 2):
         sampler = BalancedBatchSampler([data, whole], [0.5, 0.5], 4, seed=1)
         options = {"workers": workers}
-        stream = TrainingData([data, whole], sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), **options)
+        sets = [Parts([data]), Parts([whole])]
+        stream = TrainingData(sets, sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), **options)
         streams.append(list(stream.batches(3, 9)))
     for a, b in zip(*streams, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -252,12 +277,14 @@ def test_lists_of_images(tmp_path):
     for text, error, message in (
         ("a.png hello", ValueError, "line 1: expected path<TAB>label"),
         ("a.png\t ", ValueError, "line 1: expected path<TAB>label"),
-        ("b.png\tx", ValueError, "line 1: .*broken image"),
+        ("b.png\tx", BrokenFile, "line 1: .*b.png: this is not an image"),
         ("c.png\tx", FileNotFoundError, "line 1: "),
     ):
         gt.write_text(text)
         with pytest.raises(error, match=message):
             list(listed_images(gt, tmp_path))
+    gt.write_text("a.png\tx", encoding="utf-8-sig")  # a BOM, as Windows writes it
+    assert [label for _, label in listed_images(gt, tmp_path)] == ["x"]
     gt.write_text("b.png\tx\na.png\ty")
     assert [label for _, label in listed_images(gt, tmp_path, skip_broken=True)] == ["y"]
 
@@ -273,9 +300,34 @@ def test_shares_are_exact(ratios, batch):
     assert all(abs(share - batch * ratio / sum(ratios)) < 1 for share, ratio in zip(shares, ratios, strict=True))
 
 
-def test_several_lmdbs_of_one_set_share_its_ratio():
-    assert lmdb_weights([6, 18, 5], [0, 0, 1], [0.5, 0.5]) == pytest.approx([0.125, 0.375, 0.5])
-    assert lmdb_weights([6, 18], [0, 1], None) == pytest.approx([0.25, 0.75])
+def test_a_set_of_several_lmdbs_is_drawn_from_as_one(tmp_path, word_lmdb):
+    labels = [["w"] * 3000, ["s"] * 5, ["m"] * 30]
+    data = Parts([LMDBDataset(word_lmdb(tmp_path / str(i), each)) for i, each in enumerate(labels)])
+    assert len(data) == 3035 and [data[i][1] for i in (0, 2999, 3000, 3004, 3005, 3034)] == [0, 2999, 0, 4, 0, 29]
+    drawn = BalancedBatchSampler([data], [1], 7, seed=0)  # less than one of the smallest part in a batch
+    once = sorted(index for step in range(3035 // 7) for _, index in drawn.batch(step))
+    assert len(set(once)) == len(once)
+    assert [len(part) for part in data.take(0.99).parts] == [3000, 4] and len(data.take(0.99)) == 3004
+    with pytest.raises(ValueError, match="fraction"):
+        data.take(0)
+
+
+def test_linked_parts_are_found_and_hidden_ones_are_not(tmp_path, word_lmdb):
+    word_lmdb(tmp_path / "other", ["a"])
+    word_lmdb(tmp_path / "MJ" / "valid", ["b"])
+    (tmp_path / "MJ" / "train").symlink_to(tmp_path / "other", target_is_directory=True)
+    (tmp_path / "MJ" / "again").symlink_to(tmp_path / "MJ", target_is_directory=True)  # leads upwards
+    word_lmdb(tmp_path / "MJ" / ".trash", ["c"])
+    assert [path.name for path in find_lmdbs(tmp_path / "MJ")] == ["train", "valid"]
+
+
+def test_labels_that_ctc_cannot_say_are_left_out(tmp_path, word_lmdb):
+    path = word_lmdb(tmp_path / "w", ["abcd", "aabb", "abcde", "aabbc"])
+    assert [ctc_columns(label) for label in ("", "abcd", "aab")] == [0, 4, 4]
+    data = LMDBDataset(path, columns=6)
+    assert [data.label(i) for i in range(len(data))] == ["abcd", "aabb", "abcde"]
+    assert "more than the 6 columns" in str(data.report) and "'aabbc'" in str(data.report)
+    assert len(LMDBDataset(path)) == 4  # attention has no columns to run out of
 
 
 def test_each_set_is_used_up_before_it_comes_again():
@@ -286,6 +338,7 @@ def test_each_set_is_used_up_before_it_comes_again():
         assert len(mine) == 35 * 4
         for epoch in range(len(mine) // size):
             assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(size))
+        assert len({tuple(mine[epoch * size : (epoch + 1) * size]) for epoch in range(14)}) > 10  # shuffled anew
     assert sampler.batch(5) == BalancedBatchSampler([range(10), range(7)], [1, 1], 8, seed=3).batch(5)
     assert sampler.batch(5) != BalancedBatchSampler([range(10), range(7)], [1, 1], 8, seed=4).batch(5)
 
@@ -375,7 +428,7 @@ def test_rendered_sets_are_lmdbs(tmp_path):
     data = LMDBDataset(path, "0123456789")
     assert len(data) == RENDERED["tiny"].n == 64 and all(len(data.label(i)) == 3 for i in range(64))
     assert rendered_lmdb("tiny", tmp_path) == path
-    assert len(data.take(0.5)) == 32
+    assert len(Parts([data]).take(0.5)) == 32
     with pytest.raises(ValueError, match="expected one of A, B"):
         rendered_lmdb("C", tmp_path)
     assert [label for _, label in rendered_items(["hi"], 0, "", "sans", "none", 0)] == ["hi"]

@@ -158,8 +158,8 @@ def test_levenshtein_is_its_definition(a, b):
 def test_words_are_compared_on_the_test_alphabet():
     assert word_accuracy(["It's", "HELLO"], ["its", "hello"]) == 1
     assert word_accuracy(["Its"], ["its"], test_charset="62") == 0
-    assert correct_words(["??"], ["!!"]).tolist() == [True]  # as in the reference: both are empty
-    assert ned(["??", "a"], ["!!", "a"]) == 0.5  # but two empty words are not similar
+    assert correct_words(["??"], ["!!"]).tolist() == [False]  # nothing to read is not read
+    assert ned(["??", "a"], ["!!", "a"]) == 0.5
     assert normalise("Zürich-1") == "zrich1"
     with pytest.raises(ValueError, match="one or more, got 0, 0"):
         word_accuracy([], [])
@@ -182,9 +182,17 @@ def test_statistics():
     a, b = np.array([1, 1, 1, 1, 1, 0, 0], bool), np.array([0, 0, 0, 0, 0, 0, 1], bool)
     assert mcnemar(a, b) == {"only_a": 5, "only_b": 1, "p_value": pytest.approx(2 * (1 + 6) / 64)}
     assert mcnemar(a, a)["p_value"] == 1
-    shares = failure_intersection(np.array([[1, 0, 0, 0], [1, 1, 0, 0]], bool))
-    assert shares == {"missed_by_all": 0.5, "expected": 0.375, "read_by_all": 0.25}
-    for act in (lambda: bootstrap_interval(np.zeros(0)), lambda: mcnemar(a, b[:3]), lambda: failure_intersection(a)):
+    half = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    assert failure_intersection({"x": half}) == {"missed_by_all": 0.5, "expected": 0.375, "read_by_all": 0.25}
+    easy, hard = np.ones((2, 4), bool), np.zeros((2, 4), bool)
+    shares = failure_intersection({"easy": easy, "hard": hard})  # as independent as can be: not 0.5 against 0.25
+    assert shares == {"missed_by_all": 0.5, "expected": 0.5, "read_by_all": 0.5}
+    for act in (
+        lambda: bootstrap_interval(np.zeros(0)),
+        lambda: mcnemar(a, b[:3]),
+        lambda: failure_intersection({"x": a}),
+        lambda: failure_intersection({"x": half, "y": half[:1]}),
+    ):
         with pytest.raises(ValueError):
             act()
 

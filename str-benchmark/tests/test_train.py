@@ -15,14 +15,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from shared_utils.images import BrokenFile
+from shared_utils.tables import Run
 from str_benchmark import cli, experiments
-from str_benchmark.aggregate import failures_of_runs, mean_of_runs, unpack
+from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind
+from str_benchmark.checkpoints import load_any, load_trained
 from str_benchmark.data.inventory import inventory
 from str_benchmark.data.lmdb_store import LMDBDataset, write_lmdb
-from str_benchmark.evaluate import evaluate, latency_ms, read
-from str_benchmark.experiments import Source, execute, load_trained, tables, train_and_evaluate
+from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
+from str_benchmark.evaluation import evaluate, latency_ms, read
+from str_benchmark.experiments import Machine, Source, execute, tables, train_and_evaluate
 from str_benchmark.models import build_model
-from str_benchmark.predict import image_files, predict
+from str_benchmark.reading import find_images, predict
 from str_benchmark.settings import PRESETS, TINY, Settings
 from str_benchmark.train import learning_rate, load_checkpoint, loss_of, make_fabric
 
@@ -86,7 +90,7 @@ import torch
 from dataclasses import replace
 from str_benchmark import experiments
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData
-from str_benchmark.evaluate import read
+from str_benchmark.evaluation import read
 from str_benchmark.models import build_model
 from str_benchmark.settings import TINY
 from str_benchmark.train import fit, make_fabric
@@ -100,7 +104,7 @@ for module in model.modules():
     if isinstance(module, torch.nn.BatchNorm2d):
         module.eval(); module.train = lambda mode=True: None  # no statistics of a batch: ranks would differ by them
 source = experiments.Source(Path("."))
-sets, _ = source.for_training(s.train, s)
+sets = source.for_training(s.train, s, None)
 sampler = BalancedBatchSampler(sets, [1], s.batch_size, 1, fabric.global_rank, fabric.world_size)
 data = TrainingData(sets, sampler, model.tokenizer, s.max_length, s.config.img_size, fabric.device, resident=True)
 fit(model, data, s, fabric, run={"settings": {}})
@@ -191,14 +195,22 @@ def test_paper_scale_with_validation_and_fine_tuning(tmp_path, monkeypatch, rele
     monkeypatch.setattr(experiments, "PROJECT", tmp_path)
     root = released_layout(tmp_path / "data")
     s = replace(PAPER_SMALL, finetune=("validation",), finetune_epochs=2)
-    outcome = execute(vars(s), 0, data_root=root)
+    outcome = execute(vars(s), 0, machine=Machine(root))
     named = {"IIIT_3000", "IC15_2077", "COCO_Text", "total_accuracy", "in_distribution", "out_distribution", "time_ms"}
     assert named <= outcome.metrics.keys()
     assert outcome.details["n"]["total_accuracy"] == 7 * 6 and outcome.details["n"]["in_distribution"] == 4 * 6
     assert [point["step"] for point in outcome.details["curve"]] == [2, 4, 3]
     assert [("accuracy" in point) for point in outcome.details["curve"]] == [True, True, False]
     assert [part["total"] for part in outcome.dataset["train"]] == [6, 6]
-    assert not list((tmp_path / "runs" / "checkpoints").glob("*.pt"))
+    assert outcome.caveats[0].startswith("other sets than the paper's: IIIT_3000 6 of 3,000")
+    base, tuned = sorted((tmp_path / "runs" / "checkpoints").glob("*.pt"), key=lambda path: "-finetuned" in path.name)
+    assert load_trained(tuned, "cpu")[1] == s and "optimizer" not in load_checkpoint(tuned)
+    before = base.read_bytes()
+    plain = {name: value for name, value in vars(s).items() if not name.startswith("finetune")}
+    monkeypatch.setattr("str_benchmark.train.loss_of", None)  # the finished base is not trained again
+    again = execute(plain, 0, machine=Machine(root))
+    assert [point["step"] for point in again.details["curve"]] == [2, 4] and base.read_bytes() == before
+    assert load_trained(base, "cpu")[1].finetune == ()
 
 
 def test_a_public_checkpoint_is_evaluated_by_name(tmp_path, released_layout):
@@ -206,7 +218,7 @@ def test_a_public_checkpoint_is_evaluated_by_name(tmp_path, released_layout):
     torch.save(
         {f"module.{k}": v for k, v in build_model("None-RCNN-None-CTC").state_dict().items()}, tmp_path / "m.pth"
     )
-    model, settings = experiments.load_any(tmp_path / "m.pth", "None-RCNN-None-CTC", device="cpu")
+    model, settings = load_any(tmp_path / "m.pth", {"model": "None-RCNN-None-CTC"}, "cpu")
     outcome = experiments.evaluate_checkpoint(model, settings, Source(root), ("CUTE_288", "SVTP_645"))
     assert outcome.details["n"] == {"CUTE_288": 6, "SVTP_645": 6} and "total_accuracy" not in outcome.metrics
 
@@ -226,7 +238,7 @@ def test_a_filter_that_leaves_nothing_says_why(tmp_path, word_lmdb):
     with pytest.raises(
         ValueError, match="no sample is left for training: 0 of 2 kept; 2 with unknown characters: 'über'"
     ):
-        Source(tmp_path).for_training((str(path),), PAPER_SMALL)
+        Source(tmp_path).for_training((str(path),), PAPER_SMALL, None)
 
 
 def test_half_precision_keeps_the_decisions_in_float32(tmp_path, monkeypatch):
@@ -253,15 +265,15 @@ def test_evaluation_counts_every_word_once_and_broken_ones_apart(tmp_path, word_
         model.Prediction.bias[0] = 9  # says nothing, always
     frame, correct, readings = evaluate(model, {"IC13_857": [data]}, batch_size=3)
     row = frame.iloc[0]
-    assert (row.n, row.correct, row.ned, row.empty_labels, row.broken) == (4, 1, 0, 1, 0)
-    assert correct["IC13_857"].tolist() == [False, True, False, False]
+    assert (row.n, row.correct, row.ned, row.empty_labels, row.broken) == (4, 0, 0, 1, 0)
+    assert not correct["IC13_857"].any()  # an empty reading does not meet an empty label
     assert readings["IC13_857"].labels == ["its", "", "abc", "def"] and readings["IC13_857"].blank_share == 1
     assert model.training  # put back
     with pytest.raises(ValueError, match="one or more, got none"):
         evaluate(model, {})
     write_lmdb([(b"broken", "abc"), (Image.new("L", (9, 9)), "x")], tmp_path / "b")
     broken = LMDBDataset(tmp_path / "b", filter="off")
-    with pytest.raises(ValueError, match="broken image"):
+    with pytest.raises(BrokenFile, match="image-000000001: this is not an image"):
         read(model, [broken])
     frame, _, _ = evaluate(model, {"b": [broken]}, skip_broken=True)
     assert (frame.n[0], frame.broken[0]) == (1, 1)
@@ -273,7 +285,7 @@ def test_reading_one_s_own_images(tmp_path):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 50, 3), dtype=np.uint8)).save(
             tmp_path / f"{i}.png"
         )
-    files = image_files([tmp_path, tmp_path / "0.png"])
+    files = find_images([tmp_path, tmp_path / "0.png"])
     assert len(files) == 4
     found = predict(model, files, batch_size=3)
     assert found[0].text == found[3].text and all(len(each.characters) == len(each.text) for each in found)
@@ -282,11 +294,11 @@ def test_reading_one_s_own_images(tmp_path):
     with pytest.raises(ValueError, match="beam search is for CTC models"):
         predict(build_model("None-VGG-None-Attn", output_channel=16), files, beam=2)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        image_files([tmp_path / "none"])
+        find_images([tmp_path / "none"])
     (tmp_path / "x.png").write_text("broken")
-    with pytest.raises(ValueError, match="x.png: broken image"):
-        predict(model, image_files([tmp_path]))
-    assert len(predict(model, image_files([tmp_path]), skip_broken=True)) == 3
+    with pytest.raises(BrokenFile, match="x.png: this is not an image"):
+        predict(model, find_images([tmp_path]))
+    assert len(predict(model, find_images([tmp_path]), skip_broken=True)) == 3
     assert latency_ms(model, repeats=1, warmup=0) > 0
 
 
@@ -297,8 +309,8 @@ def test_scales_are_the_presets():
     by_id = {table.id: table for table in tables()}
     same = {
         ("table-8", "TPS-ResNet-BiLSTM-Attn (TRBA)", "paper"): PRESETS["paper"],
-        ("training-data", "MJ + ST", "paper"): PRESETS["paper"],
-        ("training-data", "20 % of MJ + 20 % of ST", "paper"): replace(PRESETS["paper"], data_fraction=0.2),
+        ("training-data", "TPS-ResNet-BiLSTM-Attn (TRBA)", "paper"): PRESETS["paper"],
+        ("training-data", "TPS-ResNet-BiLSTM-Attn, 20 %", "paper"): replace(PRESETS["paper"], data_fraction=0.2),
         ("table-9", "TRBA, fine-tuned", "paper"): replace(PRESETS["paper"], finetune=("validation",)),
         ("table-3", "CRNN, MJ", "paper"): replace(PRESETS["paper"], model="CRNN", train=("MJ",), ratios=(1,)),
         ("training-data", "None-VGG-None-CTC (half A, half B)", "embedded"): replace(
@@ -318,7 +330,7 @@ def test_scales_are_the_presets():
         for scale in table.scales:
             for run in table.runs(scale):
                 assert Settings(**run.settings).config.name in run.row or table.id not in ("table-8", "modules", "cost")
-    fractions = {run.settings["data_fraction"] for run in by_id["table-10"].runs("paper")}
+    fractions = {run.settings.get("data_fraction", 1.0) for run in by_id["table-10"].runs("paper")}
     assert fractions == {0.2, 0.4, 0.6, 0.8, 1.0} and len(by_id["table-8"].rows) == len(by_id["modules"].rows) - 1 == 24
 
 
@@ -341,7 +353,7 @@ def test_run_twice_runs_nothing_new_and_aggregates_come_last(project, capsys):
     assert len((project / "runs" / "smoke.jsonl").read_text().splitlines()) == len(lines)
     cli.Run((), scale="smoke", dry_run=True)()
     assert "1" in capsys.readouterr().out
-    bits = unpack(lines[0]["details"])
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex("".join(lines[0]["details"]["correct"].values())), np.uint8))
     assert len(bits) == 64 and bits.mean() * 100 == pytest.approx(lines[0]["metrics"]["total_accuracy"])
 
 
@@ -354,16 +366,27 @@ def test_aggregates_by_hand(project):
         record = {"table": run.table, "row": run.row, "scale": "paper", "seed": 1, "settings_hash": run.key[-1]}
         hits = np.zeros(16, bool)
         hits[number % 12] = True
-        details = {"correct": {"X": np.packbits(hits).tobytes().hex()}, "n": {"X": 16}}
-        log.append(record | {"metrics": {"irregular_accuracy": float(number)}, "details": details})
-    tps = mean_of_runs(table, "paper", 1, ["trans=TPS"], [log])
-    assert tps.metrics["irregular_accuracy"] == np.mean(range(12, 24)) and len(tps.details["of"]) == 12
-    failures = failures_of_runs(table, "paper", 1, (), [log])
-    assert failures.metrics["missed_by_all"] == 25 and failures.details["missed"] == [12, 13, 14, 15]
+        bits = {name: np.packbits(hits).tobytes().hex() for name in EVALUATION_NAMES}  # IC13_857 is part of IC13_1015
+        details = {"correct": bits, "n": dict.fromkeys(bits, 16)}
+        metrics = {"irregular_accuracy": float(number)} | ({"blank_share": 80.0} if "CTC" in run.row else {})
+        log.append(record | {"metrics": metrics, "details": details, "caveats": ["small"]})
+
+    def behind(seed, *of):
+        asked = Run("table-2", "x", "paper", seed, {"of": ["table-8", *of]}, ())
+        return runs_behind(tables(), [asked])
+
+    tps = mean_of_runs(behind(1, "trans=TPS"), [log])
+    assert tps.metrics == {"irregular_accuracy": np.mean(range(12, 24))}  # attention has no blanks
+    assert len(tps.details["of"]) == 12 and tps.caveats == ["small"]
+    failures = failures_of_runs(behind(1), [log])
+    assert list(failures.details["sets"]) == [*REGULAR, *IRREGULAR]  # each word once
+    assert failures.metrics["missed_by_all"] == 25 and failures.details["sets"]["SVT_647"]["missed"] == [12, 13, 14, 15]
     with pytest.raises(ValueError, match="seed 2 was not run yet: run table-8 at scale paper first"):
-        mean_of_runs(table, "paper", 2, ["trans=TPS"], [log])
+        mean_of_runs(behind(2, "trans=TPS"), [log])
     with pytest.raises(ValueError, match="expected a stage's choice such as trans=TPS"):
-        mean_of_runs(table, "paper", 1, ["TPS"], [log])
+        behind(1, "trans=STN")
+    with pytest.raises(ValueError, match="there is no table 'table-7'"):
+        runs_behind(tables(), [Run("table-2", "x", "paper", 1, {"of": ["table-7"]}, ())])
 
 
 # ---- commands ------------------------------------------------------------------------------------------
@@ -426,9 +449,15 @@ def test_from_a_list_of_images_to_a_reading(tmp_path, program):
     [
         (("run", "table-99"), 2, "unknown table 'table-99'; there are cost"),
         (("run", "--scale", "mnist"), 2, "no table has a scale 'mnist'"),
-        (("run", "table-8", "--scale", "paper", "--jobs", "1", "--data-root", "nowhere"), 2, "no LMDB at or below it"),
-        (("predict", "none.pt", "x.png"), 2, "none.pt: no such checkpoint"),
+        (
+            ("run", "table-2", "--scale", "paper", "--data-root", "nowhere"),
+            2,
+            "nowhere/evaluation/CUTE80): put the released",
+        ),
         (("data", "inspect", "nowhere"), 2, "neither a set"),
+        (("predict", "none.pt", "x.png"), 2, "x.png: no such"),
+        (("predict", "english_g2"), 2, "expected one or more files"),
+        (("eval", "str.pt", "--height", "64"), 2, "say which network it is with --model"),
         (("run", "modules", "--scale", "smoke", "--no-such-flag"), 2, "no-such-flag"),
     ],
 )
@@ -451,7 +480,7 @@ def test_verbs_that_print(project, capsys, tmp_path):
     assert all(name in printed for name in missing)
     cli.Frontier()()
     assert capsys.readouterr().out.count("True") == 10
-    with pytest.raises(ValueError, match="expected nothing, or inspect"):
+    with pytest.raises(ValueError, match="expected nothing, inspect and sets, or verify"):
         cli.Data(("look",))()
     cli.Tables()()
     page = (project / "results" / "RESULTS.md").read_text()

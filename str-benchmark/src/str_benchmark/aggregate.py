@@ -7,54 +7,89 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_utils.runlog import Outcome, RunLog, key_of
-from shared_utils.tables import Table
+from shared_utils.tables import Run, Table
 from str_benchmark.config import STAGES
 from str_benchmark.metrics import failure_intersection
+from str_benchmark.settings import Settings
+
+EXAMPLES = 24
 
 
-def records_of(table: Table, scale: str, seed: int, rows: Sequence[str], logs: Sequence[RunLog]) -> list[dict]:
-    """The record of each row at a scale and seed; a later log counts before an earlier one.
+def rows_of(table: Table, scale: str, of: Sequence[str]) -> list[str]:
+    """Rows of a table that an aggregate takes: those named, those with a stage's choice such as "trans=TPS", or all.
 
     Raises:
-        ValueError: a row that was not run with this seed.
+        ValueError: a stage or choice that does not exist.
     """
-    known = {key_of(record): record for log in logs for record in log.records()}
-    found = []
-    for run in table.runs(scale, rows, [seed]):
-        if run.key not in known:
-            raise ValueError(
-                f"{table.id}, {run.row}, seed {seed} was not run yet: run {table.id} at scale {scale} first"
-            )
-        found.append(known[run.key])
-    return found
-
-
-def mean_of_runs(table: Table, scale: str, seed: int, of: Sequence[str], logs: Sequence[RunLog]) -> Outcome:
-    """Mean of every metric over the combinations with one stage's choice, such as "trans=TPS" (table 2)."""
+    if len(of) != 1 or "=" not in of[0]:
+        return list(of) or [row.name for row in table.rows_at(scale)]
     stage, _, choice = of[0].partition("=")
     if choice not in STAGES.get(stage, ()):
         raise ValueError(f"of: expected a stage's choice such as trans=TPS, got {of[0]!r}")
     position = list(STAGES).index(stage)
-    rows = [row.name for row in table.rows_at(scale) if row.name.split(" ")[0].split("-")[position] == choice]
-    records = records_of(table, scale, seed, rows, logs)
-    metrics = {name: float(np.mean([r["metrics"][name] for r in records])) for name in records[0]["metrics"]}
-    return Outcome(metrics, {"of": rows})
+    return [row.name for row in table.rows_at(scale) if row.name.split(" ")[0].split("-")[position] == choice]
 
 
-def failures_of_runs(table: Table, scale: str, seed: int, of: Sequence[str], logs: Sequence[RunLog]) -> Outcome:
-    """Share of words that all of the rows miss, against what independent models would leave (section 4.5), in %."""
-    records = records_of(table, scale, seed, of, logs)
-    correct = np.stack([unpack(record["details"]) for record in records])
-    shares = {name: 100 * share for name, share in failure_intersection(correct).items()}
-    shares["ratio"] = shares["missed_by_all"] / shares["expected"]
-    missed = np.flatnonzero((~correct).all(0)).tolist()
-    return Outcome(shares, {"of": list(of), "missed": missed[:64], "sets": records[0]["details"]["n"]})
+def runs_behind(tables: Sequence[Table], combined: Sequence[Run]) -> list[Run]:
+    """The runs whose records some aggregates are computed from. ValueError for a table that does not exist."""
+    known, found = {table.id: table for table in tables}, []
+    for run in combined:
+        name, *of = run.settings["of"]
+        if name not in known:
+            raise ValueError(f"{run.table}, {run.row}: of: there is no table {name!r}")
+        found += known[name].runs(run.scale, rows_of(known[name], run.scale, of), [run.seed])
+    return found
 
 
-def unpack(details: dict) -> np.ndarray:
-    """Which words a run read, all sets in a row, (n,) bool."""
-    parts = []
-    for name, bits in details["correct"].items():
-        packed = np.frombuffer(bytes.fromhex(bits), dtype=np.uint8)
-        parts.append(np.unpackbits(packed, count=details["n"][name]).astype(bool))
-    return np.concatenate(parts)
+def records_of(runs: Sequence[Run], logs: Sequence[RunLog]) -> list[dict]:
+    """The record of each run; a later log counts before an earlier one.
+
+    Raises:
+        ValueError: a run that was not made yet.
+    """
+    known = {key_of(record): record for log in logs for record in log.records()}
+    for run in runs:
+        if run.key not in known:
+            raise ValueError(
+                f"{run.table}, {run.row}, seed {run.seed} was not run yet: run {run.table} at scale {run.scale} first"
+            )
+    return [known[run.key] for run in runs]
+
+
+def mean_of_runs(runs: Sequence[Run], logs: Sequence[RunLog]) -> Outcome:
+    """Mean over the runs of every metric that all of them have (table 2)."""
+    records = records_of(runs, logs)
+    shared = set.intersection(*(set(record["metrics"]) for record in records))
+    metrics = {name: float(np.mean([r["metrics"][name] for r in records])) for name in sorted(shared)}
+    return Outcome(metrics, {"of": [run.row for run in runs]}, caveats=_caveats(records))
+
+
+def failures_of_runs(runs: Sequence[Run], logs: Sequence[RunLog]) -> Outcome:
+    """Share of words that all of the models miss, against what independent ones would leave (section 4.5), in %.
+
+    The words are those of the total accuracy, each once: sets such as IC13_857 and IC13_1015 share theirs.
+    """
+    records = records_of(runs, logs)
+    s = Settings(**runs[0].settings)
+    correct = {
+        name: np.stack([_unpack(record["details"], name) for record in records]) for name in s.regular + s.irregular
+    }
+    metrics = {name: 100 * share for name, share in failure_intersection(correct).items()}
+    metrics["ratio"] = metrics["missed_by_all"] / metrics["expected"] if metrics["expected"] else 1.0
+    by_set = {}
+    for name, part in correct.items():
+        shares = failure_intersection({name: part})
+        missed = np.flatnonzero((~part).all(0)).tolist()
+        by_set[name] = {"n": part.shape[1]} | {key: round(100 * share, 3) for key, share in shares.items()}
+        by_set[name]["missed"] = missed[:EXAMPLES]
+    return Outcome(metrics, {"of": [run.row for run in runs], "sets": by_set}, caveats=_caveats(records))
+
+
+def _caveats(records: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(caveat for record in records for caveat in record.get("caveats", ())))
+
+
+def _unpack(details: dict, name: str) -> np.ndarray:
+    """Which words of a set a run read, (n,) bool."""
+    packed = np.frombuffer(bytes.fromhex(details["correct"][name]), dtype=np.uint8)
+    return np.unpackbits(packed, count=details["n"][name]).astype(bool)

@@ -21,7 +21,9 @@ PAIRS = (
 
 
 def published(table: str = "table-8") -> pd.DataFrame:
-    """A table of the paper as a frame."""
+    """A table of the paper as a frame. FileNotFoundError outside a source checkout."""
+    if not PUBLISHED.is_dir():
+        raise FileNotFoundError("the paper's tables are in the source checkout: run from an editable install of it")
     return pd.read_csv(PUBLISHED / f"{table}.csv")
 
 

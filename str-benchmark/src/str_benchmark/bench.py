@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -27,6 +28,7 @@ from str_benchmark.data.lmdb_store import LMDBDataset, load_samples, write_lmdb
 from str_benchmark.experiments import PACKAGES, PROJECT
 from str_benchmark.models import Recognizer, build_model
 from str_benchmark.models.attention import Attention
+from str_benchmark.models.export import export_onnx
 from str_benchmark.models.inference import for_inference
 from str_benchmark.render import random_words, render_words
 
@@ -47,6 +49,39 @@ def run(repeats: int, threads: int) -> None:
             _start_up(Path(folder), repeats),
         )
         report("str-benchmark", timings, PROJECT, PACKAGES, {"repeats": repeats})
+
+
+def run_network(model: Recognizer, repeats: int, threads: int) -> None:
+    """Print the speed of one network, ready for inference, against the network as loaded and ONNX Runtime."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:  # the project's own record is not touched
+        report("str-benchmark", _network(model, Path(folder), repeats, threads), Path(folder), PACKAGES, {})
+
+
+def _network(model: Recognizer, folder: Path, repeats: int, threads: int) -> Iterator[Timing]:
+    config, device = model.config, next(model.parameters()).device
+    fast = for_inference(model)
+    peers: dict[str, Callable[[Tensor], Tensor]] = {"the network as loaded": model}
+    if device.type == "cpu" and find_spec("onnx") and find_spec("onnxruntime"):
+        peers["ONNX Runtime"] = _onnx_runtime(model, folder / "model.onnx", threads)
+    for batch in (1, 8):
+        images = torch.rand(batch, config.in_channels, *config.img_size, device=device) * 2 - 1
+        for name, peer in peers.items():
+            with torch.inference_mode():
+                ours, theirs = fast(images), peer(images)
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * max(1.0, float(theirs.abs().max())))
+                what = f"{config.name}, batch {batch}, {config.img_size[0]} x {config.img_size[1]} pixels"
+                yield Timing(what, name, *in_turn(partial(fast, images), partial(peer, images), repeats, device))
+
+
+def _onnx_runtime(model: Recognizer, path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    export_onnx(model, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _compare(

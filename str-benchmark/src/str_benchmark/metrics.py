@@ -13,15 +13,15 @@ from str_benchmark.charset import normalise
 def correct_words(predictions: Sequence[str], labels: Sequence[str], test_charset: str = "36") -> np.ndarray:
     """Which predictions equal their labels on the test alphabet, (n,) bool.
 
-    As in the reference, a label that has no character of the test alphabet is met by an empty prediction.
+    A label that has no character of the test alphabet is never read: an empty prediction would meet it unseen.
 
     Raises:
         ValueError: an empty set, or sequences of different lengths.
     """
     if not labels or len(predictions) != len(labels):
         raise ValueError(f"expected as many predictions as labels, one or more, got {len(predictions)}, {len(labels)}")
-    pairs = zip(predictions, labels, strict=True)
-    return np.array([normalise(p, test_charset) == normalise(t, test_charset) for p, t in pairs])
+    texts, targets = ([normalise(text, test_charset) for text in each] for each in (predictions, labels))
+    return np.array([text == target != "" for text, target in zip(texts, targets, strict=True)])
 
 
 def word_accuracy(predictions: Sequence[str], labels: Sequence[str], test_charset: str = "36") -> float:
@@ -108,20 +108,23 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     return {"only_a": only_a, "only_b": only_b, "p_value": float(p)}
 
 
-def failure_intersection(correct: np.ndarray) -> dict[str, float]:
+def failure_intersection(correct: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Words that no model reads (section 4.5), and what independent models of these accuracies would leave.
 
+    Independence is taken within each set: sets of unlike difficulty would look like a common weakness otherwise.
+
     Args:
-        correct: (models, n) bool.
+        correct: of each set, (models, n) bool, the same models in each.
 
     Returns:
-        missed_by_all (share), expected (the product of the error rates), read_by_all (share).
+        shares of all words: missed_by_all, expected (in each set the product of the error rates), read_by_all.
     """
-    correct = np.asarray(correct, dtype=bool)
-    if correct.ndim != 2 or not correct.size:
-        raise ValueError(f"correct: expected (models, n), got {correct.shape}")
+    parts = [np.asarray(part, dtype=bool) for part in correct.values()]
+    if not parts or any(part.ndim != 2 or not part.size or len(part) != len(parts[0]) for part in parts):
+        raise ValueError(f"correct: expected (models, n) of each set, got {[part.shape for part in parts]}")
+    n = sum(part.shape[1] for part in parts)
     return {
-        "missed_by_all": float((~correct).all(0).mean()),
-        "expected": float((1 - correct.mean(1)).prod()),
-        "read_by_all": float(correct.all(0).mean()),
+        "missed_by_all": sum(int((~part).all(0).sum()) for part in parts) / n,
+        "expected": sum(part.shape[1] * float((1 - part.mean(1)).prod()) for part in parts) / n,
+        "read_by_all": sum(int(part.all(0).sum()) for part in parts) / n,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from str_benchmark.charset import EASYOCR_ENGLISH, resolve_charset
 from str_benchmark.config import STRConfig
 from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
 
@@ -20,8 +21,8 @@ class Settings:
     """one of the 24 combinations, or CRNN, RARE, R2AM, STAR-Net, GRCNN, Rosetta, TRBA"""
     charset: str = "36"
     """36, 62, 94, or the characters themselves"""
-    test_charset: str = "36"
-    """characters that count when words are compared"""
+    test_charset: str = ""
+    """characters that count when words are compared; empty: those of charset"""
     max_length: int = 25
     """characters of the longest word"""
     height: int = 32
@@ -32,6 +33,8 @@ class Settings:
     """colour images instead of gray"""
     pad: bool = False
     """keep the ratio of an image and pad, instead of stretching"""
+    variable_width: bool = False
+    """read each image at the width of its own ratio, padded (networks without TPS); training keeps to one width"""
     output_channel: int = 512
     """channels of the feature map; convolutions scale with it"""
     hidden_size: int = 256
@@ -92,10 +95,17 @@ class Settings:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if len(self.ratios) != len(self.train):
             raise ValueError(f"ratios: expected {len(self.train)}, one per training set, got {len(self.ratios)}")
+        if self.variable_width and not self.pad:
+            raise ValueError("variable_width: images keep their ratio, so pad must be set too")
         for name in ("batch_size", "steps", "val_every", "finetune_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        _ = self.config  # for its own checks
+        _ = self.config, self.test_characters  # for its own checks
+
+    @property
+    def test_characters(self) -> str:
+        """Those that count when words are compared."""
+        return resolve_charset(self.test_charset or self.charset)
 
     @property
     def config(self) -> STRConfig:
@@ -105,6 +115,7 @@ class Settings:
             charset=self.charset,
             max_length=self.max_length,
             img_size=(self.height, self.width),
+            variable_width=self.variable_width,
             in_channels=3 if self.rgb else 1,
             output_channel=self.output_channel,
             hidden_size=self.hidden_size,
@@ -134,4 +145,11 @@ TINY = replace(
     evaluate=("test-tiny", "test-tiny-curve"), regular=("test-tiny",), irregular=("test-tiny-curve",),
     batch_size=8, steps=6,
 )  # fmt: skip
-PRESETS = {"paper": PAPER, "digits": DIGITS, "words": WORDS, "tiny": TINY}
+ENGLISH_G2 = Settings(
+    model="None-VGG-BiLSTM-CTC", charset=EASYOCR_ENGLISH, height=64, width=320, pad=True, variable_width=True,
+    output_channel=256, max_length=40, optimizer="adamw", lr=2e-4, schedule="onecycle", batch_size=32, steps=2000,
+    val_every=250,
+)  # fmt: skip
+PRESETS = {"paper": PAPER, "digits": DIGITS, "words": WORDS, "tiny": TINY, "english_g2": ENGLISH_G2}
+PUBLIC = {"english_g2": ENGLISH_G2}
+"""public checkpoints whose shape is known by name"""

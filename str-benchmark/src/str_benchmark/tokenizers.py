@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -104,7 +105,7 @@ class CTCTokenizer(_Tokenizer):
             starts = self._columns(indices)
             runs = [
                 [best[t] for t in range(start, end) if indices[t] == indices[start]]
-                for start, end in zip(starts, [*starts[1:], len(indices)], strict=True)
+                for start, end in itertools.pairwise([*starts, len(indices)])
             ]
             result.append([max(run) for run in runs])
         return result

@@ -137,7 +137,8 @@ def fit(
         run: what the checkpoint belongs to; a checkpoint of another run is refused.
         steps: instead of the settings' number.
         validate: accuracy of the model, called every `val_every` steps and at the end.
-        checkpoint: file to resume from and to save to.
+        checkpoint: file to resume from and to save to. At the end it holds the weights kept and the curve alone; a
+            call that finds it so returns at once.
         checkpoint_every: steps between saves.
         compile: torch.compile the network.
         before_step: called with the number of the step.
@@ -173,10 +174,13 @@ def fit(
             state["step"] += 1
             bar.advance(task)
             _observe(state, steps, settings, model, validate)
-            if checkpoint is not None and (state["step"] % checkpoint_every == 0 or state["step"] == steps):
-                _save(checkpoint, run, state, model, optimizer, data, fabric)
+            if checkpoint is not None and state["step"] % checkpoint_every == 0:
+                _save(checkpoint, run, state, model, data, fabric, optimizer)
     if state["best"] is not None:
         model.load_state_dict(state["best"]["weights"])
+        state["best"] = None
+    if checkpoint is not None:
+        _save(checkpoint, run, state, model, data, fabric)
     return state["curve"]
 
 
@@ -193,25 +197,38 @@ def _observe(
     if not math.isfinite(point["loss"]):
         raise RuntimeError(f"step {step}: the loss is NaN or infinite; a lower --lr may help")
     state["loss"].zero_()
+    said = f"step {step:,} of {steps:,}: loss {point['loss']:.4g}"
     if due is not None:
         point["accuracy"] = due(model)
-        if state["best"] is None or point["accuracy"] > state["best"]["accuracy"]:
+        if state["best"] is None or point["accuracy"] >= state["best"]["accuracy"]:
             weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             state["best"] = {"accuracy": point["accuracy"], "step": step, "weights": weights}
+        said += f", validation accuracy {100 * point['accuracy']:.2f} %"
+    logger.info(said)
     state["curve"].append(point)
 
 
 def _save(
-    path: Path, run: dict, state: State, model: Recognizer, optimizer: Optimizer, data: TrainingData, fabric: Fabric
+    path: Path,
+    run: dict,
+    state: State,
+    model: Recognizer,
+    data: TrainingData,
+    fabric: Fabric,
+    optimizer: Optimizer | None = None,
 ) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
+    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one.
+
+    Without an optimizer it is the file of a finished training.
+    """
     if fabric.global_rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state | {"broken": data.broken}, "model": model.state_dict()}
-        content |= {"optimizer": optimizer.state_dict(), "sampler": _position(data, state), "rng": rng_state()}
-        scaler = _scaler(fabric)
-        content["scaler"] = scaler.state_dict() if scaler else {}
+        if optimizer is not None:
+            scaler = _scaler(fabric)
+            content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+            content |= {"sampler": _position(data, state), "rng": rng_state()}
         torch.save(content, temporary)
         os.replace(temporary, path)
     fabric.barrier()
@@ -234,14 +251,15 @@ def _resume(
     if content["run"] != run:
         mine, its = (_flat(each) for each in (run, content["run"]))
         other = sorted(name for name in mine.keys() | its.keys() if mine.get(name) != its.get(name))
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(other)}); delete it or name another")
-    data.sampler.load_state_dict(content["sampler"])
+        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(other)}); name another file")
     model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    scaler = _scaler(fabric)
-    if scaler and content["scaler"]:
-        scaler.load_state_dict(content["scaler"])
-    restore_rng_state(content["rng"])
+    if "optimizer" in content:
+        data.sampler.load_state_dict(content["sampler"])
+        optimizer.load_state_dict(content["optimizer"])
+        scaler = _scaler(fabric)
+        if scaler and content["scaler"]:
+            scaler.load_state_dict(content["scaler"])
+        restore_rng_state(content["rng"])
     data.broken = content["state"]["broken"]
     content["state"]["loss"] = content["state"]["loss"].to(fabric.device)
     return content["state"]
@@ -260,7 +278,5 @@ def load_checkpoint(path: Path) -> dict:
         content["run"]["settings"], content["model"], content["state"]["step"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path}: cannot be read as a training checkpoint ({reason}); delete it to start again"
-        ) from error
+        raise ValueError(f"{path}: cannot be read as a training checkpoint ({reason}); name another file") from error
     return content

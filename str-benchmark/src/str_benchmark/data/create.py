@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shared_utils.images import BrokenFile
 from shared_utils.logging import get_logger
 from str_benchmark.data import images
 from str_benchmark.render import random_words, render_words
@@ -20,9 +21,10 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
 
     Raises:
         FileNotFoundError: no list, or an image that is missing.
-        ValueError: a line without a tab, an empty label, or a broken image; with list and line number.
+        ValueError: a line without a tab, or an empty label; with list and line number.
+        BrokenFile: an image that cannot be read to its end.
     """
-    for number, line in enumerate(Path(gt).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(gt).read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         path, tab, label = line.partition("\t")
@@ -30,11 +32,16 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
             raise ValueError(f"{gt}, line {number}: expected path<TAB>label, got {line!r}")
         try:
             data = (folder / path).read_bytes()
-            images.decode(data)
-        except (ValueError, FileNotFoundError) as error:
+            images.decode(data, name=f"{gt}, line {number}: {folder / path}")
+        except FileNotFoundError:
             if not skip_broken:
-                raise type(error)(f"{gt}, line {number}: {folder / path}: {error}") from error
-            logger.warning("%s, line %d: %s: %s, left out", gt, number, path, error)
+                raise FileNotFoundError(f"{gt}, line {number}: {folder / path}: no such file") from None
+            logger.warning("%s, line %d: %s: no such file, left out", gt, number, path)
+            continue
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            logger.warning("left out: %s", error)
             continue
         yield data, label.strip()
 

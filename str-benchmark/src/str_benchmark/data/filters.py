@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,14 +46,24 @@ class LabelFilter:
         mode: "report" (drop empty, too long and unknown), "reference" (the released code's filter, quirks included:
             the alphabet is an unescaped regular expression, lower-casing comes before the test even where case counts,
             empty labels stay), "off" (keep all).
+        columns: of a CTC network. A label needs one for each character and one between two equal ones; with fewer its
+            loss is infinite and it would train nothing, so "report" and "reference" drop it. None: no such limit.
     """
 
-    def __init__(self, charset: str, case_sensitive: bool | None = None, max_length: int = 25, mode: str = "report"):
+    def __init__(
+        self,
+        charset: str,
+        case_sensitive: bool | None = None,
+        max_length: int = 25,
+        mode: str = "report",
+        columns: int | None = None,
+    ):
         if mode not in FILTERS:
             raise ValueError(f"filter: expected one of {', '.join(FILTERS)}, got {mode!r}")
         if max_length < 1:
             raise ValueError(f"max_length: expected 1 or more, got {max_length}")
         self.charset, self.max_length, self.mode = resolve_charset(charset), max_length, mode
+        self.columns = columns
         self.case_sensitive = any(map(str.isupper, self.charset)) if case_sensitive is None else case_sensitive
         inside = self.charset if mode == "reference" else re.escape(self.charset)
         try:
@@ -73,6 +84,7 @@ class LabelFilter:
             "case_sensitive": self.case_sensitive,
             "max_length": self.max_length,
             "mode": self.mode,
+            "columns": self.columns,
         }
 
     def broken_rule(self, label: str) -> str | None:
@@ -81,6 +93,8 @@ class LabelFilter:
             return None
         if len(label) > self.max_length:
             return f"longer than {self.max_length}"
+        if self.columns is not None and ctc_columns(self.clean(label)) > self.columns:
+            return f"in need of more than the {self.columns} columns of this CTC network (a larger --width has more)"
         if self.mode == "reference":
             return "with unknown characters" if self._outside.search(label.lower()) else None
         label = self._cased(label)
@@ -94,6 +108,11 @@ class LabelFilter:
 
     def _cased(self, label: str) -> str:
         return label if self.case_sensitive else label.lower()
+
+
+def ctc_columns(label: str) -> int:
+    """Columns without which CTC cannot say a label: its characters, and a blank between two equal ones."""
+    return len(label) + sum(a == b for a, b in itertools.pairwise(label))
 
 
 def is_alphanumeric(label: str) -> bool:

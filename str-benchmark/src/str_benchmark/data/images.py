@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shared_utils.images import read_image
+
 try:
     from torchvision.io import decode_jpeg
 except ImportError:  # it is announced to go; Pillow alone is slower and gives the same pixels
@@ -22,26 +24,21 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 MODES = {1: "L", 3: "RGB"}
 
 
-def decode(data: bytes | memoryview, channels: int = 1) -> Image.Image:
-    """A gray (1) or RGB (3) image.
+def decode(data: bytes | memoryview, channels: int = 1, name: str = "image") -> Image.Image:
+    """A gray (1) or RGB (3) image, turned as its EXIF says, transparent parts on white.
 
-    JPEGs take torchvision's decoder, which saves Pillow's reading of their headers in Python; gray from colour is
-    Pillow's own conversion, so the pixels are the same.
+    JPEGs without EXIF take torchvision's decoder, which saves Pillow's reading of their headers in Python; gray from
+    colour is Pillow's own conversion, so the pixels are the same.
 
     Raises:
-        ValueError: bytes that are no image, or a cut-off one.
+        BrokenFile: bytes that are no image, or a cut-off one; `name` stands in the message.
     """
-    try:
-        if decode_jpeg is not None and data[:3] == JPEG_MAGIC:
-            try:
-                return _decode_jpeg(data, channels)
-            except RuntimeError:  # CMYK and other forms that Pillow knows
-                pass
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image if image.mode == MODES[channels] else image.convert(MODES[channels])
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-        raise ValueError(f"broken image ({str(error) or type(error).__name__})") from error
+    if decode_jpeg is not None and data[:3] == JPEG_MAGIC and b"Exif" not in bytes(data[:4096]):
+        try:
+            return _decode_jpeg(data, channels)
+        except RuntimeError:  # CMYK and other forms that Pillow knows, and broken ones, whose reason it gives
+            pass
+    return read_image(io.BytesIO(data), MODES[channels], name)  # type: ignore[arg-type]  # "L" or "RGB"
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int) -> Image.Image:
@@ -64,6 +61,14 @@ def fit(image: Image.Image, size: tuple[int, int], pad: bool = False) -> np.ndar
     if new < width:
         pixels = np.pad(pixels, [(0, 0), (0, width - new)] + [(0, 0)] * (pixels.ndim - 2), mode="edge")
     return pixels
+
+
+def own_width(image: Image.Image, height: int) -> int:
+    """Width for an image that keeps its ratio: whole multiples of the height, as EasyOCR counts them.
+
+    The longer side counts, so that an upright image gets a margin on its right.
+    """
+    return height * math.ceil(max(image.width / image.height, image.height / image.width))
 
 
 def stack(images: list[Image.Image], size: tuple[int, int], pad: bool = False) -> Tensor:

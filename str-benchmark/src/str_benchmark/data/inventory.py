@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from str_benchmark.data.lmdb_store import check_file
-from str_benchmark.data.sets import SETS, find_lmdbs
+import joblib
+
+from str_benchmark.data.lmdb_store import LMDBDataset, check_file, decode_samples
+from str_benchmark.data.sets import SETS, find_lmdbs, open_set
+
+CHUNK = 1000  # images of one task
 
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
@@ -23,3 +28,23 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
         size = each.what if each.n is None else f"{each.n:,} words, {each.what}"
         rows.append((each.name, "paper", size, "its publishers'", found, each.folder, mend))
     return rows
+
+
+def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]:
+    """Decode every image of some sets (names or folders; none: all that are there) to its end.
+
+    Returns:
+        a message for each broken image, with its LMDB and key.
+    """
+    if not names:
+        names = [each.name for each in SETS.values() if (Path(data_root) / each.folder).is_dir()]
+    tasks = []
+    for name in names:
+        for data in open_set(name, data_root, filter="off"):
+            tasks += [joblib.delayed(_broken)(data, start) for start in range(0, len(data), CHUNK)]
+    return [message for found in joblib.Parallel(n_jobs=max(1, workers))(tasks) for message in found]
+
+
+def _broken(data: LMDBDataset, start: int) -> list[str]:
+    samples = [(data, index) for index in range(start, min(start + CHUNK, len(data)))]
+    return decode_samples(samples, skip_broken=True).broken

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from shared_utils.images import BrokenFile
 from shared_utils.logging import get_logger
 from str_benchmark.data import images
 from str_benchmark.data.filters import FilterReport, LabelFilter
@@ -143,6 +144,7 @@ class LMDBDataset(Dataset):
         max_length: longest label.
         filter: "report", "reference" or "off", see `LabelFilter`.
         channels: 1 (gray) or 3 (RGB).
+        columns: of a CTC network; labels that need more are left out, see `LabelFilter`.
 
     Raises:
         FileNotFoundError, ValueError: no LMDB, a truncated one, one without samples or without num-samples.
@@ -156,9 +158,10 @@ class LMDBDataset(Dataset):
         max_length: int = 25,
         filter: str = "report",
         channels: int = 1,
+        columns: int | None = None,
     ):
         self.path, self.channels = Path(path).resolve(), channels
-        self.filter = LabelFilter(charset, case_sensitive, max_length, filter)
+        self.filter = LabelFilter(charset, case_sensitive, max_length, filter, columns)
         data = check_file(self.path)
         self.total = self._count()
         self.indices, self.report = _cached_index(self.path, data, self.total, self.filter)
@@ -175,13 +178,11 @@ class LMDBDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def take(self, fraction: float) -> LMDBDataset:
-        """This data set with the first int(total * fraction) samples, as the released code takes a share."""
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction: expected (0, 1], got {fraction}")
+    def first(self, count: int) -> LMDBDataset:
+        """This data set with its first samples only."""
         part = object.__new__(LMDBDataset)
         part.__dict__.update(self.__dict__)
-        part.indices = self.indices[: int(len(self.indices) * fraction)]
+        part.indices = self.indices[:count]
         return part
 
     def name(self, index: int) -> str:
@@ -196,15 +197,22 @@ class LMDBDataset(Dataset):
         return self.filter.clean(str(value, "utf-8"))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        """ValueError naming file and key where the image is missing or broken."""
+        """BrokenFile naming file and key where the image is missing or broken."""
         data = _transaction(str(self.path)).get(b"image-%09d" % self.indices[index])
         if data is None:
-            raise ValueError(f"{self.name(index)}: missing")
-        try:
-            image = images.decode(data, self.channels)
-        except ValueError as error:
-            raise ValueError(f"{self.name(index)}: {error}") from error
-        return image, self.label(index)
+            raise BrokenFile(f"{self.name(index)}: missing; mend the LMDB, or pass --skip-broken")
+        return images.decode(data, self.channels, self.name(index)), self.label(index)
+
+
+class Decoded(NamedTuple):
+    """Samples as they lie in their files."""
+
+    pictures: list[Image.Image]
+    labels: list[str]
+    kept: list[int]
+    """positions among the samples asked for"""
+    broken: list[str]
+    """messages of those left out"""
 
 
 class Loaded(NamedTuple):
@@ -213,34 +221,38 @@ class Loaded(NamedTuple):
     pixels: Tensor
     """(n, C, H, W) uint8"""
     labels: list[str]
-    kept: list[int]
-    """positions among the samples asked for"""
     broken: list[str]
     """messages of those left out"""
 
 
-def load_samples(
-    samples: Sequence[tuple[LMDBDataset, int]], size: tuple[int, int], pad: bool = False, skip_broken: bool = False
-) -> Loaded:
-    """Samples of any data sets, decoded and fitted to (H, W).
+def decode_samples(samples: Sequence[tuple[LMDBDataset, int]], skip_broken: bool = False) -> Decoded:
+    """Samples of any data sets, decoded.
 
     Raises:
-        ValueError: naming the first broken image, unless skip_broken.
+        BrokenFile: naming the first broken image, unless skip_broken.
     """
     pictures, labels, kept, broken = [], [], [], []
     for position, (data, index) in enumerate(samples):
         try:
             picture, label = data[index]
-        except ValueError as error:
+        except BrokenFile as error:
             if not skip_broken:
-                raise ValueError(f"{error}; --skip-broken goes on without such images") from error
+                raise
             broken.append(str(error))
             continue
         pictures.append(picture)
         labels.append(label)
         kept.append(position)
+    return Decoded(pictures, labels, kept, broken)
+
+
+def load_samples(
+    samples: Sequence[tuple[LMDBDataset, int]], size: tuple[int, int], pad: bool = False, skip_broken: bool = False
+) -> Loaded:
+    """Samples of any data sets, decoded and fitted to (H, W); BrokenFile as in `decode_samples`."""
+    pictures, labels, _, broken = decode_samples(samples, skip_broken)
     pixels = images.stack(pictures, size, pad) if pictures else torch.empty(0, 1, *size, dtype=torch.uint8)
-    return Loaded(pixels, labels, kept, broken)
+    return Loaded(pixels, labels, broken)
 
 
 def _cached_index(folder: Path, data: Path, total: int, rules: LabelFilter) -> tuple[np.ndarray, FilterReport]:

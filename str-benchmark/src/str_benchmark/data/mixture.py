@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared_utils.logging import get_logger
 from str_benchmark.data.images import to_input
-from str_benchmark.data.lmdb_store import LMDBDataset, Loaded, load_samples
+from str_benchmark.data.lmdb_store import Loaded, load_samples
+from str_benchmark.data.sets import Parts
 from str_benchmark.tokenizers import AttnTokenizer, CTCTokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, ids, lengths
@@ -36,20 +37,6 @@ def batch_shares(ratios: Sequence[float], batch_size: int) -> list[int]:
     if min(shares) == 0:
         raise ValueError(f"ratios: {list(ratios)} leave a set without a sample in a batch of {batch_size}")
     return shares
-
-
-def lmdb_weights(sizes: Sequence[int], owners: Sequence[int], ratios: Sequence[float] | None) -> list[float]:
-    """Share of each LMDB in a batch.
-
-    Args:
-        sizes: samples of each LMDB.
-        owners: which set each belongs to.
-        ratios: share of each set, divided among its LMDBs by size; None: all by size.
-    """
-    if ratios is None:
-        return [size / sum(sizes) for size in sizes]
-    whole = {owner: sum(size for size, its in zip(sizes, owners, strict=True) if its == owner) for owner in owners}
-    return [ratios[owner] * size / whole[owner] for size, owner in zip(sizes, owners, strict=True)]
 
 
 class BalancedBatchSampler:
@@ -122,13 +109,13 @@ class BalancedBatchSampler:
 
 
 class Mixture(Dataset):
-    """Several data sets whose batches are loaded in one go: lists of (data set, index) to pixels and labels."""
+    """Several sets whose batches are loaded in one go: lists of (set, index) to pixels and labels."""
 
-    def __init__(self, datasets: Sequence[LMDBDataset], size: tuple[int, int], pad: bool, skip_broken: bool):
+    def __init__(self, datasets: Sequence[Parts], size: tuple[int, int], pad: bool, skip_broken: bool):
         self.datasets, self.size, self.pad, self.skip_broken = list(datasets), size, pad, skip_broken
 
     def __getitems__(self, batch: Sequence[tuple[int, int]]) -> Loaded:
-        samples = [(self.datasets[number], index) for number, index in batch]
+        samples = [self.datasets[number][index] for number, index in batch]
         return load_samples(samples, self.size, self.pad, self.skip_broken)
 
 
@@ -154,7 +141,7 @@ class TrainingData:
 
     def __init__(
         self,
-        datasets: Sequence[LMDBDataset],
+        datasets: Sequence[Parts],
         sampler: BalancedBatchSampler,
         tokenizer: CTCTokenizer | AttnTokenizer,
         max_length: int,
@@ -171,10 +158,10 @@ class TrainingData:
         self.workers, self.broken = workers, 0
         self.resident = [self._keep(each) for each in datasets] if resident else None
 
-    def _keep(self, data: LMDBDataset) -> Batch:
+    def _keep(self, data: Parts) -> Batch:
         if self.mixture.skip_broken:
             raise ValueError("resident training data must be whole: train without resident to skip broken images")
-        loaded = load_samples([(data, index) for index in range(len(data))], self.mixture.size, self.mixture.pad)
+        loaded = load_samples([data[index] for index in range(len(data))], self.mixture.size, self.mixture.pad)
         ids, lengths = self.tokenizer.encode(loaded.labels, self.max_length)
         return loaded.pixels.to(self.device), ids.to(self.device), lengths
 

@@ -17,7 +17,8 @@ OPSET = 17  # grid_sample came with 16
 def export_onnx(model: Recognizer, path: Path | str) -> None:
     """Write the reading network (batch norm folded; attention greedy, all steps) as ONNX.
 
-    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free. PyTorch's tracing exporter
+    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free, and W
+    where the network takes any. PyTorch's tracing exporter
     is used: it needs the package onnx alone, and takes a second where the newer one takes ten.
 
     Raises:
@@ -27,6 +28,9 @@ def export_onnx(model: Recognizer, path: Path | str) -> None:
         raise RuntimeError("ONNX export needs the package onnx: install str-benchmark[export]")
     model = fold_batch_norm(model).cpu()
     config = model.config
+    axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
+    if config.variable_width:
+        axes = {"images": {0: "batch", 3: "width"}, "logits": {0: "batch", 1: "columns"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the checks of shapes are traced as constants
         torch.onnx.export(
@@ -35,7 +39,7 @@ def export_onnx(model: Recognizer, path: Path | str) -> None:
             str(path),
             input_names=["images"],
             output_names=["logits"],
-            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            dynamic_axes=axes,
             opset_version=OPSET,
             dynamo=False,
         )

