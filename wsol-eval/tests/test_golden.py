@@ -71,7 +71,8 @@ def test_boxes_of_every_map(boxes):
 def test_accuracy_curves(boxes, contours, interval, workers):
     metric = BoxLocalization(contours=contours, cam_curve_interval=interval, resolution="native", workers=workers)
     for i, name in enumerate(boxes["names"]):
-        metric.update([score_map(boxes, i)], [boxes[f"gt_{i:02d}"]], image_ids=[name])
+        each = score_map(boxes, i)
+        metric.update([each], [boxes[f"gt_{i:02d}"]], image_ids=[name], image_sizes=[each.shape[::-1]])
     result = metric.compute()
     key = f"{MODES[contours]}_{str(interval)[2:]}"
     np.testing.assert_allclose(result.curve, boxes[f"box_acc_curve_{key}"], atol=1e-12)

@@ -233,7 +233,9 @@ def _memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def load_mask(path: str | Path, side: int = CROP) -> np.ndarray:
-    """A mask image as (side, side) bool: nearest resize (pixel floor(i * size / side)), then grey > 0.5.
+    """A mask image as (side, side) bool: OpenCV's nearest resize, then grey > 0.5.
+
+    OpenCV takes pixel floor(i * (1 / (side / size))), in float64: at some sizes not the same as floor(i * size / side).
 
     Raises:
         FileNotFoundError: no such file.
@@ -248,8 +250,12 @@ def load_mask(path: str | Path, side: int = CROP) -> np.ndarray:
             grey = np.asarray(image.convert("L"))
     except OSError as error:
         raise ValueError(f"{path}: the mask cannot be read ({error})") from error
-    rows, columns = (np.arange(side) * extent // side for extent in grey.shape)
+    rows, columns = (_nearest(extent, side) for extent in grey.shape)
     return grey[rows][:, columns] > 0
+
+
+def _nearest(extent: int, side: int) -> np.ndarray:
+    return np.minimum((np.arange(side) * (1 / (side / extent))).astype(np.int64), extent - 1)
 
 
 def read_mask(metadata: Metadata, image_id: str, root: Path, side: int = CROP) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.backends import cudnn
 
 from wsol_eval.data import CROP, Batch, Source, read_mask
 from wsol_eval.localization import BoxLocalization, BoxResult
@@ -134,7 +136,7 @@ def evaluate(
     """Score maps of the true class and logits from one forward pass, resized, normalised and measured.
 
     Boxes are scored in threads while the device works on the next batch. Ground-truth classes choose the maps
-    (GT-known), as in the paper.
+    (GT-known), as in the paper. Everything here is float32, whatever the precision of training: bf16 moves V2.
 
     Args:
         network: in eval mode.
@@ -146,15 +148,20 @@ def evaluate(
         store: also write the maps there.
     """
     evaluator = Evaluator(source, interval, keep_images)
-    network = network.to(fabric.device)
+    network = network.to(fabric.device, torch.float32)
     for batch in source.evaluation(batch_size, fabric):
-        with torch.no_grad(), fabric.autocast():
+        with torch.no_grad(), torch.autocast(fabric.device.type, enabled=False), _no_tf32():
             logits, maps = network.predict(batch.images, batch.labels)
         maps = resize_normalize(maps, source.resolution)
         evaluator.update(batch, maps, logits)
         if store is not None:
             store.write(batch.image_ids, maps)
     return evaluator.report(fabric)
+
+
+def _no_tf32() -> AbstractContextManager:
+    """Convolutions in float32, where CUDA would round their inputs to 10 bits."""
+    return cudnn.flags(enabled=True, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 def evaluate_center(source: Source, fabric: Fabric, interval: float = 0.001, keep_images: bool = False) -> Report:

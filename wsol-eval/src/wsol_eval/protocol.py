@@ -11,12 +11,13 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from shared_utils.tables import settings_hash
 from wsol_eval.data import Source
 from wsol_eval.evaluate import Report, evaluate
 from wsol_eval.models import WSOLNetwork
@@ -96,24 +97,32 @@ def _spg(rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
 class Ledger:
     """What was trained, what was judged with full supervision, and what was reported on test.
 
+    One file may hold many protocols: each entry bears the key of its own, and a ledger sees no other's.
+
     Args:
         path: JSON lines, appended to; None keeps everything in memory.
         writes: False on all ranks but one: they read the file, and remember what is added.
+        facts: all that the protocol's result depends on, recipe and data included; their hash is the key.
     """
 
-    def __init__(self, path: Path | None = None, writes: bool = True):
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path | None = None, writes: bool = True, facts: dict[str, Any] | None = None):
+        self.path, self.writes, self.key = path, writes, settings_hash(facts or {})
         self.entries: list[dict] = []
         if path is not None and path.exists():
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
-                    self.entries.append(json.loads(line))
+                    entry = json.loads(line)
                 except ValueError:
                     logger.warning("%s line %d is cut off; skipped", path, number)
+                    continue
+                if entry.get("protocol") == self.key:
+                    self.entries.append(entry)
+        if facts and not self.entries:
+            self.add("protocol", facts=facts)
 
     def add(self, kind: str, **facts: Any) -> dict:
         """Append an entry; on disk before this returns."""
-        entry = {"kind": kind, **facts}
+        entry = {"kind": kind, "protocol": self.key, **facts}
         self.entries.append(entry)
         if self.path is not None and self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +134,7 @@ class Ledger:
         return entry
 
     def find(self, kind: str, **facts: Any) -> list[dict]:
-        """Entries with these values."""
+        """Entries of this protocol with these values."""
         return [e for e in self.entries if e["kind"] == kind and all(e.get(name) == v for name, v in facts.items())]
 
     def counts(self) -> dict[str, int]:
@@ -182,16 +191,11 @@ def search(
 
     Raises:
         RuntimeError: every trial diverged.
-        ValueError: the ledger has a trial of other hyperparameters under this number.
     """
     values = []
     for trial in range(trials):
         drawn = {} if space == "fixed" else draw(space, base.method, seed, trial)
         known = ledger.find("trial", method=base.method, seed=seed, trial=trial)
-        if known and known[0]["hyperparameters"] != json.loads(json.dumps(drawn)):
-            raise ValueError(
-                f"{ledger.path}: trial {trial} of {base.method} has other hyperparameters; use a new folder"
-            )
         if not known:
             value = _judge(replace(base, **drawn), trial, train, val, fabric, criterion, interval)
             facts = {"method": base.method, "seed": seed, "trial": trial, "hyperparameters": drawn}
@@ -268,6 +272,16 @@ def report_once(
     return report, ledger.add("test", name=name, images=len(test), metrics=report.metrics(), details=report.details())
 
 
+def criterion_of(criterion: str, val: Source) -> str:
+    """max_box_acc_v2 where there are boxes, pxap where there are masks; ValueError for one that cannot be computed."""
+    possible = ["max_box_acc_v2"] * val.has_boxes + ["pxap"] * val.has_masks
+    if not possible:
+        raise ValueError("train-fullsup has neither boxes nor masks: nothing can judge a trial")
+    if criterion not in ("auto", *possible):
+        raise ValueError(f"criterion: this data set allows {' or '.join(possible)}, got {criterion!r}")
+    return possible[0] if criterion == "auto" else criterion
+
+
 def run_in_folder(
     base: Recipe,
     space: str,
@@ -276,52 +290,62 @@ def run_in_folder(
     sources: dict[str, Source],
     fabric: Fabric,
     folder: Path,
-    criterion: str,
+    criterion: str = "auto",
     interval: float = 0.001,
     fsl_validation: FslValidation = "split",
-) -> tuple[Search, dict[str, Any]]:
+) -> tuple[Search, dict[str, Any], Ledger]:
     """The whole protocol of one method, to be killed and started again at will.
 
-    Checkpoints of the trials lie in `folder`, of finished ones only the best; ledger.jsonl lies beside them.
+    Checkpoints of the trials lie in `folder`, of finished ones only the best; ledger.jsonl lies beside them. Both are
+    named by everything that the result depends on: another recipe or other data in the same folder start anew.
 
     Args:
         base: what the trials have in common.
-        space: of the hyperparameters, see `draw`.
+        space: of the hyperparameters, see `draw`; "fixed" judges the base as it is.
         trials: equal for all methods.
         seed: of draws and training.
-        sources: splits train, val and test.
+        sources: splits train, val and test; with "proxy" (ImageNet's 10 %) the trials are trained on that, and the
+            chosen one again on all of train, as in the paper.
         fabric: device and ranks.
         folder: created where missing.
-        criterion: what a trial is judged by.
+        criterion: what a trial is judged by, see `criterion_of`.
         interval: step between thresholds.
         fsl_validation: see `search_fsl`.
 
     Returns:
-        The search, and the ledger's entry of the report on test.
+        The search, the ledger's entry of the report on test, and the ledger.
     """
-    ledger = Ledger(folder / "ledger.jsonl", writes=fabric.is_global_zero)
+    criterion = criterion_of(criterion, sources["val"])
+    facts = {"recipe": json.loads(json.dumps(asdict(base))), "space": space, "trials": trials, "seed": seed}
+    facts |= {"criterion": criterion, "interval": interval, "fsl_validation": fsl_validation}
+    facts["data"] = {split: source.checksum() for split, source in sources.items()}
+    ledger = Ledger(folder / "ledger.jsonl", writes=fabric.is_global_zero, facts=facts)
     fabric.barrier()  # nobody writes before all have read
     name = f"{base.method}-{base.arch}"
 
-    def path(trial: int) -> Path:
-        return folder / f"{name}-trial-{trial}.pt"
+    def path(trial: int | str) -> Path:
+        return folder / f"{name}-{ledger.key}-{trial}.pt"
 
     if base.method == "fsl":
         options = (sources["val"], fabric, ledger, criterion, interval, fsl_validation)
         found, network = search_fsl(base, space, trials, seed, *options)
     else:
+        proxy = sources.get("proxy") if space != "fixed" else None
 
         def train(recipe: Recipe, trial: int) -> WSOLNetwork:
-            known = [e for e in ledger.find("trial", method=base.method, seed=seed) if e["value"] is not None]
+            known = [e for e in ledger.find("trial") if e["value"] is not None]
             best = max(known, key=lambda entry: entry["value"], default=None)
             for entry in known:
                 if entry is not best:
                     path(entry["trial"]).unlink(missing_ok=True)
-            return fit(recipe, sources["train"], seed, fabric, checkpoint=path(trial))
+            return fit(recipe, proxy or sources["train"], seed, fabric, checkpoint=path(trial))
 
         found = search(base, space, trials, seed, train, sources["val"], fabric, ledger, criterion, interval)
-        network, _ = load_trained(path(found.best), sources["train"].num_classes)
+        if proxy:
+            network = fit(found.recipe, sources["train"], seed, fabric, checkpoint=path("retrained"))
+        else:
+            network, _ = load_trained(path(found.best), sources["train"].num_classes)
     known = ledger.find("test", name=name)
-    if known:
-        return found, known[0]
-    return found, report_once(name, network, sources["test"], fabric, ledger, interval)[1]
+    if not known:
+        known = [report_once(name, network, sources["test"], fabric, ledger, interval)[1]]
+    return found, known[0], ledger

@@ -32,9 +32,10 @@ def resize_normalize(maps: Tensor, size: int | tuple[int, int] = 224) -> Tensor:
     if maps.dtype not in (torch.float32, torch.float64):
         maps = maps.float()
     height, width = (size, size) if isinstance(size, int) else size
+    varied = maps.flatten(1).amax(1) > maps.flatten(1).amin(1)  # bicubic makes rounding noise of a constant
     maps = interpolate(maps[:, None], (height, width), mode="bicubic", align_corners=False)[:, 0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    usable = maps.isfinite().all(2, keepdim=True).all(1, keepdim=True) & (high > low)
+    usable = maps.isfinite().all(2, keepdim=True).all(1, keepdim=True) & varied[:, None, None] & (high > low)
     return torch.where(usable, (maps - low) / torch.where(usable, high - low, 1), 0).clamp(0, 1)
 
 

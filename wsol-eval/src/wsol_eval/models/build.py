@@ -13,9 +13,9 @@ from wsol_eval.models.network import WSOLNetwork
 
 ARCHITECTURES = ("vgg16", "inception_v3", "resnet50", "small")
 METHODS = ("cam", "has", "acol", "spg", "adl", "cutmix", "fsl")  # has and cutmix train the network of cam
-MAP_SIZES = {"small": (4, 8)}
+MAP_SIZES = {"small": (4, 8, 14, 28)}
 DEFAULTS = {
-    "acol_threshold": 0.6,
+    "acol_threshold": 0.7,
     "adl_drop_rate": 0.75,
     "adl_threshold": 0.9,
     "spg": ((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)),
@@ -29,10 +29,10 @@ def build_model(
     """A classifier with score maps.
 
     Args:
-        arch: vgg16, inception_v3, resnet50 (224 x 224 images), or small (32 x 32).
+        arch: vgg16, inception_v3, resnet50 (224 x 224 images), or small (32 x 32 images, or 224 x 224).
         method: cam, has, acol, spg, adl, cutmix or fsl.
         num_classes: of the logits; fsl has none.
-        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); 4 or 8 for small.
+        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); also 4 or 8 for small.
         pretrained: None; "imagenet" for torchvision's ImageNet weights (downloaded, checked by hash); or a file with
             such a state dict.
         hp: acol_threshold, adl_drop_rate, adl_threshold, spg ((high, low) of B2, B1 and C).
