@@ -33,6 +33,9 @@ test: setup  ## run all tests
 site: setup  ## static results site in site/
 	.venv/bin/python -m website.build
 
+rehearse: setup  ## every table at paper scale, end to end, on tiny archives in a temporary copy
+	set -e; for name in $(EACH); do test ! -f $$name/rehearsal.toml || $(MAKE) -C $$name rehearse; done
+
 bench: setup  ## speed against the peers, into each project's runs/bench.json; slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
 	.venv/bin/python -m shared_utils.benchmark $(addsuffix /runs/bench.json,$(EACH))
@@ -59,4 +62,4 @@ clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo tables test site bench record doctor drill alone lint clean
+.PHONY: help setup demo tables test site rehearse bench record doctor drill alone lint clean

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared_utils.report import comparison, interval, judge, results_page
+from shared_utils.report import comparison, duration, interval, judge, results_page
 from shared_utils.runlog import RunLog
 from shared_utils.tables import load_table, load_tables
 
@@ -81,7 +81,7 @@ def test_settings_are_layered(table):
         ("paper = {", "papr = {", "unknown key of a row 'papr'; did you mean 'paper'"),
         ("{ error = 1.5 }", "{ eror = 1.5 }", "unknown metric 'eror'; did you mean 'error'"),
         ('than = "b"', 'than = "bb"', "unknown row 'bb'; did you mean 'b'"),
-        ('name = "b"', 'name = "a"', "row 'a' stands there twice"),
+        ('name = "b"', 'name = "a"', "row 'a' is listed twice"),
         ("seeds = [20]", "seeds = []", "needs a list of different seeds"),
         ('trend = "rises"', 'trend = "up"', "needs better and than"),
     ],
@@ -134,7 +134,7 @@ def test_a_published_error_stands_behind_its_figure(tmp_path):
         "published = { error = 1.5 }", "published = { error = 1.5 }\npublished_error = { error = 0.2 }"
     )
     (tmp_path / "table-1.toml").write_text(text)
-    assert comparison(load_table(tmp_path / "table-1.toml"), "embedded", None).published[0] == "1.500 ± 0.200"
+    assert comparison(load_table(tmp_path / "table-1.toml"), "paper", None).published[0] == "1.500 ± 0.200"
     (tmp_path / "table-1.toml").write_text(text.replace("published_error = { error", "published_error = { eror"))
     with pytest.raises(ValueError, match="unknown published metric 'eror'"):
         load_table(tmp_path / "table-1.toml")
@@ -172,7 +172,6 @@ def test_comparison_says_whether_yours_agrees(table, tmp_path):
     yours = fill(table, tmp_path / "yours", errors | {"b": [2.05, 2, 2], "c": [4, 4, 4]})
     frame = comparison(table, "embedded", ours, yours)
     assert frame.agreement.tolist() == ["same", "agrees", "differs"]
-    assert frame.published.tolist() == ["1.500", "", ""]
     assert set(comparison(table, "embedded", ours).yours) == {"not measured"}
 
 
@@ -188,3 +187,67 @@ def test_page(table, tmp_path):
     page = results_page("p", [table], tmp_path, "p run")
     assert "`p run table-1 --scale embedded`" in page and "2.000 ± 0.248" in page and "not measured" in page
     assert page == results_page("p", [table], tmp_path, "p run")
+
+
+def test_a_stand_in_shares_no_column_with_a_published_figure_unless_both_are_named(tmp_path):
+    path = tmp_path / "table-1.toml"
+    path.write_text(TABLE)
+    log = fill(load_table(path), tmp_path / "embedded.jsonl", {"a": [1, 1, 2], "b": [2, 2, 2], "c": [3, 3, 3]})
+    assert not comparison(load_table(path), "embedded", log).published.any()
+    assert "published" not in results_page("p", [load_table(path)], tmp_path, "p run").split("scale paper")[0]
+    named = TABLE.replace("metrics", 'published_on = "CIFAR-100"\nmetrics', 1)
+    path.write_text(named.replace("size = 3", 'size = 3\nmeasured_on = "CIFAR-10 (JPEG)"'))
+    assert comparison(load_table(path), "embedded", log).published[0] == "1.500"
+    page = results_page("p", [load_table(path)], tmp_path, "p run")
+    assert "error: published: CIFAR-100" in page and "error: measured: CIFAR-10 (JPEG)" in page
+
+
+def test_a_run_with_caveats_has_a_line_of_its_own_and_taints_the_verdict(table, tmp_path):
+    log = fill(table, tmp_path / "x.jsonl", {"a": [1, 1, 1.1], "b": [2, 2, 2.1], "c": [3, 3, 3]})
+    changed = [record | {"scale": "paper"} for record in log.records()]
+    paper = RunLog(tmp_path / "paper.jsonl")
+    for run in table.runs("paper"):
+        template = next(record for record in changed if record["row"] == run.row)
+        caveats = ["3 files skipped"] if run.row == "a" else []
+        paper.append(template | {"seed": run.seed, "settings_hash": run.key[-1], "caveats": caveats})
+    frame = comparison(table, "paper", paper).set_index("row")
+    assert frame.loc["a", ["published", "ours"]].tolist() == ["1.500", "not measured"]
+    assert frame.loc["a (3 files skipped)", ["published", "ours"]].tolist() == ["", "1.000"]
+    assert "3 files skipped" in str(judge(table, "paper", paper)[0])
+
+
+def test_many_claims_are_corrected_by_holm(tmp_path):
+    """By hand: with two degrees of freedom p = 1 - t / sqrt(t^2 + 2), t = 17.32 and 4.763."""
+    path = tmp_path / "table-1.toml"
+    head, claim = (
+        TABLE.split("[[claim]]")[0],
+        '[[claim]]\ntext = "{0} beats c"\nmetric = "error"\nbetter = "{0}"\nthan = "c"\n',
+    )
+    path.write_text(head + claim.format("a") + claim.format("b"))
+    errors = {"a": [1.9, 2, 2.1], "b": [1.5, 1.9, 2.3], "c": [3, 3, 3]}
+    log = fill(load_table(path), tmp_path / "embedded.jsonl", errors)
+    first, second = judge(load_table(path), "embedded", log)
+    assert first.verdict == "holds" and first.p_value == pytest.approx(0.003317, abs=1e-6)
+    assert second.verdict == "holds" and second.p_value == pytest.approx(0.041357, abs=1e-5)
+    path.write_text(head + claim.format("a") + claim.format("b") + claim.format("b"))
+    assert [v.verdict for v in judge(load_table(path), "embedded", log)] == ["holds", "undecided", "undecided"]
+    assert "holds by itself, not among 3 claims (Holm)" in str(judge(load_table(path), "embedded", log)[1])
+
+
+def test_an_exact_claim_needs_no_interval(tmp_path):
+    path = tmp_path / "table-1.toml"
+    path.write_text(TABLE.replace("at_most = 1.5", "at_most = 1.5\nexact = true"))
+    table = load_table(path)
+    log = fill(table, tmp_path / "embedded.jsonl", {"a": [1.5, 1.5, 1.5], "b": [2, 2, 2], "c": [3, 3, 3]})
+    for seeds in (1, 3):
+        shorter = RunLog(tmp_path / f"{seeds}.jsonl")
+        shorter.append(*(record for record in log.records() if record["seed"] < 20 + seeds))
+        assert judge(table, "embedded", shorter)[1].verdict == "holds"
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.2, "1 s"), (8, "8 s"), (90, "1 min 30 s"), (720, "12 min"), (7500, "2 h 5 min"), (273600, "3 d 4 h")],
+)
+def test_durations_as_people_say_them(seconds, words):
+    assert duration(seconds) == words

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import rich.table
 from scipy import stats
 
 from shared_utils.logging import console
+from shared_utils.preflight import Need, unmet
 from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Claim, Table
 
@@ -30,6 +32,10 @@ class Verdict:
     low: float = float("-inf")
     high: float = float("inf")
     n_seeds: int = 0
+    remark: str = ""
+    """caveats of its runs, and what Holm's correction changed"""
+    p_value: float = 1.0
+    """two-sided, of the nearest bound"""
 
     @property
     def figures(self) -> str:
@@ -40,8 +46,8 @@ class Verdict:
         return f"{number(self.effect)}{interval}, n={self.n_seeds}"
 
     def __str__(self) -> str:
-        note = f"; {self.claim.note}" if self.claim.note else ""
-        return f"{self.verdict}: {self.figures}{note}" if self.figures else self.verdict
+        parts = "; ".join(filter(None, [self.figures, self.remark, self.claim.note]))
+        return f"{self.verdict}: {parts}" if self.figures else self.verdict
 
 
 def number(value: float) -> str:
@@ -83,11 +89,10 @@ def interval(sample: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
-    """A verdict on every claim of the table that is to be judged at this scale."""
-    found = values(table, scale, log)
-    return [
-        _verdict(table, claim, scale, found) for claim in table.claims if claim.scales is None or scale in claim.scales
-    ]
+    """A verdict on every claim of the table that is to be judged at this scale, with Holm's correction over them."""
+    found = measured(table, scale, log)
+    claims = [claim for claim in table.claims if claim.scales is None or scale in claim.scales]
+    return _holm([_judged(table, claim, scale, found) for claim in claims])
 
 
 def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
@@ -106,14 +111,15 @@ def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
     return found
 
 
-def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
-    rows = claim.named_rows
-    seeds = sorted(set.intersection(*(set(_sample(found, row, claim.metric)) for row in rows)))
+def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, dict[str, Any]]]) -> Verdict:
+    """The verdict on a claim by itself, and the p value at which it would turn undecided."""
+    by_row = {row: _sample(found, row, claim.metric) for row in claim.named_rows}
+    seeds = sorted(set.intersection(*map(set, by_row.values())))
     if not seeds:
         return Verdict(claim, scale, NOT_MEASURED)
 
     def metric(row: str) -> np.ndarray:
-        return np.array([found[row][seed][claim.metric] for seed in seeds])
+        return np.array([by_row[row][seed] for seed in seeds])
 
     low_bound, high_bound = -np.inf, np.inf
     if claim.better and claim.than:
@@ -126,39 +132,65 @@ def _verdict(table: Table, claim: Claim, scale: str, found: dict) -> Verdict:
     else:
         order = np.array([metric(row) for row in claim.rows]).T  # (seeds, rows)
         sign = 1 if claim.trend == "rises" else -1
-        effect = sign * np.array([stats.spearmanr(range(len(rows)), each).statistic for each in order])
+        effect = sign * np.array([stats.spearmanr(range(len(claim.rows)), each).statistic for each in order])
         low_bound = 0.0
     mean, half = interval(effect)
     low, high = mean - half, mean + half
     rounding = 1e-9  # a mean of equal values may differ from them in the last digit
-    strict = low > low_bound if claim.better or claim.trend else low >= low_bound - rounding
-    reached = (effect > low_bound if claim.better or claim.trend else effect >= low_bound) & (effect <= high_bound)
-    if claim.every_seed and not reached.all():
-        verdict = "fails"
-    elif strict and high <= high_bound + rounding:
-        verdict = "holds"
-    elif high < low_bound or low > high_bound or (half == 0 and not strict):
-        verdict = "fails"
+    open_below = bool(claim.better or claim.trend)
+    reached = (effect > low_bound if open_below else effect >= low_bound - rounding) & (effect <= high_bound + rounding)
+    records = [found[row][seed] for row in by_row for seed in seeds]
+    remark = "; ".join(dict.fromkeys(caveat for record in records for caveat in record.get("caveats", ())))
+    if claim.exact or half == 0 or (claim.every_seed and not reached.all()):
+        verdict, p_value = ("holds" if reached.all() else "fails"), 0.0
+        low, high = (float(effect.min()), float(effect.max())) if claim.exact else (low, high)
+    elif len(seeds) < 2:
+        verdict, p_value = "undecided", 1.0
     else:
-        verdict = "undecided"
-    return Verdict(claim, scale, verdict, mean, low, high, len(seeds))
+        inside = min(mean - low_bound, high_bound - mean)
+        verdict = "holds" if inside > 0 else "fails"
+        error = half / stats.t.ppf(0.975, len(seeds) - 1)
+        p_value = 2 * float(stats.t.sf(abs(inside) / error, len(seeds) - 1))
+    return Verdict(claim, scale, verdict, mean, low, high, len(seeds), remark, p_value)
+
+
+def _holm(alone: list[Verdict], level: float = 0.05) -> list[Verdict]:
+    """Holm's correction: a table that makes many claims decides one only where it would stand among all of them."""
+    judged = [number for number, verdict in enumerate(alone) if verdict.effect is not None]
+    corrected, decided = list(alone), True
+    for rank, number in enumerate(sorted(judged, key=lambda number: alone[number].p_value)):
+        verdict = alone[number]
+        decided = decided and verdict.p_value <= level / (len(judged) - rank)
+        if not decided:
+            by_itself = verdict.p_value <= level
+            remark = f"{verdict.verdict} by itself, not among {len(judged)} claims (Holm)" if by_itself else ""
+            remark = "; ".join(filter(None, [verdict.remark, remark]))
+            corrected[number] = replace(verdict, verdict="undecided", remark=remark)
+    return corrected
 
 
 def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | None = None) -> pd.DataFrame:
     """One line per row and metric: published, ours, yours, agreement.
 
+    Published figures are left out at a scale that is neither the paper's nor says what it is `measured_on`. Runs with
+    caveats have lines of their own, under the row's name with the caveats behind it and without a published figure.
     Agreement is "same" where common seeds give equal values (1e-6 relative), "agrees" where the 95 % intervals
     overlap, else "differs"; empty where either is missing.
     """
-    mine, other = values(table, scale, ours), values(table, scale, yours)
+    mine, other = measured(table, scale, ours), measured(table, scale, yours)
+    beside_published = scale == "paper" or (scale in table.scales and table.scales[scale].measured_on)
     lines = []
     for row in table.rows_at(scale):
-        for metric in table.metrics:
-            a, b = _sample(mine, row.name, metric), _sample(other, row.name, metric)
+        records = [*mine.get(row.name, {}).values(), *other.get(row.name, {}).values()]
+        kinds = dict.fromkeys([(), *(tuple(record.get("caveats", ())) for record in records)])
+        for caveats, metric in itertools.product(kinds, table.metrics):
+            a, b = (_sample(found, row.name, metric, caveats) for found in (mine, other))
             published, error = row.published.get(metric), row.published_error.get(metric)
+            if caveats or not beside_published:
+                published = None
             lines.append(
                 {
-                    "row": row.name,
+                    "row": f"{row.name} ({'; '.join(caveats)})" if caveats else row.name,
                     "metric": metric,
                     "published": "" if published is None else _plus_minus(published, error),
                     "ours": _cell(a),
@@ -169,9 +201,16 @@ def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | No
     return pd.DataFrame(lines, columns=["row", "metric", "published", "ours", "yours", "agreement"])
 
 
-def _sample(found: dict, row: str, metric: str) -> dict[int, float]:
-    """Values by seed; a row whose runs are another table's may lack a metric."""
-    return {seed: metrics[metric] for seed, metrics in found.get(row, {}).items() if metric in metrics}
+def _sample(
+    found: dict[str, dict[int, dict[str, Any]]], row: str, metric: str, caveats: tuple[str, ...] | None = None
+) -> dict[int, float]:
+    """Values by seed, of the runs with just these caveats; a row whose runs are another table's may lack a metric."""
+    records = {
+        seed: record
+        for seed, record in found.get(row, {}).items()
+        if caveats is None or tuple(record.get("caveats", ())) == caveats
+    }
+    return {seed: record["metrics"][metric] for seed, record in records.items() if metric in record["metrics"]}
 
 
 def _cell(sample: dict[int, float]) -> str:
@@ -198,7 +237,8 @@ def _agreement(a: dict[int, float], b: dict[int, float]) -> str:
 def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | None = None) -> None:
     """Print published | ours | yours with verdicts to stdout."""
     frame = comparison(table, scale, ours, yours)
-    shown = rich.table.Table(title=f"{table.id}: {table.title} ({table.source}; scale {scale})", show_lines=False)
+    where = "; ".join(filter(None, [table.source, f"scale {scale}", *_heads(table, scale).values()]))
+    shown = rich.table.Table(title=f"{table.id}: {table.title} ({where})", show_lines=False)
     shown.add_column("row", no_wrap=True)
     for metric in table.metrics:
         shown.add_column(f"{metric.replace('_', ' ')}\npublished | ours | yours", justify="right")
@@ -213,8 +253,35 @@ def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | N
         out.print(f"  {verdict.verdict.upper():<12} {verdict.claim.text} ({verdict})", highlight=False)
 
 
-def print_missing(tables: Sequence[Table], scale: str, rows: Sequence[str], seeds: Sequence[int], log: RunLog) -> None:
-    """Print how many runs each table lacks in a log, and the seconds they are expected to take (--dry-run).
+def _heads(table: Table, scale: str) -> dict[str, str]:
+    """What stands behind "published" and "measured" in the heads of columns."""
+    on = table.scales[scale].measured_on if scale in table.scales else ""
+    return {
+        "published": f"published: {table.published_on}" if table.published_on else "",
+        "measured": f"measured: {on}" if on else "",
+    }
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "3 d 4 h", "2 h 5 min", "12 min", "8 s"."""
+    left, parts = max(1, round(seconds if seconds < 600 else seconds / 60)), []
+    left = left if seconds < 600 else left * 60
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def print_missing(
+    tables: Sequence[Table],
+    scale: str,
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    log: RunLog,
+    needs: Callable[[dict[str, Any]], Iterable[Need]] | None = None,
+) -> None:
+    """Print how many runs each table lacks in a log, how long they may take and what they need in vain (--dry-run).
 
     Args:
         tables: those that are to be run.
@@ -222,17 +289,22 @@ def print_missing(tables: Sequence[Table], scale: str, rows: Sequence[str], seed
         rows: only these; none means all.
         seeds: instead of the tables' own; none means those.
         log: where finished runs are.
+        needs: as of `run_missing`.
     """
-    done, total = log.keys(), 0.0
-    shown = rich.table.Table("table", "missing runs", "expected seconds")
+    done, total, lacking = log.keys(), 0.0, []
+    shown = rich.table.Table("table", "missing runs", "expected time")
     for table in tables:
-        wanted = {run.key for run in table.runs(scale, rows, seeds or None) if run.table == table.id}
-        count = len(wanted - done)
-        seconds = count * (table.scales[scale].expected_seconds or 0)
+        own = [run for run in table.runs(scale, rows, seeds or None) if run.table == table.id]
+        missing = {run.key: run for run in own if run.key not in done}
+        seconds = len(missing) * (table.scales[scale].expected_seconds or 0)
         total += seconds
-        shown.add_row(table.id, str(count), f"{seconds:,.0f}")
-    shown.add_row("all", "", f"{total:,.0f}")
-    console().print(shown)
+        shown.add_row(table.id, str(len(missing)), duration(seconds) if seconds else "")
+        lacking += [need for run in missing.values() for need in needs(run.settings)] if needs else []
+    shown.add_row("all", "", duration(total) if total else "")
+    out = console()
+    out.print(shown)
+    for line in unmet(lacking):
+        out.print(f"missing: {line}", highlight=False)
 
 
 def _short(cell: str) -> str:
@@ -276,10 +348,12 @@ def _section(table: Table, scale: str, log: RunLog, command: str) -> str:
         return f"{how}\n\nNot measured.{claims}"
     frame = comparison(table, scale, log)
     frame["metric"] = frame["metric"].str.replace("_", " ")
+    heads = _heads(table, scale)
     wide = pd.DataFrame({"row": frame.row.unique()})
     for metric, lines in frame.groupby("metric", sort=False):
-        wide[f"{metric}: published"] = lines.published.replace("", "–").to_numpy()
-        wide[f"{metric}: measured"] = lines.ours.to_numpy()
+        if frame.published.any():
+            wide[f"{metric}: {heads['published'] or 'published'}"] = lines.published.replace("", "–").to_numpy()
+        wide[f"{metric}: {heads['measured'] or 'measured'}"] = lines.ours.to_numpy()
     seeds = sorted({len(each) for each in found.values()})
     count = f"{' or '.join(map(str, seeds))} seeds" if seeds else NOT_MEASURED
     return f"{how} ({count})\n\n{wide.to_markdown(index=False, disable_numparse=True)}{claims}"

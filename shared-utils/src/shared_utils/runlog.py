@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from shared_utils.logging import get_logger, progress
+from shared_utils.preflight import Need, require
 from shared_utils.tables import Run
 
 logger = get_logger(__name__)
@@ -32,11 +33,20 @@ CODE = (":/", ":(top,exclude,glob)**/results/**", ":(top,exclude)RESULTS.md", ":
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run returns: the table's metrics, further facts (integer counts), and the data it ran on."""
+    """What a run returns."""
 
     metrics: dict[str, float]
+    """the table's metrics"""
     details: dict[str, Any] = field(default_factory=dict)
+    """further facts, such as integer counts"""
     dataset: dict[str, Any] = field(default_factory=dict)
+    """name, images used (of each class where it is a subset) and checksum"""
+    weights: dict[str, str] = field(default_factory=dict)
+    """name and SHA-256 of pretrained weights"""
+    precision: str = "32-true"
+    """as Fabric names it"""
+    caveats: Sequence[str] = ()
+    """why the figures must not stand beside the paper's, such as "3 files skipped" """
 
 
 def key_of(record: dict) -> tuple:
@@ -122,6 +132,7 @@ def run_missing(
     force: bool = False,
     jobs: int = 1,
     group: Callable[[Run], Hashable] | None = None,
+    needs: Callable[[dict[str, Any]], Iterable[Need]] | None = None,
 ) -> list[dict]:
     """Execute the runs that the log lacks and append each record as soon as it is finished.
 
@@ -137,15 +148,21 @@ def run_missing(
             one where there is CUDA. With more than one, `execute` must be picklable.
         group: runs that it maps to the same value are executed in one call (models trained with stacked
             parameters); each record then holds its share of the time.
+        needs: settings to all that a run needs; what is missing for any of the runs is told before the first starts.
 
     Returns:
         The new records.
+
+    Raises:
+        Missing: what is not there, all of it.
     """
     done = set() if force else log.keys()
     units: dict[Hashable, list[Run]] = {}
     for run in {run.key: run for run in runs}.values():  # two tables may show the same run
         if run.key not in done:
             units.setdefault(group(run) if group else run.key, []).append(run)
+    if needs:
+        require(need for runs_together in units.values() for run in runs_together for need in needs(run.settings))
     source = provenance(repository, packages)
     source["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
@@ -192,6 +209,7 @@ def _measure(project: str, runs: list[Run], execute: Callable, together: bool) -
             raise ValueError(f"{run.table}, {run.row}: the run did not return {', '.join(sorted(lacking))}")
         record = {"project": project, "table": run.table, "row": run.row, "scale": run.scale, "seed": run.seed}
         record |= {"metrics": outcome.metrics, "details": outcome.details, "dataset": outcome.dataset}
+        record |= {"weights": outcome.weights, "precision": outcome.precision, "caveats": list(outcome.caveats)}
         record |= {"settings": run.settings, "settings_hash": run.key[-1], "started": started}
         records.append(record | cost)
     return records

@@ -23,6 +23,8 @@ class Scale:
     seeds: tuple[int, ...]
     expected_seconds: float | None
     settings: dict[str, Any]
+    measured_on: str = ""
+    """data and network in words, where they are not the paper's; heads the column"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Claim:
     rows: tuple[str, ...] = ()
     trend: str | None = None
     every_seed: bool = False
+    exact: bool = False
+    """counts and the like, which no seed moves: judged without an interval"""
     note: str = ""
     scales: tuple[str, ...] | None = None
 
@@ -93,6 +97,8 @@ class Table:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
     note: str = ""
+    published_on: str = ""
+    """data and network of the published figures; heads their column"""
 
     def row(self, name: str) -> Row:
         """The row of a name. ValueError where there is none."""
@@ -148,7 +154,7 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
         raw = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where}: {error}") from error
-    _known(where, "key", raw, ["title", "source", "metrics", "scale", "row", "claim", "note"])
+    _known(where, "key", raw, ["title", "source", "metrics", "scale", "row", "claim", "note", "published_on"])
     metrics = raw["metrics"]
     for name, direction in metrics.items():
         _known(where, f"direction of {name}", [direction], DIRECTIONS)
@@ -158,18 +164,19 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
     names = [row.name for row in rows]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise ValueError(f"{where}: row {sorted(repeated)[0]!r} stands there twice")
+        raise ValueError(f"{where}: row {sorted(repeated)[0]!r} is listed twice")
     claims = tuple(_claim(where, dict(body), scales, metrics, names) for body in raw.get("claim", []))
-    return Table(Path(path).stem, raw["title"], raw["source"], metrics, scales, rows, claims, raw.get("note", ""))
+    texts = raw.get("note", ""), raw.get("published_on", "")
+    return Table(Path(path).stem, raw["title"], raw["source"], metrics, scales, rows, claims, *texts)
 
 
 def _scale(where: str, name: str, body: dict, settings: list[str] | None) -> Scale:
-    seeds, seconds = body.pop("seeds", []), body.pop("expected_seconds", None)
+    seeds, seconds, on = body.pop("seeds", []), body.pop("expected_seconds", None), body.pop("measured_on", "")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"{where}: scale {name} needs a list of different seeds, got {seeds}")
     if settings is not None:
-        _known(where, "setting", body, [*settings, "seeds", "expected_seconds"])
-    return Scale(name, tuple(seeds), seconds, body)
+        _known(where, "setting", body, [*settings, "seeds", "expected_seconds", "measured_on"])
+    return Scale(name, tuple(seeds), seconds, body, on)
 
 
 def _row(path: Path, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:

@@ -1,0 +1,66 @@
+"""Look before the first step at everything that a run will need, and say all that is missing at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+
+class Missing(ValueError):
+    """What a run needs and cannot find, a line each with the remedy."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that a run needs."""
+
+    what: str
+    """such as "ImageNet-O (64 x 64 crops)" """
+    remedy: str
+    """what to do where it is missing"""
+    met: bool
+
+
+def file(path: Path | str, what: str, remedy: str) -> Need:
+    """A file or folder that must be there."""
+    return Need(f"{what} ({path})", remedy, Path(path).exists())
+
+
+def package(name: str, remedy: str) -> Need:
+    """A package that must be installed; it is not imported."""
+    return Need(f"package {name}", remedy, find_spec(name) is not None)
+
+
+def disk_space(folder: Path | str, megabytes: float) -> Need:
+    """Free space where something will be written; the folder itself may not be there yet."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**20
+    return Need(f"{megabytes:,.0f} MB free in {folder} ({free:,.0f} MB are)", "make room there", free >= megabytes)
+
+
+def device_memory(gigabytes: float) -> Need:
+    """Memory of the CUDA device, where there is one."""
+    import torch
+
+    what, remedy = f"{gigabytes:g} GB of device memory", "take a larger device or a smaller batch"
+    if not torch.cuda.is_available():
+        return Need(what, remedy, True)
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Need(f"{what} ({total:.0f} GB are there)", remedy, total >= gigabytes)
+
+
+def unmet(needs: Iterable[Need]) -> list[str]:
+    """A line for each different need that is not met."""
+    return list(dict.fromkeys(f"{need.what}: {need.remedy}" for need in needs if not need.met))
+
+
+def require(needs: Iterable[Need]) -> None:
+    """Missing, with a line for each need that is not met."""
+    lines = unmet(needs)
+    if lines:
+        raise Missing("missing:\n" + "\n".join(f"  {line}" for line in lines))

@@ -1,0 +1,198 @@
+"""`make rehearse`: each table of a project at its paper scale, end to end, on tiny archives in a temporary copy.
+
+The copy is a git repository of its own in which rehearsal.toml has made the counts of the table files small. There the
+project's own command line writes the archives, runs the tables, records the runs and draws the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.table
+import tomli_w
+
+from shared_utils.logging import console
+from shared_utils.report import NOT_MEASURED, duration, judge, values
+from shared_utils.runlog import RunLog
+from shared_utils.tables import load_tables
+
+SCALE = "paper"
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """How one table fared."""
+
+    table: str
+    seconds: float
+    problem: str = ""
+    """the first thing that went wrong"""
+    impossible: str = ""
+    """why it cannot be rehearsed"""
+
+    @property
+    def passed(self) -> bool:
+        """Each row has its figures, each claim a verdict, and the figure is drawn."""
+        return not (self.problem or self.impossible)
+
+
+def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> list[Rehearsed]:
+    """Run a project's tables at scale paper on tiny archives; nothing in the project itself is touched.
+
+    Args:
+        project: its folder, with rehearsal.toml.
+        tables: ids; none means all that have the scale.
+        debug: show tracebacks and everything that the commands print.
+    """
+    project = Path(project).resolve()
+    plan = tomllib.loads((project / "rehearsal.toml").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / project.name
+        ignored = shutil.ignore_patterns(".venv", "runs", "results", "tests", "__pycache__", ".*_cache")
+        shutil.copytree(project, copy, ignore=ignored)
+        for path in (copy / "tables").glob("*.toml"):
+            raw = tomllib.loads(path.read_text())
+            if SCALE in raw["scale"]:
+                own = plan.get("table", {}).get(path.stem, {})
+                smaller = plan.get("counts", {}) | plan.get("networks", {}) | own
+                path.write_text(tomli_w.dumps(shrunk(raw, smaller, plan.get("seeds", 1))))
+        (copy / ".gitignore").write_text("runs/\n__pycache__/\n")
+        author = ["-c", "user.name=rehearsal", "-c", "user.email=rehearsal@localhost"]
+        for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "rehearsal"]):
+            subprocess.run(["git", "-C", copy, *words], check=True)
+        sources = [str(copy / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(sources),
+            "DATA_ROOT": str(Path(folder) / "tiny archives, größer nicht"),
+        }
+        figures = sorted(path.stem for path in (project / "results" / "figures").glob("*.png"))
+        orders = {"tables": list(tables), "impossible": plan.get("impossible", {}), "figures": figures, "debug": debug}
+        words = [sys.executable, "-m", "shared_utils.rehearsal", "--inside", json.dumps(orders), str(copy)]
+        done = subprocess.run(words, env=environment, cwd=copy, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{project.name}: the rehearsal ended early: {done.stdout.strip()[-2000:]}")
+        return [Rehearsed(**each) for each in json.loads(done.stdout.splitlines()[-1])]
+
+
+def shrunk(raw: dict[str, Any], smaller: dict[str, Any], seeds: int) -> dict[str, Any]:
+    """A table file with the first seeds only, and each named setting replaced at scale paper where it is larger."""
+
+    def replaced(value: Any, name: str = "") -> Any:
+        if name in smaller:
+            new = smaller[name]
+            both_counts = isinstance(value, int | float) and isinstance(new, int | float)
+            return min(value, new) if both_counts and not isinstance(value, bool) else new
+        if isinstance(value, dict):
+            return {key: replaced(each, key) for key, each in value.items()}
+        return [replaced(each) for each in value] if isinstance(value, list) else value
+
+    paper = smaller | replaced(raw["scale"][SCALE])
+    rows = [
+        row | {part: replaced(row[part]) for part in ("run", SCALE) if part in row and "runs_of" not in row}
+        for row in raw["row"]
+    ]
+    return raw | {"row": rows, "scale": raw["scale"] | {SCALE: paper | {"seeds": paper["seeds"][:seeds]}}}
+
+
+def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
+    """In the copy, by its own command line."""
+    package = next(path.parent.name for path in (copy / "src").glob("*/cli.py"))
+    cli = importlib.import_module(f"{package}.cli")
+    if not Path(cli.__file__ or "").is_relative_to(copy):
+        raise RuntimeError(f"{package} was imported from {cli.__file__}, not from the copy")
+
+    def call(*words: str) -> str:
+        """Why the command failed; empty where it did not."""
+        sys.argv = [package, *words, *(["--debug"] if orders["debug"] else [])]
+        shown = io.StringIO()
+        try:
+            with contextlib.ExitStack() as stack:
+                if orders["debug"]:
+                    stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+                else:
+                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                    stack.enter_context(contextlib.redirect_stderr(shown))
+                cli.main()
+        except SystemExit as end:
+            if end.code:
+                return f"`{' '.join(words)}` ended with {end.code}: {' '.join(shown.getvalue().split())[-500:]}"
+        return ""
+
+    problem = call("data", "--tiny", os.environ["DATA_ROOT"])
+    if problem:
+        raise RuntimeError(problem)
+    known = [table for table in load_tables(copy / "tables") if SCALE in table.scales]
+    chosen = [table for table in known if not orders["tables"] or table.id in orders["tables"]]
+    jobs = ["--jobs", "1"] if "jobs" in cli.Run.__dataclass_fields__ else []
+    seconds, problems = {}, {}
+    for table in chosen:
+        begin = time.perf_counter()
+        if table.id not in orders["impossible"]:
+            problems[table.id] = call("run", table.id, "--scale", SCALE, *jobs)
+        seconds[table.id] = round(time.perf_counter() - begin, 1)
+    closing = call("record") or call("tables")
+    drawn = set(getattr(importlib.import_module(f"{package}.figures"), "DRAW", ())) | set(orders["figures"])
+    log = RunLog(copy / "results" / f"{SCALE}.jsonl")
+    found = []
+    for table in chosen:
+        if table.id in orders["impossible"]:
+            found.append(Rehearsed(table.id, 0.0, impossible=orders["impossible"][table.id]))
+            continue
+        problem = problems[table.id] or closing or _lacking(table, log)
+        if not problem and table.id in drawn and not (copy / "results" / "figures" / f"{table.id}.png").exists():
+            problem = "its figure was not drawn"
+        found.append(Rehearsed(table.id, seconds[table.id], problem))
+    return found
+
+
+def _lacking(table: Any, log: RunLog) -> str:
+    """The first figure or verdict that is missing."""
+    measured = values(table, SCALE, log)
+    for row in table.rows_at(SCALE):
+        if row.name not in measured:
+            return f"row {row.name!r} has no record"
+        for metric in set(table.metrics) & set((row.home or table).metrics):
+            if not all(math.isfinite(metrics.get(metric, math.nan)) for metrics in measured[row.name].values()):
+                return f"row {row.name!r} has no finite {metric}"
+    without = [verdict.claim.text for verdict in judge(table, SCALE, log) if verdict.verdict == NOT_MEASURED]
+    return f"no verdict on {without[0]!r}" if without else ""
+
+
+def main() -> None:
+    """0: all passed, 1: not all did."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("project", type=Path, help="folder of the project")
+    parser.add_argument("tables", nargs="*", help="ids; none means all")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and all output")
+    parser.add_argument("--inside", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside is not None:
+        print(json.dumps([asdict(each) for each in _inside(options.project, options.inside)]))
+        return
+    found = rehearse(options.project, options.tables, options.debug)
+    shown = rich.table.Table("table", "time", "rehearsed", title=options.project.resolve().name)
+    for each in found:
+        word = "passed" if each.passed else f"impossible: {each.impossible}" if each.impossible else each.problem
+        shown.add_row(each.table, duration(each.seconds), word)
+    console().print(shown)
+    sys.exit(int(any(each.problem for each in found)))
+
+
+if __name__ == "__main__":
+    main()
