@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
+from wsol_eval.scenes import make_split
 
 from wsol_eval import protocol, train
 from wsol_eval.data import SceneSource
 from wsol_eval.recipe import Recipe
-from wsol_eval.scenes import make_split
 
 RECIPE = Recipe(arch="small", method="cutmix", feature_map=8, lr=0.02, epochs=2, lr_decay_frequency=2, batch_size=16)
 

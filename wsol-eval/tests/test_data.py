@@ -7,12 +7,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
+from wsol_eval.scenes import make_split
 
 from wsol_eval import Metadata, ScoreMaps, WSOLDataset, read_metadata, write_metadata
 from wsol_eval.data import CROP, FolderSource, epoch_batches, num_batches
 from wsol_eval.evaluate import evaluate_center, score_maps
 from wsol_eval.metadata import build_metadata, verify
-from wsol_eval.scenes import make_split
 
 CLASSES = ("crow", "duck", "hen")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from test_train import RECIPE, run
+from wsol_eval.scenes import make_split
 
 from wsol_eval import conformance, experiments, protocol
 from wsol_eval.data import SceneSource
 from wsol_eval.experiments import Settings, execute
 from wsol_eval.protocol import Ledger, draw, report_once, search, search_fsl, split_fullsup
-from wsol_eval.scenes import make_split
 from wsol_eval.train import fit, make_fabric
 
 TINY = {"trials": 2, "interval": 0.1, "epochs": 1, "batch_size": 50, "lr_classifier_ratio": 1.0, "fsl_epochs": 2}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from wsol_eval.scenes import make_split
 
 from wsol_eval.data import SceneSource
 from wsol_eval.evaluate import Evaluator, evaluate
@@ -19,7 +20,6 @@ from wsol_eval.methods.cutmix import mix
 from wsol_eval.methods.has import hide_patches
 from wsol_eval.models import METHODS, build_model
 from wsol_eval.recipe import Recipe
-from wsol_eval.scenes import make_split
 from wsol_eval.train import Diverged, fit, load_trained, make_fabric
 
 HERE = Path(__file__).parent

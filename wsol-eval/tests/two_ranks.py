@@ -4,11 +4,11 @@ import json
 import sys
 
 import torch
+from wsol_eval.scenes import make_split
 
 from wsol_eval.data import SceneSource
 from wsol_eval.evaluate import evaluate
 from wsol_eval.recipe import Recipe
-from wsol_eval.scenes import make_split
 from wsol_eval.train import fit, make_fabric
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from shared_utils.images import read_image
 
 SIDE, CLASSES = 32, 10
 
@@ -62,7 +64,7 @@ PARTS = {"train": 1, "val": 2, "test": 3}
 MNIST_REMEDY = "torchvision.datasets.MNIST(DATA_ROOT, download=True) puts it there"
 CIFAR_REMEDY = "an archive of train/<class>/*.jpg and test/<class>/*.jpg is expected"
 ARCHIVE = "cifar10-imagefolder.zip"
-HELD_OUT = 10_000  # of MNIST's training digits, and a fifth of CIFAR-10's training photographs: val's
+KEPT = 0.8  # of the training digits and photographs; the others are val's
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _paste(background: np.ndarray, digit: np.ndarray, rng: np.random.Generator) 
     return image, (alpha > 0.5).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _photograph(number: int) -> np.ndarray:
     package, path = PHOTOGRAPHS[number]
     with Image.open(io.BytesIO(files(package).joinpath(path).read_bytes())) as image:
@@ -140,7 +142,7 @@ def _patch(split: str, number: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(crop, np.float64)[:, :: 1 if rng.random() < 0.5 else -1] / 255
 
 
-@lru_cache(maxsize=None)
+@cache
 def _written(split: str) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
@@ -148,7 +150,13 @@ def _written(split: str) -> tuple[np.ndarray, np.ndarray]:
     return (bunch.images[begin:end] * 255 / 16).astype(np.uint8), bunch.target[begin:end]
 
 
-@lru_cache(maxsize=None)
+def _part(count: int, split: str) -> slice:
+    """Train and val share the training files of a set, test has its own."""
+    kept = round(KEPT * count)
+    return {"train": slice(0, kept), "val": slice(kept, count), "test": slice(0, count)}[split]
+
+
+@cache
 def _mnist(data_root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     from torchvision.datasets import MNIST
 
@@ -156,11 +164,11 @@ def _mnist(data_root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         stored = MNIST(data_root, train=split != "test")
     except RuntimeError as error:
         raise FileNotFoundError(f"{data_root / 'MNIST' / 'raw'}: no MNIST; {MNIST_REMEDY}") from error
-    part = {"train": slice(None, -HELD_OUT), "val": slice(-HELD_OUT, None), "test": slice(None)}[split]
+    part = _part(len(stored.data), split)
     return stored.data[part].numpy(), stored.targets[part].numpy()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cifar_names(archive: Path, split: str) -> list[list[str]]:
     """Names of the photographs of each class, the classes in alphabetical order."""
     if not archive.is_file():
@@ -171,8 +179,7 @@ def _cifar_names(archive: Path, split: str) -> list[list[str]]:
     grouped: dict[str, list[str]] = {}
     for name in names:
         grouped.setdefault(name.split("/")[1], []).append(name)
-    share = {"train": (0, 0.8), "val": (0.8, 1), "test": (0, 1)}[split]
-    return [each[slice(*(round(part * len(each)) for part in share))] for _, each in sorted(grouped.items())]
+    return [each[_part(len(each), split)] for _, each in sorted(grouped.items())]
 
 
 def _cifar(data_root: Path, split: str, number: int, rng: np.random.Generator) -> np.ndarray:

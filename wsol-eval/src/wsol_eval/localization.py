@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wsol_eval.boxes import check_boxes
+from wsol_eval.scoremaps import Maps, as_maps
 from wsol_eval.streaming import Streaming
 from wsol_eval.sweep import Contours, Convention, at_thresholds, check_maps, level_iou, thresholds
 
@@ -144,7 +145,7 @@ class BoxLocalization(Streaming):
 
     def update(
         self,
-        score_maps: np.ndarray | Tensor | Sequence[np.ndarray],
+        score_maps: Maps,
         boxes: Sequence[np.ndarray],
         class_correct: Sequence[bool] | np.ndarray | Tensor | None = None,
         class_correct_top5: Sequence[bool] | np.ndarray | Tensor | None = None,
@@ -154,8 +155,7 @@ class BoxLocalization(Streaming):
         """Add images.
 
         Args:
-            score_maps: (N, H, W) floating in [0, 1] or uint8 levels, on any device; with resolution "native" also a
-                sequence of N maps of different sizes.
+            score_maps: (N, H, W) floating in [0, 1] or uint8 levels, on any device, or as `as_maps` takes them.
             boxes: N arrays (k, 4) of ground truth x0, y0, x1, y1 in pixels of the map (see `resize_boxes`).
             class_correct: N booleans, the predicted class is right.
             class_correct_top5: N booleans, the right class is among the first five.
@@ -242,20 +242,18 @@ class BoxLocalization(Streaming):
         options = {"iou_thresholds": list(self.iou_thresholds), "thresholds": len(self.taus), "contours": self.contours}
         return options | {"box_convention": self.box_convention, "keep_images": self.keep_images}
 
-    def _levels(self, maps: np.ndarray | Tensor | Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _levels(self, maps: Maps) -> list[np.ndarray]:
         """Stacks (n, H, W) of uint8 maps; ValueError for a wrong shape."""
-        if isinstance(maps, Sequence) and not isinstance(maps, str) and self.resolution == "native":
-            return [check_maps(each[None]) for each in maps]
-        grey = check_maps(maps)  # type: ignore[arg-type]  # refuses a sequence
-        if grey.ndim != 3 or 0 in grey.shape[1:]:
-            raise ValueError(f"score_maps: shape (N, H, W) was expected, got {grey.shape}")
-        if self.resolution != "native" and self.resolution != grey.shape[1:]:
-            height, width = self.resolution
-            raise ValueError(
-                f"score_maps: maps of {height} x {width} were expected, got {grey.shape[1]} x {grey.shape[2]}; "
-                "resize them (wsol_eval.resize_normalize)"
-            )
-        return [grey]
+        given = as_maps(maps)
+        grey = [check_maps(given)] if isinstance(given, Tensor) else [check_maps(each[None]) for each in given]
+        for each in grey:
+            if self.resolution != "native" and self.resolution != each.shape[1:]:
+                height, width = self.resolution
+                raise ValueError(
+                    f"score_maps: maps of {height} x {width} were expected, got {each.shape[1]} x {each.shape[2]}; "
+                    "resize them (wsol_eval.resize_normalize)"
+                )
+        return grey
 
     def _remember(self, ids: list[str] | None, count: int, flags: list[np.ndarray | None]) -> None:
         """Count the images, after checking that ids and flags go on as they began."""

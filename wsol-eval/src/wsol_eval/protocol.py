@@ -38,7 +38,7 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     Learning rate and map size of a trial number are the same for every method; the rest is the method's own.
 
     Args:
-        space: "paper" (appendix table 5; drop area is the share of the image that a hidden patch has), or "scenes".
+        space: "paper" (appendix table 5; drop area: share of the image that a hidden patch has), or "photographs".
         method: see `build_model`.
         seed: of the search.
         trial: number, from 0.
@@ -48,8 +48,8 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     if space == "paper":
         found = {"lr": _log_uniform(shared, 1e-5, 1.0), "feature_map": int(shared.choice([14, 28]))}
         return found | _paper_space(method, own)
-    found = {"lr": _log_uniform(shared, 0.01, 0.06), "feature_map": int(shared.choice([4, 8]))}
-    return found | _scenes_space(method, own)
+    found = {"lr": _log_uniform(shared, 0.02, 0.1), "feature_map": int(shared.choice([4, 8]))}
+    return found | _photographs_space(method, own)
 
 
 def _paper_space(method: str, rng: np.random.Generator) -> Hyperparameters:
@@ -67,7 +67,7 @@ def _paper_space(method: str, rng: np.random.Generator) -> Hyperparameters:
     return {}
 
 
-def _scenes_space(method: str, rng: np.random.Generator) -> Hyperparameters:
+def _photographs_space(method: str, rng: np.random.Generator) -> Hyperparameters:
     match method:
         case "fsl":
             return {"lr": float(rng.choice([0.02, 0.05, 0.1])), "feature_map": 8}
@@ -239,6 +239,7 @@ def search_fsl(
     criterion: str = "max_box_acc_v2",
     interval: float = 0.001,
     validation: FslValidation = "split",
+    compile_model: bool = False,
 ) -> tuple[Search, WSOLNetwork]:
     """The FSL baseline: fitted on the very images that the other methods are chosen with.
 
@@ -252,24 +253,31 @@ def search_fsl(
         fitted, judged = val.subset(kept), val.subset(held_out)
 
     def train(recipe: Recipe, trial: int) -> WSOLNetwork:
-        return fit(recipe, fitted, seed, fabric)
+        return fit(recipe, fitted, seed, fabric, compile_model=compile_model)
 
     found = search(base, space, trials, seed, train, judged, fabric, ledger, criterion, interval)
     ledger.add("trial", method="fsl refit", seed=seed, trial=found.best, uses=1, images=len(val))
-    return found, fit(found.recipe, val, seed, fabric)
+    return found, fit(found.recipe, val, seed, fabric, compile_model=compile_model)
 
 
 def report_once(
-    name: str, network: WSOLNetwork, test: Source, fabric: Fabric, ledger: Ledger, interval: float
+    name: str, network: WSOLNetwork, test: Source, fabric: Fabric, ledger: Ledger, interval: float, skipped: int = 0
 ) -> tuple[Report, dict]:
-    """The final report on test, and its entry in the ledger. RuntimeError if there is one of this name already."""
+    """The final report on test, and its entry in the ledger. RuntimeError if there is one of this name already.
+
+    `skipped`: broken files left out in training; those of test are added.
+    """
     known = ledger.find("test", name=name)
     if known:
         raise RuntimeError(
             f"test was reported already for {name}: {known[0]['metrics']}; a second look breaks the protocol"
         )
     report = evaluate(network, test, fabric, interval)
-    return report, ledger.add("test", name=name, images=len(test), metrics=report.metrics(), details=report.details())
+    skipped += len(test.skipped)
+    facts = {"images": report.n, "metrics": report.metrics(), "details": report.details()}
+    return report, ledger.add(
+        "test", name=name, precision=fabric.strategy.precision.precision, skipped=skipped, **facts
+    )
 
 
 def criterion_of(criterion: str, val: Source) -> str:
@@ -293,6 +301,7 @@ def run_in_folder(
     criterion: str = "auto",
     interval: float = 0.001,
     fsl_validation: FslValidation = "split",
+    compile_model: bool = False,
 ) -> tuple[Search, dict[str, Any], Ledger]:
     """The whole protocol of one method, to be killed and started again at will.
 
@@ -311,6 +320,7 @@ def run_in_folder(
         criterion: what a trial is judged by, see `criterion_of`.
         interval: step between thresholds.
         fsl_validation: see `search_fsl`.
+        compile_model: torch.compile the networks for training.
 
     Returns:
         The search, the ledger's entry of the report on test, and the ledger.
@@ -327,7 +337,7 @@ def run_in_folder(
         return folder / f"{name}-{ledger.key}-{trial}.pt"
 
     if base.method == "fsl":
-        options = (sources["val"], fabric, ledger, criterion, interval, fsl_validation)
+        options = (sources["val"], fabric, ledger, criterion, interval, fsl_validation, compile_model)
         found, network = search_fsl(base, space, trials, seed, *options)
     else:
         proxy = sources.get("proxy") if space != "fixed" else None
@@ -338,14 +348,16 @@ def run_in_folder(
             for entry in known:
                 if entry is not best:
                     path(entry["trial"]).unlink(missing_ok=True)
-            return fit(recipe, proxy or sources["train"], seed, fabric, checkpoint=path(trial))
+            return fit(recipe, proxy or sources["train"], seed, fabric, path(trial), compile_model=compile_model)
 
         found = search(base, space, trials, seed, train, sources["val"], fabric, ledger, criterion, interval)
         if proxy:
-            network = fit(found.recipe, sources["train"], seed, fabric, checkpoint=path("retrained"))
+            whole = (found.recipe, sources["train"], seed, fabric, path("retrained"))
+            network = fit(*whole, compile_model=compile_model)
         else:
             network, _ = load_trained(path(found.best), sources["train"].num_classes)
     known = ledger.find("test", name=name)
     if not known:
-        known = [report_once(name, network, sources["test"], fabric, ledger, interval)[1]]
+        skipped = sum(len(source.skipped) for split, source in sources.items() if split != "test")
+        known = [report_once(name, network, sources["test"], fabric, ledger, interval, skipped)[1]]
     return found, known[0], ledger

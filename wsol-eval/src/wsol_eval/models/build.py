@@ -76,9 +76,7 @@ def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
     if arch not in PRETRAINED:
         raise ValueError(f"pretrained: {arch} has no pretrained weights")
     if pretrained == "imagenet":
-        import torchvision.models
-
-        state = getattr(torchvision.models, PRETRAINED[arch]).IMAGENET1K_V1.get_state_dict(check_hash=True)
+        state = _downloaded(arch)
     elif not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such file; torchvision's {PRETRAINED[arch]} state dict is expected")
     else:
@@ -92,3 +90,21 @@ def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
     if unexpected or not renamed:
         reason = f"unexpected {unexpected[0]}" if unexpected else "none of its names"
         raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({reason})")
+
+
+def _downloaded(arch: str) -> dict:
+    import torchvision.models
+
+    return getattr(torchvision.models, PRETRAINED[arch]).IMAGENET1K_V1.get_state_dict(check_hash=True)
+
+
+def save_weights(arch: str, path: Path) -> Path:
+    """Torchvision's ImageNet weights as a file, written whole or not at all; one that is there is kept."""
+    if arch not in PRETRAINED:
+        raise ValueError(f"arch: one of {', '.join(PRETRAINED)} was expected, got {arch!r}")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(_downloaded(arch), partial)
+        partial.replace(path)
+    return path
