@@ -29,7 +29,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
             "",
             "BSD, CC0, CC-BY",
             "yes",
-            "in scikit-learn and scikit-image",
+            "scikit-learn, scikit-image",
             "",
         ),
         ("CUBV2 boxes (sample)", "embedded", "0.2 MB", "CC-BY-2.0", "yes", "inside the package", ""),

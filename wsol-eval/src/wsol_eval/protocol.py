@@ -48,7 +48,7 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     if space == "paper":
         found = {"lr": _log_uniform(shared, 1e-5, 1.0), "feature_map": int(shared.choice([14, 28]))}
         return found | _paper_space(method, own)
-    found = {"lr": _log_uniform(shared, 0.02, 0.1), "feature_map": int(shared.choice([4, 8]))}
+    found = {"lr": _log_uniform(shared, 0.01, 0.05), "feature_map": int(shared.choice([4, 8]))}
     return found | _photographs_space(method, own)
 
 
@@ -70,7 +70,7 @@ def _paper_space(method: str, rng: np.random.Generator) -> Hyperparameters:
 def _photographs_space(method: str, rng: np.random.Generator) -> Hyperparameters:
     match method:
         case "fsl":
-            return {"lr": float(rng.choice([0.02, 0.05, 0.1])), "feature_map": 8}
+            return {"lr": float(rng.choice([0.01, 0.03, 0.1])), "feature_map": 8}
         case "has":
             return {"has_drop_rate": rng.uniform(0, 0.6), "has_grid_size": int(rng.choice([4, 8]))}
         case "acol":

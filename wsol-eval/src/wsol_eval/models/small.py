@@ -13,9 +13,9 @@ from wsol_eval.models.network import WSOLNetwork
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """Convolution, normalisation that does not depend on the batch, ReLU."""
+    """Convolution, batch normalisation, ReLU."""
     convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.GroupNorm(8, outputs), nn.ReLU())
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def small(method: str, num_classes: int, size: int, hp: dict) -> WSOLNetwork:
