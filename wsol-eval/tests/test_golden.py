@@ -21,9 +21,9 @@ from wsol_eval import (
     resize_boxes,
     resize_normalize,
 )
+from wsol_eval.center import center_on_boxes
 from wsol_eval.conformance import FIXTURES
 from wsol_eval.data import load_mask
-from wsol_eval.experiments import center_on_boxes
 from wsol_eval.methods import acol, adl, attention, cutmix, spg
 from wsol_eval.models import build_model
 from wsol_eval.pixels import bin_edges, score_histogram

@@ -139,6 +139,9 @@ def fit(
         if checkpoint:
             _save(checkpoint, run, epoch, step, network, optimizer, fabric)
             logger.info("epoch %d of %d: loss of the last batch %.4f", epoch, recipe.epochs, loss.item())
+    if fabric.world_size > 1:
+        for buffer in network.buffers():  # statistics of batch normalisation, which each rank gathers by itself
+            torch.distributed.broadcast(buffer, 0)
     return network.eval()
 
 
