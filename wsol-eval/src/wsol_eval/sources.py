@@ -83,7 +83,7 @@ def needs_of(on: OnData, splits: tuple[str, ...] = SPLITS) -> Iterator[Need]:
         what, there = f"metadata of {on.dataset}, {split} ({folder})", (folder / "image_ids.txt").is_file()
         yield Need(what, METADATA_REMEDY, there)
         if there:
-            source = source_of(on, split)
+            source = source_of(replace(on, cache=None), split)
             assert isinstance(source, FolderSource)
             yield _files(source.dataset, f"{on.dataset}, {split}")
 
