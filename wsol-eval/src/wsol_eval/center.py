@@ -26,12 +26,13 @@ def center_outcome(dataset: str, split: str, data_root: Path, sigma: float, inte
     folder = FIXTURES / "CUBV2" if dataset == "cubv2-sample" else data_root / "metadata" / dataset / split
     metadata = read_metadata(folder)
     both = center_on_boxes(metadata, sigma, interval)
-    metrics = Report(both["all"], both["largest"], None, None, None, both["all"].n).metrics()
+    report = Report(both["all"], both["largest"], None, None, None, both["all"].n)
+    metrics = report.metrics()
     first = replace(metadata, boxes={name: each[:1] for name, each in metadata.boxes.items()})
     metrics["max_box_acc_first_box"] = center_on_boxes(first, sigma, interval, ("largest",))["largest"].max_box_acc[0.5]
     counts, boxes = {split: both["all"].n}, file_checksum(folder / "localization.txt")
     facts = {"name": dataset, "split": split, "images": counts, "checksum": boxes}
-    return Outcome(metrics, {}, facts, caveats=smaller_than_the_papers(dataset, counts))
+    return Outcome(metrics, report.details(), facts, caveats=smaller_than_the_papers(dataset, counts))
 
 
 def center_on_boxes(
