@@ -8,11 +8,15 @@ import torch
 from lightning.fabric import Fabric
 from PIL import Image
 
+from shared_utils.images import BrokenFile
 from wsol_eval import Metadata, ScoreMaps, WSOLDataset, read_metadata, write_metadata
+from wsol_eval.build import build_metadata
+from wsol_eval.conformance import FIXTURES
+from wsol_eval.cutouts import make_split
 from wsol_eval.data import CROP, FolderSource, epoch_batches, num_batches
-from wsol_eval.evaluate import evaluate_center, score_maps
-from wsol_eval.metadata import build_metadata, verify
-from wsol_eval.scenes import make_split
+from wsol_eval.evaluate import evaluate_center
+from wsol_eval.storedmaps import Scoring, score_maps
+from wsol_eval.verify import verify
 
 CLASSES = ("crow", "duck", "hen")
 
@@ -82,8 +86,9 @@ def test_sample_is_fixed_by_its_own_seed(birds):
     np.random.seed(2)
     assert metadata.sample(2, seed=5) == one and len(one) == 6
     assert metadata.sample(2, seed=6) != one
-    with pytest.raises(ValueError, match="class 0 has 4 images, 5 were asked for"):
-        metadata.sample(5)
+    assert metadata.sample(5) == metadata.image_ids  # a class with fewer gives all it has
+    cubv2 = read_metadata(FIXTURES / "CUBV2")
+    assert len(cubv2.sample(5)) == 998 and len(cubv2.sample(6)) == 1000
 
 
 @pytest.mark.parametrize(
@@ -116,16 +121,16 @@ def test_verify_and_build(birds, tmp_path):
         metadata.image_sizes | {first: (5, 5)}, metadata.boxes | {second: np.array([[0, 0, 500, 5]])},
     )  # fmt: skip
     problems = verify(wrong, birds)
-    assert any("gone.png: no such file" in line for line in problems)
+    assert any("gone.png: no such image" in line for line in problems)
     assert any(first in line and "(5, 5)" in line for line in problems)
     assert any(second in line and "outside the image" in line for line in problems)
     lines = [f"{name[4:]},{','.join(map(str, box[0]))}" for name, box in metadata.boxes.items()]
     (tmp_path / "boxes.csv").write_text("\n".join(lines))
-    built = build_metadata(birds / "val", tmp_path / "boxes.csv")
+    built = build_metadata(birds / "val", tmp_path / "boxes.csv")[""]
     assert built.num_classes == 3 and built.image_sizes == {k[4:]: v for k, v in metadata.image_sizes.items()}
     xywh = [f"{name[4:]},{b[0]},{b[1]},{b[2] - b[0] + 1},{b[3] - b[1] + 1}" for name, (b,) in metadata.boxes.items()]
     (tmp_path / "xywh.csv").write_text("\n".join(xywh))
-    again = build_metadata(birds / "val", tmp_path / "xywh.csv", "xywh")
+    again = build_metadata(birds / "val", tmp_path / "xywh.csv", "xywh")[""]
     assert all((again.boxes[name] == built.boxes[name]).all() for name in built.image_ids)
     (tmp_path / "odd.csv").write_text("crow/none.png,0,0,1,1")
     with pytest.raises(ValueError, match="none.png' is no image"):
@@ -174,12 +179,13 @@ def test_broken_image_is_named_or_left_out(birds, fabric, tmp_path, caplog):
     root = make_set(tmp_path, per_class=2)
     broken = read_metadata(root / "metadata" / "val").image_ids[1]
     (root / broken).write_bytes((root / broken).read_bytes()[:60])
-    with pytest.raises(ValueError, match="1.png: the image cannot be read"):
+    with pytest.raises(BrokenFile, match="1.png: "):
         list(source(root).evaluation(4, fabric))
-    left = [name for batch in source(root, skip_broken=True).evaluation(4, fabric) for name in batch.image_ids]
-    assert len(left) == 5 and broken not in left
+    lenient = source(root, skip_broken=True)
+    left = [name for batch in lenient.evaluation(4, fabric) for name in batch.image_ids]
+    assert len(left) == 5 and broken not in left and len(lenient.skipped) == 1
     (root / broken).unlink()
-    with pytest.raises(FileNotFoundError, match="data verify"):
+    with pytest.raises(BrokenFile, match="data verify"):
         list(source(root).evaluation(4, fabric))
 
 
@@ -240,24 +246,37 @@ def test_stored_maps_are_measured_as_in_memory(birds, tmp_path):
     metadata = read_metadata(birds / "metadata" / "val")
     maps = torch.rand(12, CROP, CROP)
     ScoreMaps(tmp_path / "m", "float64").write(metadata.image_ids, maps)
-    report = score_maps(ScoreMaps(tmp_path / "m"), metadata, interval=0.05)
-    native = score_maps(ScoreMaps(tmp_path / "m"), metadata, interval=0.05, native=True)
-    assert report.n == 12 and native.metrics() == report.metrics()
+    report = score_maps(ScoreMaps(tmp_path / "m"), metadata, Scoring(0.05))
+    assert report.n == 12
+    with pytest.raises(ValueError, match="a native map has its image's size, .*got 224 x 224; pass --resize"):
+        score_maps(ScoreMaps(tmp_path / "m"), metadata, Scoring(0.05, fit="native"))
     small = {name: torch.rand(1, *metadata.image_sizes[name][::-1]) for name in metadata.image_ids}
     for name, each in small.items():
         ScoreMaps(tmp_path / "n").write([name], each)
     with pytest.raises(ValueError, match="a map of 224 x 224 was expected"):
         score_maps(ScoreMaps(tmp_path / "n"), metadata)
-    assert score_maps(ScoreMaps(tmp_path / "n"), metadata, native=True, interval=0.05).n == 12
+    for fit in ("native", "resize"):
+        assert score_maps(ScoreMaps(tmp_path / "n"), metadata, Scoring(0.05, fit=fit)).n == 12
 
 
-def test_scenes_are_fixed_by_their_seed_and_boxes_fit():
-    scenes = make_split("test", 16, seed=3)
-    longer = make_split("test", 24, seed=3)
-    assert torch.equal(scenes.images, longer.images[:16]) and torch.equal(scenes.labels, longer.labels[:16])
-    assert not torch.equal(scenes.images, make_split("val", 16, seed=3).images)
-    assert not torch.equal(scenes.images, make_split("test", 16, seed=3, ill_posed=True).images)
-    for mask, boxes in zip(scenes.masks, scenes.boxes, strict=True):
+def test_cutouts_are_fixed_by_their_seed_and_boxes_fit():
+    digits, longer = make_split("test", 20, 3), make_split("test", 30, 3)
+    assert torch.equal(digits.images, longer.images[:20]) and torch.equal(digits.labels, longer.labels[:20])
+    assert not torch.equal(digits.images, make_split("val", 20, 3).images)
+    for mask, boxes in zip(digits.masks, digits.boxes, strict=True):
         x0, y0, x1, y1 = boxes[0]
         assert mask.sum() == mask[y0 : y1 + 1, x0 : x1 + 1].sum()
         assert mask[y0].any() and mask[y1].any() and mask[:, x0].any() and mask[:, x1].any()
+
+
+def test_only_the_telling_background_tells_the_class():
+    """A nearest-mean classifier on pixels away from the digit: chance, or far above it."""
+    right = {}
+    for dataset in ("photographs", "photographs-telling"):
+        train, test = make_split("train", 400, 3, dataset), make_split("test", 200, 3, dataset)
+        border = torch.ones(32, 32, dtype=torch.bool)
+        border[3:-3, 3:-3] = False
+        a, b = (each.images[:, :, border].sort(-1).values.flatten(1) for each in (train, test))
+        means = torch.stack([a[train.labels == label].mean(0) for label in range(10)])
+        right[dataset] = (torch.cdist(b, means).argmin(1) == test.labels).float().mean().item()
+    assert right["photographs"] < 0.2 < 0.4 < right["photographs-telling"]

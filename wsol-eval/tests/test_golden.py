@@ -21,9 +21,9 @@ from wsol_eval import (
     resize_boxes,
     resize_normalize,
 )
+from wsol_eval.center import center_on_boxes
 from wsol_eval.conformance import FIXTURES
 from wsol_eval.data import load_mask
-from wsol_eval.experiments import center_on_boxes
 from wsol_eval.methods import acol, adl, attention, cutmix, spg
 from wsol_eval.models import build_model
 from wsol_eval.pixels import bin_edges, score_histogram
@@ -71,7 +71,8 @@ def test_boxes_of_every_map(boxes):
 def test_accuracy_curves(boxes, contours, interval, workers):
     metric = BoxLocalization(contours=contours, cam_curve_interval=interval, resolution="native", workers=workers)
     for i, name in enumerate(boxes["names"]):
-        metric.update([score_map(boxes, i)], [boxes[f"gt_{i:02d}"]], image_ids=[name])
+        each = score_map(boxes, i)
+        metric.update([each], [boxes[f"gt_{i:02d}"]], image_ids=[name], image_sizes=[each.shape[::-1]])
     result = metric.compute()
     key = f"{MODES[contours]}_{str(interval)[2:]}"
     np.testing.assert_allclose(result.curve, boxes[f"box_acc_curve_{key}"], atol=1e-12)

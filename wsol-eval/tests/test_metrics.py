@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsol_eval import BoxLocalization, PixelAP, best_iou_per_threshold, bootstrap, paired
+from wsol_eval import BoxLocalization, PixelAP, best_iou_per_threshold, bootstrap, paired, resize_normalize
 from wsol_eval.bench import make_maps
 
 N = 24
@@ -99,8 +99,66 @@ def test_localisation_with_the_right_class(split):
 def test_native_maps_of_many_sizes():
     metric = BoxLocalization(resolution="native", cam_curve_interval=0.1)
     maps = [np.pad(np.ones((3, 3)), ((2, h), (2, w))) for h, w in ((5, 1), (2, 9))]
-    metric.update(maps, [np.array([[2, 2, 5, 5]])] * 2)
+    sizes = [each.shape[::-1] for each in maps]
+    metric.update(maps, [np.array([[2, 2, 5, 5]])] * 2, image_sizes=sizes)
     assert metric.compute().max_box_acc == {0.3: 100, 0.5: 100, 0.7: 100}
+
+
+def test_a_low_resolution_map_is_no_native_map():
+    metric = BoxLocalization(resolution="native", cam_curve_interval=0.1)
+    with pytest.raises(ValueError, match="native map has its image's size, 500 x 375 pixels, got 14 x 14"):
+        metric.update([np.zeros((14, 14))], BOX, image_sizes=[(500, 375)])
+    with pytest.raises(ValueError, match="image_sizes: resolution='native' needs"):
+        metric.update([np.zeros((14, 14))], BOX)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 2.5])
+def test_a_constant_map_becomes_zero(value):
+    assert resize_normalize(torch.full((2, 14, 14), value)).abs().max() == 0
+
+
+def test_maps_are_taken_as_tools_give_them(split):
+    maps, boxes, _ = split
+    wanted = added(split).compute().curve
+    tensors = torch.from_numpy(maps)
+    for given in (tensors[:, None].requires_grad_(), [*maps], [each[None] for each in tensors], list(tensors)):
+        metric = BoxLocalization(cam_curve_interval=0.02)
+        metric.update(given, boxes)
+        np.testing.assert_array_equal(metric.compute().curve, wanted)
+    one = BoxLocalization(cam_curve_interval=0.02)
+    one.update(maps[0], boxes[:1])
+    assert one.compute().n == 1
+    sizes = [np.random.default_rng(0).random(shape) for shape in ((7, 7), (1, 14, 9))]
+    assert resize_normalize(sizes, 32).shape == (2, 32, 32)
+
+
+def test_the_bootstrap_is_paired(split):
+    """Two methods that err on the same images: their difference is known far better than either."""
+    maps, boxes, ids = split
+    ours, theirs = added(split, keep_images=True).compute(), BoxLocalization(cam_curve_interval=0.02, keep_images=True)
+    shifted = maps.copy()
+    shifted[0] = np.roll(shifted[0], 60, 1)
+    theirs.update(shifted, boxes, image_ids=ids)
+    difference, alone = paired(ours, theirs.compute(), draws=300)["0.3"], bootstrap(ours, draws=300)["0.3"]
+    assert difference.high - difference.low < 0.6 * (alone.high - alone.low)
+
+
+def test_intervals_of_pixels():
+    rng = np.random.default_rng(0)
+    masks = (rng.random((30, 8, 8)) < 0.3).astype(np.uint8)
+    found = []
+    for noise in (0.3, 0.6):
+        metric = PixelAP(0.01, keep_images=True)
+        metric.update(
+            (masks * (1 - noise) + noise * rng.random(masks.shape)).clip(0, 1), masks, list(map(str, range(30)))
+        )
+        found.append(metric.compute())
+    assert found[0].images.sum((0,)).sum() == 30 * 64
+    alone, difference = bootstrap(found[1], 200)["pxap"], paired(*found, draws=200)["pxap"]
+    assert alone.low < alone.value < alone.high and alone.value == found[1].pxap
+    assert difference.value == pytest.approx(found[0].pxap - found[1].pxap) and difference.p < 0.05
+    at = found[0].at(0.5)
+    assert at == pytest.approx({"precision": 100, "recall": 100, "iou": 100})
 
 
 def test_intervals_and_paired_difference(split):
@@ -148,7 +206,7 @@ BOX = [np.array([[0, 0, 5, 5]])]
         (GOOD + 1.5, ValueError),
         (GOOD - 0.1, ValueError),
         (GOOD + np.inf, ValueError),
-        (GOOD[0], ValueError),
+        (GOOD[None, None], ValueError),
         (GOOD.astype(np.int64), TypeError),
         ([[0.0]], TypeError),
         (np.zeros((1, 224, 223)), ValueError),

@@ -63,3 +63,26 @@ def resize_boxes(boxes: np.ndarray, image_wh: Sequence[int], size: int | tuple[i
     height, width = (size, size) if isinstance(size, int) else size
     new, old = np.array([width, height] * 2, np.float64), np.array([*image_wh] * 2, np.float64)
     return (np.asarray(boxes) * new / old).astype(np.int64)  # product first: the truncation depends on it
+
+
+def crop_boxes(boxes: np.ndarray, image_wh: Sequence[int], resized: int = 256, crop: int = 224) -> np.ndarray:
+    """Boxes in the middle square of an image whose shorter side became `resized` (torchvision's Resize, CenterCrop).
+
+    What lies outside the square is cut off; a box that is outside of it altogether is left out, unless all are: then
+    the nearest pixels of the border stand for them.
+
+    Args:
+        boxes: (k, 4) in pixels of the image.
+        image_wh: width and height of the image.
+        resized: length of the shorter side.
+        crop: side of the square.
+
+    Returns:
+        (up to k, 4) int64.
+    """
+    short = min(image_wh)
+    sides = [resized if side == short else int(resized * side / short) for side in image_wh]
+    left, top = (round((side - crop) / 2) for side in sides)
+    moved = resize_boxes(boxes, image_wh, (sides[1], sides[0])) - [left, top, left, top]
+    inside = (moved[:, 2] >= 0) & (moved[:, 3] >= 0) & (moved[:, 0] < crop) & (moved[:, 1] < crop)
+    return (moved[inside] if inside.any() else moved).clip(0, crop - 1)

@@ -7,17 +7,33 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsol_eval.recipe import OnData, Recipe, default_data_root
+from wsol_eval.cli_data import DATA_VERBS, DataList
+from wsol_eval.recipe import OnData, OnDevice, Recipe, default_data_root
 
 Split = Literal["train", "val", "test"]
 
 
 PROGRAM = "wsol-eval"
+
+
+@dataclass
+class RunOn:
+    """Where the tables' data are."""
+
+    data_root: Path = field(default_factory=default_data_root)
+    """Where CUB, ILSVRC, OpenImages, metadata/ and weights/ are (scale paper), and CIFAR-10 and MNIST."""
+    workers: int = OnData.workers
+    """Processes that decode images."""
+    cache: Path | None = None
+    """Folder for 256 x 256 copies of the images, so that each is decoded once."""
+    skip_broken: bool = False
+    """Go on without broken images; they are counted, named, and the record says so."""
 
 
 @dataclass
@@ -27,19 +43,19 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-8; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded or paper."""
+    """smoke, embedded, cifar10-jpeg or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()
     """Instead of the table's seeds."""
-    data_root: Path = field(default_factory=default_data_root)
-    """Where CUB, ILSVRC, OpenImages, metadata/ and weights/ are (scale paper)."""
+    on: tyro.conf.OmitArgPrefixes[RunOn] = field(default_factory=RunOn)
+    device: tyro.conf.OmitArgPrefixes[OnDevice] = field(default_factory=OnDevice)
     jobs: int = 0
     """Processes side by side; 0: one per core, or one where there is CUDA."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """List the missing runs, how long they may take, and what they need that is not there."""
 
     def __call__(self) -> None:
         from shared_utils.report import print_missing, print_table
@@ -53,13 +69,16 @@ class Run:
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
+        on = OnData(**vars(self.on))
         if self.dry_run:
             log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log)
+            needs = partial(experiments.needs, on=on)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
             chosen,
             self.scale,
-            self.data_root,
+            on,
+            self.device,
             rows=self.rows,
             seeds=self.seeds,
             force=self.force,
@@ -71,22 +90,32 @@ class Run:
 
 @dataclass
 class Score:
-    """Measure score maps on disk: JSON on stdout. The reference's flags are accepted, with _ or -."""
+    """Measure score maps on disk: JSON on stdout. The reference's command line works unchanged, with _ or -."""
 
-    scoremap_root: Path
-    """Folder of <image id>.npy, or an LMDB (see `ScoreMaps`)."""
-    metadata_root: Path
-    """Folder with a folder of metadata per split."""
+    scoremap_root: Path = Path("train_log/scoremaps")
+    """Folder of <image id>.npy or .pt (the id's own suffix may be missing), or an LMDB (see `ScoreMaps`)."""
+    metadata_root: Path = Path("metadata")
+    """Metadata lie in <dataset_name>/<split> below it, or in <split>."""
+    mask_root: Path = Path("dataset")
+    """Masks lie in <dataset_name> below it, or in it (OpenImages)."""
+    dataset_name: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "custom"
+    """CUB, ILSVRC, OpenImages or your own; boxes or masks are told by the metadata."""
     split: Split = "val"
     """val is train-fullsup."""
-    dataset_name: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "custom"
-    """Written into the result; boxes or masks are told by the metadata."""
-    mask_root: Path | None = None
-    """Folder that mask paths are relative to (OpenImages)."""
-    cam_curve_interval: float = 0.001
-    """Step between thresholds."""
+    cam_curve_interval: float = 0.01
+    """Step between thresholds; the paper's tables take 0.001."""
+    multi_contour_eval: tuple[str, ...] | None = None
+    """For the number `localization`: every contour, not only the largest (a flag, or yes / no)."""
+    multi_iou_eval: tuple[str, ...] | None = None
+    """For the number `localization`: the mean over iou_threshold_list, not IoU 50 (a flag, or yes / no)."""
+    iou_threshold_list: tuple[int, ...] = (30, 50, 70)
+    """IoU in percent."""
+    resize: bool = False
+    """Accept maps of any size and range: bicubic to 224 x 224, then min-max."""
     native: bool = False
-    """Accept maps of any size and move the boxes to each; without, maps must be 224 x 224."""
+    """Maps have their image's size, and are compared there."""
+    view: Literal["resize", "center-crop"] = "resize"
+    """What the model saw: the whole image, or the middle 224 x 224 after the shorter side became 256."""
     box_convention: Literal["reference", "exact"] = "reference"
     """exact: boxes end at their last pixel, unlike the reference's."""
     predictions: Path | None = None
@@ -99,6 +128,10 @@ class Score:
     """Add 95 % bootstrap intervals over images."""
     baseline_root: Path | None = None
     """Score maps of another method (CAM): adds the paired difference with intervals and p."""
+    per_class: bool = False
+    """Add images and V2 of each class."""
+    errors: bool = False
+    """Add what is wrong with boxes that miss: several objects, part of one, more than one, background."""
     overlays: Path | None = None
     """Write images under their maps there, as PNG; needs image_root."""
     image_root: Path | None = None
@@ -107,13 +140,30 @@ class Score:
     """Also write the JSON to this file."""
 
     def __call__(self) -> None:
-        from wsol_eval.workflow import score
+        from wsol_eval.score import score
+        from wsol_eval.storedmaps import Scoring
 
-        options = {name: value for name, value in vars(self).items() if name != "json"}
-        result = json.dumps(score(**options), indent=2)
-        if self.json:
-            self.json.write_text(result + "\n")
+        if self.resize and self.native:
+            raise ValueError("--resize or --native: one of them was expected, got both")
+        given = dict(vars(self))
+        deltas = tuple(percent / 100 for percent in given.pop("iou_threshold_list"))
+        fit: Any = "resize" if given.pop("resize") else "as-is"
+        fit = "native" if given.pop("native") else fit
+        scoring = Scoring(given.pop("cam_curve_interval"), deltas, fit, given.pop("view"), given.pop("box_convention"))
+        given |= {name: _switch(name, given[name]) for name in ("multi_contour_eval", "multi_iou_eval")}
+        target = given.pop("json")
+        result = json.dumps(score(scoring=scoring, **given), indent=2)
+        if target:
+            target.write_text(result + "\n")
         print(result)
+
+
+def _switch(name: str, words: tuple[str, ...] | None) -> bool:
+    """A flag as the reference takes it: absent, alone, or with a word for yes or no."""
+    word = "no" if words is None else (*words, "yes")[0].lower()
+    if word not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0") or len(words or ()) > 1:
+        raise ValueError(f"{name}: yes or no was expected, got {' '.join(words or ())!r}")
+    return word in ("yes", "true", "t", "y", "1")
 
 
 @dataclass
@@ -148,17 +198,18 @@ class Train:
 
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     on: tyro.conf.OmitArgPrefixes[OnData] = field(default_factory=OnData)
+    device: tyro.conf.OmitArgPrefixes[OnDevice] = field(default_factory=OnDevice)
     output: Path = Path("wsol-eval.pt")
     """Checkpoint to write, and to go on from."""
     checkpoint_every: int = 500
     """Steps between saves; each epoch ends with one."""
-    compile: bool = False
-    """torch.compile the network."""
+    proxy: bool = False
+    """Train on image_ids_proxy.txt (ImageNet's 10 %)."""
 
     def __call__(self) -> None:
         from wsol_eval.workflow import train
 
-        train(self.recipe, self.on, self.output, self.checkpoint_every, self.compile)
+        train(**vars(self))
 
 
 @dataclass
@@ -168,6 +219,7 @@ class Eval:
     checkpoint: tyro.conf.Positional[Path]
     """Written by `train`."""
     on: tyro.conf.OmitArgPrefixes[OnData] = field(default_factory=OnData)
+    device: tyro.conf.OmitArgPrefixes[OnDevice] = field(default_factory=OnDevice)
     split: Split = "val"
     """val is train-fullsup."""
     cam_curve_interval: float = 0.001
@@ -190,18 +242,22 @@ class Eval:
 
 @dataclass
 class Search:
-    """The protocol of one method: random search on train-fullsup, one report on test, a ledger of both."""
+    """The protocol of one method: random search on train-fullsup, one report on test, a ledger of both.
+
+    Where the metadata have a proxy set (ImageNet), trials are trained on it and the chosen one again on everything.
+    """
 
     output: tyro.conf.Positional[Path]
     """Folder of ledger and checkpoints; after a kill the same command goes on with the same trials."""
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     on: tyro.conf.OmitArgPrefixes[OnData] = field(default_factory=OnData)
+    device: tyro.conf.OmitArgPrefixes[OnDevice] = field(default_factory=OnDevice)
     trials: int = 30
     """Equal for all methods that are to be compared."""
-    space: Literal["paper", "scenes"] = "paper"
+    space: Literal["paper", "photographs"] = "paper"
     """Ranges of the hyperparameters."""
-    criterion: Literal["max_box_acc_v2", "pxap"] = "max_box_acc_v2"
-    """What a trial is judged by."""
+    criterion: Literal["auto", "max_box_acc_v2", "pxap"] = "auto"
+    """What a trial is judged by; auto: V2 on boxes, PxAP on masks."""
     cam_curve_interval: float = 0.001
     """Step between thresholds."""
     fsl_validation: Literal["split", "none"] = "split"
@@ -214,72 +270,6 @@ class Search:
         result = search(**vars(self))
         if rank() == 0:
             print(json.dumps(result, indent=2))
-
-
-@dataclass
-class DataList:
-    """What is needed, where it is looked for, and what is there."""
-
-    data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
-
-    def __call__(self) -> None:
-        from rich.table import Table as Grid
-
-        from shared_utils.logging import console
-        from wsol_eval.inventory import inventory
-
-        grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
-        for row in inventory(self.data_root):
-            grid.add_row(*row)
-        console().print(grid)
-        console().print("To check what is there: wsol-eval data verify --data-root ... --metadata-root ... --split ...")
-
-
-@dataclass
-class Verify:
-    """Check a split: files, sizes, boxes, masks. Ends with 1 where something is wrong."""
-
-    data_root: Path
-    """Folder that image ids are relative to."""
-    metadata_root: Path
-    """Folder with a folder of metadata per split."""
-    split: Split = "val"
-    """Which one."""
-
-    def __call__(self) -> None:
-        from wsol_eval.metadata import read_metadata, verify
-
-        metadata = read_metadata(self.metadata_root / self.split)
-        problems = verify(metadata, self.data_root)
-        for line in problems:
-            print(line)
-        if problems:
-            raise RuntimeError(f"{len(problems)} problems among {len(metadata.image_ids)} images")
-        print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes: all is well")
-
-
-@dataclass
-class BuildMetadata:
-    """Write the metadata of your own split from a folder per class and a CSV of boxes or masks."""
-
-    data_root: Path
-    """One folder of images per class."""
-    annotations: Path
-    """id,x0,y0,x1,y1 or id,mask,ignore; ids are paths under data_root."""
-    output: Path
-    """Folder to write."""
-    box_format: Literal["xyxy", "xywh"] = "xyxy"
-    """xyxy: both ends inside the object."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes in order, where this split lacks some."""
-
-    def __call__(self) -> None:
-        from wsol_eval.metadata import build_metadata, write_metadata
-
-        metadata = build_metadata(self.data_root, self.annotations, self.box_format, list(self.classes) or None)
-        write_metadata(metadata, self.output)
-        print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes in {self.output}")
 
 
 @dataclass
@@ -330,7 +320,6 @@ VERBS = {
     "run": Run, "score": Score, "eval": Eval, "train": Train, "search": Search, "conformance": Conformance,
     "tables": Tables, "record": Record, "bench": Bench,
 }  # fmt: skip
-DATA_VERBS = {"list": DataList, "verify": Verify, "build-metadata": BuildMetadata}
 
 
 def main() -> None:
@@ -341,9 +330,7 @@ def main() -> None:
     prog, verbs = PROGRAM, VERBS | {"data": DataList}
     if arguments[:1] == ["data"]:
         prog, verbs = f"{PROGRAM} data", DATA_VERBS
-        arguments = (
-            arguments[1:] if arguments[1:2] and not arguments[1].startswith("--data") else ["list", *arguments[1:]]
-        )
+        arguments = arguments[1:] if arguments[1:2] and arguments[1] in DATA_VERBS else ["list", *arguments[1:]]
     try:
         tyro.extras.subcommand_cli_from_dict(
             {name: _call(kind) for name, kind in verbs.items()}, prog=prog, args=arguments

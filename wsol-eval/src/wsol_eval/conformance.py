@@ -54,7 +54,7 @@ def ours() -> dict[str, float]:
     for contours in CURVES:
         metric = BoxLocalization(contours=contours, resolution="native")
         for name, score_map, boxes in box_cases():
-            metric.update([score_map], [boxes], image_ids=[name])
+            metric.update([score_map], [boxes], image_ids=[name], image_sizes=[score_map.shape[::-1]])
         result = metric.compute()
         for delta, value in result.max_box_acc.items():
             found[f"max_box_acc_{contours}_iou{round(100 * delta)}"] = value

@@ -1,4 +1,4 @@
-"""Images as batches for training and evaluation: folders with metadata, or scenes that live on the device.
+"""Images of a folder as batches for training and evaluation.
 
 The order of an epoch and the augmentation of an image depend on the seed, the epoch and the image alone: on one
 process or several, with any number of workers, after a resume in the middle of an epoch.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shared_utils.images import BrokenFile, read_image
 from wsol_eval.metadata import Metadata, read_metadata
 from wsol_eval.pixels import merge_masks
-from wsol_eval.scenes import CLASSES, SIDE, Scenes
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wsol-eval")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZED, CROP = 256, 224
+FEW = 8  # batches: fewer are decoded without worker processes
+UNTURN = {  # EXIF orientations that swap width and height, and what undoes them
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Source(Protocol):
     resolution: int
     has_masks: bool
     has_boxes: bool
+    skipped: set[str]
 
     def __len__(self) -> int: ...
 
@@ -60,6 +70,9 @@ class Source(Protocol):
 
     def subset(self, chosen: np.ndarray) -> Source:
         """The images of these indices."""
+
+    def checksum(self) -> str:
+        """16 hex digits: the same for the same images, labels, boxes and masks."""
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, rank: int, ranks: int) -> list[np.ndarray]:
@@ -74,63 +87,6 @@ def num_batches(count: int, batch_size: int, ranks: int) -> int:
     return count // batch_size + (count % batch_size >= ranks)
 
 
-class SceneSource:
-    """Scenes, copied to the device once. Training on dense targets flips them; labels would change by a flip."""
-
-    num_classes, resolution, has_masks, has_boxes = CLASSES, SIDE, True, True
-
-    def __init__(self, scenes: Scenes, name: str = "scene"):
-        self.scenes, self.name = scenes, name
-        self._here: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.scenes.boxes)
-
-    def _resident(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        if self._here is None or self._here[0].device != device:
-            parts = (self.scenes.images, self.scenes.labels, torch.from_numpy(_filled(self.scenes)))
-            images, labels, targets = (part.to(device) for part in parts)
-            self._here = images, labels, targets
-        return self._here
-
-    def training(self, batch_size: int, seed: int, epoch: int, first: int, fabric: Fabric, dense: bool) -> Iterator:
-        images, labels, targets = self._resident(fabric.device)
-        rank, ranks = fabric.global_rank, fabric.world_size
-        for number, chosen in enumerate(epoch_batches(len(self), batch_size, seed, epoch, rank, ranks)):
-            if number < first:
-                continue
-            index = torch.from_numpy(chosen).to(fabric.device)
-            if not dense:
-                yield images[index], labels[index]
-                continue
-            x, y = images[index], targets[index]
-            for axis, flip in zip((-1, -2), np.random.default_rng([seed, epoch, number]).random(2) < 0.5, strict=True):
-                if flip:
-                    x, y = x.flip(axis), y.flip(axis)
-            yield x, y
-
-    def evaluation(self, batch_size: int, fabric: Fabric) -> Iterator[Batch]:
-        images, labels, _ = self._resident(fabric.device)
-        mine = np.arange(len(self))[fabric.global_rank :: fabric.world_size]
-        for begin in range(0, len(mine), batch_size):
-            chosen = mine[begin : begin + batch_size]
-            names = [f"{self.name} {i}" for i in chosen]
-            boxes = [self.scenes.boxes[i] for i in chosen]
-            yield Batch(images[chosen], labels[chosen], names, boxes, self.scenes.masks[chosen])
-
-    def subset(self, chosen: np.ndarray) -> SceneSource:
-        return SceneSource(self.scenes[chosen], self.name)
-
-
-def _filled(scenes: Scenes) -> np.ndarray:
-    """FSL's targets on box data: every pixel of the box is foreground, (N, H, W) uint8."""
-    targets = np.zeros_like(scenes.masks)
-    for target, boxes in zip(targets, scenes.boxes, strict=True):
-        for x0, y0, x1, y1 in boxes:
-            target[y0 : y1 + 1, x0 : x1 + 1] = 1
-    return targets
-
-
 class WSOLDataset(Dataset):
     """Images of a split with labels: (image (3, 224, 224) float32, label, image id).
 
@@ -142,11 +98,13 @@ class WSOLDataset(Dataset):
         sample_seed: of that choice alone; it does not follow the training seed.
         proxy: the smaller training set of image_ids_proxy.txt.
         cache: folder for 256 x 256 copies of the images, so that each is decoded once.
-        skip_broken: leave unreadable images out, with a warning, instead of ending.
+        skip_broken: leave unreadable images out, with a warning, instead of ending; `skipped` holds what was said.
 
     Raises:
         FileNotFoundError, ValueError: missing or malformed metadata.
     """
+
+    skipped: set[str]
 
     def __init__(
         self,
@@ -162,7 +120,8 @@ class WSOLDataset(Dataset):
     ):
         if split not in ("train", "val", "test"):
             raise ValueError(f"split: train, val or test was expected, got {split!r}")
-        self.data_root, self.split, self.skip_broken = Path(data_root), split, skip_broken
+        self.data_root, self.split, self.skip_broken, self.skipped = Path(data_root), split, skip_broken, set()
+        self._checksum = ""
         self.metadata: Metadata = read_metadata(Path(metadata_root) / split)
         self.image_ids = self.metadata.image_ids
         if proxy and split == "train":
@@ -188,7 +147,7 @@ class WSOLDataset(Dataset):
         )
 
     def load(self, index: int, side: int) -> np.ndarray:
-        """An image as (side, side, 3) uint8, aspect ignored. ValueError naming a broken file."""
+        """An image as (side, side, 3) uint8, aspect ignored. BrokenFile for one that is missing or broken."""
         if self._cache is not None and side == RESIZED:
             return self._cache.get(index, lambda: self._decode(index, side))
         return self._decode(index, side)
@@ -197,19 +156,51 @@ class WSOLDataset(Dataset):
         """Foreground 1, background 0, ignored 255: (side, side) uint8."""
         return read_mask(self.metadata, self.image_ids[index], self.data_root, side)
 
-    def _decode(self, index: int, side: int) -> np.ndarray:
-        from PIL import Image
+    def checksum(self) -> str:
+        """Of ids, labels, sizes in bytes, boxes and names of masks; BrokenFile for an image that is not there."""
+        if self._checksum:
+            return self._checksum
+        digest, metadata = hashlib.sha256(), self.metadata
+        for name in self.image_ids:
+            try:
+                size = os.stat(self.data_root / name).st_size
+            except FileNotFoundError:
+                if not self.skip_broken:
+                    raise BrokenFile(_missing(self.data_root / name)) from None
+                size = -1
+            boxes = metadata.boxes[name].tolist() if name in metadata.boxes else None
+            digest.update(repr((name, metadata.class_labels[name], size, boxes, metadata.masks.get(name))).encode())
+        self._checksum = digest.hexdigest()[:16]
+        return self._checksum
 
-        path = self.data_root / self.image_ids[index]
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{path}: no such image; `wsol-eval data verify` lists all that are missing"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: the image cannot be read ({error})") from error
+    def _decode(self, index: int, side: int) -> np.ndarray:
+        name = self.image_ids[index]
+        image = read_annotated(self.data_root / name, self.metadata.image_sizes.get(name))
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def _missing(path: Path) -> str:
+    return f"{path}: no such image; `wsol-eval data verify` lists all that are missing"
+
+
+def read_annotated(path: Path, size: tuple[int, int] | None) -> Image.Image:
+    """An RGB image in the orientation that its annotations mean.
+
+    EXIF turns it as a viewer does, unless the metadata give the size of the unturned file: then boxes were drawn on
+    that, as in ImageNet.
+
+    Raises:
+        BrokenFile: there is no such file, or it cannot be read to its end.
+    """
+    try:
+        image = read_image(path)
+    except FileNotFoundError:
+        raise BrokenFile(_missing(path)) from None
+    if size is not None and image.size != size == image.size[::-1]:
+        with Image.open(path) as stored:
+            back = UNTURN.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
+        image = image if back is None else image.transpose(back)
+    return image
 
 
 class ImageCache:
@@ -232,33 +223,46 @@ def _memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
 
 
-def load_mask(path: str | Path, side: int = CROP) -> np.ndarray:
-    """A mask image as (side, side) bool: nearest resize (pixel floor(i * size / side)), then grey > 0.5.
+def load_mask(path: str | Path, side: int | None = CROP) -> np.ndarray:
+    """A mask image as (side, side) bool: OpenCV's nearest resize, then grey > 0.5; with None at its own size.
+
+    OpenCV takes pixel floor(i * (1 / (side / size))), in float64: at some sizes not the same as floor(i * size / side).
+
+    Transparency is not looked at, as OpenCV does not.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no image.
+        BrokenFile: no such file, or one that cannot be read to its end.
     """
-    from PIL import Image
-
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such mask")
+        raise BrokenFile(f"{path}: no such mask; `wsol-eval data verify` lists all that are missing")
     try:
         with Image.open(path) as image:
             grey = np.asarray(image.convert("L"))
-    except OSError as error:
-        raise ValueError(f"{path}: the mask cannot be read ({error})") from error
-    rows, columns = (np.arange(side) * extent // side for extent in grey.shape)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BrokenFile(f"{path}: the mask cannot be read ({error}); replace the file") from None
+    if side is None:
+        return grey > 0
+    rows, columns = (_nearest(extent, side) for extent in grey.shape)
     return grey[rows][:, columns] > 0
 
 
-def read_mask(metadata: Metadata, image_id: str, root: Path, side: int = CROP) -> np.ndarray:
-    """All instances of an image in one mask, see `merge_masks`. ValueError for an image without masks."""
+def _nearest(extent: int, side: int) -> np.ndarray:
+    return np.minimum((np.arange(side) * (1 / (side / extent))).astype(np.int64), extent - 1)
+
+
+def read_mask(metadata: Metadata, image_id: str, root: Path, side: int | None = CROP) -> np.ndarray:
+    """All instances of an image in one mask, see `merge_masks`. ValueError for an image without masks.
+
+    With `side` None the masks keep their own size, which must be the same for all of an image.
+    """
     if image_id not in metadata.masks:
         raise ValueError(f"image {image_id!r} has no mask in the metadata")
     paths, ignore = metadata.masks[image_id]
     instances = [load_mask(Path(root) / path, side) for path in paths]
-    return merge_masks(instances, load_mask(Path(root) / ignore, side) if ignore else None)
+    ignored = load_mask(Path(root) / ignore, side) if ignore else None
+    if len({each.shape for each in [*instances, *([] if ignored is None else [ignored])]}) > 1:
+        raise ValueError(f"image {image_id!r}: its masks have different sizes; score it without --native")
+    return merge_masks(instances, ignored)
 
 
 def to_input(image: np.ndarray) -> Tensor:
@@ -282,6 +286,7 @@ class FolderSource:
         self.chosen = np.arange(len(dataset)) if chosen is None else chosen
         self.num_classes = dataset.metadata.num_classes
         self.has_masks, self.has_boxes = bool(dataset.metadata.masks), bool(dataset.metadata.boxes)
+        self.skipped = dataset.skipped
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -334,26 +339,37 @@ class FolderSource:
     def subset(self, chosen: np.ndarray) -> FolderSource:
         return FolderSource(self.dataset, self.workers, self.chosen[chosen])
 
+    def checksum(self) -> str:
+        return self.dataset.checksum()
+
     def _loader(self, sample: Callable[[int], tuple], batches: list[np.ndarray], fabric: Fabric) -> Iterator:
+        workers = self.workers if len(batches) > FEW else 0
         loader = DataLoader(
             _View(self, sample),
             batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=self.workers,
+            num_workers=workers,
             pin_memory=fabric.device.type == "cuda",
             collate_fn=collate,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=4 if workers else None,
         )
-        return (batch for batch in loader if batch is not None)
+        for batch, broken in loader:
+            for message in broken:
+                if message not in self.dataset.skipped:
+                    logger.warning("left out: %s", message)
+                    self.dataset.skipped.add(message)
+            if batch is not None:
+                yield batch
 
 
-def collate(samples: list[tuple | None]) -> list[Tensor] | None:
-    """Samples stacked; None stands for a broken image that is left out, or for a batch of nothing else."""
-    kept = [sample for sample in samples if sample is not None]
-    return torch.utils.data.default_collate(kept) if kept else None
+def collate(samples: list[tuple | str]) -> tuple[list[Tensor] | None, list[str]]:
+    """Samples stacked (None where there are none), and the messages that stand for broken files."""
+    kept = [sample for sample in samples if not isinstance(sample, str)]
+    broken = [sample for sample in samples if isinstance(sample, str)]
+    return torch.utils.data.default_collate(kept) if kept else None, broken
 
 
 class _View(Dataset):
-    """Index of the source -> what `sample` makes of that image; None for a broken one that is to be left out."""
+    """Index of the source -> what `sample` makes of that image, or the message of a broken one to be left out."""
 
     def __init__(self, source: FolderSource, sample: Callable[[int], tuple]):
         self.source, self.sample = source, sample
@@ -361,11 +377,10 @@ class _View(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple | None:
+    def __getitem__(self, index: int) -> tuple | str:
         try:
             return self.sample(int(self.source.chosen[index]))
-        except ValueError as error:
+        except BrokenFile as error:
             if not self.source.dataset.skip_broken:
                 raise
-            logger.warning("left out: %s", error)
-            return None
+            return str(error)

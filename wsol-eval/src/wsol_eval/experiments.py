@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,24 +14,33 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from shared_utils.preflight import Need, disk_space
+from shared_utils.preflight import file as need_file
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables, settings_hash
 from wsol_eval import protocol
-from wsol_eval.data import FolderSource, SceneSource, Source, WSOLDataset
-from wsol_eval.evaluate import Report, evaluate_center
-from wsol_eval.localization import BoxLocalization
-from wsol_eval.metadata import Metadata, read_metadata
+from wsol_eval.center import center_outcome, file_checksum
+from wsol_eval.cutouts import DATASETS, SIDE
+from wsol_eval.evaluate import evaluate_center
 from wsol_eval.models import WSOLNetwork
-from wsol_eval.recipe import Recipe
-from wsol_eval.scenes import CLASSES, TEST_SCENES, TRAIN_SCENES, Scenes, make_split
-from wsol_eval.scoremaps import center_gaussian, resize_normalize
+from wsol_eval.models.build import PRETRAINED
+from wsol_eval.recipe import OnData, OnDevice, Recipe
+from wsol_eval.scoremaps import resize_normalize
+from wsol_eval.sources import (
+    METADATA_REMEDY,
+    SPLITS,
+    MemorySource,
+    needs_of,
+    smaller_than_the_papers,
+    source_of,
+    sources_of,
+)
 from wsol_eval.train import fit, make_fabric
 
 PROJECT = Path(__file__).parents[2]
-PACKAGES = ("numpy", "numba", "torchvision")
-FIXTURES = Path(__file__).parent / "fixtures"
-SCENES = ("scenes", "scenes-ill-posed")
+PACKAGES = ("numpy", "numba", "torchvision", "scikit-image", "scikit-learn")
 SHOWN = 4  # test images whose score maps are kept for the qualitative figure
+WEIGHTS_REMEDY = "`wsol-eval data weights --data-root ...` puts torchvision's there, checked by hash"
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,22 @@ class Settings:
     """report, tau, trials or center; max or mean of `parts`"""
     parts: tuple[dict, ...] = ()
     """of max and mean: what each part sets on top of this row"""
-    dataset: str = "scenes"
-    """scenes, scenes-ill-posed; CUB, ILSVRC or OpenImages under the data root; cubv2-sample (shipped boxes)"""
+    dataset: str = "photographs"
+    """see `OnData`; cubv2-sample: the shipped boxes"""
     split: str = "test"
     """evaluated split of `center`"""
     method: str = "cam"
     """cam, has, acol, spg, adl, cutmix, fsl or center"""
     arch: str = "small"
     """vgg16, inception_v3, resnet50 or small"""
-    space: str = "scenes"
-    """hyperparameters searched: scenes, paper, or fixed (as set below)"""
+    space: str = "photographs"
+    """hyperparameters searched: photographs, paper, or fixed (as set below)"""
     trials: int = 30
     """of the random search, equal for all methods"""
-    per_class: int = 5
-    """fully labelled images per class"""
-    criterion: str = "max_box_acc_v2"
-    """of the search: max_box_acc_v2 or pxap"""
+    per_class: int = 0
+    """fully labelled images per class; 0: the paper's"""
+    criterion: str = "auto"
+    """of the search: max_box_acc_v2, pxap, or auto: as the data allow"""
     interval: float = 0.001
     """step between thresholds"""
     tau: float = -1.0
@@ -83,7 +91,7 @@ class Settings:
     """HaS, pixels"""
     has_drop_rate: float = 0.5
     """HaS"""
-    acol_threshold: float = 0.6
+    acol_threshold: float = 0.7
     """ACoL"""
     adl_drop_rate: float = 0.75
     """ADL"""
@@ -128,7 +136,8 @@ def tables() -> list[Table]:
 def run_tables(
     chosen: Sequence[Table],
     scale: str,
-    data_root: Path,
+    on: OnData,
+    device: OnDevice,
     *,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (),
@@ -137,107 +146,146 @@ def run_tables(
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log.
 
-    All rows of a seed on the same scenes are one unit of work: they share their searches.
+    All rows of a seed on the same built-in images are one unit of work: they share their searches.
+
+    Raises:
+        Missing: data, weights or disk space that any of the runs lacks, all of it at once.
     """
     log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
-    execute = partial(execute_together, data_root=data_root)
     run_missing(
         "wsol-eval",
         runs,
         log,
-        execute,
+        partial(execute_together, on=on, device=device),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
         jobs=jobs,
         group=unit_of,
+        needs=partial(needs, on=on),
     )
     return log
 
 
 def unit_of(run: Run) -> tuple:
     """Runs with the same value are executed together."""
-    dataset = run.settings.get("dataset", "scenes")
-    return (dataset, run.seed) if dataset in SCENES else run.key
+    dataset = run.settings.get("dataset", "photographs")
+    return (dataset.removesuffix("-telling"), run.seed) if dataset in DATASETS else run.key
 
 
-def execute_together(settings: Sequence[dict], seeds: Sequence[int], data_root: Path) -> list[Outcome]:
-    """Several runs, one after the other; what they have in common is computed once."""
-    torch.set_num_threads(1 if settings[0].get("dataset", "scenes") in SCENES else torch.get_num_threads())
-    return [execute(each, seed, data_root) for each, seed in zip(settings, seeds, strict=True)]
-
-
-def execute(settings: dict, seed: int, data_root: Path) -> Outcome:
-    """One run."""
+def needs(settings: dict, on: OnData) -> Iterator[Need]:
+    """Data, weights and disk space of a run, and of all its parts."""
+    whole = {name: value for name, value in settings.items() if name not in ("experiment", "parts")}
+    for part in settings.get("parts", ()):
+        yield from needs(whole | part, on)
+    if settings.get("parts") or settings.get("dataset") == "cubv2-sample":
+        return
     s = Settings.of(settings)
-    dataset = {"name": s.dataset, "seed": seed if s.dataset in SCENES else None}
+    on = replace(on, dataset=s.dataset, per_class=s.per_class)
+    if s.experiment == "center" or (s.method == "center" and s.dataset not in DATASETS):
+        folder = on.data_root / "metadata" / s.dataset / s.split
+        yield need_file(folder / "localization.txt", f"metadata of {s.dataset}, {s.split}", METADATA_REMEDY)
+        if s.dataset == "OpenImages":
+            yield from _needs_of_dataset(on, (s.split,))
+        return
+    yield from _needs_of_dataset(on)
+    if s.dataset in DATASETS:
+        return
+    yield disk_space(PROJECT / "runs", 2_000)
+    if s.arch in PRETRAINED:
+        weights = on.data_root / "weights" / f"{s.arch}.pth"
+        yield need_file(weights, f"ImageNet weights of {s.arch}", WEIGHTS_REMEDY)
+
+
+@lru_cache(maxsize=64)
+def _needs_of_dataset(on: OnData, splits: tuple[str, ...] = SPLITS) -> tuple[Need, ...]:
+    return tuple(needs_of(on, splits))
+
+
+def execute_together(settings: Sequence[dict], seeds: Sequence[int], on: OnData, device: OnDevice) -> list[Outcome]:
+    """Several runs, one after the other; what they have in common is computed once."""
+    torch.set_num_threads(1 if settings[0].get("dataset", "photographs") in DATASETS else torch.get_num_threads())
+    return [execute(each, replace(on, seed=seed), device) for each, seed in zip(settings, seeds, strict=True)]
+
+
+def execute(settings: dict, on: OnData, device: OnDevice = OnDevice()) -> Outcome:  # noqa: B008  # frozen
+    """One run: the settings of a table's row on the data root, seed and workers of `on`."""
+    s = Settings.of(settings)
+    on = replace(on, dataset=s.dataset, per_class=s.per_class)
+    if s.experiment == "center":
+        return center_outcome(s.dataset, s.split, on.data_root, s.sigma, s.interval)
+    if s.experiment in ("max", "mean"):
+        whole = {name: value for name, value in settings.items() if name not in ("experiment", "parts")}
+        return _combined(s.experiment, [execute(whole | part, on, device) for part in s.parts])
     plain = replace(s, experiment="report", tau=-1.0, keep_maps=False)
+    found = protocol_of(plain, on, device)
     match s.experiment:
-        case "center":
-            return Outcome(*_center_on_boxes(s, data_root), dataset)
         case "trials":
-            values = _protocol(plain, seed, data_root)[0]
-            kept = [value for value in values if value is not None]
-            metrics = {"best_trial": max(kept), "median_trial": float(np.median(kept)), "worst_trial": min(kept)}
-            return Outcome(metrics, {"values": values}, dataset)
+            values = found.details["values"]
+            done = [value for value in values if value is not None]
+            metrics = {"best_trial": max(done), "median_trial": float(np.median(done)), "worst_trial": min(done)}
+            return replace(found, metrics=metrics, details={"values": values})
         case "tau":
-            return Outcome(_at_tau(plain, s.tau, seed, data_root), {}, dataset)
-        case "max" | "mean":
-            whole = {name: value for name, value in settings.items() if name not in ("experiment", "parts")}
-            each = [execute(whole | part, seed, data_root).metrics for part in s.parts]
-            combine = max if s.experiment == "max" else np.mean
-            names = sorted(set.intersection(*map(set, each)))
-            return Outcome({name: float(combine([found[name] for found in each])) for name in names}, {}, dataset)
+            return replace(found, metrics=_at_tau(found, s.tau), details={})
         case "report":
-            values, _, details = _protocol(plain, seed, data_root)
-            shown: dict[str, Any] = {"values": values} | (details if s.keep_maps else {})
-            if s.dataset in SCENES and s.method != "center":
-                shown |= _chosen(plain, seed) | (_shown(plain, seed) if s.keep_maps else {})
-            return Outcome(_metrics(plain, seed, data_root), shown, dataset)
+            kept = found.details if s.keep_maps else {"values": found.details.get("values", [])}
+            if s.dataset not in DATASETS:
+                return replace(found, details=kept)
+            shown = {} if s.method == "center" else chosen(plain, on)
+            shown |= score_maps_shown(plain, on) if s.keep_maps and s.method != "center" else {}
+            return replace(found, metrics=_beside_the_baselines(plain, on, found.metrics), details=kept | shown)
     raise ValueError(f"unknown experiment {s.experiment!r}")
 
 
-def _protocol(s: Settings, seed: int, data_root: Path) -> tuple[list, dict[str, float], dict[str, Any]]:
-    """Criterion of every trial on train-fullsup, metrics and details of the one report on test."""
-    if s.dataset not in SCENES:
-        return _protocol_on_disk(s, seed, data_root)
-    report = _report(s, seed)
-    values = [] if s.method == "center" else list(_searched(s, seed)[0].values)
-    return values, report.metrics(), report.details()
+def protocol_of(s: Settings, on: OnData, device: OnDevice) -> Outcome:
+    """Metrics of the one report on test; details hold the criterion of every trial on train-fullsup."""
+    if s.dataset in DATASETS:
+        return in_memory(s, on)
+    if s.method == "center" and s.dataset != "OpenImages":
+        return center_outcome(s.dataset, "test", on.data_root, s.sigma, s.interval)
+    return on_disk(s, on, device)
 
 
-def _metrics(s: Settings, seed: int, data_root: Path) -> dict[str, float]:
+def _combined(how: str, each: list[Outcome]) -> Outcome:
+    """Maximum or mean of each metric that all parts have."""
+    names = sorted(set.intersection(*(set(outcome.metrics) for outcome in each)))
+    combine = max if how == "max" else np.mean
+    datasets = list({outcome.dataset["name"]: outcome.dataset for outcome in each}.values())
+    dataset = datasets[0] if len(datasets) == 1 else {"name": "several", "parts": datasets}
+    weights = {name: checksum for outcome in each for name, checksum in outcome.weights.items()}
+    caveats = list(dict.fromkeys(caveat for outcome in each for caveat in outcome.caveats))
+    metrics = {name: float(combine([outcome.metrics[name] for outcome in each])) for name in names}
+    return Outcome(metrics, {}, dataset, weights, each[0].precision, caveats)
+
+
+def _beside_the_baselines(s: Settings, on: OnData, metrics: dict[str, float]) -> dict[str, float]:
     """A method's numbers on test, and beside those of the centre, CAM and FSL on the same images."""
-    found = dict(_protocol(s, seed, data_root)[1])
-    if s.dataset not in SCENES:
-        return found
-    center = _protocol(replace(s, method="center"), seed, data_root)[1]
+    center = in_memory(replace(s, method="center"), on).metrics
+    found = dict(metrics)
     found["v2_over_center"] = found["max_box_acc_v2"] - center["max_box_acc_v2"]
     found["pxap_over_center"] = found["pxap"] - center["pxap"]
     found["pxap_over_constant"] = found["pxap"] - found["pxap_constant_map"]
-    if s.dataset == "scenes":
-        cam, fsl = (_protocol(replace(s, method=name), seed, data_root)[1]["max_box_acc_v2"] for name in ("cam", "fsl"))
-        found["share_of_fsl_gap"] = (found["max_box_acc_v2"] - cam) / (fsl - cam)
     return found
 
 
-def _at_tau(s: Settings, tau: float, seed: int, data_root: Path) -> dict[str, float]:
+def _at_tau(found: Outcome, tau: float) -> dict[str, float]:
     """GT-known accuracy (largest contour, IoU 50) at a threshold of the stored curve, or at the best one."""
-    _, metrics, details = _protocol(s, seed, data_root)
+    details = found.details
     if tau < 0:
-        return {"gt_known_accuracy": metrics["max_box_acc"], "tau": details["tau_star_largest"]}
+        return {"gt_known_accuracy": found.metrics["max_box_acc"], "tau": details["tau_star_largest"]}
     place = int(np.abs(np.array(details["taus"]) - tau).argmin())
     return {"gt_known_accuracy": details["curve_largest_50"][place], "tau": details["taus"][place]}
 
 
-# ---- scenes ------------------------------------------------------------
+# ---- cut-outs in memory ------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _split(dataset: str, name: str, seed: int, per_class: int = 5) -> Scenes:
-    count = {"train": TRAIN_SCENES, "val": per_class * CLASSES, "test": TEST_SCENES}[name]
-    return make_split(name, count, seed, ill_posed=dataset == "scenes-ill-posed")
+@lru_cache(maxsize=32)
+def _split(on: OnData, split: str) -> MemorySource:
+    source = source_of(on, split)
+    assert isinstance(source, MemorySource)
+    return source
 
 
 @lru_cache(maxsize=1)
@@ -246,48 +294,52 @@ def _cpu() -> Fabric:
 
 
 @lru_cache(maxsize=256)
-def _trained(dataset: str, recipe: Recipe, seed: int) -> WSOLNetwork:
+def _trained(on: OnData, recipe: Recipe) -> WSOLNetwork:
     """A model of one trial; how many fully labelled images judge it does not matter for its training."""
-    return fit(recipe, SceneSource(_split(dataset, "train", seed)), seed, _cpu())
+    return fit(recipe, _split(on, "train"), on.seed, _cpu())
 
 
 @lru_cache(maxsize=256)
-def _searched(s: Settings, seed: int) -> tuple[protocol.Search, WSOLNetwork, protocol.Ledger]:
-    ledger, val = protocol.Ledger(), SceneSource(_split(s.dataset, "val", seed, s.per_class))
-    options = (s.space, s.trials, seed)
+def _searched(s: Settings, on: OnData) -> tuple[protocol.Search, WSOLNetwork, protocol.Ledger]:
+    ledger, val = protocol.Ledger(), _split(on, "val")
+    options, judged = (s.space, s.trials, on.seed), protocol.criterion_of(s.criterion, val)
     if s.method == "fsl":
-        found, network = protocol.search_fsl(
-            s.recipe(), *options, val, _cpu(), ledger, s.criterion, s.interval,
-        )  # fmt: skip
+        found, network = protocol.search_fsl(s.recipe(), *options, val, _cpu(), ledger, judged, s.interval)
         return found, network, ledger
 
     def train(recipe: Recipe, trial: int) -> WSOLNetwork:
-        return _trained(s.dataset, recipe, seed)
+        return _trained(replace(on, per_class=0), recipe)
 
-    found = protocol.search(s.recipe(), *options, train, val, _cpu(), ledger, s.criterion, s.interval)
+    found = protocol.search(s.recipe(), *options, train, val, _cpu(), ledger, judged, s.interval)
     return found, train(found.recipe, found.best), ledger
 
 
 @lru_cache(maxsize=256)
-def _report(s: Settings, seed: int) -> Report:
-    """The one report on test of a method."""
-    test = SceneSource(_split(s.dataset, "test", seed))
+def in_memory(s: Settings, on: OnData) -> Outcome:
+    """The protocol on the CPU, or the centre baseline."""
+    test = _split(on, "test")
+    values: tuple[float | None, ...] = ()
     if s.method == "center":
-        return evaluate_center(test, _cpu(), s.interval)
-    _, network, ledger = _searched(s, seed)
-    return protocol.report_once(s.method, network, test, _cpu(), ledger, s.interval)[0]
+        report = evaluate_center(test, _cpu(), s.interval)
+    else:
+        found, network, ledger = _searched(s, on)
+        values = found.values
+        report = protocol.report_once(s.method, network, test, _cpu(), ledger, s.interval)[0]
+    counts = {split: len(_split(on, split)) for split in SPLITS}
+    dataset = {"name": s.dataset, "seed": on.seed, "images": counts, "checksum": test.checksum()}
+    return Outcome(report.metrics(), {"values": list(values)} | report.details(), dataset)
 
 
-def _chosen(s: Settings, seed: int) -> dict[str, Any]:
+def chosen(s: Settings, on: OnData) -> dict[str, Any]:
     """The chosen trial, and how much full supervision it took."""
-    found, _, ledger = _searched(s, seed)
-    return {"hyperparameters": protocol.draw(s.space, s.method, seed, found.best), "ledger": ledger.counts()}
+    found, _, ledger = _searched(s, on)
+    return {"hyperparameters": protocol.draw(s.space, s.method, on.seed, found.best), "ledger": ledger.counts()}
 
 
-def _shown(s: Settings, seed: int) -> dict[str, str]:
+def score_maps_shown(s: Settings, on: OnData) -> dict[str, str]:
     """Score maps of the first test images, (SHOWN, 32, 32) uint8, compressed."""
-    network, test = _searched(s, seed)[1], _split(s.dataset, "test", seed)[:SHOWN]
-    maps = resize_normalize(network.predict(test.images, test.labels)[1], test.masks.shape[1:])
+    network, test = _searched(s, on)[1], _split(on, "test").images[:SHOWN]
+    maps = resize_normalize(network.predict(test.images, test.labels)[1], SIDE)
     packed = zlib.compress((maps * 255).to(torch.uint8).numpy().tobytes(), 9)
     return {"maps": base64.b64encode(packed).decode()}
 
@@ -295,53 +347,27 @@ def _shown(s: Settings, seed: int) -> dict[str, str]:
 # ---- the paper's data sets ------------------------------------------------------------
 
 
-def sources_of(dataset: str, data_root: Path, per_class: int, workers: int = 8) -> dict[str, Source]:
-    """train, val and test of a data set under the data root, with metadata in <data root>/metadata/<dataset>."""
-    images, metadata = data_root / dataset, data_root / "metadata" / dataset
-    found: dict[str, Source] = {}
-    for split in ("train", "val", "test"):
-        limit = per_class if split == "val" else None
-        part = WSOLDataset(images, metadata, split, full_supervision_per_class=limit)
-        found[split] = FolderSource(part, workers)
-    return found
-
-
 @lru_cache(maxsize=1024)
-def _protocol_on_disk(s: Settings, seed: int, data_root: Path) -> tuple[list, dict[str, float], dict[str, Any]]:
+def on_disk(s: Settings, on: OnData, device: OnDevice) -> Outcome:
     """The whole protocol on CUDA, resumable: its folder is named by its settings."""
-    sources, fabric = sources_of(s.dataset, data_root, s.per_class), make_fabric()
+    sources, fabric = sources_of(on), make_fabric(device.device, device.precision)
+    counts = {split: len(source) for split, source in sources.items()}
+    caveats = smaller_than_the_papers(s.dataset, counts)
+    dataset = {"name": s.dataset, "images": counts, "checksum": sources["test"].checksum()}
     if s.method == "center":
         report = evaluate_center(sources["test"], fabric, s.interval)
-        return [], report.metrics(), report.details()
-    weights = data_root / "weights" / f"{s.arch}.pth"
-    recipe = replace(s.recipe(), pretrained=str(weights) if weights.is_file() else "imagenet")
-    name = settings_hash({field.name: getattr(s, field.name) for field in fields(s)} | {"seed": seed})
+        return Outcome(report.metrics(), report.details(), dataset, caveats=caveats)
+    weights = on.data_root / "weights" / f"{s.arch}.pth"
+    pretrained = str(weights) if s.arch in PRETRAINED else None
+    if pretrained is None:
+        caveats.append("random weights in place of pretrained ones")
+    recipe = replace(s.recipe(), pretrained=pretrained)
+    name = settings_hash({field.name: getattr(s, field.name) for field in fields(s)} | {"seed": on.seed})
     folder = PROJECT / "runs" / "protocol" / f"{s.dataset}-{s.arch}-{s.method}-{name}"
-    options = (recipe, s.space, s.trials, seed, sources, fabric, folder, s.criterion, s.interval)
-    found, entry = protocol.run_in_folder(*options)
-    return list(found.values), entry["metrics"], entry["details"]
-
-
-def _center_on_boxes(s: Settings, data_root: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """The centre baseline on boxes alone: no image is read."""
-    shipped = s.dataset == "cubv2-sample"
-    folder = FIXTURES / "CUBV2" if shipped else data_root / "metadata" / s.dataset / s.split
-    metadata = read_metadata(folder)
-    both = center_on_boxes(metadata, s.sigma, s.interval)
-    checksum = hashlib.sha256((folder / "localization.txt").read_bytes()).hexdigest()
-    metrics = {f"v2_iou{round(100 * delta)}": value for delta, value in both["all"].max_box_acc.items()}
-    metrics |= {"max_box_acc_v2": both["all"].max_box_acc_v2, "max_box_acc": both["largest"].max_box_acc[0.5]}
-    return metrics, {"images": both["all"].n, "localization_sha256": checksum}
-
-
-def center_on_boxes(metadata: Metadata, sigma: float = 0.5, interval: float = 0.001) -> dict[str, Any]:
-    """BoxResult of the centre Gaussian, for contours "all" and "largest"."""
-    gaussian, found = center_gaussian(224, sigma), {}
-    for contours in ("all", "largest"):
-        metric = BoxLocalization(contours=contours, cam_curve_interval=interval)
-        for begin in range(0, len(metadata.image_ids), 500):
-            names = metadata.image_ids[begin : begin + 500]
-            boxes = [metadata.boxes_at(name, 224) for name in names]
-            metric.update(np.broadcast_to(gaussian, (len(names), 224, 224)), boxes, image_ids=names)
-        found[contours] = metric.compute()
-    return found
+    options = (recipe, s.space, s.trials, on.seed, sources, fabric, folder, s.criterion, s.interval)
+    found, entry, _ = protocol.run_in_folder(*options, compile_model=device.compile)
+    if entry["skipped"]:
+        caveats.append(f"{entry['skipped']} files skipped")
+    checksums = {weights.name: file_checksum(weights)} if pretrained else {}
+    details, metrics = {"values": list(found.values)} | entry["details"], entry["metrics"]
+    return Outcome(metrics, details, dataset, checksums, entry["precision"], caveats)

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from shared_utils.report import interval, values
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
-from wsol_eval.scenes import SIDE, make_split
+from wsol_eval.cutouts import SHIFT, SIDE, SPREAD, make_split
 
 METHODS = ("CAM", "HaS", "ACoL", "SPG", "ADL", "CutMix")
 WITH_FSL = (*METHODS, "FSL baseline")
@@ -27,17 +27,28 @@ WITH_FSL = (*METHODS, "FSL baseline")
 def draw_all(tables: list[Table], results: Path) -> list[Path]:
     """Draw each figure whose runs are recorded; returns the files."""
     known = {table.id: table for table in tables}
-    log = RunLog(results / "embedded.jsonl")
+    logs = {scale: RunLog(results / f"{scale}.jsonl") for scale in ("embedded", "paper")}
     drawn = []
     for name, draw in FIGURES.items():
-        if values(known["table-8"], "embedded", log):
+        table = known["table-8" if name == "figure-1" else name]
+        measured = values(table, "embedded", logs["embedded"])
+        if len(measured) == len(table.rows_at("embedded")) or (name == "figure-1" and _points(known, logs["paper"])):
             path = results / "figures" / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure = draw(known, log)
+            figure = draw(known, logs["paper" if name == "figure-1" else "embedded"])
             figure.savefig(path, dpi=90, metadata={"Software": None})
             plt.close(figure)
             drawn.append(path)
     return drawn
+
+
+def _points(known: dict[str, Table], paper: RunLog) -> dict[str, float]:
+    """Accuracies of figure-1's rows measured at the paper's scale, means over seeds."""
+    found = values(known["figure-1"], "paper", paper)
+    return {
+        row: float(np.mean([metrics["gt_known_accuracy"] for metrics in seeds.values()]))
+        for row, seeds in found.items()
+    }
 
 
 def _details(table: Table, log: RunLog) -> dict[str, dict[int, dict]]:
@@ -50,8 +61,9 @@ def _details(table: Table, log: RunLog) -> dict[str, dict[int, dict]]:
     return found
 
 
-def threshold_curves(known: dict[str, Table], log: RunLog) -> Figure:
-    """Figure 1: accuracy against tau, the paper's on ImageNet and ours on the scenes."""
+def threshold_curves(known: dict[str, Table], paper: RunLog) -> Figure:
+    """Figure 1: accuracy against tau, the paper's on ImageNet (crosses: measured), and ours on the photographs."""
+    log = RunLog(paper.path.with_name("embedded.jsonl"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     rows = [row for row in known["figure-1"].rows if row.published]
     published = {row.name.removeprefix("ImageNet: "): row.published["gt_known_accuracy"] for row in rows}
@@ -61,26 +73,30 @@ def threshold_curves(known: dict[str, Table], log: RunLog) -> Figure:
         left.plot(0.4, published[f"{name}, tau=0.4"], color=f"C{number}", marker="o", linestyle="none", label=name)
     for name, style in (("FSL, best tau", "-"), ("Best WSOL, best tau", "--"), ("Center, best tau", ":")):
         left.axhline(published[name], color="0.4", linestyle=style, label=name.split(",")[0])
+    for row, value in _points(known, paper).items():
+        if ", tau=" in row:
+            left.plot(float(row.split("=")[1]), value, color="k", marker="x", linestyle="none")
     left.set(title="published: ImageNet, ResNet50 (read by eye, ±0.4)", xlim=(0, 0.5))
     curves = _details(known["table-8"], log)
-    for number, name in enumerate(WITH_FSL):
+    for number, name in enumerate(WITH_FSL if curves else ()):
         taus = np.array(next(iter(curves[name].values()))["taus"])
         per_seed = [details["curve_largest_50"] for details in curves[name].values()]
         mean, half = np.array([interval(column) for column in zip(*per_seed, strict=True)]).T
         color = f"C{number}" if name in METHODS else "0.2"
         right.plot(taus, mean, color=color, label=name)
         right.fill_between(taus, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
-    center = [
-        metrics["max_box_acc"] for metrics in values(known["table-8"], "embedded", log)["Center baseline"].values()
-    ]
-    right.axhline(np.mean(center), color="0.4", linestyle=":", label="Center (best tau)")
+    center = values(known["table-8"], "embedded", log).get("Center baseline", {}).values()
+    if center:
+        mean = np.mean([metrics["max_box_acc"] for metrics in center])
+        right.axhline(mean, color="0.4", linestyle=":", label="Center (best tau)")
     right.axvline(0.2, color="0.8", linewidth=1, zorder=0)
-    right.set(title="measured: procedural scenes", xlim=(0, 1))
+    right.set(title="measured: digits on photographs", xlim=(0, 1))
     for panel in (left, right):
         panel.set(xlabel="threshold tau", ylabel="GT-known accuracy at IoU 50 (%)", ylim=(0, 103))
         panel.grid(alpha=0.3)
     left.legend(fontsize=7, loc="lower right")
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    if curves:
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -133,10 +149,10 @@ def qualitative(known: dict[str, Table], log: RunLog) -> Figure:
     seed = min(found["CAM"])
     stored = {name: _maps(found[name][seed]) for name in WITH_FSL}
     count = len(stored["CAM"])
-    scenes = make_split("test", count, seed)
+    cutouts = make_split("test", count, seed)
     figure, grid = plt.subplots(count, 1 + len(WITH_FSL), figsize=(12, 1.55 * count + 0.3), constrained_layout=True)
     for line, panels in enumerate(grid):
-        image = np.clip(scenes.images[line].permute(1, 2, 0).numpy() * 0.25 + 0.45, 0, 1)
+        image = np.clip(cutouts.images[line].permute(1, 2, 0).numpy() * SPREAD + SHIFT, 0, 1)
         panels[0].imshow(image)
         for panel, name in zip(panels[1:], WITH_FSL, strict=True):
             panel.imshow(image)
@@ -144,12 +160,12 @@ def qualitative(known: dict[str, Table], log: RunLog) -> Figure:
             tau = found[name][seed]["tau_star_largest"]
             _box(panel, boxes_at_threshold(stored[name][line], tau, "largest")[0], "lime")
         for panel, name in zip(panels, ("image", *WITH_FSL), strict=True):
-            _box(panel, scenes.boxes[line][0], "red")
+            _box(panel, cutouts.boxes[line][0], "red")
             panel.set_axis_off()
             if line == 0:
                 panel.set_title(name, fontsize=9)
     figure.suptitle(
-        f"Test scenes of seed {seed}: ground truth red, largest contour at the method's best tau green", fontsize=9
+        f"Test images of seed {seed}: ground truth red, largest contour at the method's best tau green", fontsize=9
     )
     return figure
 

@@ -1,7 +1,7 @@
 """Bootstrap intervals over images, and paired comparison of two methods on the same images (ours, not the paper's).
 
 Images are drawn with replacement; the maximum over thresholds is taken anew in every draw, since choosing tau on the
-evaluated split is part of the metric.
+evaluated split is part of the metric. PxAP pools the pixels of the drawn images.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from wsol_eval.localization import BoxResult
+from wsol_eval.pixels import PixelResult, average_precision
 
 CHUNK = 1024  # images unpacked at a time
+Result = BoxResult | PixelResult
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,19 @@ class Interval:
     p: float | None = None
 
 
-def bootstrap(result: BoxResult, draws: int = 1000, seed: int = 0) -> dict[str, Interval]:
-    """Intervals of MaxBoxAcc at each delta (keys such as "0.5") and of their mean ("v2").
+def bootstrap(result: Result, draws: int = 1000, seed: int = 0) -> dict[str, Interval]:
+    """Intervals of MaxBoxAcc at each delta (keys such as "0.5") and of their mean ("v2"), or of "pxap".
 
     Args:
-        result: of a `BoxLocalization` with keep_images.
+        result: of a `BoxLocalization` or `PixelAP` with keep_images.
         draws: bootstrap samples.
         seed: of the draws.
     """
-    sampled = _maxima(result, draws, seed)
-    exact = [*result.max_box_acc.values(), result.max_box_acc_v2]
-    return {name: _interval(value, draw) for name, value, draw in zip(_names(result), exact, sampled.T, strict=True)}
+    sampled, exact = _sampled(result, draws, seed), _exact(result)
+    return {name: _interval(value, draw) for (name, value), draw in zip(exact.items(), sampled.T, strict=True)}
 
 
-def paired(result: BoxResult, baseline: BoxResult, draws: int = 1000, seed: int = 0) -> dict[str, Interval]:
+def paired(result: Result, baseline: Result, draws: int = 1000, seed: int = 0) -> dict[str, Interval]:
     """The same for the difference result - baseline, both resampled with the same images.
 
     Raises:
@@ -47,37 +48,49 @@ def paired(result: BoxResult, baseline: BoxResult, draws: int = 1000, seed: int 
     """
     if result.n != baseline.n or result.image_ids != baseline.image_ids or not result.image_ids:
         raise ValueError("paired: both results need image_ids, the same ones in the same order")
-    if (result.iou_thresholds, result.contours) != (baseline.iou_thresholds, baseline.contours):
+    ours, theirs = _exact(result), _exact(baseline)
+    same_contours = getattr(result, "contours", None) == getattr(baseline, "contours", None)
+    if ours.keys() != theirs.keys() or not same_contours:
         raise ValueError("paired: both results need the same iou_thresholds and contours")
-    sampled = _maxima(result, draws, seed) - _maxima(baseline, draws, seed)
-    ours, theirs = [*result.max_box_acc.values(), result.max_box_acc_v2], [*baseline.max_box_acc.values()]
-    exact = np.subtract(ours, [*theirs, baseline.max_box_acc_v2])
+    difference = _sampled(result, draws, seed) - _sampled(baseline, draws, seed)  # the seed draws the same images
     found = {}
-    for name, value, draw in zip(_names(result), exact, sampled.T, strict=True):
+    for name, draw in zip(ours, difference.T, strict=True):
         tail = min((draw <= 0).mean(), (draw >= 0).mean())
-        found[name] = _interval(float(value), draw, p=float(min(1.0, 2 * max(tail, 1 / draws))))
+        p = float(min(1.0, 2 * max(tail, 1 / draws)))
+        found[name] = _interval(ours[name] - theirs[name], draw, p)
     return found
 
 
-def _names(result: BoxResult) -> list[str]:
-    return [*map(str, result.iou_thresholds), "v2"]
+def _exact(result: Result) -> dict[str, float]:
+    if isinstance(result, PixelResult):
+        return {"pxap": result.pxap}
+    return {str(delta): value for delta, value in result.max_box_acc.items()} | {"v2": result.max_box_acc_v2}
 
 
 def _interval(value: float, draws: np.ndarray, p: float | None = None) -> Interval:
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return Interval(value, float(low), float(high), p)
 
 
-def _maxima(result: BoxResult, draws: int, seed: int) -> np.ndarray:
-    """(draws, D + 1) percent: the maxima over tau of each resampled split, and their mean."""
+def _sampled(result: Result, draws: int, seed: int) -> np.ndarray:
+    """(draws, metrics) percent: each metric of each resampled split."""
     if result.images is None:
-        raise ValueError("intervals need each image's bits: BoxLocalization(keep_images=True)")
+        raise ValueError("intervals need each image's part: keep_images=True")
     weights = np.random.default_rng(seed).multinomial(result.n, np.full(result.n, 1 / result.n), draws)
+    if isinstance(result, PixelResult):
+        pooled = weights.astype(np.float64) @ result.images.reshape(result.n, -1).astype(np.float64)
+        return average_precision(pooled.reshape(draws, *result.images.shape[1:]))[:, None]
+    return _maxima(result, weights)
+
+
+def _maxima(result: BoxResult, weights: np.ndarray) -> np.ndarray:
+    """(draws, D + 1): the maxima over tau of each resampled split, and their mean."""
+    assert result.images is not None
     deltas, taus = result.curve.shape
-    counts = torch.zeros(draws, deltas * taus)
+    counts = torch.zeros(len(weights), deltas * taus)
     for begin in range(0, result.n, CHUNK):
         bits = np.unpackbits(result.images[begin : begin + CHUNK], axis=-1, count=taus)  # (n, D, T)
         share = torch.from_numpy(weights[:, begin : begin + CHUNK]).float()
         counts += share @ torch.from_numpy(bits).flatten(1).float()  # whole numbers, exact in float32
-    best = 100 * counts.reshape(draws, deltas, taus).amax(-1).double().numpy() / result.n
+    best = 100 * counts.reshape(len(weights), deltas, taus).amax(-1).double().numpy() / result.n
     return np.concatenate([best, best.mean(1, keepdims=True)], axis=1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wsol_eval.boxes import check_boxes
+from wsol_eval.scoremaps import Maps, as_maps
 from wsol_eval.streaming import Streaming
 from wsol_eval.sweep import Contours, Convention, at_thresholds, check_maps, level_iou, thresholds
 
@@ -94,8 +95,9 @@ class BoxLocalization(Streaming):
         contours: "all" is MaxBoxAccV2, "largest" is MaxBoxAcc.
         box_convention: "reference" is bit-compatible with clovaai/wsolevaluation, whose boxes end one pixel too far;
             "exact" ends them at their last pixel.
-        resolution: side or (height, width) that maps must have, their boxes being in its pixels; "native" accepts
-            every size, the boxes of a map then being in that map's own pixels.
+        resolution: side or (height, width) that maps must have, their boxes being in its pixels; "native" has every
+            map at the size of its image, and the boxes in the image's pixels (a map of 14 x 14 is not native: the
+            same map scores otherwise at every size, so that it must be resized first).
         keep_images: keep each image's bits (`BoxResult.images`) for bootstrap intervals: 375 bytes at step .001.
         workers: threads that score in the background, so that `update` returns at once (the sweep runs without the
             GIL: GPU inference goes on); 0 scores inside `update`.
@@ -143,21 +145,22 @@ class BoxLocalization(Streaming):
 
     def update(
         self,
-        score_maps: np.ndarray | Tensor | Sequence[np.ndarray],
+        score_maps: Maps,
         boxes: Sequence[np.ndarray],
         class_correct: Sequence[bool] | np.ndarray | Tensor | None = None,
         class_correct_top5: Sequence[bool] | np.ndarray | Tensor | None = None,
         image_ids: Sequence[str] | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """Add images.
 
         Args:
-            score_maps: (N, H, W) floating in [0, 1] or uint8 levels, on any device; with resolution "native" also a
-                sequence of N maps of different sizes.
+            score_maps: (N, H, W) floating in [0, 1] or uint8 levels, on any device, or as `as_maps` takes them.
             boxes: N arrays (k, 4) of ground truth x0, y0, x1, y1 in pixels of the map (see `resize_boxes`).
             class_correct: N booleans, the predicted class is right.
             class_correct_top5: N booleans, the right class is among the first five.
             image_ids: N names; one that comes twice is an error. They also let two results be paired.
+            image_sizes: with resolution "native" N times width and height of the image, which the map must have.
 
         Raises:
             TypeError: maps or boxes of another kind.
@@ -170,6 +173,8 @@ class BoxLocalization(Streaming):
         if len(boxes) != count or (ids is not None and len(ids) != count):
             raise ValueError(f"{count} score maps, {len(boxes)} entries of boxes and {len(ids or boxes)} ids")
         names = ids or [f"image {self._n + i}" for i in range(count)]
+        if self.resolution == "native":
+            _check_native([each.shape[1:] for each in maps for _ in each], image_sizes, names)
         known = [check_boxes(each, name) for each, name in zip(boxes, names, strict=True)]
         flags = [_flags(each, count, name) for each, name in ((class_correct, "class_correct"),
                                                               (class_correct_top5, "class_correct_top5"))]  # fmt: skip
@@ -237,20 +242,18 @@ class BoxLocalization(Streaming):
         options = {"iou_thresholds": list(self.iou_thresholds), "thresholds": len(self.taus), "contours": self.contours}
         return options | {"box_convention": self.box_convention, "keep_images": self.keep_images}
 
-    def _levels(self, maps: np.ndarray | Tensor | Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _levels(self, maps: Maps) -> list[np.ndarray]:
         """Stacks (n, H, W) of uint8 maps; ValueError for a wrong shape."""
-        if isinstance(maps, Sequence) and not isinstance(maps, str) and self.resolution == "native":
-            return [check_maps(each[None]) for each in maps]
-        grey = check_maps(maps)  # type: ignore[arg-type]  # refuses a sequence
-        if grey.ndim != 3 or 0 in grey.shape[1:]:
-            raise ValueError(f"score_maps: shape (N, H, W) was expected, got {grey.shape}")
-        if self.resolution != "native" and self.resolution != grey.shape[1:]:
-            height, width = self.resolution
-            raise ValueError(
-                f"score_maps: maps of {height} x {width} were expected, got {grey.shape[1]} x {grey.shape[2]}; "
-                "resize them, or declare resolution='native' with boxes in each map's own pixels"
-            )
-        return [grey]
+        given = as_maps(maps)
+        grey = [check_maps(given)] if isinstance(given, Tensor) else [check_maps(each[None]) for each in given]
+        for each in grey:
+            if self.resolution != "native" and self.resolution != each.shape[1:]:
+                height, width = self.resolution
+                raise ValueError(
+                    f"score_maps: maps of {height} x {width} were expected, got {each.shape[1]} x {each.shape[2]}; "
+                    "resize them (wsol_eval.resize_normalize)"
+                )
+        return grey
 
     def _remember(self, ids: list[str] | None, count: int, flags: list[np.ndarray | None]) -> None:
         """Count the images, after checking that ids and flags go on as they began."""
@@ -285,6 +288,20 @@ class BoxLocalization(Streaming):
     def _collect(self, leave: int = 0) -> None:
         while len(self._waiting) > leave:
             self._add(self._waiting.popleft().result())
+
+
+def _check_native(
+    shapes: list[tuple[int, int]], image_sizes: Sequence[tuple[int, int]] | None, names: Sequence[str]
+) -> None:
+    """ValueError unless every map has its image's size."""
+    if image_sizes is None or len(image_sizes) != len(shapes):
+        raise ValueError(f"image_sizes: resolution='native' needs width and height of all {len(shapes)} images")
+    for name, (height, width), wanted in zip(names, shapes, image_sizes, strict=True):
+        if (width, height) != tuple(wanted):
+            raise ValueError(
+                f"{name}: a native map has its image's size, {wanted[0]} x {wanted[1]} pixels, got {width} x {height}; "
+                "resize it (wsol_eval.resize_normalize, or `score --resize`)"
+            )
 
 
 def _flags(flags: Sequence[bool] | np.ndarray | Tensor | None, count: int, name: str) -> np.ndarray | None:

@@ -6,13 +6,14 @@ Precision and recall need only how many foreground and background pixels have a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wsol_eval.scoremaps import Maps, as_maps
 from wsol_eval.streaming import Streaming
 from wsol_eval.sweep import as_tensor, check_range, thresholds
 
@@ -40,6 +41,18 @@ class PixelResult:
     """Images."""
     foreground: float
     """Share of foreground among the pixels that count, in percent: the PxAP of a constant map."""
+    images: np.ndarray | None = field(default=None, repr=False)
+    """(n, 2, T + 2) int32: background and foreground pixels of each image by bin; with keep_images only."""
+    image_ids: tuple[str, ...] = field(default=(), repr=False)
+
+    def at(self, tau: float) -> dict[str, float]:
+        """Precision, recall and IoU of all pixels, in percent, at the threshold next to tau in [0, 1)."""
+        if not 0 <= tau < 1:
+            raise ValueError(f"tau: a number in [0, 1) was expected, got {tau}")
+        place = int(np.abs(self.taus - tau).argmin())
+        precision, recall = float(self.precision[place]), float(self.recall[place])
+        iou = 1 / (1 / precision + 1 / recall - 1) if precision > 0 and recall > 0 else 0.0
+        return {"precision": 100 * precision, "recall": 100 * recall, "iou": 100 * iou}
 
 
 def merge_masks(instances: Sequence[np.ndarray], ignore: np.ndarray | None = None) -> np.ndarray:
@@ -124,16 +137,31 @@ def score_histogram(scores: Tensor, masks: Tensor, interval: float, backend: str
     return torch.bincount(index, minlength=2 * (len(edges) - 1)).reshape(2, -1).cpu().numpy()
 
 
+def average_precision(counts: np.ndarray) -> np.ndarray:
+    """PxAP in percent of histograms (..., 2, bins) of background and foreground; NaN without foreground."""
+    fp, tp = np.moveaxis(counts[..., ::-1].cumsum(-1), -2, 0)  # from high scores to low ones
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision, recall = tp / (tp + fp), tp / tp[..., -1:]
+    steps = np.diff(recall) * precision[..., 1:]
+    return 100 * np.where((tp + fp)[..., 1:] > 0, steps, 0).sum(-1)
+
+
 class PixelAP(Streaming):
     """Streaming PxAP: `update` with maps and masks, `merge` with another one, `compute` a `PixelResult`.
 
     Args:
         cam_curve_interval: width of the bins.
         resolution: side or (height, width) that maps must have; None accepts every size.
+        keep_images: keep each image's histogram (`PixelResult.images`) for bootstrap intervals: 8 kB at step .001.
     """
 
-    def __init__(self, cam_curve_interval: float = 0.001, resolution: int | tuple[int, int] | None = None):
-        self.interval = cam_curve_interval
+    def __init__(
+        self,
+        cam_curve_interval: float = 0.001,
+        resolution: int | tuple[int, int] | None = None,
+        keep_images: bool = False,
+    ):
+        self.interval, self.keep_images = cam_curve_interval, keep_images
         self.edges = bin_edges(cam_curve_interval)
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else resolution
         self.reset()
@@ -143,10 +171,11 @@ class PixelAP(Streaming):
         self._counts = np.zeros((2, len(self.edges) - 1), np.int64)
         self._n = 0
         self._ids: dict[str, None] = {}
+        self._images: list[np.ndarray] = []
 
     def update(
         self,
-        score_maps: np.ndarray | Tensor,
+        score_maps: Maps,
         masks: np.ndarray | Tensor,
         image_ids: Sequence[str] | None = None,
     ) -> None:
@@ -161,7 +190,9 @@ class PixelAP(Streaming):
             TypeError: maps or masks of another kind.
             ValueError: NaN, values outside the range, shapes that differ, an id that was there before.
         """
-        scores = as_tensor(score_maps, "score_maps")
+        scores = as_maps(score_maps)
+        if not isinstance(scores, Tensor):
+            raise ValueError("score_maps: maps of one size were expected")
         if scores.dtype == torch.uint8:
             raise TypeError("score_maps: PxAP is computed on floating maps, got uint8")
         masks = as_tensor(masks, "masks").to(scores.device)
@@ -177,7 +208,12 @@ class PixelAP(Streaming):
             raise ValueError("masks: 0, 1 and 255 were expected, got other values")
         self.check_new(image_ids or ())
         self._ids |= dict.fromkeys(image_ids or ())
-        self._counts += score_histogram(scores, masks, self.interval)
+        if self.keep_images:
+            each = [score_histogram(*pair, self.interval) for pair in zip(scores, masks, strict=True)]
+            self._images += [part[None].astype(np.int32) for part in each]
+            self._counts += np.sum(each, axis=0, dtype=np.int64)
+        else:
+            self._counts += score_histogram(scores, masks, self.interval)
         self._n += len(scores)
 
     def compute(self) -> PixelResult:
@@ -188,15 +224,16 @@ class PixelAP(Streaming):
         tp, fp = foreground.cumsum(), background.cumsum()
         with np.errstate(invalid="ignore"):
             precision, recall = tp / (tp + fp), tp / tp[-1]
-        steps = np.diff(recall) * precision[1:]
-        pxap = 100 * float(steps[(tp + fp)[1:] > 0].sum())
         share = 100 * float(tp[-1] / (tp[-1] + fp[-1]))
-        return PixelResult(pxap, precision, recall, self.edges[-2::-1], self._n, share)
+        kept = np.concatenate(self._images) if self._images else None
+        pxap = float(average_precision(self._counts))
+        return PixelResult(pxap, precision, recall, self.edges[-2::-1], self._n, share, kept, tuple(self._ids))
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and ids, as tensors and plain values that torch.load(weights_only=True) accepts."""
         counts = torch.from_numpy(self._counts.copy())
-        return {"interval": self.interval, "counts": counts, "n": self._n, "image_ids": list(self._ids)}
+        state = {"interval": self.interval, "counts": counts, "n": self._n, "image_ids": list(self._ids)}
+        return state | {"images": [torch.from_numpy(each) for each in self._images]}
 
     def load_state_dict(self, state: dict[str, Any], add: bool = False) -> None:
         """Take over a state, or add it to this one. ValueError for another interval or known ids."""
@@ -207,4 +244,5 @@ class PixelAP(Streaming):
         self.check_new(state["image_ids"])
         self._counts += state["counts"].numpy()
         self._n += state["n"]
+        self._images += [each.numpy() for each in state["images"]]
         self._ids |= dict.fromkeys(state["image_ids"])

@@ -11,12 +11,13 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from shared_utils.tables import settings_hash
 from wsol_eval.data import Source
 from wsol_eval.evaluate import Report, evaluate
 from wsol_eval.models import WSOLNetwork
@@ -37,7 +38,7 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     Learning rate and map size of a trial number are the same for every method; the rest is the method's own.
 
     Args:
-        space: "paper" (appendix table 5; drop area is the share of the image that a hidden patch has), or "scenes".
+        space: "paper" (appendix table 5; drop area: share of the image that a hidden patch has), or "photographs".
         method: see `build_model`.
         seed: of the search.
         trial: number, from 0.
@@ -47,8 +48,8 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     if space == "paper":
         found = {"lr": _log_uniform(shared, 1e-5, 1.0), "feature_map": int(shared.choice([14, 28]))}
         return found | _paper_space(method, own)
-    found = {"lr": _log_uniform(shared, 0.01, 0.06), "feature_map": int(shared.choice([4, 8]))}
-    return found | _scenes_space(method, own)
+    found = {"lr": _log_uniform(shared, 0.01, 0.05), "feature_map": int(shared.choice([4, 8]))}
+    return found | _photographs_space(method, own)
 
 
 def _paper_space(method: str, rng: np.random.Generator) -> Hyperparameters:
@@ -66,10 +67,10 @@ def _paper_space(method: str, rng: np.random.Generator) -> Hyperparameters:
     return {}
 
 
-def _scenes_space(method: str, rng: np.random.Generator) -> Hyperparameters:
+def _photographs_space(method: str, rng: np.random.Generator) -> Hyperparameters:
     match method:
         case "fsl":
-            return {"lr": float(rng.choice([0.02, 0.05, 0.1])), "feature_map": 8}
+            return {"lr": float(rng.choice([0.01, 0.03, 0.1])), "feature_map": 8}
         case "has":
             return {"has_drop_rate": rng.uniform(0, 0.6), "has_grid_size": int(rng.choice([4, 8]))}
         case "acol":
@@ -96,24 +97,32 @@ def _spg(rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
 class Ledger:
     """What was trained, what was judged with full supervision, and what was reported on test.
 
+    One file may hold many protocols: each entry bears the key of its own, and a ledger sees no other's.
+
     Args:
         path: JSON lines, appended to; None keeps everything in memory.
         writes: False on all ranks but one: they read the file, and remember what is added.
+        facts: all that the protocol's result depends on, recipe and data included; their hash is the key.
     """
 
-    def __init__(self, path: Path | None = None, writes: bool = True):
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path | None = None, writes: bool = True, facts: dict[str, Any] | None = None):
+        self.path, self.writes, self.key = path, writes, settings_hash(facts or {})
         self.entries: list[dict] = []
         if path is not None and path.exists():
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
-                    self.entries.append(json.loads(line))
+                    entry = json.loads(line)
                 except ValueError:
                     logger.warning("%s line %d is cut off; skipped", path, number)
+                    continue
+                if entry.get("protocol") == self.key:
+                    self.entries.append(entry)
+        if facts and not self.entries:
+            self.add("protocol", facts=facts)
 
     def add(self, kind: str, **facts: Any) -> dict:
         """Append an entry; on disk before this returns."""
-        entry = {"kind": kind, **facts}
+        entry = {"kind": kind, "protocol": self.key, **facts}
         self.entries.append(entry)
         if self.path is not None and self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +134,7 @@ class Ledger:
         return entry
 
     def find(self, kind: str, **facts: Any) -> list[dict]:
-        """Entries with these values."""
+        """Entries of this protocol with these values."""
         return [e for e in self.entries if e["kind"] == kind and all(e.get(name) == v for name, v in facts.items())]
 
     def counts(self) -> dict[str, int]:
@@ -182,16 +191,11 @@ def search(
 
     Raises:
         RuntimeError: every trial diverged.
-        ValueError: the ledger has a trial of other hyperparameters under this number.
     """
     values = []
     for trial in range(trials):
         drawn = {} if space == "fixed" else draw(space, base.method, seed, trial)
         known = ledger.find("trial", method=base.method, seed=seed, trial=trial)
-        if known and known[0]["hyperparameters"] != json.loads(json.dumps(drawn)):
-            raise ValueError(
-                f"{ledger.path}: trial {trial} of {base.method} has other hyperparameters; use a new folder"
-            )
         if not known:
             value = _judge(replace(base, **drawn), trial, train, val, fabric, criterion, interval)
             facts = {"method": base.method, "seed": seed, "trial": trial, "hyperparameters": drawn}
@@ -235,6 +239,7 @@ def search_fsl(
     criterion: str = "max_box_acc_v2",
     interval: float = 0.001,
     validation: FslValidation = "split",
+    compile_model: bool = False,
 ) -> tuple[Search, WSOLNetwork]:
     """The FSL baseline: fitted on the very images that the other methods are chosen with.
 
@@ -248,24 +253,41 @@ def search_fsl(
         fitted, judged = val.subset(kept), val.subset(held_out)
 
     def train(recipe: Recipe, trial: int) -> WSOLNetwork:
-        return fit(recipe, fitted, seed, fabric)
+        return fit(recipe, fitted, seed, fabric, compile_model=compile_model)
 
     found = search(base, space, trials, seed, train, judged, fabric, ledger, criterion, interval)
     ledger.add("trial", method="fsl refit", seed=seed, trial=found.best, uses=1, images=len(val))
-    return found, fit(found.recipe, val, seed, fabric)
+    return found, fit(found.recipe, val, seed, fabric, compile_model=compile_model)
 
 
 def report_once(
-    name: str, network: WSOLNetwork, test: Source, fabric: Fabric, ledger: Ledger, interval: float
+    name: str, network: WSOLNetwork, test: Source, fabric: Fabric, ledger: Ledger, interval: float, skipped: int = 0
 ) -> tuple[Report, dict]:
-    """The final report on test, and its entry in the ledger. RuntimeError if there is one of this name already."""
+    """The final report on test, and its entry in the ledger. RuntimeError if there is one of this name already.
+
+    `skipped`: broken files left out in training; those of test are added.
+    """
     known = ledger.find("test", name=name)
     if known:
         raise RuntimeError(
             f"test was reported already for {name}: {known[0]['metrics']}; a second look breaks the protocol"
         )
     report = evaluate(network, test, fabric, interval)
-    return report, ledger.add("test", name=name, images=len(test), metrics=report.metrics(), details=report.details())
+    skipped += len(test.skipped)
+    facts = {"images": report.n, "metrics": report.metrics(), "details": report.details()}
+    return report, ledger.add(
+        "test", name=name, precision=fabric.strategy.precision.precision, skipped=skipped, **facts
+    )
+
+
+def criterion_of(criterion: str, val: Source) -> str:
+    """max_box_acc_v2 where there are boxes, pxap where there are masks; ValueError for one that cannot be computed."""
+    possible = ["max_box_acc_v2"] * val.has_boxes + ["pxap"] * val.has_masks
+    if not possible:
+        raise ValueError("train-fullsup has neither boxes nor masks: nothing can judge a trial")
+    if criterion not in ("auto", *possible):
+        raise ValueError(f"criterion: this data set allows {' or '.join(possible)}, got {criterion!r}")
+    return possible[0] if criterion == "auto" else criterion
 
 
 def run_in_folder(
@@ -276,52 +298,66 @@ def run_in_folder(
     sources: dict[str, Source],
     fabric: Fabric,
     folder: Path,
-    criterion: str,
+    criterion: str = "auto",
     interval: float = 0.001,
     fsl_validation: FslValidation = "split",
-) -> tuple[Search, dict[str, Any]]:
+    compile_model: bool = False,
+) -> tuple[Search, dict[str, Any], Ledger]:
     """The whole protocol of one method, to be killed and started again at will.
 
-    Checkpoints of the trials lie in `folder`, of finished ones only the best; ledger.jsonl lies beside them.
+    Checkpoints of the trials lie in `folder`, of finished ones only the best; ledger.jsonl lies beside them. Both are
+    named by everything that the result depends on: another recipe or other data in the same folder start anew.
 
     Args:
         base: what the trials have in common.
-        space: of the hyperparameters, see `draw`.
+        space: of the hyperparameters, see `draw`; "fixed" judges the base as it is.
         trials: equal for all methods.
         seed: of draws and training.
-        sources: splits train, val and test.
+        sources: splits train, val and test; with "proxy" (ImageNet's 10 %) the trials are trained on that, and the
+            chosen one again on all of train, as in the paper.
         fabric: device and ranks.
         folder: created where missing.
-        criterion: what a trial is judged by.
+        criterion: what a trial is judged by, see `criterion_of`.
         interval: step between thresholds.
         fsl_validation: see `search_fsl`.
+        compile_model: torch.compile the networks for training.
 
     Returns:
-        The search, and the ledger's entry of the report on test.
+        The search, the ledger's entry of the report on test, and the ledger.
     """
-    ledger = Ledger(folder / "ledger.jsonl", writes=fabric.is_global_zero)
+    criterion = criterion_of(criterion, sources["val"])
+    facts = {"recipe": json.loads(json.dumps(asdict(base))), "space": space, "trials": trials, "seed": seed}
+    facts |= {"criterion": criterion, "interval": interval, "fsl_validation": fsl_validation}
+    facts["data"] = {split: source.checksum() for split, source in sources.items()}
+    ledger = Ledger(folder / "ledger.jsonl", writes=fabric.is_global_zero, facts=facts)
     fabric.barrier()  # nobody writes before all have read
     name = f"{base.method}-{base.arch}"
 
-    def path(trial: int) -> Path:
-        return folder / f"{name}-trial-{trial}.pt"
+    def path(trial: int | str) -> Path:
+        return folder / f"{name}-{ledger.key}-{trial}.pt"
 
     if base.method == "fsl":
-        options = (sources["val"], fabric, ledger, criterion, interval, fsl_validation)
+        options = (sources["val"], fabric, ledger, criterion, interval, fsl_validation, compile_model)
         found, network = search_fsl(base, space, trials, seed, *options)
     else:
+        proxy = sources.get("proxy") if space != "fixed" else None
 
         def train(recipe: Recipe, trial: int) -> WSOLNetwork:
-            known = [e for e in ledger.find("trial", method=base.method, seed=seed) if e["value"] is not None]
+            known = [e for e in ledger.find("trial") if e["value"] is not None]
             best = max(known, key=lambda entry: entry["value"], default=None)
             for entry in known:
                 if entry is not best:
                     path(entry["trial"]).unlink(missing_ok=True)
-            return fit(recipe, sources["train"], seed, fabric, checkpoint=path(trial))
+            return fit(recipe, proxy or sources["train"], seed, fabric, path(trial), compile_model=compile_model)
 
         found = search(base, space, trials, seed, train, sources["val"], fabric, ledger, criterion, interval)
-        network, _ = load_trained(path(found.best), sources["train"].num_classes)
+        if proxy:
+            whole = (found.recipe, sources["train"], seed, fabric, path("retrained"))
+            network = fit(*whole, compile_model=compile_model)
+        else:
+            network, _ = load_trained(path(found.best), sources["train"].num_classes)
     known = ledger.find("test", name=name)
-    if known:
-        return found, known[0]
-    return found, report_once(name, network, sources["test"], fabric, ledger, interval)[1]
+    if not known:
+        skipped = sum(len(source.skipped) for split, source in sources.items() if split != "test")
+        known = [report_once(name, network, sources["test"], fabric, ledger, interval, skipped)[1]]
+    return found, known[0], ledger

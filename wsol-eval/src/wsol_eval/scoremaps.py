@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,30 +12,68 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from wsol_eval.sweep import as_tensor
+
 if TYPE_CHECKING:
     import lmdb
 
+Maps = np.ndarray | Tensor | Sequence[np.ndarray | Tensor]
 KINDS = {np.dtype(name).str: np.dtype(name) for name in ("uint8", "float16", "float32", "float64")}
 
 
-def resize_normalize(maps: Tensor, size: int | tuple[int, int] = 224) -> Tensor:
+def as_maps(maps: Maps) -> Tensor | list[Tensor]:
+    """Score maps as tools give them, as one tensor (N, H, W), or as N tensors (H, W) where their sizes differ.
+
+    Taken are arrays and tensors (H, W), (N, H, W) and (N, 1, H, W) (pytorch-grad-cam, Captum), and sequences of maps
+    (H, W) or (1, H, W).
+
+    Raises:
+        TypeError: anything else than floating or uint8 arrays and tensors.
+        ValueError: another shape.
+    """
+    if isinstance(maps, np.ndarray | Tensor):
+        tensor = as_tensor(maps, "score_maps")
+        if tensor.ndim == 4 and tensor.shape[1] == 1:
+            tensor = tensor[:, 0]
+        if tensor.ndim == 2:
+            tensor = tensor[None]
+        if tensor.ndim != 3 or 0 in tensor.shape[1:]:
+            shapes = "(H, W), (N, H, W) or (N, 1, H, W)"
+            raise ValueError(f"score_maps: shape {shapes} was expected, got {tuple(tensor.shape)}")
+        return tensor
+    if isinstance(maps, str) or not isinstance(maps, Sequence):
+        raise TypeError(f"score_maps: an array, a tensor or a sequence of them was expected, got {type(maps).__name__}")
+    single = [as_maps(each) for each in maps]
+    for each in single:
+        if not isinstance(each, Tensor) or len(each) != 1:
+            raise ValueError("score_maps: in a sequence, each map has the shape (H, W) or (1, H, W)")
+    tensors = [each[0] for each in single]
+    same = len({(each.shape, each.dtype, each.device) for each in tensors}) == 1
+    return torch.stack(tensors) if same else tensors
+
+
+def resize_normalize(maps: Maps, size: int | tuple[int, int] = 224) -> Tensor:
     """Bicubic resize (a = -0.75, no antialiasing), then min-max per map: the order matters, bicubic overshoots.
 
     A map with NaN or infinity, and a constant one, becomes all zero.
 
     Args:
-        maps: (N, h, w) floating; computed in float32 or float64.
+        maps: (N, h, w) floating, or as `as_maps` takes them; computed in float32 or float64.
         size: side or (height, width).
 
     Returns:
         (N, H, W) in [0, 1], on the same device.
     """
+    maps = as_maps(maps)
+    if not isinstance(maps, Tensor):
+        return torch.cat([resize_normalize(each, size) for each in maps])
     if maps.dtype not in (torch.float32, torch.float64):
         maps = maps.float()
     height, width = (size, size) if isinstance(size, int) else size
+    varied = maps.flatten(1).amax(1) > maps.flatten(1).amin(1)  # bicubic makes rounding noise of a constant
     maps = interpolate(maps[:, None], (height, width), mode="bicubic", align_corners=False)[:, 0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    usable = maps.isfinite().all(2, keepdim=True).all(1, keepdim=True) & (high > low)
+    usable = maps.isfinite().all(2, keepdim=True).all(1, keepdim=True) & varied[:, None, None] & (high > low)
     return torch.where(usable, (maps - low) / torch.where(usable, high - low, 1), 0).clamp(0, 1)
 
 
@@ -87,8 +126,13 @@ class ScoreMaps:
                 self._save(name, each)
 
     def read(self, image_id: str) -> np.ndarray:
-        """One map (H, W). FileNotFoundError if there is none, ValueError naming the file if it is damaged."""
+        """One map (H, W), without axes of length 1 before it.
+
+        FileNotFoundError if there is none, ValueError naming the file if it is damaged.
+        """
         found = self._get(image_id) if self._is_lmdb else self._load(image_id)
+        while found.ndim > 2 and len(found) == 1:
+            found = found[0]
         if found.ndim != 2:
             raise ValueError(f"{self._where(image_id)}: a map of shape (H, W) was expected, got {found.shape}")
         return found
@@ -113,13 +157,19 @@ class ScoreMaps:
             raise OSError(error.errno, f"{target}: the map could not be written ({error.strerror})") from error
 
     def _load(self, image_id: str) -> np.ndarray:
-        path = self.path / f"{image_id}.npy"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no score map of image {image_id!r}")
+        """<id>.npy as `write` names it, or without the id's suffix as in the reference's README; or the same as .pt."""
+        stem = Path(image_id).with_suffix("")
+        places = [self.path / f"{name}{suffix}" for suffix in (".npy", ".pt") for name in (image_id, stem)]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{places[0]}: no score map of image {image_id!r}, nor {stem}.npy or .pt")
         try:
+            if path.suffix == ".pt":
+                return torch.load(path, map_location="cpu", weights_only=True).detach().float().numpy()
             return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: the score map is truncated or no .npy file ({error})") from error
+        except Exception as error:  # zip, pickle and header errors of a damaged or foreign file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path}: the score map is truncated or no map ({reason})") from error
 
     def _open(self, write: bool) -> lmdb.Environment:
         import lmdb

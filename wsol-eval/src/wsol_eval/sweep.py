@@ -148,9 +148,16 @@ def boxes_at_threshold(
     score_map: np.ndarray, tau: float, contours: Contours = "all", box_convention: Convention = "reference"
 ) -> np.ndarray:
     """Boxes of the contours at one threshold: (k, 4) int64, [[0, 0, 0, 0]] where there is none."""
+    grey = check_maps(score_map, "score_map")
+    return boxes_at_level(grey, int(tau * float(grey.max())), contours, box_convention)
+
+
+def boxes_at_level(
+    grey: np.ndarray, level: int, contours: Contours = "all", box_convention: Convention = "reference"
+) -> np.ndarray:
+    """Boxes of the contours of `grey > level`, (H, W) uint8: (k, 4) int64, [[0, 0, 0, 0]] where there is none."""
     from wsol_eval import contours as opencv
 
-    grey = check_maps(score_map, "score_map")
     find = tree.boxes_of_level if tree else opencv.contour_boxes
-    boxes = find(grey, int(tau * float(grey.max())), contours == "largest", box_convention == "reference")
+    boxes = find(grey, level, contours == "largest", box_convention == "reference")
     return boxes if len(boxes) else np.zeros((1, 4), np.int64)

@@ -109,6 +109,7 @@ def fit(
     compiled = cast(torch.nn.Module, torch.compile(network)) if compile_model else network
     model, optimizer = fabric.setup(compiled, optimizer)
     run = asdict(recipe) | {"spg": [list(pair) for pair in recipe.spg], "seed": seed, "images": len(source)}
+    run |= {"data": source.checksum()} if checkpoint else {}
     epoch, step = _resume(checkpoint, run, network, optimizer, fabric) if checkpoint else (0, 0)
     if (epoch, step) == (0, 0) and fabric.world_size > 1:
         seed_everything(seed + 7919 * fabric.global_rank)  # from here on ranks draw different masks
@@ -138,6 +139,9 @@ def fit(
         if checkpoint:
             _save(checkpoint, run, epoch, step, network, optimizer, fabric)
             logger.info("epoch %d of %d: loss of the last batch %.4f", epoch, recipe.epochs, loss.item())
+    if fabric.world_size > 1:
+        for buffer in network.buffers():  # statistics of batch normalisation, which each rank gathers by itself
+            torch.distributed.broadcast(buffer, 0)
     return network.eval()
 
 
@@ -176,7 +180,7 @@ def _resume(path: Path, run: dict, network: WSOLNetwork, optimizer: torch.optim.
     state = read_checkpoint(path)
     if state["run"] != run:
         differing = ", ".join(key for key in run if run[key] != state["run"].get(key))
-        raise ValueError(f"{path}: checkpoint of another run (other {differing}); delete it or name another")
+        raise ValueError(f"{path}: checkpoint of another run (other {differing}); name another file")
     if len(state["rng"]) != fabric.world_size:
         raise ValueError(f"{path}: written by {len(state['rng'])} processes, cannot go on with {fabric.world_size}")
     network.load_state_dict(state["model"])
@@ -195,13 +199,13 @@ def read_checkpoint(path: Path) -> dict:
         return state | {"run": state["run"]}
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: no checkpoint can be read ({reason}); delete it to start again") from error
+        raise ValueError(f"{path}: no checkpoint can be read ({reason}); name another file to start anew") from error
 
 
 def load_trained(path: Path, num_classes: int) -> tuple[WSOLNetwork, Recipe]:
     """The network of a checkpoint, and its recipe. ValueError if it has another number of classes."""
     state = read_checkpoint(path)
-    settings = {name: value for name, value in state["run"].items() if name not in ("seed", "images")}
+    settings = {name: value for name, value in state["run"].items() if name not in ("seed", "images", "data")}
     recipe = Recipe(**settings | {"pretrained": None, "spg": tuple(map(tuple, settings["spg"]))})
     network = build_network(recipe, num_classes)
     try:

@@ -13,9 +13,9 @@ from wsol_eval.models.network import WSOLNetwork
 
 ARCHITECTURES = ("vgg16", "inception_v3", "resnet50", "small")
 METHODS = ("cam", "has", "acol", "spg", "adl", "cutmix", "fsl")  # has and cutmix train the network of cam
-MAP_SIZES = {"small": (4, 8)}
+MAP_SIZES = {"small": (4, 8, 14, 28)}
 DEFAULTS = {
-    "acol_threshold": 0.6,
+    "acol_threshold": 0.7,
     "adl_drop_rate": 0.75,
     "adl_threshold": 0.9,
     "spg": ((0.7, 0.01), (0.5, 0.05), (0.7, 0.1)),
@@ -29,10 +29,10 @@ def build_model(
     """A classifier with score maps.
 
     Args:
-        arch: vgg16, inception_v3, resnet50 (224 x 224 images), or small (32 x 32).
+        arch: vgg16, inception_v3, resnet50 (224 x 224 images), or small (32 x 32 images, or 224 x 224).
         method: cam, has, acol, spg, adl, cutmix or fsl.
         num_classes: of the logits; fsl has none.
-        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); 4 or 8 for small.
+        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); also 4 or 8 for small.
         pretrained: None; "imagenet" for torchvision's ImageNet weights (downloaded, checked by hash); or a file with
             such a state dict.
         hp: acol_threshold, adl_drop_rate, adl_threshold, spg ((high, low) of B2, B1 and C).
@@ -76,9 +76,7 @@ def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
     if arch not in PRETRAINED:
         raise ValueError(f"pretrained: {arch} has no pretrained weights")
     if pretrained == "imagenet":
-        import torchvision.models
-
-        state = getattr(torchvision.models, PRETRAINED[arch]).IMAGENET1K_V1.get_state_dict(check_hash=True)
+        state = _downloaded(arch)
     elif not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such file; torchvision's {PRETRAINED[arch]} state dict is expected")
     else:
@@ -92,3 +90,21 @@ def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
     if unexpected or not renamed:
         reason = f"unexpected {unexpected[0]}" if unexpected else "none of its names"
         raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({reason})")
+
+
+def _downloaded(arch: str) -> dict:
+    import torchvision.models
+
+    return getattr(torchvision.models, PRETRAINED[arch]).IMAGENET1K_V1.get_state_dict(check_hash=True)
+
+
+def save_weights(arch: str, path: Path) -> Path:
+    """Torchvision's ImageNet weights as a file, written whole or not at all; one that is there is kept."""
+    if arch not in PRETRAINED:
+        raise ValueError(f"arch: one of {', '.join(PRETRAINED)} was expected, got {arch!r}")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(_downloaded(arch), partial)
+        partial.replace(path)
+    return path

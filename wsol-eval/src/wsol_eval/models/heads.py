@@ -105,7 +105,7 @@ class SpgHead(Head):
     ):
         super().__init__()
         low, middle, top = channels
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(top, num_classes, 1))
+        self.dropout, self.classifier = nn.Dropout(dropout), nn.Conv2d(top, num_classes, 1)
         self.b1, self.b2 = conv(low, side), conv(middle, side)
         self.b_shared = nn.Sequential(conv(side, side), nn.Conv2d(side, 1, 1))
         self.c = nn.Sequential(conv(top, last), nn.Conv2d(last, 1, 1))
@@ -113,6 +113,7 @@ class SpgHead(Head):
 
     def forward(self, features: Features, labels: Tensor | None) -> Outputs:
         low, middle, top = features
+        top = self.dropout(top)  # one mask: head C sees what the classifier sees
         maps = self.classifier(top)
         outputs = {"logits": maps.mean((2, 3)), "maps": maps}
         if self.training:  # the side heads only teach
