@@ -55,8 +55,8 @@ def _mixing(repeats: int) -> Iterator[Timing]:
     cpu = torch.device("cpu")
     times = in_turn(lambda: ours(small, small_labels), lambda: elem(small, small_labels), repeats, cpu)
     yield Timing("CutMix per sample, 128 x 3 x 32 x 32", "timm, elem", *times, target=">= 5")
-    batch = timm.data.mixup.Mixup(mixup_alpha=0, cutmix_alpha=1.0, mode="batch", num_classes=1000)
-    times = in_turn(lambda: whole(large, large_labels), lambda: batch(large.clone(), large_labels), repeats, cpu)
+    together = timm.data.mixup.Mixup(mixup_alpha=0, cutmix_alpha=1.0, mode="batch", num_classes=1000)
+    times = in_turn(lambda: whole(large, large_labels), lambda: together(large.clone(), large_labels), repeats, cpu)
     yield Timing("CutMix per batch, 32 x 3 x 224 x 224", "timm, batch, on a copy", *times)
     times = in_turn(lambda: ours(large, large_labels), lambda: per_batch(large, large_labels), repeats, cpu)
     yield Timing("CutMix per sample, 32 x 3 x 224 x 224", "torchvision v2, per batch", *times, target=">= 3")
@@ -135,10 +135,10 @@ def _corruptions(device: torch.device, repeats: int) -> Iterator[Timing]:
         own, other = in_turn(batched, one_by_one, repeats, device)
         ours[name], theirs[name] = ([ms / n for ms in each] for each, n in ((own, len(images)), (other, len(pictures))))
         yield Timing(f"{name}, 224 x 224", PEER, ours[name], theirs[name], target=">= 1.5")
-    sums = [
+    all_ours, all_theirs = (
         [sum(each) for each in zip(*(times[name] for name in CORRUPTIONS), strict=True)] for times in (ours, theirs)
-    ]
-    yield Timing("all 15 corruptions of mCE, 224 x 224", PEER, *sums, target=">= 6")
+    )
+    yield Timing("all 15 corruptions of mCE, 224 x 224", PEER, all_ours, all_theirs, target=">= 6")
 
 
 def _peer() -> Any:

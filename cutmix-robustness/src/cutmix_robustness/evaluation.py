@@ -240,7 +240,8 @@ class Evaluator:
         Beside it the mean AUROC of two later scores, the energy and the largest logit.
         """
         known = ood_scores(self.logits)
-        found, others = {}, {score: [] for score in known if score != "msp"}
+        found: dict[str, dict[str, float]] = {}
+        others: dict[str, list[float]] = {score: [] for score in known if score != "msp"}
         for name, source in self.benchmark.unknown().items():
             unknown = ood_scores(logits_of(self.model, source, self.fabric)[0])
             found[name] = ood_metrics(known["msp"], unknown["msp"])
@@ -285,8 +286,9 @@ class Evaluator:
         """Boxes around the class activation map of the predicted class (Table 9)."""
 
         def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
-            network = self.model.network
-            features = network.features((images - self.model.mean) / self.model.std)
+            model: Any = self.model  # its network has features and fc, as all here do
+            network = model.network
+            features = network.features((images - model.mean) / model.std)
             predicted = network.fc(features.mean((2, 3))).argmax(1)
             cam = class_activation_map(features, network.fc.weight, predicted)
             cam = F.interpolate(cam[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]

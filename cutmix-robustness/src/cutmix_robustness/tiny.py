@@ -117,7 +117,8 @@ def write_mnist(root: Path) -> None:
 
 def write_imagenet(root: Path) -> None:
     """train/<wnid>/, val/<wnid>/ and val_boxes/, and ImageNet-C beside it; real names, odd encodings, hidden files."""
-    rng, val = np.random.default_rng(5), []
+    rng = np.random.default_rng(5)
+    val: list = []
     for wnid in WNIDS:
         for number in range(6):
             picture, path = _picture(rng, 90, 120), root / "train" / wnid / f"{wnid}_{number}.JPEG"
