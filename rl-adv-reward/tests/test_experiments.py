@@ -107,3 +107,9 @@ def test_each_scale_is_its_preset():
                             name,
                             field.name,
                         )
+
+
+@pytest.mark.parametrize("attack", ["atn", "fgsm", "pgd", "mad", "targeted-pgd"])
+def test_a_bound_of_0_changes_no_action(tmp_path, small, attack):
+    settings = asdict(small(attack=attack, target="0", eps=0.0, learner="frozen_q", goal="park"))
+    assert execute(settings, 0, store=tmp_path).metrics["same_trajectory"] == 1
