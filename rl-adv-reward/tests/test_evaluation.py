@@ -98,7 +98,7 @@ def made_up(returns, steps):
         name: np.zeros(len(steps)) for name in ("victim_return", "misses", "flips", "crossings", "hits", "l2", "l0")
     }
     episodes |= {"adv_return": np.array(returns, float), "steps": np.array(steps, float)}
-    return Evaluation(episodes, 0.0, 0.0, np.zeros(20, int), float("nan"), "", {})
+    return Evaluation(episodes, 0.0, 0.0, np.zeros(20, int), float("nan"), "", 1, {})
 
 
 def test_rates_are_ratios_of_sums_and_the_lead_covers_the_truth():

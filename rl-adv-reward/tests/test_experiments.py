@@ -51,33 +51,6 @@ def test_a_cleanrl_state_dict_is_a_victim(tmp_path):
         load_victim(tmp_path / "nothing.pt", "pong", "cleanrl")
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("algorithm, options", [("DQN", {"buffer_size": 10}), ("PPO", {"n_steps": 8})])
-def test_stable_baselines3_policies_are_victims(tmp_path, algorithm, options):
-    import ale_py
-    import gymnasium
-    import stable_baselines3
-
-    gymnasium.register_envs(ale_py)
-    model = getattr(stable_baselines3, algorithm)("CnnPolicy", "ALE/Pong-v5", device="cpu", **options)
-    model.save(tmp_path / "model.zip")
-    victim = load_victim(tmp_path / "model.zip", "pong", f"sb3-{algorithm.lower()}")
-    model.policy.set_training_mode(False)
-    obs = model.get_env().reset()
-    frames = torch.from_numpy(obs)
-    assert victim.act(frames).tolist() == model.predict(obs, deterministic=True)[0].tolist()
-    with torch.no_grad():
-        theirs = (
-            model.policy.q_net(frames)
-            if algorithm == "DQN"
-            else model.policy.get_distribution(frames).distribution.logits
-        )
-    ours = victim.q(frames / 255)
-    torch.testing.assert_close(ours if algorithm == "DQN" else ours.log_softmax(1), theirs)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_victim(tmp_path / "nothing.zip", "pong", "sb3-dqn")
-
-
 def test_runs_share_what_they_train_and_a_weak_victim_is_refused(tmp_path, small):
     first = execute(asdict(small(attack="none")), 0, store=tmp_path)
     stored = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
@@ -118,7 +91,7 @@ def test_wrong_settings(changes, message):
 
 
 SCALES = {"smoke": "smoke", "embedded": "minipong", "atari-short": "pong-short", "paper": "pong"}
-OF_A_ROW = {"goal", "attack", "learner", "measure", "transfer", "compare", "norm", "quantize", "temporal"}
+OF_A_ROW = {"goal", "attack", "target", "learner", "measure", "transfer", "compare", "norm", "quantize", "temporal"}
 
 
 def test_each_scale_is_its_preset():
@@ -134,3 +107,9 @@ def test_each_scale_is_its_preset():
                             name,
                             field.name,
                         )
+
+
+@pytest.mark.parametrize("attack", ["atn", "fgsm", "pgd", "mad", "targeted-pgd"])
+def test_a_bound_of_0_changes_no_action(tmp_path, small, attack):
+    settings = asdict(small(attack=attack, target="0", eps=0.0, learner="frozen_q", goal="park"))
+    assert execute(settings, 0, store=tmp_path).metrics["same_trajectory"] == 1

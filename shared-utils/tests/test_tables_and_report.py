@@ -251,3 +251,15 @@ def test_an_exact_claim_needs_no_interval(tmp_path):
 )
 def test_durations_as_people_say_them(seconds, words):
     assert duration(seconds) == words
+
+
+def test_a_scale_may_take_its_settings_from_another_table(tmp_path):
+    (tmp_path / "table-1.toml").write_text(TABLE.replace("size = 3", "size = 3\nepochs = 5"))
+    (tmp_path / "table-2.toml").write_text(TABLE.replace("size = 3", 'epochs = 7\nsettings_of = "table-1"'))
+    scale = load_table(tmp_path / "table-2.toml", ["size", "epochs", "method"]).scales["embedded"]
+    assert scale.settings == {"size": 3, "epochs": 7} and scale.seeds == (20, 21, 22)
+    (tmp_path / "table-3.toml").write_text(
+        TABLE.replace("scale.embedded", "scale.mnist").replace("size = 3", 'settings_of = "table-1"')
+    )
+    with pytest.raises(ValueError, match="unknown scale 'mnist'"):
+        load_table(tmp_path / "table-3.toml")

@@ -17,6 +17,7 @@ from rl_adv_reward.models import Centre, Victim, feature_size
 
 NORMS = ("linf", "l2")
 TOLERANCE = 1e-6
+LEVEL_TOLERANCE = 2e-4  # of a grey level, within TOLERANCE of eps: .007843 is meant as 2/255 and counts as two levels
 
 
 def check_bound(eps: float, norm: str) -> None:
@@ -80,7 +81,7 @@ def project(
         return bounded
     pixels, clean = 255 * bounded, (255 * x).round()
     if norm == "linf":
-        steps = math.floor(255 * eps + TOLERANCE)  # 8/255 in floating point must count as 8 levels
+        steps = math.floor(255 * eps + LEVEL_TOLERANCE)
         pixels = torch.minimum(torch.maximum(pixels.round(), clean - steps), clean + steps)
     else:
         pixels = clean + (pixels - clean).trunc()  # towards x: rounding must not leave the ball

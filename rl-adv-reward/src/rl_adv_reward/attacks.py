@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from rl_adv_reward.atn import ATN, check_observation, project
 
@@ -89,6 +89,32 @@ def pgd(
     return project(x_adv, x, eps, norm, quantize=quantize)
 
 
+def mad(
+    x: Tensor,
+    victim: HasValues,
+    *,
+    eps: float,
+    norm: str = "linf",
+    quantize: bool = False,
+    steps: int = 10,
+    generator: torch.Generator,
+) -> Tensor:
+    """Maximal action difference (Zhang et al. 2020): up the KL divergence from the victim's clean softmax(Q).
+
+    From a random start, since the gradient is zero at x itself.
+    """
+    with torch.no_grad():
+        clean = victim.q(x).log_softmax(1)
+    x_adv = random_uniform(x, victim, eps=eps, norm=norm, generator=generator)
+    for _ in range(steps):
+        with torch.enable_grad():
+            moving = x_adv.detach().requires_grad_()
+            divergence = kl_div(victim.q(moving).log_softmax(1), clean, log_target=True, reduction="sum")
+            step = torch.autograd.grad(divergence, moving)[0]
+        x_adv = project(_step(x_adv, step, 2.5 * eps / steps, norm), x, eps, norm)
+    return project(x_adv, x, eps, norm, quantize=quantize)
+
+
 def strategically_timed(
     x: Tensor, victim: HasValues, *, attack: Attack, threshold: float, temperature: float = 1.0
 ) -> Tensor:
@@ -96,10 +122,15 @@ def strategically_timed(
 
     Lin et al. 2017: strike rarely, when the choice of the action matters.
     """
-    with torch.no_grad():
-        preference = (victim.q(x) / temperature).softmax(1)
-        chosen = preference.amax(1) - preference.amin(1) > threshold
+    chosen = preference(x, victim, temperature) > threshold
     return torch.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), attack(x, victim), x)
+
+
+@torch.no_grad()
+def preference(x: Tensor, victim: HasValues, temperature: float = 1.0) -> Tensor:
+    """Max - min of softmax(Q / temperature), (N,): how much the choice of the action matters (Lin et al. 2017)."""
+    chances = (victim.q(x) / temperature).softmax(1)
+    return chances.amax(1) - chances.amin(1)
 
 
 class ATNAttack:
@@ -145,7 +176,7 @@ def _moved(x: Tensor, direction: Tensor, eps: float, norm: str, quantize: bool) 
 
 
 NOISE = {"random-uniform": random_uniform, "random-sign": random_sign}
-NOT_LEARNED = ("none", "random-uniform", "random-sign", "fgsm", "pgd", "timed")
+UNTARGETED = ("none", "random-uniform", "random-sign", "fgsm", "pgd", "mad", "timed")
 
 
 def make_attack(
@@ -162,12 +193,12 @@ def make_attack(
     """An attack by its name in the tables.
 
     Args:
-        name: none, random-uniform, random-sign, fgsm, pgd, timed (fgsm, strategically timed), targeted-fgsm,
+        name: none, random-uniform, random-sign, fgsm, pgd, mad, timed (fgsm, strategically timed), targeted-fgsm,
             targeted-pgd or atn.
         eps: bound.
         norm: linf or l2.
         quantize: 8-bit values only.
-        generator: of the noise.
+        generator: of the noise, and of mad's start.
         target: actions (N,) for clean observations, of the targeted attacks.
         atn: of "atn".
         threshold: of "timed".
@@ -178,7 +209,7 @@ def make_attack(
     needs: dict[str, tuple[str, object]] = {
         "atn": ("atn", atn), "targeted-fgsm": ("target", target), "targeted-pgd": ("target", target)
     }  # fmt: skip
-    needs |= {noise: ("generator", generator) for noise in NOISE}
+    needs |= {noise: ("generator", generator) for noise in (*NOISE, "mad")}
     if name in needs and needs[name][1] is None:
         raise ValueError(f"attack {name!r} needs {needs[name][0]}")
     bound: dict[str, Any] = {"eps": eps, "norm": norm, "quantize": quantize}
@@ -188,6 +219,7 @@ def make_attack(
         "random-sign": lambda: partial(random_sign, **bound, generator=cast(torch.Generator, generator)),
         "fgsm": lambda: partial(fgsm, **bound),
         "pgd": lambda: partial(pgd, **bound),
+        "mad": lambda: partial(mad, **bound, generator=cast(torch.Generator, generator)),
         "timed": lambda: partial(strategically_timed, attack=partial(fgsm, **bound), threshold=threshold),
         "targeted-fgsm": lambda: partial(targeted_fgsm, **bound, target=cast(Callable[[Tensor], Tensor], target)),
         "targeted-pgd": lambda: partial(pgd, **bound, target=target),

@@ -96,7 +96,7 @@ class OnVictim(Common):
     victim: Path | None = None
     """The victim's file; none: it is trained."""
     format: str = "ours"
-    """Of the victim's file: ours, cleanrl, sb3-dqn, sb3-ppo or sb3-a2c."""
+    """Of the victim's file: ours, cleanrl or sb3."""
 
     def subject(self, settings: Settings, victim: Victim | None = None) -> Subject:
         from rl_adv_reward.files import load_victim
@@ -132,6 +132,7 @@ class Attack(OnVictim):
         from rl_adv_reward.files import save_atn
 
         subject = self.subject(replace(self.settings, attack="atn"))
+        subject.warn_of_a_weak_victim()
         save_atn(self.output, subject.atn)
         print(json.dumps(subject.evaluate("atn").metrics(), indent=2))
 
@@ -158,7 +159,7 @@ def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = No
     subject = command.subject(settings)
     if atn:
         subject.use(network)
-    return subject.evaluate(settings.attack, keep_frames=keep_frames)
+    return subject.evaluate(settings.attack, settings.target, keep_frames=keep_frames)
 
 
 @dataclass

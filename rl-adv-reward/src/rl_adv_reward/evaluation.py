@@ -21,7 +21,7 @@ from rl_adv_reward.atn import TOLERANCE, perturbation_size
 from rl_adv_reward.attacks import Attack
 from rl_adv_reward.models import Victim, to_unit
 from rl_adv_reward.play import Play
-from rl_adv_reward.rewards import AdversarialReward, crossing
+from rl_adv_reward.rewards import AdversarialReward, Zone, crossing
 
 BINS = 20
 SUMS = ("adv_return", "victim_return", "steps", "misses", "flips", "crossings", "hits", "l2", "l0")
@@ -33,7 +33,8 @@ class Evaluation:
     """One array per episode, and what holds for all."""
 
     episodes: dict[str, np.ndarray]
-    """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits, l2, l0 (sums)"""
+    """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits (of a zone on the
+    enemy's line only), l2, l0 (sums)"""
     linf: float
     """largest |x' - x| of any step"""
     excess: float
@@ -44,6 +45,8 @@ class Evaluation:
     """mean landing position in [0, 1]; NaN without a crossing"""
     trajectory: str
     """SHA-256 of all actions: two attacks with the same one did the same"""
+    distinct: int
+    """episodes that differ in what was seen: fewer than all means that a deterministic game was repeated"""
     frames: dict[str, np.ndarray]
     """newest clean and attacked frame of the first environment at some steps, uint8"""
 
@@ -68,7 +71,9 @@ class Evaluation:
             "episode_steps": float(e["steps"].mean()),
         }
         if crossings:
-            found |= {"hit_fraction": float(e["hits"].sum() / crossings), "landing_mean": self.landing_mean}
+            found["landing_mean"] = self.landing_mean
+        if crossings and "hits" in e:
+            found["hit_fraction"] = float(e["hits"].sum() / crossings)
         return found
 
 
@@ -151,6 +156,7 @@ def evaluate(
             for name, stack in (("clean", x), ("attacked", x_adv)):
                 pictures[name].append((255 * stack[0, -1]).round().to(torch.uint8).cpu().numpy())
         digest.update(action.cpu().numpy().tobytes())
+        tally.see(play.obs)
 
         adversarial, own, _, _, valid, info = play.step(action, goal)
         position = crossing(env, play.last_obs, play.obs, info)
@@ -162,7 +168,10 @@ def evaluate(
     if victim.weights_hash() != weights:
         raise RuntimeError("the victim's weights changed during the evaluation")
     frames = {name: np.array(each) for name, each in pictures.items()}
-    return tally.evaluation(digest.hexdigest(), frames)
+    found = tally.evaluation(digest.hexdigest(), frames)
+    if not isinstance(goal, Zone):
+        del found.episodes["hits"]  # no zone on the enemy's line that the ball could hit
+    return found
 
 
 class _Tally:
@@ -175,11 +184,18 @@ class _Tally:
         self.sums = torch.zeros(len(SUMS), num_envs, dtype=torch.float64, device=device)
         self.landings = torch.zeros(BINS, dtype=torch.int64, device=device)
         self.landing_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.seen = [0] * num_envs  # a checksum of the running episode's frames
+        self.episodes: set[int] = set()
         self.worst = torch.zeros(3, device=device)  # linf, excess over the bound, excess over [0, 1]
 
     @property
     def complete(self) -> bool:
         return bool((self.done >= self.quota).all())
+
+    def see(self, obs: Tensor) -> None:
+        """The newest frames (N, C, H, W) of the running episodes."""
+        newest = obs[:, -1].cpu().numpy()
+        self.seen = [zlib.crc32(frame.tobytes(), before) for frame, before in zip(newest, self.seen, strict=True)]
 
     def bounded(self, x_adv: Tensor, x: Tensor, eps: float | None, norm: str) -> tuple[Tensor, Tensor]:
         """L2 and the changed share (N,) of a perturbation, whose worst values are kept for `check`."""
@@ -217,8 +233,11 @@ class _Tally:
         landed = position[crossed]
         self.landings += torch.bincount((landed * BINS).long().clamp(0, BINS - 1), minlength=BINS)
         self.landing_sum += landed.sum()
+        for number in torch.nonzero(~valid).flatten().tolist():
+            self.seen[number] = 0
         ended = (over & counted).cpu().numpy()
         if ended.any():
+            self.episodes |= {self.seen[number] for number in np.flatnonzero(ended)}
             self.finished.append(self.sums[:, ended].cpu().numpy())
             self.sums[:, ended] = 0
             self.done += ended
@@ -228,7 +247,8 @@ class _Tally:
         mean = float(self.landing_sum) / total if total else float("nan")
         episodes = dict(zip(SUMS, np.concatenate(self.finished, 1), strict=True))
         linf, excess, _ = self.worst.tolist()  # worst begins at 0: no excess is below it
-        return Evaluation(episodes, linf, excess, self.landings.cpu().numpy(), mean, trajectory, frames)
+        landings = self.landings.cpu().numpy()
+        return Evaluation(episodes, linf, excess, landings, mean, trajectory, len(self.episodes), frames)
 
 
 def bootstrap_rate(

@@ -14,16 +14,18 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rl_adv_reward.atn import ATN, AttackedQ
-from rl_adv_reward.attacks import NOT_LEARNED, ATNAttack, Attack, make_attack, none
+from rl_adv_reward.attacks import UNTARGETED, ATNAttack, Attack, HasValues, make_attack, none, preference
 from rl_adv_reward.envs import ENVIRONMENTS, sizes
 from rl_adv_reward.evaluation import Evaluation, evaluate, landing_shift, lead, pack, success_share
 from rl_adv_reward.learners import Distiller, Learner, QLearner
 from rl_adv_reward.models import NETWORKS, Victim
-from rl_adv_reward.rewards import AdversarialReward, lose, make_reward
+from rl_adv_reward.policies import SCRIPTED, Policy, make_policy
+from rl_adv_reward.rewards import AdversarialReward, GoalZone, Zone, lose, make_reward
 from rl_adv_reward.settings import Loop, Settings
 from rl_adv_reward.train import fit, logger, make_fabric, own_reward
 from shared_utils.runlog import Outcome, RunLog, run_missing
@@ -36,7 +38,12 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
 CURVE_EPISODES = 8
-SEEDS = {"victim": 0, "critic": 1_000_000, "atn": 2_000_000, "check": 3_000_000, "evaluation": 4_000_000}
+SEEDS = {"victim": 0, "critic": 1, "atn": 2, "check": 3, "evaluation": 4}
+
+
+def seed_of(kind: str, seed: int) -> int:
+    """A seed of its own for each kind of work of each run; environments count up from it, and none shares a start."""
+    return (seed * len(SEEDS) + SEEDS[kind]) * 1000
 
 
 def tables() -> list[Table]:
@@ -70,12 +77,13 @@ def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
     """One run of a table; what it trains is kept in the store, shared by all runs that need the same."""
     s = Settings(**settings)
     subject = Subject(s, seed, fabric(), store)
-    found = subject.evaluate(s.attack)
+    found = subject.evaluate(s.attack, s.target)
     metrics = found.metrics()
     details = {
         "victim_hash": subject.victim_hash,
         "trajectory": found.trajectory,
         "episodes": len(found.episodes["steps"]),
+        "distinct_episodes": found.distinct,
         "env_steps_trained": subject.trained_steps,
         "landings": found.landings.tolist(),
         "frames": {name: pack(frames) for name, frames in found.frames.items()},
@@ -120,13 +128,13 @@ class Subject:
         """The victim of a seed, which has passed its gate. RuntimeError where it has not."""
         s, environment = self.s, ENVIRONMENTS[self.s.env]
         loop = s.loop("victim")
-        seed_everything(seed + SEEDS["victim"])
+        seed_everything(seed_of("victim", seed))
         learner = QLearner(self.network(), loop, self.fabric)
         short: list[float] = []
 
         def check(iteration: int) -> tuple[dict, bool]:
             victim = Victim(copy.deepcopy(learner.q))
-            found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed + SEEDS["check"])
+            found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed_of("check", seed))
             value = found.metrics()[environment.gate]
             short.append(environment.short_of(value))
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
@@ -152,7 +160,7 @@ class Subject:
     def critic(self) -> nn.Module:
         """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights on."""
         loop = self.s.loop("critic")
-        seed_everything(self.seed + SEEDS["critic"])
+        seed_everything(seed_of("critic", self.seed))
         q = self.network()
         if self.victim.output == "q":
             self.warm_start(q)
@@ -172,7 +180,7 @@ class Subject:
         """The trained attack; at eps = 0 it stays as it began, since nothing that it learned could show."""
         s, background = self.s, ENVIRONMENTS[self.s.env].background
         critic = self.critic if s.learner == "critic" and s.eps > 0 else None
-        seed_everything(self.seed + SEEDS["atn"])
+        seed_everything(seed_of("atn", self.seed))
         atn = ATN(sizes(s.env)[0], s.eps, s.norm, s.atn_width, background).to(self.fabric.device)
         if s.eps > 0:
             self.train_atn(atn, critic)
@@ -191,7 +199,7 @@ class Subject:
             learner = Distiller(atn, self.victim, critic, s.distill_tau, s.distill_own, loop, self.fabric)
 
         def check(iteration: int) -> tuple[dict, bool]:
-            seed = self.seed + SEEDS["check"]
+            seed = seed_of("check", self.seed)
             found = evaluate(
                 self.victim, ATNAttack(atn), self.goal, s.env, CURVE_EPISODES, seed, eps=s.eps, norm=s.norm
             )
@@ -220,7 +228,7 @@ class Subject:
                 learner,
                 goal,
                 loop,
-                seed + SEEDS[kind],
+                seed_of(kind, seed),
                 self.fabric,
                 evaluate=check,
                 evaluate_every=every,
@@ -241,7 +249,7 @@ class Subject:
             raise ValueError(f"the attack is made for observations {atn.obs_shape}, those of {self.s.env} are {shape}")
         self.atn = atn.to(self.fabric.device)
 
-    def evaluate(self, attack: str, keep_frames: int | None = None) -> Evaluation:
+    def evaluate(self, attack: str, target: str = "critic", keep_frames: int | None = None) -> Evaluation:
         """Whole episodes under an attack of the table; the same seed for all of them."""
         s = self.s
         if keep_frames is None:
@@ -250,19 +258,19 @@ class Subject:
         goal = make_reward(s.measure, s.env) if s.measure else self.goal
         return evaluate(
             victim,
-            none if attack == "oracle" else self.attack(attack),
+            none if attack == "control" else self.attack(attack, target),
             goal,
             s.env,
             s.episodes,
-            self.seed + SEEDS["evaluation"],
+            seed_of("evaluation", self.seed),
             eps=s.eps,
             norm=s.norm,
             temporal=s.temporal,
-            policy=self.critic_policy() if attack == "oracle" else None,
+            policy=self.policy(target) if attack == "control" else None,
             keep_frames=keep_frames,
         )
 
-    def attack(self, name: str) -> Attack:
+    def attack(self, name: str, target: str) -> Attack:
         """An attack by name, with whatever it needs trained."""
         s = self.s
         return make_attack(
@@ -271,26 +279,57 @@ class Subject:
             norm=s.norm,
             quantize=s.quantize,
             generator=torch.Generator(self.fabric.device).manual_seed(self.seed),
-            target=self.critic_policy() if name.startswith("targeted") else None,
+            target=self.policy(target) if name.startswith("targeted") else None,
             atn=self.atn if name == "atn" else None,
-            threshold=s.timed_threshold,
+            threshold=self.timed_threshold if name == "timed" else 0.0,
         )
 
-    def critic_policy(self) -> Callable[[Tensor], Tensor]:
-        """The actions that are best for the adversarial reward; trained here, not at the first call."""
+    @cached_property
+    def timed_threshold(self) -> float:
+        """The preference that the victim exceeds at `timed_share` of its steps when it is not attacked."""
+        seen: list[Tensor] = []
+
+        def look(x: Tensor, victim: HasValues) -> Tensor:
+            seen.append(preference(x, victim))
+            return x
+
+        evaluate(self.victim, look, lose, self.s.env, CURVE_EPISODES, seed_of("check", self.seed))
+        return float(np.quantile(torch.cat(seen).cpu().numpy(), 1 - self.s.timed_share))
+
+    def warn_of_a_weak_victim(self) -> None:
+        """Say so where the victim would not pass the gate of one that is trained here."""
+        environment = ENVIRONMENTS[self.s.env]
+        value = self.evaluate("none").metrics()[environment.gate]
+        if environment.short_of(value) > 0:
+            bounds = environment.bounds
+            logger.warning("a weak victim: %s %.2f is not within %s", environment.gate, value, bounds)
+
+    def policy(self, target: str) -> Policy:
+        """A target by name; the critic, best for the adversarial reward, is trained here, not at the first call."""
+        if target != "critic":
+            zone = (self.goal.low, self.goal.high) if isinstance(self.goal, Zone | GoalZone) else None
+            return make_policy(target, self.s.env, zone, sizes(self.s.env)[1])
         critic = self.critic
         return lambda x: critic(x).argmax(1)
 
+    def unlearned_targets(self) -> list[str]:
+        """Each constant action, and the script where there is one for the goal."""
+        scripted = self.s.env in SCRIPTED and isinstance(self.goal, Zone | GoalZone)
+        return [*map(str, range(sizes(self.s.env)[1])), *(["scripted"] if scripted else [])]
+
     def compare(self, found: Evaluation) -> dict[str, float]:
-        """Lead over everything that learns nothing, success, and the score between no attack and full control."""
-        others = {name: self.evaluate(name) for name in NOT_LEARNED}
+        """Lead over the best of all attacks that learn nothing, success, and the score up to full control."""
+        others = {name: self.evaluate(name) for name in UNTARGETED}
+        for target in self.unlearned_targets():
+            for name in ("targeted-fgsm", "targeted-pgd"):
+                others[f"{name}, {target}"] = self.evaluate(name, target)
         nothing = others["none"]
         metrics = lead(found, others) | {
             "success": success_share(found, nothing),
             "best_baseline": max(other.rate() for other in others.values()),
         }
         if self.s.learner == "critic" and self.s.eps > 0:
-            span = self.evaluate("oracle").rate() - nothing.rate()
+            span = self.evaluate("control").rate() - nothing.rate()
             if span > 0:
                 metrics["normalised_score"] = (found.rate() - nothing.rate()) / span
         return metrics

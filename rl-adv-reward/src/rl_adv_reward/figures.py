@@ -66,7 +66,7 @@ def _sweep(table: Table, scale: str, log: RunLog) -> plt.Figure:
     """Figure 2: adversarial reward and the victim's return against eps, with the 95 % interval over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
     found = values(table, scale, log)
-    for attack in ("ATN", "FGSM"):
+    for attack in ("ATN", "PGD towards the script"):
         rows = [row for row in table.rows_at(scale) if row.name.startswith(f"{attack},") and row.name in found]
         eps = [255 * table.settings(row, scale)["eps"] for row in rows]
         for panel, metric in zip(axes, ("adv_rate", "victim_return"), strict=True):

@@ -11,7 +11,7 @@ from rl_adv_reward.envs import ENVIRONMENTS, sizes
 from rl_adv_reward.models import NETWORKS, Victim
 from rl_adv_reward.train import read, write_atomically
 
-FORMATS = ("ours", "cleanrl", "sb3-dqn", "sb3-ppo", "sb3-a2c")
+FORMATS = ("ours", "cleanrl", "sb3")
 
 
 def save_victim(path: Path, victim: Victim, env: str) -> None:
@@ -25,7 +25,7 @@ def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
     Args:
         path: file.
         env: environment that it plays.
-        format: ours (`rl-adv-reward train`), cleanrl (dqn_atari), sb3-dqn, sb3-ppo or sb3-a2c.
+        format: ours (`rl-adv-reward train`), cleanrl (dqn_atari) or sb3 (DQN, QR-DQN, PPO, A2C).
 
     Raises:
         FileNotFoundError: no such file.
@@ -35,8 +35,8 @@ def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "cleanrl":
         return Victim.from_cleanrl(path)
-    if format != "ours":
-        return Victim.from_sb3(path, format.removeprefix("sb3-").upper())
+    if format == "sb3":
+        return Victim.from_sb3(path)
     content = _of_kind(path, "victim")
     if content["run"]["env"] != env:
         raise ValueError(f"{path}: a victim of {content['run']['env']}, not of {env}")

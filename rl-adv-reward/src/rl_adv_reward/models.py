@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rl_adv_reward.sb3 import read_sb3
 
 OUTPUTS = ("q", "logits")
 
@@ -127,33 +128,10 @@ class Victim(nn.Module):
         return cls(module)
 
     @classmethod
-    def from_sb3(cls, path: Path | str, algorithm: str = "DQN") -> Victim:
-        """A stable-baselines3 DQN (values) or PPO, A2C (logits) with an image policy; needs the extra `sb3`."""
-        try:
-            import stable_baselines3
-        except ImportError as error:
-            raise ValueError("stable-baselines3 is not installed: pip install 'rl-adv-reward[sb3]'") from error
-        if algorithm not in ("DQN", "PPO", "A2C"):
-            raise ValueError(f"algorithm must be DQN, PPO or A2C, got {algorithm!r}")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        policy = getattr(stable_baselines3, algorithm).load(path, device="cpu").policy.eval()
-        return cls(SB3Network(policy), output="q" if algorithm == "DQN" else "logits")
-
-
-class SB3Network(nn.Module):
-    """The network inside a stable-baselines3 policy, on observations that are scaled to [0, 1] already."""
-
-    def __init__(self, policy: nn.Module):
-        super().__init__()
-        self.policy: Any = policy  # of stable-baselines3
-
-    def forward(self, x: Tensor) -> Tensor:
-        if hasattr(self.policy, "q_net"):
-            head = self.policy.q_net
-            return head.q_net(head.features_extractor(x))
-        extractor = getattr(self.policy, "pi_features_extractor", self.policy.features_extractor)
-        return self.policy.action_net(self.policy.mlp_extractor.forward_actor(extractor(x)))
+    def from_sb3(cls, path: Path | str) -> Victim:
+        """A stable-baselines3 DQN, QR-DQN (values), PPO or A2C (logits); see `sb3.read_sb3` for what is refused."""
+        module, scale, output = read_sb3(path)
+        return cls(module, scale=scale, output=output)
 
 
 def to_unit(obs: Tensor) -> Tensor:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Annotated
 
+import tyro
+
+Fractional = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|A/B",
+        instance_from_str=lambda words: float(Fraction(words[0])),
+        is_instance=lambda value: isinstance(value, float | int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 LEARNERS = ("frozen_q", "critic")
 TEMPORAL = ("stack", "frame")
 ATTACKS = (
-    "none", "random-uniform", "random-sign", "fgsm", "pgd", "timed", "targeted-fgsm", "targeted-pgd", "atn", "oracle"
+    "none", "random-uniform", "random-sign", "fgsm", "pgd", "mad", "timed", "targeted-fgsm", "targeted-pgd", "atn",
+    "control",
 )  # fmt: skip
 
 COUNTS = (
@@ -65,11 +80,14 @@ class Settings:
     high: float = -1.0
     """upper end of the zone; -1: the goal's own"""
     attack: str = "atn"
-    """none, random-uniform, random-sign, fgsm, pgd, timed, targeted-fgsm, targeted-pgd, atn; oracle (full control)"""
+    """none, random-uniform, random-sign, fgsm, pgd, mad, timed, targeted-fgsm, targeted-pgd, atn; control: the target
+    itself acts (full control)"""
+    target: str = "critic"
+    """whose actions the targeted attacks and control take: critic, scripted (by hand) or an action's number"""
     learner: str = "critic"
     """how the ATN is trained: frozen_q (through the victim's head) or critic (distilled)"""
-    eps: float = 8 / 255
-    """bound, in units of [0, 1]"""
+    eps: Fractional = 8 / 255
+    """bound, in units of [0, 1], also as a fraction: 8/255"""
     norm: str = "linf"
     """linf or l2"""
     quantize: bool = False
@@ -81,7 +99,7 @@ class Settings:
     transfer: int = 0
     """evaluate on the victim of seed + transfer (the attack is trained on the victim of the run's seed)"""
     compare: bool = False
-    """evaluate the attacks that learn nothing and (critic) the oracle too: lead, success, normalised score"""
+    """evaluate all attacks that learn nothing and (critic) full control too: lead, success, normalised score"""
     episodes: int = 30
     """of an evaluation"""
     eval_every: int = 1000
@@ -148,8 +166,8 @@ class Settings:
     """width of the ATN"""
     adam_eps: float = 1.5e-4
     """epsilon of Adam"""
-    timed_threshold: float = 0.3
-    """preference above which the strategically timed attack strikes"""
+    timed_share: float = 0.25
+    """share of the steps, those of the clearest preference, at which the strategically timed attack strikes"""
 
     def __post_init__(self) -> None:
         for name in ("victim_explore", "frozen_explore", "critic_explore"):
@@ -197,8 +215,8 @@ class Settings:
 
     def key(self, kind: str) -> dict:
         """The settings that a training ("victim", "critic" or "atn") depends on: runs that agree in them share it."""
-        evaluation = {"attack", "quantize", "temporal", "measure", "transfer", "compare", "episodes", "timed_threshold"}
-        evaluation.add("save_every")
+        evaluation = {"attack", "target", "quantize", "temporal", "measure", "transfer", "compare", "episodes"}
+        evaluation |= {"timed_share", "save_every"}
         bound = {"eps", "norm", "learner", "atn_width", "eval_every"}
         goal = {"goal", "miss_penalty", "bonus", "low", "high"}
         parts = {"victim": ("victim_",), "critic": ("victim_", "critic_")}
@@ -243,7 +261,6 @@ _MINIPONG = Settings(
     distill_lr=1e-3,
     distill_batch=128,
     adam_eps=1e-8,
-    timed_threshold=0.02,
 )
 _SMOKE = replace(
     _MINIPONG,

@@ -203,7 +203,7 @@ def read(path: Path) -> dict:
         content["run"], content["modules"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
+        raise ValueError(f"{path}: not a checkpoint of this project ({reason}); name another file") from error
     return content
 
 

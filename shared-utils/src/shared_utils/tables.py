@@ -159,7 +159,7 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
     for name, direction in metrics.items():
         _known(where, f"direction of {name}", [direction], DIRECTIONS)
     settings = None if setting_names is None else list(setting_names)
-    scales = {name: _scale(where, name, dict(body), settings) for name, body in raw["scale"].items()}
+    scales = {name: _scale(Path(path), name, dict(body), settings) for name, body in raw["scale"].items()}
     rows = tuple(_row(Path(path), dict(body), scales, metrics, settings) for body in raw["row"])
     names = [row.name for row in rows]
     repeated = {name for name in names if names.count(name) > 1}
@@ -170,7 +170,13 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
     return Table(Path(path).stem, raw["title"], raw["source"], metrics, scales, rows, claims, *texts)
 
 
-def _scale(where: str, name: str, body: dict, settings: list[str] | None) -> Scale:
+def _scale(path: Path, name: str, body: dict, settings: list[str] | None) -> Scale:
+    where = path.name
+    if "settings_of" in body:
+        other = tomllib.loads(path.with_name(body.pop("settings_of") + path.suffix).read_text())["scale"]
+        _known(where, "scale", [name], other)
+        own = ("seeds", "expected_seconds", "measured_on")
+        body = {key: value for key, value in other[name].items() if key not in own} | body
     seeds, seconds, on = body.pop("seeds", []), body.pop("expected_seconds", None), body.pop("measured_on", "")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"{where}: scale {name} needs a list of different seeds, got {seeds}")
