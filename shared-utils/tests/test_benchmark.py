@@ -24,6 +24,7 @@ def project(tmp_path, monkeypatch):
     """A committed project folder whose runs/ git ignores, as the current command's."""
     (tmp_path / ".gitignore").write_text("runs/\n")
     (tmp_path / "results").mkdir()
+    (tmp_path / "pyproject.toml").touch()
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "start")

@@ -62,6 +62,7 @@ def project(tmp_path):
     home = tmp_path / "toy"
     for folder in ("tables", "src/toy", "results/figures"):
         (home / folder).mkdir(parents=True)
+    (home / "pyproject.toml").touch()
     (home / "tables" / "table-1.toml").write_text(TABLE)
     (home / "rehearsal.toml").write_text("seeds = 2\n[counts]\nepochs = 1\n")
     (home / "src" / "toy" / "__init__.py").touch()

@@ -1,5 +1,7 @@
 """The factory, checkpoints of the public code, other alphabets, inference forms and export."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -126,12 +128,11 @@ def test_wrong_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("combo", ["TPS-VGG-None-CTC", "TPS-RCNN-None-CTC", "TPS-ResNet-None-Attn"])
 def test_folding_changes_nothing(combo, fill):
-    model = fill(build_model(combo, **SMALL))
-    folded = fold_batch_norm(model)
+    model = fill(build_model(combo, **SMALL)).double()  # in float32 the sampling behind TPS magnifies rounding
+    folded, images = fold_batch_norm(model), IMAGES.double()
     left = [name for name, module in folded.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all("BN_" in name for name in left) and bool(left) == ("RCNN" in combo)
-    scale = model(IMAGES).abs().max().item()
-    torch.testing.assert_close(folded(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [(4, 26), (5, 7), (1, 1)])
@@ -179,9 +180,11 @@ def test_onnx_says_the_same(combo, tmp_path):
     model = build_model(combo, **SMALL).eval()
     export_onnx(model, tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    exact = copy.deepcopy(model).double()
     for images in (IMAGES, IMAGES[:1]):
         (logits,) = session.run(None, {"images": images.numpy()})
         with torch.inference_mode():
-            expected = model(images).numpy()
+            expected, truth = model(images).numpy(), exact(images.double()).numpy()
         assert logits.shape == expected.shape
-        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * max(1, np.abs(expected).max()))
+        error, ours = np.abs(logits - truth).max(), np.abs(expected - truth).max()
+        assert error <= 4 * ours + 1e-5 * np.abs(truth).max(), (error, ours)  # as near to float64 as PyTorch's float32

@@ -196,7 +196,8 @@ def test_two_processes_train_and_measure_as_one(digits, fabric, tmp_path, monkey
     found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     assert found["equal"] and found["n"] == 31
     alone = fit(RECIPE, digits["train"], 3, fabric)
-    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), atol=1e-5, rtol=1e-4)
+    # two halves add up in another order, and the steps of a training magnify that
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), atol=2e-4, rtol=1e-3)
     report = evaluate(alone, MemorySource(make_split("test", 31, 1)), fabric, 0.05)
     assert report.metrics()["max_box_acc_v2"] == pytest.approx(found["metrics"]["max_box_acc_v2"], abs=4)
 

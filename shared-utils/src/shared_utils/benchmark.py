@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +108,11 @@ def report(
         packages: whose versions are recorded, peers included; exit code 1 where one is not installed.
         settings: of this measurement, such as its repeats.
     """
-    try:
-        source = runlog.provenance(root, packages)
-    except PackageNotFoundError as error:
+    source = runlog.provenance(root, packages)
+    missing = [name for name in packages if name not in source["versions"]]
+    if missing:
         extra = f"pip install './{project}[bench]'"
-        raise SystemExit(f"{project}: {error.name} is missing; the extra `bench` brings it: {extra}") from None
+        raise SystemExit(f"{project}: {missing[0]} is missing; the extra `bench` brings it: {extra}")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with progress() as bar:
         measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
