@@ -67,6 +67,7 @@ def workspace_root(tmp_path):
         plan = [dict(zip(names, key, strict=True)) | {"seconds": 0.2, "cpu_seconds": 0.05} for key in keys]
         (root / name / "plan.json").write_text(json.dumps(plan))
     (root / ".gitignore").write_text("runs/\n__pycache__/\n")
+    (root / "pyproject.toml").touch()
     git(root, "init", "-q")
     commit(root)
     return root

@@ -50,6 +50,7 @@ class Section:
     """One table at one scale."""
 
     scale: str
+    published: bool  # whether any published figure is shown beside
     lines: list[Line]
     verdicts: list[Verdict]
     origins: list[dict[str, Any]]
@@ -112,7 +113,8 @@ def load_section(project: str, table: Table, scale: str, log: RunLog | None) -> 
         pairs = list(zip(cells.published.replace("", "–"), cells.ours, strict=True))
         lines.append(Line(row.name, pairs, len(seeds), how))
     records = [record for seeds in found.values() for record in seeds.values()]
-    return Section(scale, lines, judge(table, scale, log), origins(records), data_sets(records))
+    published, verdicts_here = bool(frame.published.any()), judge(table, scale, log)
+    return Section(scale, published, lines, verdicts_here, origins(records), data_sets(records))
 
 
 def command(project: str, table: Table, row: Row, scale: str, seeds: Sequence[int]) -> str:
