@@ -48,6 +48,13 @@ def test_the_readmes_method_is_searched_and_judged_as_ours_are(method, digits, t
     assert protocol.run_in_folder(*options)[2].key != ledger.key  # another text is another method
 
 
+def test_trials_are_drawn_alike_wherever_the_file_lies(method, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "peak.py").write_text(CODE)
+    other = f"{tmp_path / 'elsewhere' / 'peak.py'}:Peak"
+    assert draw("paper", method, 3, 1) == draw("paper", other, 3, 1) != draw("paper", other, 3, 2)
+
+
 def test_its_own_loss_and_hyperparameters_are_used(method, digits, monkeypatch):
     recipe = replace(RECIPE, method=method, epochs=1, own=(("sharpness", 2.5),))
     network, losses = build_network(recipe, 10), []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from lightning.fabric import Fabric
 from resumable import plain_block
 
+from wsol_eval import train
 from wsol_eval.cutouts import make_split
 from wsol_eval.evaluate import Evaluator, evaluate
 from wsol_eval.methods.cutmix import mix
@@ -150,6 +152,14 @@ def test_mixed_images_and_their_share():
     assert mix(images, torch.arange(8), 1.0, 0.0, rng)[2] == 1.0
 
 
+def test_the_loss_of_a_mix_has_the_shares_of_its_labels(monkeypatch):
+    labels, others, logits = torch.tensor([0, 1]), torch.tensor([2, 2]), torch.randn(2, 3)
+    monkeypatch.setattr(train, "mix", lambda images, *_: (images, others, 0.75))
+    network = SimpleNamespace(loss=lambda outputs, labels: torch.nn.functional.cross_entropy(outputs, labels))
+    found = train._loss(replace(RECIPE, method="cutmix"), lambda *_: logits, network, torch.zeros(2, 3, 4, 4), labels)
+    torch.testing.assert_close(found, 0.75 * network.loss(logits, labels) + 0.25 * network.loss(logits, others))
+
+
 def test_diverging_is_an_error_of_its_own(digits, fabric):
     with pytest.raises(Diverged, match="epoch 1: the loss is nan"):
         fit(replace(RECIPE, lr=1e30), digits["train"], 0, fabric)
@@ -168,6 +178,7 @@ def test_killed_training_ends_bit_equal(digits, fabric, tmp_path):
     assert run("resumable.py", "fit", tmp_path, 3).returncode == -signal.SIGKILL  # after a save within epoch 2
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 1)
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1 * recipe.lr)  # it fell with epoch 2
     resumed = fit(recipe, digits["train"], 3, fabric, tmp_path / "model.pt", checkpoint_every=2)
     assert torch.equal(weights(resumed), weights(straight))
     loaded, found = load_trained(tmp_path / "model.pt", 10)
