@@ -213,7 +213,9 @@ def search(
                 logger.info("%s trial %d of %d: %s %s", base.method, trial + 1, trials, criterion, value)
         values.append(known[0]["value"])
     if all(value is None for value in values):
-        raise RuntimeError(f"{base.method}: all {trials} trials diverged")
+        raise RuntimeError(
+            f"{base.method}: every trial diverged ({trials} of {trials}); try more trials or another seed"
+        )
     best = int(np.argmax([-np.inf if value is None else value for value in values]))
     drawn = {} if space == "fixed" else draw(space, base.method, seed, best)
     return Search(base.method, tuple(values), best, replace(base, **drawn))

@@ -188,7 +188,10 @@ def _resume(path: Path, run: dict, network: Network, optimizer: torch.optim.Opti
         differing = ", ".join(key for key in run if run[key] != state["run"].get(key))
         raise ValueError(f"{path}: checkpoint of another run (other {differing}); name another file")
     if len(state["rng"]) != fabric.world_size:
-        raise ValueError(f"{path}: written by {len(state['rng'])} processes, cannot go on with {fabric.world_size}")
+        raise ValueError(
+            f"{path}: written by {len(state['rng'])} processes, this is one of {fabric.world_size}; "
+            "start as many, or name another file"
+        )
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     restore_rng_state(state["rng"][fabric.global_rank])
@@ -214,12 +217,12 @@ def load_trained(path: Path, num_classes: int) -> tuple[Network, Recipe]:
     names = {field.name for field in fields(Recipe)} - {"pretrained"}
     recipe = Recipe.of({name: value for name, value in state["run"].items() if name in names})
     if plugin.is_plugin(recipe.method) and plugin.checksum(recipe.method) != state["run"]["method_file"]:
-        raise ValueError(f"{path}: {recipe.method} was another text when this was trained; train it again")
+        raise ValueError(f"{path}: the file of {recipe.method} has changed since this was trained; train it again")
     network = build_network(recipe, num_classes)
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: no checkpoint of {num_classes} classes ({str(error).splitlines()[-1].strip()})"
+            f"{path}: a checkpoint of {num_classes} classes was expected ({str(error).splitlines()[-1].strip()})"
         ) from error
     return network.eval(), recipe
