@@ -22,7 +22,7 @@ from wsol_eval import protocol
 from wsol_eval.center import center_outcome, file_checksum
 from wsol_eval.cutouts import DATASETS, SIDE
 from wsol_eval.evaluate import evaluate_center
-from wsol_eval.models import WSOLNetwork
+from wsol_eval.models import Network
 from wsol_eval.models.build import PRETRAINED
 from wsol_eval.recipe import OnData, OnDevice, Recipe
 from wsol_eval.scoremaps import resize_normalize
@@ -171,7 +171,7 @@ def run_tables(
 def unit_of(run: Run) -> tuple:
     """Runs with the same value are executed together."""
     dataset = run.settings.get("dataset", "photographs")
-    return (dataset.removesuffix("-telling"), run.seed) if dataset in DATASETS else run.key
+    return (dataset, run.seed) if dataset in DATASETS else run.key
 
 
 def needs(settings: dict, on: OnData) -> Iterator[Need]:
@@ -235,7 +235,7 @@ def execute(settings: dict, on: OnData, device: OnDevice = OnDevice()) -> Outcom
             shown = {} if s.method == "center" else chosen(plain, on)
             shown |= score_maps_shown(plain, on) if s.keep_maps and s.method != "center" else {}
             return replace(found, metrics=_beside_the_baselines(plain, on, found.metrics), details=kept | shown)
-    raise ValueError(f"unknown experiment {s.experiment!r}")
+    raise ValueError(f"experiment: report, tau, trials, center, max or mean was expected, got {s.experiment!r}")
 
 
 def protocol_of(s: Settings, on: OnData, device: OnDevice) -> Outcome:
@@ -294,20 +294,20 @@ def _cpu() -> Fabric:
 
 
 @lru_cache(maxsize=256)
-def _trained(on: OnData, recipe: Recipe) -> WSOLNetwork:
+def _trained(on: OnData, recipe: Recipe) -> Network:
     """A model of one trial; how many fully labelled images judge it does not matter for its training."""
     return fit(recipe, _split(on, "train"), on.seed, _cpu())
 
 
 @lru_cache(maxsize=256)
-def _searched(s: Settings, on: OnData) -> tuple[protocol.Search, WSOLNetwork, protocol.Ledger]:
+def _searched(s: Settings, on: OnData) -> tuple[protocol.Search, Network, protocol.Ledger]:
     ledger, val = protocol.Ledger(), _split(on, "val")
     options, judged = (s.space, s.trials, on.seed), protocol.criterion_of(s.criterion, val)
     if s.method == "fsl":
         found, network = protocol.search_fsl(s.recipe(), *options, val, _cpu(), ledger, judged, s.interval)
         return found, network, ledger
 
-    def train(recipe: Recipe, trial: int) -> WSOLNetwork:
+    def train(recipe: Recipe, trial: int) -> Network:
         return _trained(replace(on, per_class=0), recipe)
 
     found = protocol.search(s.recipe(), *options, train, val, _cpu(), ledger, judged, s.interval)
