@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from shared_utils.folders import results_folder, runs_folder
 from wsol_eval.cli_data import DATA_VERBS, DataList
 from wsol_eval.recipe import OnData, OnDevice, Recipe, default_data_root
 
@@ -71,7 +72,7 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         on = OnData(**vars(self.on))
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs, on=on)
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
@@ -281,7 +282,7 @@ class Tables:
         from wsol_eval import experiments
         from wsol_eval.figures import draw_all
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(
             results_page(PROGRAM, experiments.tables(), results, "wsol-eval run")
