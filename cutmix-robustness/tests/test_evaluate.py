@@ -139,6 +139,16 @@ def test_unknown(evaluator):
     assert metrics["ood_auroc"] > 55
 
 
+def test_unknown_by_further_scores(model, benchmark, evaluator):
+    assert list(evaluator.odin().metrics) == ["ood_auroc_odin"] and evaluator.odin().metrics["ood_auroc_odin"] > 55
+    assert evaluator.mahalanobis().metrics["ood_auroc_mahalanobis"] > 55
+    images = benchmark.test.images[:40].float() / 255
+    features = model.network.features((images - model.mean) / model.std).mean((2, 3))
+    found, labels = evaluator._features(benchmark.test)
+    np.testing.assert_allclose(found[:40], features.detach().numpy(), rtol=1e-3, atol=1e-4)
+    assert labels.tolist() == benchmark.test.labels.tolist()
+
+
 def test_evaluate_gives_a_row_per_model(model, benchmark):
     untrained = Classifier(SmallNet(15), MEAN, STD)
     frame = evaluate({"trained": model, "untrained": untrained}, ("clean", "calibration", "fgsm"), benchmark)

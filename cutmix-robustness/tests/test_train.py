@@ -285,6 +285,23 @@ def test_eval_repeats_what_train_measured(tmp_path):
     assert list(evaluate_checkpoint(tmp_path / "c.pt", None, "cpu", ("ood",)))[0] == "uniform_auroc"
 
 
+def test_held_out_images_choose_an_epoch(tmp_path):
+    settings = replace(SHORT, epochs=4, validation_images=75, lr=0.3)
+    benchmark, whole = (open_benchmark(each, 1, None) for each in (settings, SHORT))
+    held_out = benchmark.validation
+    assert len(benchmark.train) == 425 and held_out.labels.bincount().min() >= 3
+    together = torch.cat([benchmark.train.index, held_out.index])
+    assert together.sort().values.tolist() == list(range(500))
+    assert torch.equal(held_out.images, whole.train.images[held_out.index])
+    _, outcome = train_and_evaluate(settings, 1, benchmark, None, FABRIC, tmp_path / "c.pt")
+    curve = load_checkpoint(tmp_path / "c.pt")["state"]["curve"]
+    chosen = min(curve, key=lambda point: point["validation_error"])
+    assert outcome.metrics["validated_top1_error"] == chosen["test_error"] >= outcome.metrics["best_top1_error"]
+    assert outcome.details["validated_epoch"] == chosen["epoch"]
+    kept = evaluate_checkpoint(tmp_path / "c-best.pt", None, "cpu", ())
+    assert kept["top1_error"] == pytest.approx(chosen["test_error"])
+
+
 def test_weights_of_another_network_are_named():
     model, other = Classifier(SmallNet(15), MEAN, STD), SmallNet(10)
     with pytest.raises(ValueError, match=r"w.pt: fc.weight has shape \(10, 32\), expected \(15, 32\)"):
@@ -336,6 +353,8 @@ def test_deeper_networks_have_the_printed_sizes():
         ({"severities": (6,)}, "severities must be among 1 .. 5"),
         ({"suites": ("clean", "fog")}, "suites must be among clean, .* got 'fog'"),
         ({"mix": "manifold-mixup", "adversarial": "training"}, "cannot be combined"),
+        ({"dataset": "cub", "suites": ("ood",)}, "suite ood needs unknown inputs, and cub comes without"),
+        ({"suites": ("localization",)}, "suite localization needs boxes, and cifar100 comes without"),
         ({"epochs": 0}, "epochs and batch_size must be at least 1"),
     ],
 )
