@@ -315,6 +315,7 @@ def test_the_two_calibration_errors_have_15_and_20_bins():
 
 
 def test_confidence_of_exactly_one_is_in_the_last_bin():
+    assert calibration_error(np.array([1 + 2e-7]), np.array([1])) == 0  # the sum of a float32 softmax
     assert calibration_error([1.0, 1.0], [1, 0], 10) == 0.5 and calibration_error([1.0], [1], 10) == 0
     logits = torch.tensor([[200.0, 0, 0], [200.0, 0, 0]])
     assert calibration(logits, torch.tensor([0, 1]))["ece"] == 50

@@ -55,7 +55,12 @@ def tables() -> list[Table]:
     """The project's table files, checked against the settings. FileNotFoundError outside a source checkout."""
     if not (PROJECT / "tables").is_dir():
         raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
-    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+    return list(_read_tables(PROJECT / "tables"))
+
+
+@lru_cache(maxsize=1)  # reading takes more than a second
+def _read_tables(folder: Path) -> tuple[Table, ...]:
+    return tuple(load_tables(folder, [field.name for field in fields(Settings)]))
 
 
 def built(known: Iterable[Table], scale: str) -> list[Table]:

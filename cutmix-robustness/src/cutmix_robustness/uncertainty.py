@@ -14,6 +14,7 @@ from torch import Tensor
 from cutmix_robustness.attacks import input_gradient
 
 TPR = 0.95
+ROUNDING = 1e-5  # by which a mean of float32 probabilities may leave [0, 1]
 ODIN_TEMPERATURE, ODIN_STEP = 1000.0, 0.0014
 
 
@@ -164,9 +165,9 @@ def _checked(conf: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndar
     conf, correct = np.asarray(conf, float), np.asarray(correct, float)
     if conf.ndim != 1 or conf.shape != correct.shape or len(conf) == 0:
         raise ValueError(f"conf and correct must be (N,), N > 0, got shapes {conf.shape} and {correct.shape}")
-    if not ((conf >= 0) & (conf <= 1)).all():
+    if not ((conf >= -ROUNDING) & (conf <= 1 + ROUNDING)).all():
         raise ValueError("conf must lie in [0, 1] and hold no NaN")
-    return conf, correct
+    return conf.clip(0, 1), correct
 
 
 def _norm(gap: np.ndarray, weight: np.ndarray, norm: str) -> float:
