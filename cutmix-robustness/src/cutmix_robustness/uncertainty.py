@@ -107,7 +107,7 @@ def odin_scores(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """
     with torch.no_grad():
         predicted = model(images).argmax(1)
-    gradient = input_gradient(lambda x: model(x) / ODIN_TEMPERATURE, images, predicted)
+    gradient = input_gradient(model, images, predicted, ODIN_TEMPERATURE)
     with torch.no_grad():
         logits = model(images - ODIN_STEP * gradient.sign()).double()
     return torch.softmax(logits / ODIN_TEMPERATURE, 1).amax(1)
