@@ -110,6 +110,18 @@ def test_the_learning_rate_falls_with_the_first_step_of_a_milestone(monkeypatch)
     assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.02, 0.02, 0.002, 0.002])
 
 
+def test_scheduled_cutmix_rises_from_0_in_the_first_epoch_to_1_in_the_last(monkeypatch):
+    shares, real = [], Recipe.loss
+
+    def loss(self, images, labels, draw, progress, share):
+        shares.append(progress)
+        return real(self, images, labels, draw, progress, share)
+
+    monkeypatch.setattr(Recipe, "loss", loss)
+    trained(replace(SHORT, epochs=3, batch_size=250))
+    assert shares == [0, 0, 0.5, 0.5, 1, 1]
+
+
 def test_sgd_has_nesterov_s_momentum():
     network = torch.nn.Module()
     network.fc = torch.nn.Linear(1, 1, bias=False)
