@@ -90,7 +90,7 @@ class Train:
     settings: Preset
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("cutmix-robustness.pt")
-    """Checkpoint; `cutmix-robustness eval` reads it."""
+    """Checkpoint; `cutmix-robustness eval` reads it. With --validation-images the best epoch is kept beside it."""
     seed: int = 0
     """Of weights, order, augmentation and mixing."""
     data_root: Path = field(default_factory=default_data_root)
@@ -146,8 +146,8 @@ class Eval:
     weights: Path | None = None
     """State dict for torchvision:<name> or timm:<name>, instead of the pretrained one."""
     suites: tuple[str, ...] = ()
-    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, in_between,
-    localization; none: those of `train`, or the six that need nothing further."""
+    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, odin, mahalanobis,
+    in_between, localization; none: those of `train`, or the six that need nothing further."""
     probe_images: int = 0
     """Of any other model: so many test images for occlusion, attacks, corruptions and pairs; 0: all."""
     data_root: Path = field(default_factory=default_data_root)
