@@ -66,9 +66,7 @@ class Recipe:
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Recipe:
         """A recipe from JSON, where tuples are lists."""
-        pairs: dict[str, Any] = {
-            name: tuple(map(tuple, stored[name])) for name in ("spg", "own") if name in stored
-        }
+        pairs: dict[str, Any] = {name: tuple(map(tuple, stored[name])) for name in ("spg", "own") if name in stored}
         return cls(**stored | pairs)
 
     def learning_rate(self, epoch: int) -> float:
