@@ -86,7 +86,7 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):
         (["run", "table-11"], "unknown table 'table-11'"),
         (["run", "--scale", "huge"], "none of these tables has a scale 'huge'"),
         (["run", "table-1", "--rows", "nonesuch"], "unknown row 'nonesuch'; did you mean"),
-        (["train", "--scale", "huge"], "scale: one of smoke, embedded, mnist, paper"),
+        (["train", "--scale", "huge"], "scale: one of smoke, embedded, lenet, paper"),
         (["train", "--samples", "7", "--components", "2"], "multiple of components"),
         (["eval", tmp_path / "none.pt"], "none.pt: no such file"),
         (["eval", tmp_path / "cut.pt"], "cut.pt: cannot be read"),

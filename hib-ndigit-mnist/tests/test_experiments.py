@@ -86,6 +86,9 @@ def test_evaluation_of_points_and_mixtures(sets):
         assert (exact.eta[name] - sampled.eta[name]).abs().mean() < 0.03
     scores = exact.verification() | exact.identification()
     assert scores["positive_rate"] == 0.5 and 0.4 < scores["ap_corrupt"] <= 1 and 0 <= scores["knn_corrupt_same"] <= 1
+    error = REPORTS["estimator"](exact)[0]["rms_error"]  # of 600 pairs, and of fewer than it asks for
+    few = Evaluation(exact.encoder, exact.match, TestSet.of(sets["test"], images=200, pairs=100))
+    assert REPORTS["estimator"](few)[0]["rms_error"] == pytest.approx(error, rel=0.3)
     point = Evaluation(MLPEncoder(point=True), MatchProbability(2.0, 3.0), test)
     assert point.eta["clean"].std() < 1e-6 and point.tau("corrupt", "knn").tau != point.tau("corrupt", "knn").tau
     assert Evaluation(MLPEncoder(dim=3), MatchProbability(1.0, 12.0), test).options["method"] == "quadrature"
