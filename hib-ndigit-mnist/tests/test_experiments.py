@@ -7,7 +7,7 @@ import torch
 
 from hib_ndigit_mnist.data import ndigit_sets
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match, shared_digit_ratio, shares_digit
-from hib_ndigit_mnist.experiments import execute, parse, stackable, tables
+from hib_ndigit_mnist.experiments import PROJECT, execute, parse, stackable, summary, tables
 from hib_ndigit_mnist.figures import draw_all
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.models import MLPEncoder
@@ -124,9 +124,11 @@ def test_unknown_reports_splits_and_data_are_refused(tmp_path):
         execute([base | {"dataset": "mnist"}], [0], tmp_path, "cpu")
 
 
-def test_figures_are_drawn_from_the_committed_log(tmp_path):
-    from hib_ndigit_mnist.experiments import PROJECT
+def test_the_readme_shows_what_is_recorded():
+    assert f"\n{summary()}\n" in (PROJECT / "README.md").read_text()
 
+
+def test_figures_are_drawn_from_the_committed_log(tmp_path):
     (tmp_path / "embedded.jsonl").write_bytes((PROJECT / "results" / "embedded.jsonl").read_bytes())
     drawn = draw_all([table for table in TABLES.values() if table.id in ("figure-3", "figure-5")], tmp_path)
     assert {path.name for path in drawn} == {"figure-3.png", "figure-5.png"}

@@ -77,10 +77,15 @@ def test_it_learns_what_the_folders_say(folders, model, monkeypatch, capsys):
     assert scores["r1"] > 0.8 and scores["rejection_area"] > scores["r1"] and scores["skipped"] == 0
     assert scores["ood_auroc"] > 0.6
     code, _, _ = hib(monkeypatch, capsys, "embed", model, folders / "test", "--output", folders / "e.npz", *ON_CPU)
-    with np.load(folders / "e.npz") as found:
+    with np.load(folders / "e.npz") as arrays:
+        found = dict(arrays)
         assert found["mu"].shape == found["logvar"].shape == (int(scores["images"]), 1, 4)
         assert found["eta"].mean() == pytest.approx(scores["uncertainty"], abs=1e-5)
         assert found["files"][0].startswith("digit 0")
+    half = ["--precision", "bf16-mixed", "--output", folders / "h.npz", *ON_CPU]
+    assert hib(monkeypatch, capsys, "embed", model, folders / "test", *half)[0] == 0
+    gap = np.abs(np.load(folders / "h.npz")["mu"] - found["mu"])
+    assert 0 < gap.max() < 0.1 * np.abs(found["mu"]).max()
 
 
 def test_a_table_gives_the_images_of_its_folders(folders, tmp_path):
@@ -98,6 +103,10 @@ def test_a_table_gives_the_images_of_its_folders(folders, tmp_path):
 
 def test_a_step_depends_on_seed_and_number_alone(folders):
     labels = ImageFiles.of(folders / "train").labels
+    two = list(SeededBatches(torch.tensor([0, 0, 1, 1]), 4, 0, 0, 30))  # half of the draws are of one class
+    assert all(len({index // 2 for index, _ in batch}) == 2 for batch in two)
+    with pytest.raises(ValueError, match="two classes"):
+        SeededBatches(torch.zeros(4), 4, 0, 0, 1)
     whole, rest = (list(SeededBatches(labels, 8, 3, start, 6)) for start in (0, 4))
     assert whole[4:] == rest and whole[0] != whole[1]
     images = torch.tensor([[index for index, _ in batch] for batch in whole])
@@ -129,8 +138,9 @@ class Tensors(torch.utils.data.Dataset):
         return self.images[index][None], int(self.labels[index])
 
 
-def test_an_interrupted_run_of_ones_own_dataset_ends_as_a_whole_one(tmp_path):
-    settings = BackboneTraining("timm:test_resnet", 32, steps=6, batch=4, dim=2, samples=2)
+@pytest.mark.parametrize("method", ["mog", "mc-dropout"])
+def test_an_interrupted_run_of_ones_own_dataset_ends_as_a_whole_one(method, tmp_path):
+    settings = BackboneTraining("timm:test_resnet", 32, method, steps=4, batch=4, dim=2, samples=2)
     labels = Tensors().labels.long()
     whole = train_on(Tensors(), labels, settings, 1, pretrained=False, device="cpu")
     checkpoint = tmp_path / "c.pt"
@@ -167,7 +177,8 @@ def test_mistakes_and_broken_files(folders, model, tmp_path, monkeypatch, capsys
         (["train", tmp_path / "set.csv", *SMALL], 2, "set/a/none.png is not there"),
         (["train", tmp_path / "names.csv", *SMALL], 2, "columns image and label were expected, got file, class"),
         (["train", tmp_path / "set" / "a", *SMALL], 2, "a folder per class was expected, 0.png lies in none"),
-        ([*train, "--backbone", "timm:nonesuch"], 2, "backbone: timm has no image classifier 'nonesuch'"),
+        ([*train, "--backbone", "timm:nonesuch"], 2, "backbone: timm has no model 'nonesuch'"),
+        ([*train, "--backbone", "torchvision:squeezenet1_1"], 2, "no linear classifier"),
         ([*train, "--backbone", "resnet18"], 2, "timm:NAME or torchvision:NAME was expected"),
         ([*train, "--samples", 3, "--components", 2], 2, "a multiple of components"),
         (["eval", model, folders / "others-test", *ON_CPU], 2, "a folder per class was expected"),

@@ -30,8 +30,7 @@ class HedgedModel(nn.Module):
         pretrained: fetch the library's weights of the backbone.
 
     Raises:
-        ValueError: no such backbone, or one without a feature vector.
-        ModuleNotFoundError: timm is asked for and not installed.
+        ValueError: no such backbone, one without a feature vector, or of timm where that is not installed.
     """
 
     mean: Tensor
@@ -104,11 +103,15 @@ def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, A
             from torchvision.models import get_model
 
             network = get_model(model, weights="DEFAULT" if pretrained else None)
-            last = [each for each, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]
-            network.set_submodule(last, nn.Identity())
+            linear = [each for each, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+            if not linear:
+                raise ValueError(f"backbone: {name} has no linear classifier that could be taken off")
+            network.set_submodule(linear[-1], nn.Identity())
             return network, IMAGENET
-    except (ValueError, RuntimeError, IndexError) as error:
-        if isinstance(error, RuntimeError) and "Unknown model" not in str(error):
-            raise
-        raise ValueError(f"backbone: {library} has no image classifier {model!r} ({error})") from error
+    except ModuleNotFoundError as error:
+        raise ValueError("backbone: timm is not installed: pip install timm") from error
+    except (ValueError, RuntimeError) as error:
+        if "Unknown model" in str(error):
+            raise ValueError(f"backbone: {library} has no model {model!r}") from error
+        raise
     raise ValueError(f"backbone: timm:NAME or torchvision:NAME was expected, got {name!r}")

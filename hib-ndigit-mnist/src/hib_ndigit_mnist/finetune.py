@@ -18,7 +18,7 @@ from hib_ndigit_mnist.backbones import HedgedModel
 from hib_ndigit_mnist.checkpoint import deferred_interrupt, load_file, save_file
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.metrics import accuracy_rejection_area, ood_auroc, r_auroc, recall_at_1
-from hib_ndigit_mnist.photos import Drawn, SeededBatches, evaluation_transform, step_generator, training_transform
+from hib_ndigit_mnist.photos import Drawn, SeededBatches, evaluation_transform, step_seed, training_transform
 from hib_ndigit_mnist.settings import BackboneTraining
 from hib_ndigit_mnist.train import learning_rate, make_fabric
 from shared_utils.logging import get_logger, progress
@@ -94,14 +94,16 @@ def train_on(
     batches = SeededBatches(labels, settings.batch, seed, start, settings.steps)
     loader = fabric.setup_dataloaders(DataLoader(images, batch_sampler=batches, num_workers=workers))
     model.train()
-    with deferred_interrupt() as interrupted, progress() as bar:
+    cuda = [fabric.device] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), deferred_interrupt() as interrupted, progress() as bar:
         task = bar.add_task(f"train {settings.backbone}", total=settings.steps, completed=start)
         for step, (x, y) in enumerate(loader, start):
             for group, factor in zip(optimizer.param_groups, (1.0, settings.match_lr), strict=True):
                 group["lr"] = learning_rate(settings, step) * factor
+            torch.manual_seed(step_seed(seed, step))  # of dropout, wherever it is
             with fabric.autocast():
                 embedding = model(x)
-            out = model.loss(embedding, y, generator=step_generator(seed, step, fabric.device))
+            out = model.loss(embedding, y)
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(out.loss)
             optimizer.step()
@@ -137,7 +139,9 @@ def embed_images(
     fabric = make_fabric(device, precision)
     fabric.to_device(model.eval())
     loader = DataLoader(_Plain(data, model.settings.image_size), EMBED_BATCH, num_workers=workers)
-    with fabric.autocast():
+    cuda = [fabric.device] if fabric.device.type == "cuda" else []
+    with fabric.autocast(), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(0)  # of passes with dropout
         parts = [model(x).to("cpu") for x in _tracked(fabric.setup_dataloaders(loader))]
     model.cpu()
     mu = torch.cat([part.mu for part in parts])

@@ -152,10 +152,15 @@ class Drawn(Dataset):
 
 
 class SeededBatches:
-    """Batches of the two input streams as keys of `Drawn`, from a step onwards: each depends on seed and step alone."""
+    """Batches of the two input streams as keys of `Drawn`, from a step onwards: each depends on seed and step alone.
+
+    ValueError where there is a single class, or a class of one image.
+    """
 
     def __init__(self, labels: Tensor, batch: int, seed: int, start: int, steps: int):
-        self.index, self.size, self.batch, self.seed = ClassIndex(labels), len(labels), batch, seed
+        self.labels, self.index, self.batch, self.seed = labels, ClassIndex(labels), batch, seed
+        if len(labels.unique()) < 2:
+            raise ValueError("labels: two classes or more were expected, got one")
         self.steps = range(start, steps)
 
     def __len__(self) -> int:
@@ -163,11 +168,17 @@ class SeededBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.steps:
-            generator = step_generator(self.seed, step)
-            images = two_streams(self.index, self.size, torch.rand(2, self.batch // 2, generator=generator)).tolist()
-            yield list(zip(images, torch.randint(2**31, (self.batch,), generator=generator).tolist(), strict=True))
+            generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+            images = self._draw(generator)
+            while (self.labels[images] == self.labels[images[0]]).all():  # a batch of one class has no other pair
+                images = self._draw(generator)
+            seeds = torch.randint(2**31, (self.batch,), generator=generator)
+            yield list(zip(images.tolist(), seeds.tolist(), strict=True))
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return two_streams(self.index, len(self.labels), torch.rand(2, self.batch // 2, generator=generator))
 
 
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers of one step."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+def step_seed(seed: int, step: int) -> int:
+    """Of all random numbers of one step."""
+    return seed * 1_000_003 + step
