@@ -52,7 +52,7 @@ def train_on(
         workers: processes that read images.
         device: auto (CUDA where there is one), cpu or cuda.
         precision: auto (bf16-mixed on CUDA), 32-true, bf16-mixed or 16-mixed; head and loss stay float32.
-        checkpoint: file to resume from and to save to; removed at the end.
+        checkpoint: file to resume from and to save to; remove it when the model is safe.
         checkpoint_every: steps between saves.
 
     Returns:
@@ -115,8 +115,6 @@ def train_on(
                 raise KeyboardInterrupt
     if start < settings.steps:
         logger.info("loss %.4f after %d steps", float(out.loss), settings.steps)
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
     return model.cpu().eval()
 
 

@@ -121,6 +121,9 @@ class _Check(Dataset):
 # ---- batches ----
 
 
+_TO_UNIT = (v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
+
+
 def evaluation_transform(size: int) -> Callable[[Any], Tensor]:
     """A Pillow image or tensor -> RGB (3, size, size) in [0, 1]: shorter side, middle square."""
     return v2.Compose([v2.ToImage(), v2.RGB(), v2.Resize(size, antialias=True), v2.CenterCrop(size), *_TO_UNIT])
@@ -133,9 +136,6 @@ def training_transform(size: int, augment: str) -> Callable[[Any], Tensor]:
     mirror = [v2.RandomHorizontalFlip()] if augment == "crop-flip" else []
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
     return v2.Compose([v2.ToImage(), v2.RGB(), crop, *mirror, *_TO_UNIT])
-
-
-_TO_UNIT = (v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
 
 
 class Drawn(Dataset):

@@ -164,6 +164,7 @@ def train_on_images(
     images = _readable(ImageFiles.of(source), skip_broken, options["workers"]).with_partners()
     checkpoint = output.with_name(output.name + ".checkpoint")
     train_on(images, images.labels, settings, seed, checkpoint=checkpoint, **options).save(output)
+    checkpoint.unlink(missing_ok=True)
     logger.info("%s: %d images of %d classes", output, len(images), len(images.labels.unique()))
 
 
