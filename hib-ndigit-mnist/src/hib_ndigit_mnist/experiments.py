@@ -20,7 +20,7 @@ from hib_ndigit_mnist.settings import Settings
 from hib_ndigit_mnist.train import Trained, named_precision, train
 from shared_utils.logging import console
 from shared_utils.preflight import Need, disk_space, unmet
-from shared_utils.report import duration, interval, values
+from shared_utils.report import duration, interval, judge, values
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
@@ -125,22 +125,25 @@ def print_missing(
 
 
 def summary() -> str:
-    """The README's table: seen numbers, N = 2, D = 2, at the recorded scale that is closest to the paper's."""
+    """The README's table and verdicts: seen numbers, N = 2, D = 2, at the recorded scale closest to the paper's."""
     everything = {table.id: table for table in tables()}
     methods = ("point", "MoG-1", "MoG-2")
-    for scale in ("paper", "lenet", "mnist", "embedded"):
+    for scale in ("paper", "lenet", "embedded"):
         log = RunLog(PROJECT / "results" / f"{scale}.jsonl")
         if not values(everything["table-1"], scale, log):
             continue
         seeds = max(len(each) for each in values(everything["table-1"], scale, log).values())
         on = everything["table-1"].scales[scale].measured_on or "MNIST, the paper's network and schedule"
-        lines = [[f"{on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
+        lines = [[f"scale {scale}: {on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
+        verdicts = []
         for name, metrics in SHOWN.items():
             found = values(everything[name], scale, log)
             for metric, words in metrics.items():
                 rows = [found.get(f"N=2 D=2 {method}", {}).values() for method in methods]
                 lines.append([words, *(_cell([each[metric] for each in row if metric in each]) for row in rows)])
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            judged = [each for each in judge(everything[name], scale, log) if "N=2" in each.claim.text and each.figures]
+            verdicts += [f"- {each.claim.text}: {each}" for each in judged]
+        return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *verdicts])
     return "Nothing is recorded yet."
 
 
