@@ -273,7 +273,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed: HSIC against its O(m^3) form, a ReBias step against a vanilla one, colouring against a PIL loader."""
+    """Speed: HSIC against its O(m^3) form, a step against vanilla's and the released one, colours against PIL."""
 
     repeats: int = 5
     """Measurements per contender, taken in turn."""
