@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -126,10 +125,10 @@ def _reference(device: torch.device, repeats: int) -> Iterator[Timing]:
     images = torch.rand(batch, 3, 28, 28, device=device)
     targets, index = torch.randint(10, (batch,), device=device), torch.arange(batch)
     method = _method("rebias", "g-first", make_fabric(device.type))
-    f, g = (method.modules[name].module for name in ("f", "g0"))
-    reference = ReferenceStep(
-        *(deepcopy(network).to(memory_format=torch.contiguous_format) for network in (f, g)), Settings()
-    )
+    f, g = SimpleConvNet(kernel_size=7).to(device), SimpleConvNet(kernel_size=1).to(device)
+    for network, name in ((f, "f"), (g, "g0")):
+        network.load_state_dict(method.modules[name].state_dict())
+    reference = ReferenceStep(f, g, Settings())
     fast = images.contiguous(memory_format=torch.channels_last)
     if device.type == "cpu":
         ours, theirs = method.step(fast, targets, index), reference(images, targets)
