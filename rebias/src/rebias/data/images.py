@@ -23,9 +23,7 @@ from shared_utils.logging import get_logger
 
 logger = get_logger("rebias")
 
-NORMALIZE = v2.Compose(  # of one image or a batch
-    [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN_TRANSFORM = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
 TEST_TRANSFORM = [v2.Resize(256), v2.CenterCrop(224)]
 
@@ -91,7 +89,7 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """One image (3, 224, 224) float32, its label, and its bias label where it is known."""
-        item = NORMALIZE(self.read(0, index)), int(self.labels[index])
+        item = normalized(self.read(0, index)), int(self.labels[index])
         return item if self.bias is None else (*item, int(self.bias[index]))
 
     def to(self, device: torch.device | str) -> ImageFiles:
@@ -111,12 +109,18 @@ class ImageFiles:
         """For every (B,) batch of indices: channels-last images (B, 3, 224, 224) float32 and targets (B,)."""
         for images, index in loaded(self.read, self.seed, index_batches, epoch, self.num_workers, self.device):
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            yield NORMALIZE(images), self.labels[index].to(self.device, non_blocking=True)
+            yield normalized(images), self.labels[index].to(self.device, non_blocking=True)
 
     def record(self) -> dict:
         """Name, number of images and checksum of the sorted file names and labels, for the run record."""
         record = {"name": self.name, "images": len(self), "sha256": digest_of(self.names, self.labels)}
         return record | ({"skipped": self.skipped} if self.skipped else {})
+
+
+def normalized(images: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 to float32 as the networks take it, with one new tensor."""
+    mean, std = (255 * torch.tensor(each, device=images.device)[:, None, None] for each in (MEAN, STD))
+    return images.float().sub_(mean).div_(std)
 
 
 def loaded(
