@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, median_sigma, supervised
+from rebias.evaluate import predict
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.methods import frozen_statistics
 from rebias.models import MLP, HexNet, SimpleConvNet
@@ -332,6 +333,35 @@ def test_learning_rates():
     assert [learning_rate(step, e) for e in (-1, 0, 19, 20, 79)] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-6])
     cosine = replace(step, schedule="cosine", epochs=100)
     assert learning_rate(cosine, 50) == pytest.approx(5e-4) and learning_rate(cosine, 0) == 1e-3
+
+
+def test_the_schedule_starts_after_pretraining(monkeypatch):
+    changes = {"pretrain_epochs": 1, "epochs": 2, "schedule": "step", "step_epochs": 1, "batch_size": 2400}
+    settings = replace(SHORT, method="learnedmixin", **changes)
+    task, rates = TASKS["digits"](settings, 3, Path("nowhere"), FABRIC), []
+    m = build_method(task)
+    for name in ("pretrain_step", "step"):
+        monkeypatch.setattr(m, name, lambda *each: {})
+    fit(m, task.train, 3, before_step=lambda step: rates.append(m.optimizers["f"].param_groups[0]["lr"]))
+    assert rates == pytest.approx(2 * [3e-3] + 2 * [3e-3] + 2 * [3e-4])
+
+
+def test_predictions_do_not_depend_on_the_batch_and_leave_the_network_as_it_was():
+    network, data = SimpleConvNet(kernel_size=3, widths=(4,)).train(), TwelveImages()
+    before = network.layers[1].running_mean.clone()
+    whole, parts = (predict(network, data, FABRIC, batch_size=size)[0] for size in (12, 5))
+    torch.testing.assert_close(whole, parts)
+    assert network.training and torch.equal(before, network.layers[1].running_mean)
+
+
+class TwelveImages:
+    def __len__(self):
+        return 12
+
+    def batches(self, index_batches, epoch=0):
+        images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        for index in index_batches:
+            yield images[index], index % 10
 
 
 @pytest.mark.parametrize(
