@@ -42,7 +42,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, mnist or paper."""
+    """smoke, embedded, mnist, mnist-k7-short, mnist-k7 or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()
@@ -273,7 +273,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed: HSIC against its O(m^3) form, a ReBias step against a vanilla one, colouring against a PIL loader."""
+    """Speed: HSIC against its O(m^3) form, a step against vanilla's and the released one, colours against PIL."""
 
     repeats: int = 5
     """Measurements per contender, taken in turn."""

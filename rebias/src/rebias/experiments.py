@@ -12,12 +12,13 @@ from lightning.fabric import Fabric
 from rich.progress import TaskID
 from torch import nn
 
-from rebias.baselines import HEX, JTT, Balanced, LearnedMixin, LfF, RUBi
+from rebias.baselines import HEX, JTT, LearnedMixin, LfF, RUBi
 from rebias.data.dataset import Dataset, Reading
 from rebias.data.inventory import needs
 from rebias.methods import Method, ReBias, Vanilla
 from rebias.models import BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet, receptive_field
 from rebias.settings import Settings
+from rebias.supervised import DFR, Balanced, BiasContrastive
 from rebias.tasks import TASKS, Task
 from rebias.train import fit, load_checkpoint, make_fabric
 from shared_utils.logging import get_logger, progress
@@ -40,7 +41,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], Dataset], Method]] = {
     "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
-    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF, "jtt": JTT, "balanced": Balanced,
+    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF, "jtt": JTT,
+    "balanced": Balanced, "biascon": BiasContrastive, "dfr": DFR,
 }  # fmt: skip
 
 
