@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from cutmix_robustness.settings import PRESETS, Settings
+from shared_utils.folders import results_folder, runs_folder
 
 PROGRAM = "cutmix-robustness"
 
@@ -66,7 +67,7 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs_of, data_root=self.data_root)
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
@@ -260,7 +261,7 @@ class Tables:
         from cutmix_robustness.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         page = results_page(PROGRAM, experiments.tables(), results, f"{PROGRAM} run")
         (results / "RESULTS.md").write_text(page)

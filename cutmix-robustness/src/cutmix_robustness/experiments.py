@@ -23,6 +23,7 @@ from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
 from cutmix_robustness.train import best_of, fit, load_checkpoint, load_network, make_fabric
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import get_logger
 from shared_utils.preflight import Need, require
 from shared_utils.runlog import Outcome, RunLog, run_missing
@@ -31,7 +32,7 @@ from shared_utils.tables import Table, load_tables, settings_hash
 
 logger = get_logger("cutmix-robustness")
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
 PAPER_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "cub": 5_994}
 GENERAL = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption")  # what any model can be judged by
@@ -52,9 +53,7 @@ READING = Reading()
 
 
 def tables() -> list[Table]:
-    """The project's table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """The project's table files, checked against the settings."""
     return list(_read_tables(PROJECT / "tables"))
 
 
@@ -87,7 +86,7 @@ def run_tables(
     reading: Reading = READING,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "cutmix-robustness",
@@ -113,7 +112,7 @@ def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = RE
     resolved = Settings(**settings)
     if resolved.task == "properties":
         return measure_properties(resolved, seed)
-    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+    checkpoint = runs_folder(PROJECT) / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
     if resolved.task == "detection":
         from cutmix_robustness.detection import train_and_measure
 

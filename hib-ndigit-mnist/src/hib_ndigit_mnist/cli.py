@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from hib_ndigit_mnist.settings import SCALES, BackboneTraining, TrainedOn, default_data_root
+from shared_utils.folders import results_folder
 
 PROGRAM = "hib-ndigit-mnist"
 WORKERS = max(1, (os.cpu_count() or 1) - 1)
@@ -297,13 +298,13 @@ class Tables:
         from hib_ndigit_mnist.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         page = results_page(PROGRAM, experiments.tables(), results, f"{PROGRAM} run")
         (results / "RESULTS.md").write_text(page)
         readme = experiments.PROJECT / "README.md"
-        if FOUND[0] in (text := readme.read_text()):
-            before, rest = text.split(FOUND[0])
+        if readme.exists():  # a checkout's
+            before, rest = readme.read_text().split(FOUND[0])
             readme.write_text(f"{before}{FOUND[0]}\n{experiments.summary()}\n{FOUND[1]}{rest.split(FOUND[1])[1]}")
 
 

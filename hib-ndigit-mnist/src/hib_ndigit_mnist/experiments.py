@@ -18,13 +18,14 @@ from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match
 from hib_ndigit_mnist.reports import REPORTS
 from hib_ndigit_mnist.settings import Settings
 from hib_ndigit_mnist.train import Trained, named_precision, train
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import console
 from shared_utils.preflight import Need, disk_space, unmet
 from shared_utils.report import duration, interval, judge, values
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 SHOWN = {
     "table-1": {
         "ap_corrupt": "average precision, corrupted pairs",
@@ -48,9 +49,7 @@ def parse(settings: dict) -> Settings:
 
 
 def tables() -> list[Table]:
-    """The project's table files. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """The project's table files."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -66,12 +65,12 @@ def run_tables(
     precision: str = "auto",
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows or None, seeds or None)]
     load = Counter(stackable(run) for run in runs)
     cost = {key: count * getattr(key[0], "steps", 0) for key, count in load.items()}
     runs.sort(key=lambda run: -cost[stackable(run)])  # the longest first, so that no core waits at the end
-    checkpoints = PROJECT / "runs" / "checkpoints"
+    checkpoints = runs_folder(PROJECT) / "checkpoints"
     run_missing(
         "hib-ndigit-mnist",
         runs,
@@ -92,7 +91,7 @@ def needs(settings: dict, data_root: Path) -> Iterator[Need]:
     if settings.get("dataset", "mnist") == "mnist":
         found = find_mnist(data_root) is not None
         yield Need(f"MNIST ({data_root})", "hib-ndigit-mnist data --download, or --data-root", found)
-    yield disk_space(PROJECT / "runs", 100)
+    yield disk_space(runs_folder(PROJECT), 100)
 
 
 def print_missing(
@@ -102,7 +101,7 @@ def print_missing(
 
     Rows of several tables share models; each model counts where it is met first.
     """
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     done = set() if force else log.keys()
     shown = rich.table.Table("table", "missing runs", "models to train", "expected time")
     known: set[tuple] = set()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from rebias.settings import PRESETS, Settings
+from shared_utils.folders import results_folder, runs_folder
 
 PROGRAM = "rebias"
 
@@ -80,7 +81,7 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         execution = experiments.Execution(self.data_root, _reading(self), self.precision, self.compile)
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, execution.needs)
         yours = experiments.run_tables(
             chosen, self.scale, execution, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
@@ -253,7 +254,7 @@ class Tables:
         from rebias.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(results_page(PROGRAM, experiments.tables(), results, "rebias run"))
 
