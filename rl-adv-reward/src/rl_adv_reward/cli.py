@@ -204,7 +204,12 @@ class Play(OnVictim):
 class Data:
     """What is needed, and what is there: nothing is ever downloaded."""
 
+    tiny: Path | None = None
+    """Folder for tiny archives. Stays empty: no data is read, Pong comes with ale-py."""
+
     def __call__(self) -> None:
+        if self.tiny:
+            return self.tiny.mkdir(parents=True, exist_ok=True)
         from rich.table import Table as Grid
 
         from rl_adv_reward.envs import inventory
