@@ -149,7 +149,7 @@ class Subject:
                 logger.warning("the victim has hardly improved since its first check: another seed may be needed")
             return {environment.gate: value}, environment.short_of(value) == 0
 
-        every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
+        every = (s.victim_check_every or s.victim_iterations) if s.victim_check_episodes else 0
         curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
         if curve and environment.short_of(curve[-1][environment.gate]) > 0:
             raise RuntimeError(

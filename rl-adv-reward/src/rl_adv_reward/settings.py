@@ -27,7 +27,7 @@ ATTACKS = (
 
 COUNTS = (
     "episodes", "num_envs", "batch_size", "updates",
-    "victim_iterations", "frozen_iterations", "critic_iterations", "distill_iterations",
+    "victim_iterations", "victim_longest", "frozen_iterations", "critic_iterations", "distill_iterations",
 )  # fmt: skip
 
 
@@ -63,6 +63,11 @@ class Loop:
     """after which an episode is cut off; 0: as usual"""
     explore: tuple[float, float, float]
     """exploration: first, last, and the share of the iterations between them"""
+
+    def longer(self, times: int) -> Loop:
+        """So many times the iterations, with the same exploration at each of the first ones."""
+        first, last, share = self.explore
+        return replace(self, iterations=times * self.iterations, explore=(first, last, share / times))
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,9 @@ class Settings:
     sync_every: int = 500
     """iterations between copies to the target network"""
     victim_iterations: int = 40_000
-    """at most; x num_envs steps"""
+    """x num_envs steps"""
+    victim_longest: int = 3
+    """times victim_iterations: so long a victim that fails its gate goes on training before it is given up"""
     victim_lr: float = 2.5e-4
     """learning rate of the victim"""
     victim_gamma: float = 0.99
@@ -209,21 +216,14 @@ class Settings:
     def loop(self, kind: str) -> Loop:
         """How the victim, frozen_q ("frozen") or the critic is trained."""
         own = ("iterations", "lr", "gamma", "n_step", "explore")
+        longest = self.victim_longest if kind == "victim" else 1
         shared = (
-            "env",
-            "num_envs",
-            "batch_size",
-            "updates",
-            "capacity",
-            "starts",
-            "sync_every",
-            "adam_eps",
-            "episode_steps",
-        )
+            "env", "num_envs", "batch_size", "updates", "capacity", "starts", "sync_every", "adam_eps", "episode_steps",
+        )  # fmt: skip
         return Loop(
             **{name: getattr(self, name) for name in shared},
             **{name: getattr(self, f"{kind}_{name}") for name in own},
-        )
+        ).longer(longest)
 
     def distill_loop(self) -> Loop:
         """How the ATN is distilled from the critic; no exploration, no target network."""
@@ -305,7 +305,12 @@ PRESETS = {
     "minipong": _MINIPONG,
     "smoke": _SMOKE,
     "pong-short": replace(
-        Settings(), victim_iterations=20_000, frozen_iterations=8000, critic_iterations=8000, distill_iterations=2000
+        Settings(),
+        victim_iterations=20_000,
+        frozen_iterations=8000,
+        critic_iterations=8000,
+        distill_iterations=2000,
+        save_every=1000,
     ),
     "pong": Settings(),
     "breakout": replace(Settings(), env="breakout", goal="park", learner="frozen_q", victim_iterations=80_000),
