@@ -126,7 +126,7 @@ def train_attack(
     Args:
         victim: a model of stable-baselines3, a file that CleanRL saved, a `Victim`, or any function from observations
             (N, ...), float32 in the environment's units, to values or logits (N, A) or continuous actions (N, *A).
-            Gradients must flow through it; its weights are never changed.
+            Gradients must flow through it; its weights are never changed (a module in eval mode is yours to see to).
         env: an id, a function that makes an environment, or an environment (then one is stepped, not `num_envs`).
         reward: (observation after the step, action, info) -> number.
         eps: bound of every value: a share of 255 for uint8 images, of 1 for others of three dimensions, and else of
@@ -138,7 +138,7 @@ def train_attack(
         batch_size: transitions per update; there is one update per step of all environments.
         num_envs: stepped together.
         seed: of everything drawn.
-        device: of the networks; a victim of your own must be there already.
+        device: of the networks; a function of your own must compute there already.
 
     Raises:
         TypeError: a victim or an environment of another kind, or observations that are no Box.
@@ -175,7 +175,8 @@ def train_attack(
     for done in range(0, steps, n):
         chosen = play(observation, attack)
         wild = rng.random(n) < max(0.02, explore * (1 - 2 * done / steps))
-        chosen[wild] = [actions.sample() for _ in range(wild.sum())]
+        for i in np.flatnonzero(wild):
+            chosen[i] = actions.sample()
         after, _, terminated, truncated, info = envs.step(chosen)
         for i in np.flatnonzero(~over):  # where the last step ended an episode, this one only begins another
             r = reward(after[i], chosen[i], {name: each[i] for name, each in info.items()})
@@ -185,9 +186,10 @@ def train_attack(
             rows = [memory[k] for k in rng.integers(len(memory), size=batch_size)]
             x, action, r, then, ended = (tensor(np.array(part)) for part in zip(*rows, strict=True))
             losses = _losses(x, action, r, then, ended, attack, policy, critic, target, actions, gamma)
-            for loss, optimizer, part in zip(losses, optimizers, (critic, attack), strict=True):
-                optimizer.zero_grad()
+            for loss, part in zip(losses, (critic, attack), strict=True):
+                part.zero_grad()
                 loss.backward(inputs=list(part.parameters()))
+            for optimizer in optimizers:  # after both: the attack's gradient runs through the critic as it was
                 optimizer.step()
             with torch.no_grad():
                 for slow, fast in zip(target.parameters(), critic.parameters(), strict=True):
@@ -237,13 +239,11 @@ def _losses(
 def as_policy(victim: Any, device: str = "cpu") -> Policy:
     """Any victim that `train_attack` takes, as a function with gradients. TypeError, or ValueError for a file."""
     if isinstance(victim, str | Path):
-        return _frozen(read_cleanrl(victim), device)
+        return read_cleanrl(victim).to(device)
     if isinstance(victim, Victim):
         return lambda x: victim.q(x / 255)
     if hasattr(victim, "policy") and hasattr(victim, "predict"):
         return _of_sb3(victim, device)
-    if isinstance(victim, nn.Module):
-        return _frozen(victim, device)
     if callable(victim):
         return victim
     raise TypeError(
@@ -251,13 +251,10 @@ def as_policy(victim: Any, device: str = "cpu") -> Policy:
     )
 
 
-def _frozen(module: nn.Module, device: str) -> nn.Module:
-    return copy.deepcopy(module).to(device).requires_grad_(False).eval()
-
-
 def _of_sb3(model: Any, device: str) -> Policy:
     """DQN, QR-DQN, PPO, A2C, SAC, TD3, DDPG: their network, preprocessing included."""
-    policy = _frozen(model.policy, device)
+    policy = model.policy.to(device)
+    policy.set_training_mode(False)  # as `predict` does
     if hasattr(policy, "q_net"):
         return policy.q_net
     if hasattr(policy, "quantile_net"):
