@@ -32,14 +32,11 @@ def test_an_agent_that_balances_a_pole_is_driven_to_either_side():
     model.learn(2048)
     velocity = {}
     for side in (-1, 1):
-        attack = train_attack(
-            model,
-            "CartPole-v1",
-            lambda observation, action, info: side * observation[1],
-            eps=1.0,
-            steps=1600,
-            gamma=0.9,
-        )
+
+        def towards(observation, action, info, side=side):
+            return side * observation[1]
+
+        attack = train_attack(model, "CartPole-v1", towards, eps=1.0, steps=1600, gamma=0.9)
         velocity[side] = played(model, attack.wrap(gym.make("CartPole-v1")), lambda state: state[1])
     assert velocity[-1] < velocity[1] - 0.1
 
