@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from rl_adv_reward.envs.minipong import BACKGROUND, MAX_STEPS, MiniPongVec
+from rl_adv_reward.envs.minipong import BACKGROUND, MiniPongVec
 
 if "MiniPong-v0" not in gym.registry:
     gym.register(
@@ -25,10 +25,8 @@ if "MiniPong-v0" not in gym.registry:
 class Environment:
     """What training and evaluation must know of an environment."""
 
-    make: Callable[[int, int], VectorEnv]
-    """number of environments, and the steps after which an episode is cut off, to a vector environment"""
-    episode_steps: int
-    """after which an episode is usually cut off"""
+    make: Callable[..., VectorEnv]
+    """number of environments, and optionally the steps after which an episode is cut off, to a vector environment"""
     network: str
     """the victim's network"""
     background: float
@@ -45,14 +43,14 @@ class Environment:
         return max(self.bounds[0] - value, value - self.bounds[1], 0.0)
 
 
-def atari(game: str) -> Callable[[int, int], VectorEnv]:
+def atari(game: str) -> Callable[..., VectorEnv]:
     """Maker of ale-py's vector environment: 84 x 84 grey, stack of 4, skip of 4 with the maximum over the last two.
 
     Sticky actions (an action is repeated with probability 0.25, Machado et al. 2018): without them a greedy victim has
     a handful of different episodes. Up to 30 no-ops at reset, unclipped reward, NEXT_STEP.
     """
 
-    def make(num_envs: int, episode_steps: int) -> VectorEnv:
+    def make(num_envs: int, episode_steps: int = 27_000) -> VectorEnv:
         from ale_py.vector_env import AtariVectorEnv
 
         return AtariVectorEnv(
@@ -72,9 +70,9 @@ def atari(game: str) -> Callable[[int, int], VectorEnv]:
 
 
 ENVIRONMENTS = {
-    "minipong": Environment(MiniPongVec, MAX_STEPS, "mlp", BACKGROUND / 255, "first", "miss_rate", (0, 5)),
-    "pong": Environment(atari("pong"), 27_000, "nature", 0.0, "zero", "victim_return", (18, math.inf)),
-    "breakout": Environment(atari("breakout"), 27_000, "nature", 0.0, "zero", "victim_return", (30, math.inf)),
+    "minipong": Environment(MiniPongVec, "mlp", BACKGROUND / 255, "first", "miss_rate", (0, 5)),
+    "pong": Environment(atari("pong"), "nature", 0.0, "zero", "victim_return", (18, math.inf)),
+    "breakout": Environment(atari("breakout"), "nature", 0.0, "zero", "victim_return", (30, math.inf)),
 }
 
 
@@ -85,7 +83,7 @@ def make_envs(name: str, num_envs: int, episode_steps: int = 0) -> VectorEnv:
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"env must be one of {', '.join(ENVIRONMENTS)}, got {name!r}")
-    envs = ENVIRONMENTS[name].make(num_envs, episode_steps or ENVIRONMENTS[name].episode_steps)
+    envs = ENVIRONMENTS[name].make(num_envs, *([episode_steps] if episode_steps else []))
     check_envs(envs)
     return envs
 
