@@ -39,6 +39,12 @@ site: setup  ## static results site in site/
 rehearse: setup  ## every table at paper scale, end to end, on tiny archives in a temporary copy
 	set -e; for name in $(EACH); do test ! -f $$name/rehearsal.toml || $(MAKE) -C $$name rehearse; done
 
+campaign: setup  ## from the top of campaign.toml, what fits into MINUTES=; the next campaign goes on
+	.venv/bin/python tools/campaign.py --minutes $(MINUTES)
+
+gpucheck: setup  ## the tests marked gpu: each training loop on CUDA beside the CPU's float32
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m gpu $(addsuffix /tests,$(PACKAGES))
+
 bench: setup  ## speed against the peers, into each project's runs/bench.json; slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
 	.venv/bin/python -m shared_utils.benchmark $(addsuffix /runs/bench.json,$(EACH))
@@ -65,4 +71,4 @@ clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo keep tables test site rehearse bench record doctor drill alone lint clean
+.PHONY: help setup demo keep tables test site rehearse campaign gpucheck bench record doctor drill alone lint clean

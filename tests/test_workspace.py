@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_built_project_is_whole(name):
         assert (ROOT / name / part).is_file(), part
     assert list((ROOT / name / "tables").glob("*.toml"))
     assert list((ROOT / name / "tests").glob("test_*.py"))
+
+
+def dependencies(name: str) -> dict[str, str]:
+    listed = tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]["dependencies"]
+    return {re.split(r"[<>=!\[; ]", each)[0]: each for each in listed}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_project_lists_what_the_shared_code_needs_and_not_a_package_of_its_name(name):
+    assert dependencies("shared-utils").keys() <= dependencies(name).keys()
+    assert not {"shared-utils", "shared_utils", *BUILT} & dependencies(name).keys()
 
 
 def test_projects_do_not_import_each_other():

@@ -8,7 +8,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cutmix_robustness import benchmark_of, cli, evaluate, load_model, ood_scores, pyramidnet, resnet_cifar, temperature
+from cutmix_robustness import (
+    benchmark_of,
+    cli,
+    evaluate,
+    load_model,
+    mahalanobis_scores,
+    odin_scores,
+    ood_scores,
+    pyramidnet,
+    resnet_cifar,
+    temperature,
+)
 from cutmix_robustness.foreign import released
 from cutmix_robustness.settings import SUITES
 
@@ -32,13 +43,15 @@ def coloured(n=30, side=32):
 def test_a_plain_module_is_judged_on_one_s_own_images():
     images, labels = coloured()
     grey = torch.full((20, 3, 32, 32), 99, dtype=torch.uint8)
-    suites = [suite for suite in SUITES if suite not in ("localization", "autoattack")]
+    suites = [suite for suite in SUITES if suite not in ("localization", "autoattack", "mahalanobis")]
     model = colour_model().train()
     frame = evaluate({"colour": model}, suites, benchmark_of(images, labels, {"grey": grey}), severities=(1,))
     row = frame.loc["colour"]
     assert row["top1_error"] == 0 and row["grey_auroc"] == 100 and row["ood_auroc_energy"] > 90
     assert row["temperature"] < 1 and row["ece_after_scaling"] < row["ece_before_scaling"] and not model.training
     assert row["fgsm_error"] == 0 and row["center_occlusion_area"] > 0 and np.isfinite(frame.to_numpy(float)).all()
+    with pytest.raises(ValueError, match="the suite mahalanobis needs training images"):
+        evaluate({"colour": model}, ["mahalanobis"], benchmark_of(images, labels, {"grey": grey}))
 
 
 def test_temperature_and_scores():
@@ -49,6 +62,30 @@ def test_temperature_and_scores():
     found = ood_scores(torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
     np.testing.assert_allclose(found["energy"], [np.log(2), np.log(np.exp(3) + 1)])
     assert found["max_logit"].tolist() == [0, 3] and found["msp"][0] == 0.5
+
+
+def test_odin_takes_one_step_towards_the_predicted_class():
+    torch.manual_seed(1)
+    images, weight = torch.rand(6, 3, 4, 4), torch.randn(5, 48)
+    logits = images.flatten(1) @ weight.T
+    excess = torch.softmax(logits / 1000, 1) - nn.functional.one_hot(logits.argmax(1), 5)
+    moved = images.flatten(1) - 0.0014 * torch.sign(excess @ weight)
+    expected = torch.softmax((moved @ weight.T).double() / 1000, 1).amax(1)
+    torch.testing.assert_close(odin_scores(lambda x: x.flatten(1) @ weight.T, images), expected, rtol=0, atol=1e-9)
+
+
+def test_mahalanobis_distance_by_hand():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([3, 8], [30, 50])
+    train = rng.normal(size=(80, 3)) @ np.diag([1, 2, 0.1]) + 5 * (labels == 8)[:, None]
+    means = [train[labels == label].mean(0) for label in (3, 8)]
+    spread = sum(
+        (train[labels == label] - mean).T @ (train[labels == label] - mean)
+        for label, mean in zip((3, 8), means, strict=True)
+    )
+    features = rng.normal(size=(4, 3))
+    distances = [[d @ np.linalg.inv(spread / 80) @ d for d in features - mean] for mean in means]
+    np.testing.assert_allclose(mahalanobis_scores(train, labels, features), -np.min(distances, 0))
 
 
 def normalised(model, images):

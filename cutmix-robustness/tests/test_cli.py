@@ -1,7 +1,6 @@
 """Table files, the command line, figures."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import cutmix_robustness
 from cutmix_robustness import cli, experiments
 from cutmix_robustness.experiments import tables
 from cutmix_robustness.settings import PRESETS, Settings
+from shared_utils.rehearsal import rehearse
 
 PROJECT = Path(cli.__file__).parents[2]
 TABLES = {table.id: table for table in tables()}
@@ -83,10 +83,6 @@ def test_published_figures_that_follow_from_each_other():
             assert error == pytest.approx(row.published["ood_detection_error"], abs=0.02)
 
 
-def command(*words):
-    return subprocess.run([sys.executable, "-m", "cutmix_robustness", *words], capture_output=True, text=True)
-
-
 def test_run_twice_runs_nothing_new_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "PROJECT", tmp_path)
     (tmp_path / "tables").symlink_to(PROJECT / "tables")
@@ -115,14 +111,24 @@ def test_run_twice_runs_nothing_new_and_draws(tmp_path, monkeypatch, capsys):
     assert drawn == {"figure-2", "figure-3", "figure-5", "figure-R1", "robustness", "table-2", "corruptions"}
 
 
-def test_train_then_eval_from_the_command_line(tmp_path):
-    checkpoint = tmp_path / "m.pt"
-    trained = command("train", "--output", str(checkpoint), "twowave-cutmix", "--epochs", "1")
-    assert trained.returncode == 0, trained.stderr
-    evaluated = command("eval", str(checkpoint), "--suites", "clean", "ood")
-    assert evaluated.returncode == 0, evaluated.stderr
-    metrics = json.loads(evaluated.stdout)
-    assert metrics["ood_auroc"] == json.loads(trained.stdout)["ood_auroc"] and "ece" not in metrics
+def test_train_then_eval_from_the_command_line(tmp_path, monkeypatch, capsys):
+    def printed(*words):
+        monkeypatch.setattr(sys, "argv", ["cutmix-robustness", *words])
+        cli.main()
+        return json.loads(capsys.readouterr().out)
+
+    checkpoint = str(tmp_path / "m.pt")
+    trained = printed(
+        "train", "--output", checkpoint, "twowave-cutmix", "--epochs", "1", "--suites", "clean", "calibration", "ood"
+    )
+    evaluated = printed("eval", checkpoint, "--suites", "clean", "ood")
+    assert evaluated["ood_auroc"] == trained["ood_auroc"] and "ece" in trained and "ece" not in evaluated
+
+
+def test_a_table_is_rehearsed():
+    """`make rehearse` does all; this one decodes CIFAR-100, trains, records, judges and draws."""
+    (found,) = rehearse(PROJECT, ["figure-2"])
+    assert found.passed, found.problem
 
 
 @pytest.mark.parametrize(

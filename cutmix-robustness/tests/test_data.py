@@ -274,10 +274,10 @@ def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, save_picture
     assert "top5_error" not in outcome.metrics
     (tmp_path / "test" / "emu").mkdir()
     with pytest.raises(ValueError, match="emu: a class without an image"):
-        open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
+        open_benchmark(Settings(dataset="image-folder", suites=("clean",)), 0, tmp_path)
     save_picture(tmp_path / "test" / "emu" / "deeper" / "e.png")
     with pytest.raises(ValueError, match="train and test have other class folders"):
-        open_benchmark(Settings(dataset="image-folder"), 0, tmp_path)
+        open_benchmark(Settings(dataset="image-folder", suites=("clean",)), 0, tmp_path)
 
 
 def test_outliers_need_a_training_set_in_memory(tmp_path, write_image_folder, small_network):

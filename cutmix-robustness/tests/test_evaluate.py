@@ -139,6 +139,16 @@ def test_unknown(evaluator):
     assert metrics["ood_auroc"] > 55
 
 
+def test_unknown_by_further_scores(model, benchmark, evaluator):
+    assert list(evaluator.odin().metrics) == ["ood_auroc_odin"] and evaluator.odin().metrics["ood_auroc_odin"] > 55
+    assert evaluator.mahalanobis().metrics["ood_auroc_mahalanobis"] > 55
+    images = benchmark.test.images[:40].float() / 255
+    features = model.network.features((images - model.mean) / model.std).mean((2, 3))
+    found, labels = evaluator._features(benchmark.test)
+    np.testing.assert_allclose(found[:40], features.detach().numpy(), rtol=1e-3, atol=1e-4)
+    assert labels.tolist() == benchmark.test.labels.tolist()
+
+
 def test_evaluate_gives_a_row_per_model(model, benchmark):
     untrained = Classifier(SmallNet(15), MEAN, STD)
     frame = evaluate({"trained": model, "untrained": untrained}, ("clean", "calibration", "fgsm"), benchmark)
@@ -305,6 +315,7 @@ def test_the_two_calibration_errors_have_15_and_20_bins():
 
 
 def test_confidence_of_exactly_one_is_in_the_last_bin():
+    assert calibration_error(np.array([1 + 2e-7]), np.array([1])) == 0  # the sum of a float32 softmax
     assert calibration_error([1.0, 1.0], [1, 0], 10) == 0.5 and calibration_error([1.0], [1], 10) == 0
     logits = torch.tensor([[200.0, 0, 0], [200.0, 0, 0]])
     assert calibration(logits, torch.tensor([0, 1]))["ece"] == 50

@@ -1,6 +1,7 @@
 """Training: every recipe, kill and resume, two processes, checkpoints."""
 
 import copy
+import runpy
 import signal
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def test_the_learning_rate_falls_with_the_first_step_of_a_milestone(monkeypatch)
     assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.02, 0.02, 0.002, 0.002])
 
 
+def test_scheduled_cutmix_rises_from_0_in_the_first_epoch_to_1_in_the_last(monkeypatch):
+    shares, real = [], Recipe.loss
+
+    def loss(self, images, labels, draw, progress, share):
+        shares.append(progress)
+        return real(self, images, labels, draw, progress, share)
+
+    monkeypatch.setattr(Recipe, "loss", loss)
+    trained(replace(SHORT, epochs=3, batch_size=250))
+    assert shares == [0, 0, 0.5, 0.5, 1, 1]
+
+
 def test_sgd_has_nesterov_s_momentum():
     network = torch.nn.Module()
     network.fc = torch.nn.Linear(1, 1, bias=False)
@@ -163,12 +176,17 @@ torch.save({"weights": model.state_dict(), "curve": curve}, sys.argv[1] + ".done
 """
 
 
-def test_sigkill_and_continue_is_bit_equal(tmp_path):
-    def run(name, speed):
-        return [sys.executable, "-c", TRAINING, str(tmp_path / name), speed]
+def run_here(script, monkeypatch, *words):
+    """A script in this process: another one would first spend seconds on its imports."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
+    runpy.run_path(str(script))
 
-    subprocess.run(run("whole", "fast"), check=True)
-    child = subprocess.Popen(run("killed", "slow"))
+
+def test_sigkill_and_continue_is_bit_equal(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING)
+    run_here(script, monkeypatch, tmp_path / "whole", "fast")
+    child = subprocess.Popen([sys.executable, script, tmp_path / "killed", "slow"])
     while not (tmp_path / "killed").exists():
         time.sleep(0.02)
         assert child.poll() is None
@@ -177,7 +195,7 @@ def test_sigkill_and_continue_is_bit_equal(tmp_path):
     child.wait()
     reached = load_checkpoint(tmp_path / "killed")["state"]["total"]
     assert 0 < reached < 8 * 7
-    subprocess.run(run("killed", "fast"), check=True)
+    run_here(script, monkeypatch, tmp_path / "killed", "fast")
     whole, killed = (torch.load(tmp_path / f"{name}.done", weights_only=True) for name in ("whole", "killed"))
     assert whole["curve"] == killed["curve"]
     assert all(torch.equal(whole["weights"][name], killed["weights"][name]) for name in whole["weights"])
@@ -208,17 +226,17 @@ class Linear(torch.nn.Module):  # no batch norm, whose statistics are per proces
 model = Classifier(Linear(), MEAN, STD)
 curve = fit(model, settings, benchmark.train, 1, fabric)
 evaluator = Evaluator(model, benchmark, fabric, (3,), 600)
-found = evaluator.run(("clean", "occlusion", "fgsm", "ood", "corruption", "in_between"))
+found = evaluator.run(("clean", "occlusion", "fgsm", "ood", "in_between"))
 if fabric.global_rank == 0:
     weight = model.network.fc.weight.detach()
     torch.save({"weight": weight, "metrics": found.metrics, "loss": curve[-1]["loss"]}, sys.argv[1])
 """
 
 
-def test_two_ranks_train_and_evaluate_like_one(tmp_path):
+def test_two_ranks_train_and_evaluate_like_one(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
-    subprocess.run([sys.executable, script, tmp_path / "one"], check=True)
+    run_here(script, monkeypatch, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launcher, script, tmp_path / "two"], check=True, capture_output=True)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
@@ -285,6 +303,23 @@ def test_eval_repeats_what_train_measured(tmp_path):
     assert list(evaluate_checkpoint(tmp_path / "c.pt", None, "cpu", ("ood",)))[0] == "uniform_auroc"
 
 
+def test_held_out_images_choose_an_epoch(tmp_path):
+    settings = replace(SHORT, epochs=4, validation_images=75, lr=0.3)
+    benchmark, whole = (open_benchmark(each, 1, None) for each in (settings, SHORT))
+    held_out = benchmark.validation
+    assert len(benchmark.train) == 425 and held_out.labels.bincount().min() >= 3
+    together = torch.cat([benchmark.train.index, held_out.index])
+    assert together.sort().values.tolist() == list(range(500))
+    assert torch.equal(held_out.images, whole.train.images[held_out.index])
+    _, outcome = train_and_evaluate(settings, 1, benchmark, None, FABRIC, tmp_path / "c.pt")
+    curve = load_checkpoint(tmp_path / "c.pt")["state"]["curve"]
+    chosen = min(curve, key=lambda point: point["validation_error"])
+    assert outcome.metrics["validated_top1_error"] == chosen["test_error"] >= outcome.metrics["best_top1_error"]
+    assert outcome.details["validated_epoch"] == chosen["epoch"]
+    kept = evaluate_checkpoint(tmp_path / "c-best.pt", None, "cpu", ())
+    assert kept["top1_error"] == pytest.approx(chosen["test_error"])
+
+
 def test_weights_of_another_network_are_named():
     model, other = Classifier(SmallNet(15), MEAN, STD), SmallNet(10)
     with pytest.raises(ValueError, match=r"w.pt: fc.weight has shape \(10, 32\), expected \(15, 32\)"):
@@ -336,6 +371,8 @@ def test_deeper_networks_have_the_printed_sizes():
         ({"severities": (6,)}, "severities must be among 1 .. 5"),
         ({"suites": ("clean", "fog")}, "suites must be among clean, .* got 'fog'"),
         ({"mix": "manifold-mixup", "adversarial": "training"}, "cannot be combined"),
+        ({"dataset": "cub", "suites": ("ood",)}, "suite ood needs unknown inputs, and cub comes without"),
+        ({"suites": ("localization",)}, "suite localization needs boxes, and cifar100 comes without"),
         ({"epochs": 0}, "epochs and batch_size must be at least 1"),
     ],
 )

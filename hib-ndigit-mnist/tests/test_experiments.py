@@ -7,7 +7,7 @@ import torch
 
 from hib_ndigit_mnist.data import ndigit_sets
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match, shared_digit_ratio, shares_digit
-from hib_ndigit_mnist.experiments import execute, parse, stackable, tables
+from hib_ndigit_mnist.experiments import PROJECT, execute, parse, stackable, summary, tables
 from hib_ndigit_mnist.figures import draw_all
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.models import MLPEncoder
@@ -86,6 +86,9 @@ def test_evaluation_of_points_and_mixtures(sets):
         assert (exact.eta[name] - sampled.eta[name]).abs().mean() < 0.03
     scores = exact.verification() | exact.identification()
     assert scores["positive_rate"] == 0.5 and 0.4 < scores["ap_corrupt"] <= 1 and 0 <= scores["knn_corrupt_same"] <= 1
+    error = REPORTS["estimator"](exact)[0]["rms_error"]  # of 600 pairs, and of fewer than it asks for
+    few = Evaluation(exact.encoder, exact.match, TestSet.of(sets["test"], images=200, pairs=100))
+    assert REPORTS["estimator"](few)[0]["rms_error"] == pytest.approx(error, rel=0.3)
     point = Evaluation(MLPEncoder(point=True), MatchProbability(2.0, 3.0), test)
     assert point.eta["clean"].std() < 1e-6 and point.tau("corrupt", "knn").tau != point.tau("corrupt", "knn").tau
     assert Evaluation(MLPEncoder(dim=3), MatchProbability(1.0, 12.0), test).options["method"] == "quadrature"
@@ -121,9 +124,11 @@ def test_unknown_reports_splits_and_data_are_refused(tmp_path):
         execute([base | {"dataset": "mnist"}], [0], tmp_path, "cpu")
 
 
-def test_figures_are_drawn_from_the_committed_log(tmp_path):
-    from hib_ndigit_mnist.experiments import PROJECT
+def test_the_readme_shows_what_is_recorded():
+    assert f"\n{summary()}\n" in (PROJECT / "README.md").read_text()
 
+
+def test_figures_are_drawn_from_the_committed_log(tmp_path):
     (tmp_path / "embedded.jsonl").write_bytes((PROJECT / "results" / "embedded.jsonl").read_bytes())
     drawn = draw_all([table for table in TABLES.values() if table.id in ("figure-3", "figure-5")], tmp_path)
     assert {path.name for path in drawn} == {"figure-3.png", "figure-5.png"}

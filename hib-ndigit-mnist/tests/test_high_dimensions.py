@@ -24,8 +24,7 @@ def within_error(exact, draws):
     return ((draws.mean(0) - exact).abs() <= 4 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize("b", [1.0, 12.0])
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("dim", "b"), [*((dim, 1.0) for dim in DIMS), (2, 12.0), (8, 12.0), (128, 12.0)])
 def test_quadrature_agrees_with_monte_carlo(dim, b):
     e, match, generator = images(dim), MatchProbability(b, b), torch.Generator().manual_seed(0)
     eta = match.self_mismatch(e, method="quadrature")
@@ -41,8 +40,7 @@ def test_quadrature_agrees_with_monte_carlo(dim, b):
     assert within_error(exact, torch.stack([match.prob(first, second, 8, generator=generator) for _ in range(40)]))
 
 
-@pytest.mark.parametrize("b", [6.5, 9.0, 15.0, 40.0])
-@pytest.mark.parametrize("dim", [3, 8, 128, 512])
+@pytest.mark.parametrize(("dim", "b"), [(3, 6.5), (3, 15.0), (3, 40.0), (8, 9.0), (128, 6.5), (128, 40.0), (512, 15.0)])
 def test_series_and_closed_form_meet_their_tolerance(dim, b):
     """Against the integral over the noncentral chi law, with variances that are equal in all dimensions."""
     scale = b / 3  # distances around the margin b / a

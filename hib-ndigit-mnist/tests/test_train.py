@@ -117,14 +117,14 @@ torch.save([[m.encoder.state_dict() for m in models], [m.history for m in models
 """
 
 
-def test_sigkill_and_resume_is_bit_equal(tmp_path):
-    def start(name):
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", CHILD, tmp_path / f"{name}.ckpt", tmp_path / name]
-        )
+def test_sigkill_and_resume_is_bit_equal(tmp_path, monkeypatch):
+    def here(name):
+        monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / f"{name}.ckpt"), str(tmp_path / name)])
+        exec(CHILD, {})
 
-    assert start("whole").wait() == 0
-    child, checkpoint = start("killed"), tmp_path / "killed.ckpt"
+    here("whole")
+    words = [sys.executable, "-W", "ignore", "-c", CHILD, tmp_path / "killed.ckpt", tmp_path / "killed"]
+    child, checkpoint = subprocess.Popen(words), tmp_path / "killed.ckpt"
     while not checkpoint.exists():
         time.sleep(0.005)
         assert child.poll() is None
@@ -132,7 +132,7 @@ def test_sigkill_and_resume_is_bit_equal(tmp_path):
     assert child.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
     done = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < done < 800
-    assert start("killed").wait() == 0
+    here("killed")
     whole, resumed = (torch.load(tmp_path / name) for name in ("whole", "killed"))
     for ours, theirs in zip(whole[0], resumed[0], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -173,13 +173,14 @@ if rank() == 0:
 """
 
 
-def test_two_ranks_train_what_one_process_trains(tmp_path):
+def test_two_ranks_train_what_one_process_trains(tmp_path, monkeypatch):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     subprocess.run([*launch, str(tmp_path / "two")], check=True, env=environment, capture_output=True)
-    subprocess.run([sys.executable, "-W", "ignore", str(script), str(tmp_path / "one")], check=True)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
+    exec(RANK, {})
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
     for ours, theirs in zip(one, two, strict=True):
         for name in ours:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prdc_metrics import RealManifold, compute_prdc, expected_coverage, knn_radii, prdc
-from prdc_metrics.distances import Frame
+from prdc_metrics import RealManifold, balls, compute_prdc, expected_coverage, knn_radii, prdc
+from prdc_metrics.distances import Frame, pairs_below
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*radius 0", "ignore:.*on the sphere", "ignore:nearest_k=")
 
@@ -89,12 +89,15 @@ def test_hard_data_in_any_filter_precision(name, real, fake, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "float64"])
 @pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.parametrize("spread", [1, 12], ids=["many in a ball: counted", "few in a ball: listed"])
-def test_points_on_the_sphere_in_both_branches(spread, closed, precision):
-    """Integers tie exactly; narrow fakes fill whole tiles, wide ones are listed."""
+@pytest.mark.parametrize("k", [150, 3], ids=["many in a ball: counted", "few in a ball: listed"])
+def test_points_on_the_sphere_in_both_branches(k, closed, precision, monkeypatch):
+    """Integers tie exactly."""
+    listed = []
+    monkeypatch.setattr(balls, "pairs_below", lambda *given: listed.append(1) or pairs_below(*given))
     rng = np.random.default_rng(0)
-    real, fake = rng.integers(-12, 13, (300, 3)), rng.integers(-spread, spread + 1, (200, 3))
-    agree(real, fake, 2, 30 if spread == 1 else 3, closed=closed, precision=precision)
+    real, fake = rng.integers(-12, 13, (300, 3)), rng.integers(-12, 13, (200, 3))
+    agree(real, fake, 2, k, closed=closed, precision=precision)
+    assert bool(listed) == (k == 3)
 
 
 def test_copies_give_exactly_one():

@@ -56,10 +56,13 @@ def test_figure_6_never_shows_an_image_on_both_sides(monkeypatch):
 
     monkeypatch.setattr(experiments, "_network", lambda *_: None)
     monkeypatch.setattr(experiments, "extract_features", lambda images, _: images.flatten(1))
-    settings = {"experiment": "class0", "dataset": "digits", "num_real": 900, "num_fake": 80, "share": 0.55}
+    settings = {"experiment": "class0", "dataset": "digits", "num_real": 900, "num_fake": 80, "share": 0.1}
     real, fake = experiments._sets(experiments.Settings(**settings), 3, None)
     rows = {tuple(row) for row in real.tolist()}
     assert len(rows) == 900 and not any(tuple(row) in rows for row in fake.tolist())
+    _, labels = experiments._labelled_features("digits", "random", 8, 900, 80, 3, None)
+    zeros = int((labels[900:] == 0).sum())  # all of them at share 1, and as many fakes at every share
+    assert len(fake) == round(0.1 * zeros) + 9 * round(0.9 * zeros / 9)
     experiments._labelled_features.cache_clear()
 
 

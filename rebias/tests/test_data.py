@@ -152,6 +152,9 @@ def test_image_folder_reads_the_nine_classes_only(tmp_path, write_images):
     assert data.labels.tolist() == [2, 2, 0, 0]
     (images, targets), *_ = data.batches([torch.tensor([3, 0])])
     assert images.shape == (2, 3, 224, 224) and targets.tolist() == [0, 2]
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for image in (images[0], data[3][0]):
+        torch.testing.assert_close(image, (data.read(0, 3) / 255 - mean) / std)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path, write_images):
@@ -289,7 +292,11 @@ def test_clips_for_training_and_views_for_testing(kinetics):
     train, test = (VideoFiles([path], torch.tensor([9]), "x", train=t, reading=Reading(0)) for t in (True, False))
     (clips, targets), *_ = train.batches([torch.tensor([0])])
     assert clips.shape == (1, 3, 8, 224, 224) and targets.tolist() == [9]
-    assert len(test) == TEST_VIEWS and test.read(0, 3).shape == (3, 8, 256, 256)
+    view = test.read(0, 3)
+    assert len(test) == TEST_VIEWS and view.shape == (3, 8, 256, 256)
+    (views, _), *_ = test.batches([torch.tensor([3])])
+    for clip in (views[0], test[3][0]):
+        torch.testing.assert_close(clip, (view / 255 - 0.45) / 0.225)
     logits = torch.randn(TEST_VIEWS, 10)
     summed, labels = test.sum_views(logits)
     torch.testing.assert_close(summed[0], logits.softmax(1).sum(0))

@@ -1,19 +1,21 @@
 """Which gradient reaches which network, what each method trains, and that lambda 0 is vanilla."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, median_sigma
+from rebias import LearnedMixinLoss, ReBiasLoss, RUBiLoss, hex_project, hsic, median_sigma, supervised
+from rebias.evaluate import predict
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.methods import frozen_statistics
 from rebias.models import MLP, HexNet, SimpleConvNet
-from rebias.objectives import SampleLosses, generalized_cross_entropy, lff_weights
+from rebias.objectives import SampleLosses, bias_contrastive, generalized_cross_entropy, lff_weights
 from rebias.settings import PRESETS, Settings
 from rebias.tasks import TASKS
-from rebias.train import learning_rate, make_fabric
+from rebias.train import fit, index_batches, learning_rate, make_fabric
 
 FABRIC = make_fabric("cpu")
 SHORT = replace(PRESETS["digits"], epochs=1)
@@ -151,11 +153,11 @@ def test_g_chases_the_f_of_its_order(order, monkeypatch):
     assert not torch.allclose(seen[0], other, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vanilla", "rebias", "rubi", "learnedmixin", "hex", "lff"])
+@pytest.mark.parametrize("name", ["vanilla", "rebias", "rubi", "learnedmixin", "hex", "lff", "biascon"])
 def test_every_optimizer_has_the_run_s_rate_and_weight_decay(name):
     m = method(method=name, lr=2e-3, weight_decay=3e-4)
     groups = [group for optimizer in m.optimizers.values() for group in optimizer.param_groups]
-    assert len(groups) == (1 if name in ("vanilla", "hex") else 2)
+    assert len(groups) == (1 if name in ("vanilla", "hex", "biascon") else 2)
     assert all(group["lr"] == 2e-3 and group["weight_decay"] == 3e-4 for group in groups)
 
 
@@ -214,6 +216,31 @@ def test_the_other_methods_learn(name):
     for _ in range(30):
         last = list(m.step(*batch(64)).values())[0]
     assert last < first
+
+
+def test_biascon_contrasts_two_views_of_a_second_batch(monkeypatch):
+    m, seen = method(method="biascon"), []
+    monkeypatch.setattr(supervised, "bias_contrastive", lambda *each: (seen.append(each), bias_contrastive(*each))[1])
+    before = weights(m.f)
+    parts = m.step(*batch())
+    ((features, labels, bias),) = seen
+    assert len(features) == 32 and torch.equal(labels[:16], labels[16:]) and torch.equal(bias[:16], bias[16:])
+    assert not torch.allclose(features[:16], features[16:]) and parts["f_contrast"] > 0
+    assert not torch.equal(before, weights(m.f))
+
+
+def test_dfr_is_vanilla_with_another_last_layer_and_doing_it_twice_changes_nothing(monkeypatch):
+    monkeypatch.setattr(supervised, "last_layer", partial(supervised.last_layer, fits=1))
+    task = TASKS["digits"](replace(SHORT, method="dfr", batch_size=2400), 3, Path("nowhere"), FABRIC)
+    m, vanilla = build_method(task), method(method="vanilla")
+    fit(m, task.train, 3)
+    for images, targets in task.train.batches(index_batches(len(task.train), 2400, 3, 0, 0, 1)):
+        vanilla.step(images, targets)
+    assert torch.equal(weights(vanilla.f.layers), weights(m.f.layers))
+    assert not torch.equal(weights(vanilla.f.fc), weights(m.f.fc))
+    before = weights(m.f)
+    m.finish()
+    assert torch.equal(before, weights(m.f))
 
 
 def test_lff_remembers_every_sample_s_loss_and_compares_it_within_its_class():
@@ -308,6 +335,35 @@ def test_learning_rates():
     assert learning_rate(cosine, 50) == pytest.approx(5e-4) and learning_rate(cosine, 0) == 1e-3
 
 
+def test_the_schedule_starts_after_pretraining(monkeypatch):
+    changes = {"pretrain_epochs": 1, "epochs": 2, "schedule": "step", "step_epochs": 1, "batch_size": 2400}
+    settings = replace(SHORT, method="learnedmixin", **changes)
+    task, rates = TASKS["digits"](settings, 3, Path("nowhere"), FABRIC), []
+    m = build_method(task)
+    for name in ("pretrain_step", "step"):
+        monkeypatch.setattr(m, name, lambda *each: {})
+    fit(m, task.train, 3, before_step=lambda step: rates.append(m.optimizers["f"].param_groups[0]["lr"]))
+    assert rates == pytest.approx(2 * [3e-3] + 2 * [3e-3] + 2 * [3e-4])
+
+
+def test_predictions_do_not_depend_on_the_batch_and_leave_the_network_as_it_was():
+    network, data = SimpleConvNet(kernel_size=3, widths=(4,)).train(), TwelveImages()
+    before = network.layers[1].running_mean.clone()
+    whole, parts = (predict(network, data, FABRIC, batch_size=size)[0] for size in (12, 5))
+    torch.testing.assert_close(whole, parts)
+    assert network.training and torch.equal(before, network.layers[1].running_mean)
+
+
+class TwelveImages:
+    def __len__(self):
+        return 12
+
+    def batches(self, index_batches, epoch=0):
+        images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        for index in index_batches:
+            yield images[index], index % 10
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -315,7 +371,8 @@ def test_learning_rates():
         ({"rho": 1.5}, r"rho must lie in \[0, 1\], got 1.5"),
         ({"batch_size": 3}, "batches of 4 or more, batch_size is 3"),
         ({"epochs": 0}, "at least 1"),
-        ({"method": "hex", "dataset": "imagenet9"}, "hex takes grey levels .* not imagenet9"),
+        ({"method": "hex", "dataset": "imagenet9"}, "hex is built for coloured digits, .* not imagenet9"),
+        ({"method": "dfr", "dataset": "csv"}, "dfr is built for coloured digits, .* not csv"),
         ({"method": "balanced", "dataset": "kinetics10"}, "balanced needs a bias label .* kinetics10 has none"),
         ({"n_g_update": -1}, "n_g_update at least 0"),
         ({"penalty": "feature-norm"}, "penalty feature-norm has no effect with method rebias"),

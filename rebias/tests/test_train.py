@@ -328,7 +328,11 @@ def test_train_then_eval_from_the_command_line(tmp_path):
     trained = rebias("train", "--output", str(checkpoint), "digits", "--epochs", "1")
     assert trained.returncode == 0, trained.stderr
     evaluated = rebias("eval", str(checkpoint))
-    assert json.loads(evaluated.stdout)["unbiased_accuracy"] == json.loads(trained.stdout)["unbiased_accuracy"]
+    found = json.loads(evaluated.stdout)
+    assert found["unbiased_accuracy"] == json.loads(trained.stdout)["unbiased_accuracy"]
+    groups = [cell for row in found["group_matrix"] for cell in row]  # by digit and colour
+    assert len(groups) == 100 and found["worst_group_accuracy"] == pytest.approx(100 * min(groups), abs=0.01)
+    assert found["group_mean_accuracy"] == pytest.approx(sum(groups), abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
 
 from rebias import SimpleConvNet
-from rebias.baselines import HEX, JTT, Balanced, LearnedMixin, LfF, RUBi
+from rebias.baselines import HEX, JTT, LearnedMixin, LfF, RUBi
 from rebias.methods import ReBias
-from rebias.objectives import balanced_cross_entropy, lff_weights
+from rebias.objectives import balanced_cross_entropy, bias_contrastive, lff_weights
 from rebias.settings import Settings
+from rebias.supervised import Balanced, last_layer, rarity
 from rebias.train import make_fabric
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,6 +85,58 @@ def test_the_released_balanced_loss():
     loss.backward()
     close(loss, case["loss"])
     close(logits.grad, case["gradient"])
+
+
+def test_the_released_contrastive_loss():
+    """grayhong/bias-contrastive-learning: chances of its second batch, loss and gradient of two views."""
+    case = load("bias_contrastive")
+    close(
+        rarity(case["train_labels"], case["train_bias"]) / case["chances"].min(),
+        case["chances"] / case["chances"].min(),
+    )
+    features = case["features"].requires_grad_()
+    loss = bias_contrastive(features, case["labels"].repeat(2), case["bias"].repeat(2))
+    loss.backward()
+    close(loss, case["loss"])
+    close(features.grad, case["gradient"])
+
+
+def test_dfr_minimises_the_l1_penalised_logistic_loss_of_balanced_groups():
+    """Against L-BFGS-B on the same objective, weights split into positive and negative parts."""
+    generator = torch.Generator().manual_seed(0)
+    labels, bias = torch.arange(90) % 3, (torch.arange(90) // 3) % 2
+    features = (
+        torch.randn(90, 4, generator=generator) * torch.tensor([1.0, 5, 0.1, 1]) + labels[:, None] + bias[:, None]
+    )
+    x = ((features - features.mean(0)) / features.std(0, correction=0)).double()
+    x = torch.cat([x, torch.ones(90, 1)], 1).numpy()
+    expected = []
+    for label in range(3):
+        sign = np.where(labels == label, 1, -1)
+
+        def objective(parts, sign=sign):
+            w = parts[:5] - parts[5:]
+            gradient = -(x.T @ (sign / (1 + np.exp(sign * (x @ w)))))
+            return np.logaddexp(0, -sign * (x @ w)).sum() + parts.sum(), np.concatenate([1 + gradient, 1 - gradient])
+
+        best = minimize(objective, np.zeros(10), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 10).x
+        expected.append(x @ (best[:5] - best[5:]))
+    weight, offset = last_layer(features, labels, bias)
+    logits = features @ weight.T + offset
+    torch.testing.assert_close(logits.double(), torch.tensor(np.stack(expected, 1)), rtol=0, atol=0.02)
+
+
+def test_dfr_draws_as_many_of_every_group_as_the_smallest_has(monkeypatch):
+    seen = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, x, y: (seen.append(x), fit(self, x, y))[1])
+    labels, bias = torch.tensor([0] * 20 + [1] * 12), torch.tensor([0] * 17 + [1] * 3 + [0] * 2 + [1] * 10)
+    last_layer(torch.arange(32.0)[:, None], labels, bias, fits=4)
+    rows = [sorted(np.round(x[:, 0] * np.arange(32).std() + 15.5).astype(int)) for x in seen]
+    assert len({tuple(each) for each in rows}) > 1
+    for each in rows:
+        groups = [(int(labels[row]), int(bias[row])) for row in each]
+        assert len(set(each)) == 8 and all(groups.count(group) == 2 for group in groups)
 
 
 def test_jtt_weighs_errors_as_the_released_code_repeats_them():

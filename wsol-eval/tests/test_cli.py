@@ -88,7 +88,7 @@ def test_data_verbs(wsol_eval, maps):
     (maps / "images" / "a" / "0.png").rename(maps / "images" / "gone")
     broken = wsol_eval(*verify)
     (maps / "images" / "gone").rename(maps / "images" / "a" / "0.png")
-    assert broken.returncode == 1 and "a/0.png: no such image" in broken.stdout and "1 problems" in broken.stderr
+    assert broken.returncode == 1 and "a/0.png: no such image" in broken.stdout and "problems found: 1" in broken.stderr
 
 
 def test_the_references_command_line_and_its_folders(wsol_eval, maps, tmp_path):

@@ -98,8 +98,8 @@ def test_sample_is_fixed_by_its_own_seed(birds):
         ("class_labels.txt", "a.jpg,bird", "a whole number was expected, got 'bird'"),
         ("localization.txt", "a.jpg,1,2,3", "3 or 5 values"),
         ("localization.txt", "a.jpg,9,2,3,4", "x0 <= x1"),
-        ("image_ids.txt", "a.jpg", "'a.jpg' stands twice"),
-        ("image_ids.txt", "b.jpg", "no class of 'b.jpg'"),
+        ("image_ids.txt", "a.jpg", "'a.jpg' is listed twice"),
+        ("image_ids.txt", "b.jpg", "'b.jpg' has no class"),
     ],
 )
 def test_malformed_metadata_names_file_and_line(tmp_path, name, line, message):

@@ -1,5 +1,7 @@
 """The fast sweep against slow definitions: every threshold searched anew, pixel by pixel, in plain numpy and scipy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from wsol_eval import best_iou_per_threshold, box_iou_inclusive, boxes_at_threshold
-from wsol_eval.bench import reference_histogram, reference_iou
+from wsol_eval.bench import make_maps, reference_histogram, released_evaluator, released_iou
+from wsol_eval.contours import contour_boxes
 from wsol_eval.pixels import bin_edges, score_histogram
 from wsol_eval.sweep import level_iou
 
@@ -97,15 +100,39 @@ def test_reference_convention_ends_a_pixel_too_far():
     assert boxes_at_threshold(np.ones((8, 8)), 0.5).tolist() == [[0, 0, 7, 7]]  # clipped
 
 
+def search_at_every_threshold(score_map, boxes, taus, largest):
+    grey, best = (score_map * 255).astype(np.uint8), []
+    for tau in taus:
+        found = contour_boxes(grey, int(tau * grey.max()), largest, True)
+        best.append(box_iou_inclusive(found if len(found) else np.zeros((1, 4)), boxes).max())
+    return np.array(best)
+
+
+def test_the_released_code_is_taken_from_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a clone of clovaai/wsolevaluation was expected"):
+        released_evaluator(tmp_path)
+    (tmp_path / "evaluation.py").write_text("import no_such_module")
+    with pytest.raises(ValueError, match=r"evaluation\.py: cannot be imported \(No module named 'no_such_module'\)"):
+        released_evaluator(tmp_path)
+
+
+def test_boxes_of_the_released_code_are_grouped_by_threshold():
+    stub = SimpleNamespace(calculate_multiple_iou=box_iou_inclusive)
+    stub.compute_bboxes_from_scoremaps = lambda *_: (
+        [np.array([[0, 0, 1, 1], [2, 2, 5, 5]]), np.array([[0, 0, 3, 3]])],
+        [2, 1],
+    )
+    found = released_iou(stub)(np.zeros((8, 8)), np.array([[2, 2, 5, 5]]), np.array([0, 0.5]), "all")
+    assert found.tolist() == [1.0, pytest.approx(4 / 28)]
+
+
 @pytest.mark.parametrize("side", [14, 28])
 @pytest.mark.parametrize("contours", ["all", "largest"])
 def test_equal_to_a_search_at_every_threshold_on_full_maps(side, contours):
-    from wsol_eval.bench import make_maps
-
     maps, boxes = make_maps(side, 3)
     taus = np.arange(0, 1, 0.01)
     for score_map, truth in zip(maps, boxes, strict=True):
-        slow = reference_iou(score_map, truth, taus, contours == "largest")
+        slow = search_at_every_threshold(score_map, truth, taus, contours == "largest")
         np.testing.assert_array_equal(best_iou_per_threshold(score_map, truth, taus, contours), slow)
 
 
@@ -130,7 +157,6 @@ def test_histogram_equals_numpy_on_and_beside_the_edges(seed, interval, kind):
 
 def test_without_numba_the_fallbacks_answer(monkeypatch):
     from wsol_eval import BoxLocalization, PixelAP, pixels, sweep
-    from wsol_eval.bench import make_maps
 
     maps, boxes = make_maps(14, 2)
     masks = np.zeros(maps.shape, np.uint8)

@@ -20,7 +20,8 @@ _MODULES = {
     "networks": ("Classifier", "WideResNet", "pyramidnet", "resnet_cifar", "resnet_imagenet"),
     "occlusion": ("in_between", "occlude"),
     "uncertainty": (
-        "adaptive_calibration_error", "calibration_error", "confidence", "ood_metrics", "ood_scores", "temperature",
+        "adaptive_calibration_error", "calibration_error", "confidence", "mahalanobis_scores", "odin_scores",
+        "ood_metrics", "ood_scores", "temperature",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 EPSILON, SLACK = 8 / 255, 1e-4
 
 
-def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+def input_gradient(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Gradient of each sample's own cross-entropy with respect to its pixels, shape of the images, float32 or better.
+
+    The logits are divided by the temperature first.
 
     The sum over the batch is differentiated, so that no sample's gradient shrinks with the batch's size. Dtypes below
     float32 are refused: a softmax saturated in half precision gives zero gradients and pretends robustness.
@@ -28,7 +32,7 @@ def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Te
         logits = model(images)
         if logits.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"attacks need logits in float32 or float64, got {logits.dtype}")
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        loss = F.cross_entropy(logits / temperature, labels, reduction="sum")
         return torch.autograd.grad(loss, images)[0]
 
 

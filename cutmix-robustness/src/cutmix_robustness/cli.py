@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from cutmix_robustness.settings import PRESETS, Settings
+from shared_utils.folders import results_folder, runs_folder
 
 PROGRAM = "cutmix-robustness"
 
@@ -66,7 +67,7 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs_of, data_root=self.data_root)
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
@@ -90,7 +91,7 @@ class Train:
     settings: Preset
     """A preset; flags behind it change its settings, this verb's own flags stand before it."""
     output: Path = Path("cutmix-robustness.pt")
-    """Checkpoint; `cutmix-robustness eval` reads it."""
+    """Checkpoint; `cutmix-robustness eval` reads it. With --validation-images the best epoch is kept beside it."""
     seed: int = 0
     """Of weights, order, augmentation and mixing."""
     data_root: Path = field(default_factory=default_data_root)
@@ -146,8 +147,8 @@ class Eval:
     weights: Path | None = None
     """State dict for torchvision:<name> or timm:<name>, instead of the pretrained one."""
     suites: tuple[str, ...] = ()
-    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, in_between,
-    localization; none: those of `train`, or the six that need nothing further."""
+    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, odin, mahalanobis,
+    in_between, localization; none: those of `train`, or the six that need nothing further."""
     probe_images: int = 0
     """Of any other model: so many test images for occlusion, attacks, corruptions and pairs; 0: all."""
     data_root: Path = field(default_factory=default_data_root)
@@ -260,7 +261,7 @@ class Tables:
         from cutmix_robustness.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         page = results_page(PROGRAM, experiments.tables(), results, f"{PROGRAM} run")
         (results / "RESULTS.md").write_text(page)

@@ -28,7 +28,14 @@ from cutmix_robustness.data.sources import Batches, stratified
 from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import class_activation_map, localization_accuracy
 from cutmix_robustness.occlusion import in_between, occlude
-from cutmix_robustness.uncertainty import calibration, ood_metrics, ood_scores, temperature
+from cutmix_robustness.uncertainty import (
+    calibration,
+    mahalanobis_scores,
+    odin_scores,
+    ood_metrics,
+    ood_scores,
+    temperature,
+)
 
 TENTHS = [tenth / 10 for tenth in range(11)]
 
@@ -242,13 +249,11 @@ class Evaluator:
         known = ood_scores(self.logits)
         found: dict[str, dict[str, float]] = {}
         others: dict[str, list[float]] = {score: [] for score in known if score != "msp"}
-        for name, source in self.benchmark.unknown().items():
+        for name, source in self._unknown().items():
             unknown = ood_scores(logits_of(self.model, source, self.fabric)[0])
             found[name] = ood_metrics(known["msp"], unknown["msp"])
             for score, aurocs in others.items():
                 aurocs.append(ood_metrics(known[score], unknown[score])["auroc"])
-        if not found:
-            raise ValueError(f"{self.benchmark.test.name} comes without unknown inputs, the suite ood needs them")
         metrics: dict[str, float] = {}
         for key in ("auroc", "tnr95", "detection_accuracy"):
             for name, values in found.items():
@@ -257,6 +262,52 @@ class Evaluator:
         metrics["ood_detection_error"] = 100 - metrics["ood_detection_accuracy"]
         metrics |= {f"ood_auroc_{score}": 100 * float(np.mean(aurocs)) for score, aurocs in others.items()}
         return Evaluation(metrics)
+
+    def odin(self) -> Evaluation:
+        """Mean AUROC over the unknown sets of ODIN's score."""
+
+        def measure(images: Tensor, _labels: Tensor, _number: int) -> dict[str, Tensor]:
+            return {"score": odin_scores(self.model, images)}
+
+        return self._mean_auroc("odin", lambda source: collect(source, measure, self.fabric)["score"].numpy())
+
+    def mahalanobis(self) -> Evaluation:
+        """Mean AUROC over the unknown sets of the Mahalanobis distance between inputs of the last linear layer."""
+        if self.benchmark.train is self.benchmark.test:
+            raise ValueError("the suite mahalanobis needs training images, which a benchmark of test images lacks")
+        train, labels = self._features(self.benchmark.train)
+        return self._mean_auroc(
+            "mahalanobis", lambda source: mahalanobis_scores(train, labels, self._features(source)[0])
+        )
+
+    def _features(self, source: Batches) -> tuple[np.ndarray, np.ndarray]:
+        """What enters the last linear layer, (N, D), and the labels (N,)."""
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError("the suite mahalanobis needs a model with a torch.nn.Linear layer")
+        entered: list[Tensor] = []
+        hook = linear[-1].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].flatten(1)))
+
+        def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
+            self.model(images)
+            return {"features": entered.pop(), "labels": labels}
+
+        with hook, torch.no_grad():
+            found = collect(source, measure, self.fabric)
+        return found["features"].double().numpy(), found["labels"].numpy()
+
+    def _unknown(self) -> Mapping[str, Batches]:
+        sets = self.benchmark.unknown()
+        if not sets:
+            raise ValueError(
+                f"{self.benchmark.test.name} comes without unknown inputs; leave out ood, odin, mahalanobis"
+            )
+        return sets
+
+    def _mean_auroc(self, score: str, scores: Callable[[Batches], np.ndarray]) -> Evaluation:
+        known = scores(self.benchmark.test)
+        aurocs = [ood_metrics(known, scores(source))["auroc"] for source in self._unknown().values()]
+        return Evaluation({f"ood_auroc_{score}": 100 * float(np.mean(aurocs))})
 
     def in_between(self) -> Evaluation:
         """Images between random pairs: how often neither class is predicted, and their top-1 error (figure 5b)."""

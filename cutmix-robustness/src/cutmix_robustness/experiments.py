@@ -22,7 +22,8 @@ from cutmix_robustness.foreign import load_model
 from cutmix_robustness.networks import NETWORKS, Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
-from cutmix_robustness.train import fit, load_checkpoint, load_network, make_fabric
+from cutmix_robustness.train import best_of, fit, load_checkpoint, load_network, make_fabric
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import get_logger
 from shared_utils.preflight import Need, require
 from shared_utils.runlog import Outcome, RunLog, run_missing
@@ -31,7 +32,7 @@ from shared_utils.tables import Table, load_tables, settings_hash
 
 logger = get_logger("cutmix-robustness")
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
 PAPER_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "cub": 5_994}
 GENERAL = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption")  # what any model can be judged by
@@ -52,10 +53,13 @@ READING = Reading()
 
 
 def tables() -> list[Table]:
-    """The project's table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
-    return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
+    """The project's table files, checked against the settings."""
+    return list(_read_tables(PROJECT / "tables"))
+
+
+@lru_cache(maxsize=1)  # reading takes more than a second
+def _read_tables(folder: Path) -> tuple[Table, ...]:
+    return tuple(load_tables(folder, [field.name for field in fields(Settings)]))
 
 
 def built(known: Iterable[Table], scale: str) -> list[Table]:
@@ -82,7 +86,7 @@ def run_tables(
     reading: Reading = READING,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "cutmix-robustness",
@@ -108,7 +112,7 @@ def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = RE
     resolved = Settings(**settings)
     if resolved.task == "properties":
         return measure_properties(resolved, seed)
-    checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+    checkpoint = runs_folder(PROJECT) / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
     if resolved.task == "detection":
         from cutmix_robustness.detection import train_and_measure
 
@@ -116,7 +120,8 @@ def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = RE
     else:
         benchmark = open_benchmark(resolved, seed, data_root, _fabric().device, **reading._asdict())
         _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
-    checkpoint.unlink(missing_ok=True)
+    for path in (checkpoint, best_of(checkpoint)):
+        path.unlink(missing_ok=True)
     if resolved.initial_weights:
         outcome = replace(outcome, weights={resolved.initial_weights: _digest(data_root / resolved.initial_weights)})
     return outcome
@@ -132,7 +137,11 @@ def train_and_evaluate(
     checkpoint_every: int = 1000,
     compile: bool = False,
 ) -> tuple[Classifier, Outcome]:
-    """Train from scratch (or on from the checkpoint) and evaluate the last epoch; the best is reported beside it."""
+    """Train from scratch (or on from the checkpoint) and evaluate the last epoch.
+
+    Beside it stand the error of the best epoch on the test set, as the papers report it, and, where images are held
+    out, of the epoch that these choose.
+    """
     model = build_classifier(settings, benchmark, seed)
     if settings.initial_weights:
         path = data_root / settings.initial_weights
@@ -150,7 +159,7 @@ def train_and_evaluate(
         seed,
         fabric,
         outliers=side_images,
-        test_error=lambda model: top1_error(model, benchmark.test, fabric),
+        measure=partial(_errors, benchmark=benchmark, fabric=fabric),
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         compile=compile,
@@ -159,6 +168,10 @@ def train_and_evaluate(
     found = evaluator.run(settings.suites)
     errors = {point["epoch"]: point["test_error"] for point in curve if "test_error" in point}
     found.metrics |= {"best_top1_error": min(errors.values()), "parameters_millions": count_parameters(model) / 1e6}
+    if benchmark.validation is not None:
+        best = min((point for point in curve if "validation_error" in point), key=lambda p: p["validation_error"])
+        found.metrics |= {"validated_top1_error": best["test_error"], "validation_error": best["validation_error"]}
+        found.details["validated_epoch"] = best["epoch"]
     if "mce" in found.metrics:
         found.metrics["average_error"] = sum(found.metrics[name] for name in AVERAGED) / len(AVERAGED)
     found.details["test_errors"] = {str(epoch): round(error, 3) for epoch, error in errors.items()}
@@ -171,6 +184,13 @@ def train_and_evaluate(
     return model, Outcome(
         found.metrics, found.details, dataset, precision=precision, caveats=tuple(filter(None, caveats))
     )
+
+
+def _errors(model: Classifier, benchmark: Benchmark, fabric: Fabric) -> dict[str, float]:
+    errors = {"test_error": top1_error(model, benchmark.test, fabric)}
+    if benchmark.validation is not None:
+        errors["validation_error"] = top1_error(model, benchmark.validation, fabric)
+    return errors
 
 
 def _skipped(part: Batches) -> str:

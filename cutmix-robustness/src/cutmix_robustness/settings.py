@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 SUITES = (
-    "clean", "calibration", "temperature", "occlusion", "fgsm", "pgd", "autoattack", "corruption", "ood", "in_between",
-    "localization",
+    "clean", "calibration", "temperature", "occlusion", "fgsm", "pgd", "autoattack", "corruption", "ood", "odin",
+    "mahalanobis", "in_between", "localization",
 )  # fmt: skip
+DETECTION = {"ood", "odin", "mahalanobis"}  # suites that need unknown inputs
 DATASETS = ("twowave", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
 CHOICES = {
     "dataset": DATASETS,
@@ -71,6 +72,8 @@ class Settings:
     """none, svhn, gan or uniform images 1:1 beside the batch, with the uniform label"""
     train_images: int = 0
     """so many training images, drawn by the seed, the same number of each class (CIFAR); 0: all"""
+    validation_images: int = 0
+    """so many training images, drawn by the seed with class shares kept, held out to choose an epoch by; 0: none"""
     augment: str = "crop-flip"
     """none, crop-flip (pad 4), imagenet (resized crop, flip, colour) or wsol (resize 256, crop 224, flip)"""
     epochs: int = 300
@@ -113,6 +116,8 @@ class Settings:
         for suite in self.suites:
             if suite not in SUITES:
                 raise ValueError(f"suites must be among {', '.join(SUITES)}, got {suite!r}")
+        if self.task == "classification":
+            self._check_suites()
         if not self.alpha > 0 or not 0 <= self.prob <= 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 "alpha must be above 0, prob in [0, 1] and label_smoothing in [0, 1), got "
@@ -124,6 +129,14 @@ class Settings:
             raise ValueError(f"severities must be among 1 .. 5, got {self.severities}")
         if self.mix in MIXED_IN_THE_NETWORK and (self.adversarial != "none" or self.outliers != "none"):
             raise ValueError(f"mix {self.mix} cannot be combined with adversarial training or outliers")
+
+    def _check_suites(self) -> None:
+        """A suite that the data set cannot serve is refused here, not after the training."""
+        for suite in self.suites:
+            if suite in DETECTION and self.dataset in ("imagenet", "cub", "image-folder"):
+                raise ValueError(f"suite {suite} needs unknown inputs, and {self.dataset} comes without; leave it out")
+            if suite == "localization" and self.dataset not in ("imagenet", "cub"):
+                raise ValueError(f"suite localization needs boxes, and {self.dataset} comes without; leave it out")
 
 
 _CIFAR100 = Settings()

@@ -73,7 +73,7 @@ def fit(
     fabric: Fabric,
     *,
     outliers: ResidentImages | None = None,
-    test_error: Callable[[Classifier], float] | None = None,
+    measure: Callable[[Classifier], dict[str, float]] = lambda model: {},
     checkpoint: Path | None = None,
     checkpoint_every: int = 1000,
     compile: bool = False,
@@ -88,14 +88,15 @@ def fit(
         seed: of order, augmentation and mixing.
         fabric: device, precision and processes.
         outliers: see `Recipe`.
-        test_error: measured every `settings.eval_every` epochs and after the last; joins the curve.
-        checkpoint: file to resume from and to save to; of another run it is refused.
+        measure: what to add to the curve, called every `settings.eval_every` epochs and after the last.
+        checkpoint: file to resume from and to save to; of another run it is refused. Where `measure` gives a
+            `validation_error`, the epoch of the lowest one is kept in `best_of(checkpoint)`.
         checkpoint_every: steps between saves; the end of training saves as well.
         compile: torch.compile the classifier.
         before_step: called with the number of steps done.
 
     Returns:
-        The training curve: per epoch the means of `loss` and `mixed_accuracy`, and `test_error` where measured.
+        The training curve: per epoch the means of `loss` and `mixed_accuracy`, and what `measure` gave.
 
     Raises:
         ValueError: no full batch, a batch that the ranks cannot share, a checkpoint that is damaged or of another run.
@@ -144,8 +145,8 @@ def fit(
             if not all(math.isfinite(value) for value in point.values()):
                 raise RuntimeError(f"epoch {epoch + 1}: the loss is NaN or infinite: {point}")
             last = epoch + 1 == s.epochs
-            if test_error is not None and (last or (s.eval_every and (epoch + 1) % s.eval_every == 0)):
-                point["test_error"] = test_error(model)
+            if last or (s.eval_every and (epoch + 1) % s.eval_every == 0):
+                point |= measure(model)
             bar.update(task, description=", ".join(f"{name} {value:.4g}" for name, value in point.items()))
             state |= {
                 "epoch": epoch + 1,
@@ -153,9 +154,22 @@ def fit(
                 "curve": [*state["curve"], {"epoch": epoch + 1} | point],
                 "sums": {},
             }
+            if checkpoint is not None and _is_best(state["curve"]):
+                _save(best_of(checkpoint), run, state, model, optimizer, fabric)
     if checkpoint is not None:
         _save(checkpoint, run, state, model, optimizer, fabric)
     return state["curve"]
+
+
+def best_of(checkpoint: Path) -> Path:
+    """Where the epoch of the lowest validation error is kept: c.pt -> c-best.pt."""
+    return checkpoint.with_stem(f"{checkpoint.stem}-best")
+
+
+def _is_best(curve: list[dict]) -> bool:
+    """Whether the last epoch has a validation error, and the lowest one so far."""
+    earlier = [point["validation_error"] for point in curve[:-1] if "validation_error" in point]
+    return curve[-1].get("validation_error", math.inf) < min(earlier, default=math.inf)
 
 
 def _save(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
+from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
+from cutmix_robustness.attacks import input_gradient
+
 TPR = 0.95
+ROUNDING = 1e-5  # by which a mean of float32 probabilities may leave [0, 1]
+ODIN_TEMPERATURE, ODIN_STEP = 1000.0, 0.0014
 
 
 def confidence(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +93,43 @@ def ood_scores(logits: Tensor) -> dict[str, np.ndarray]:
     return {"msp": confidence(logits)[0], "energy": energy.numpy(), "max_logit": largest.numpy()}
 
 
+def odin_scores(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """ODIN (Liang et al. 2018): largest softmax probability at temperature 1000 after a step of 0.0014 towards it.
+
+    Temperature and step are those of its authors for CIFAR and are not tuned: that would take unknown inputs.
+
+    Args:
+        model: images in [0, 1] to logits, in evaluation mode.
+        images: (N, 3, H, W) float in [0, 1].
+
+    Returns:
+        (N,) float64, higher for known inputs.
+    """
+    with torch.no_grad():
+        predicted = model(images).argmax(1)
+    gradient = input_gradient(model, images, predicted, ODIN_TEMPERATURE)
+    with torch.no_grad():
+        logits = model(images - ODIN_STEP * gradient.sign()).double()
+    return torch.softmax(logits / ODIN_TEMPERATURE, 1).amax(1)
+
+
+def mahalanobis_scores(train: np.ndarray, labels: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Minus the squared Mahalanobis distance to the nearest class mean, one covariance for all (Lee et al. 2018).
+
+    Args:
+        train: (N, D) features of training images.
+        labels: (N,) their classes, any integers.
+        features: (M, D) of images to judge.
+
+    Returns:
+        (M,) float64, higher for known inputs.
+    """
+    classes, index = np.unique(labels, return_inverse=True)
+    means = np.stack([train[index == number].mean(0, dtype=np.float64) for number in range(len(classes))])
+    scatter = EmpiricalCovariance(assume_centered=True).fit(train - means[index])
+    return -np.min([scatter.mahalanobis(features - mean) for mean in means], axis=0)
+
+
 def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]:
     """How well a score tells known inputs (positive, higher) from unknown ones (appendix E of 1905.04899).
 
@@ -121,9 +165,9 @@ def _checked(conf: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndar
     conf, correct = np.asarray(conf, float), np.asarray(correct, float)
     if conf.ndim != 1 or conf.shape != correct.shape or len(conf) == 0:
         raise ValueError(f"conf and correct must be (N,), N > 0, got shapes {conf.shape} and {correct.shape}")
-    if not ((conf >= 0) & (conf <= 1)).all():
+    if not ((conf >= -ROUNDING) & (conf <= 1 + ROUNDING)).all():
         raise ValueError("conf must lie in [0, 1] and hold no NaN")
-    return conf, correct
+    return conf.clip(0, 1), correct
 
 
 def _norm(gap: np.ndarray, weight: np.ndarray, norm: str) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fl_linkability.settings import PRESETS
+from shared_utils.folders import results_folder, runs_folder
 
 if TYPE_CHECKING:
     from fl_linkability.data.reading import Reading
@@ -82,7 +83,7 @@ class Run(DataOptions):
             from shared_utils.report import print_missing
             from shared_utils.runlog import RunLog
 
-            done = RunLog(catalogue.PROJECT / "runs" / f"{self.scale}.jsonl")
+            done = RunLog(runs_folder(catalogue.PROJECT) / f"{self.scale}.jsonl")
             return print_missing(chosen, self.scale, self.rows, self.seeds, done, _needs(self.reading))
         from fl_linkability import experiments
 
@@ -109,13 +110,13 @@ def _needs(reading: Reading) -> Callable[[dict], Iterable[Need]]:
 
 def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
     from fl_linkability import claims
-    from fl_linkability.catalogue import shipped
+    from fl_linkability.catalogue import PROJECT
     from shared_utils.logging import console
     from shared_utils.report import print_table
     from shared_utils.runlog import RunLog
 
     for table in chosen:
-        print_table(table, scale, RunLog(shipped("results") / f"{scale}.jsonl"), yours)
+        print_table(table, scale, RunLog(PROJECT / "results" / f"{scale}.jsonl"), yours)
         for verdict in claims.judge(table, scale, yours):
             console().print(f"  {'over users':<12} {verdict.claim.text} ({verdict})", highlight=False)
 
@@ -248,7 +249,7 @@ class Tables:
         from fl_linkability.figures import draw_all
         from shared_utils.report import results_page
 
-        results, tables = catalogue.checkout() / "results", catalogue.tables()
+        results, tables = results_folder(catalogue.PROJECT), catalogue.tables()
         draw_all(tables, results)
         page = results_page(PROGRAM, tables, results, "fl-linkability run")
         (results / "RESULTS.md").write_text(page + "\n" + claims.section(tables, results))
@@ -259,11 +260,11 @@ class Record:
     """Move finished runs and the benchmark from runs/ to results/ (clean tree only) and regenerate the tables."""
 
     def __call__(self) -> None:
-        from fl_linkability.catalogue import checkout
+        from fl_linkability.catalogue import PROJECT
         from shared_utils.benchmark import record
         from shared_utils.logging import get_logger
 
-        get_logger(PROGRAM).info("%d runs recorded", record(checkout()))
+        get_logger(PROGRAM).info("%d runs recorded", record(PROJECT))
         Tables()()
 
 

@@ -40,6 +40,7 @@ from fl_linkability.train import (
     trained_state,
     unflatten,
 )
+from shared_utils.folders import runs_folder
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, settings_hash
 
@@ -66,7 +67,7 @@ def run_tables(
     jobs: int = 0,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(catalogue.PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(catalogue.PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "fl-linkability",
@@ -94,7 +95,9 @@ def execute(
     """All runs that share a federation (and so a seed); one that is killed goes on from runs/checkpoints."""
     resolved = [Settings(**each) for each in settings]
     run = Experiment(resolved[0], seeds[0], reading, _fabric(precision))
-    checkpoints = catalogue.PROJECT / "runs" / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
+    checkpoints = (
+        runs_folder(catalogue.PROJECT) / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
+    )
     run.folder = checkpoints if resolved[0].model != "mlp" else None  # what takes seconds starts again
     outcomes = [run.measure(each) for each in resolved]
     if run.folder:

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from fl_linkability.catalogue import shipped
+from fl_linkability.catalogue import PROJECT
 from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
 
@@ -216,6 +216,6 @@ def draw_preview(path: Path) -> None:
 
 def _published(name: str) -> list[dict]:
     """Lines of a figure's published values, beside its table file."""
-    path = shipped("tables") / f"{name}.csv"
+    path = PROJECT / "tables" / f"{name}.csv"
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

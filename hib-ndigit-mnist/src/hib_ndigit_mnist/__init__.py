@@ -6,10 +6,13 @@ The names below are imported when they are first used, so that the command line 
 from importlib import import_module
 
 _MODULES = {
+    "backbones": ["HedgedModel"],
     "data": ["NDigitMNIST", "read_mnist"],
     "embedding": ["GaussianMixtureEmbedding"],
+    "finetune": ["embed_images", "score", "train_on"],
     "hedging": ["MatchProbability"],
     "losses": ["LossOutput", "VIBPairLoss", "contrastive_loss", "soft_contrastive_loss"],
+    "mc_dropout": ["DropoutHead", "mismatch_of_passes"],
     "metrics": [
         "accuracy_rejection_area",
         "average_precision",
@@ -26,7 +29,10 @@ _MODULES = {
     "ndigit": ["SplitIndex", "build_ndigit_indices", "standard_indices"],
     "occlusion": ["OcclusionInfo", "RandomOcclusion", "apply_occlusion"],
     "pairs": ["TwoStreamSampler", "verification_pairs"],
+    "pfe": ["PFEHead", "PFELoss", "harmonic_mean_sigma", "mutual_likelihood_score"],
+    "photos": ["ImageFiles"],
     "quadrature": ["expected_sigmoid"],
+    "settings": ["BackboneTraining"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

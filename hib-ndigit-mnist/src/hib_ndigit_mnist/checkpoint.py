@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """The checkpoint file: written to a temporary name and renamed, so that a kill leaves the old one or the new."""
+    """The checkpoint file of a run: a kill leaves the old one or the new."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any]):
         self.path, self.identity, self.saved = path, identity, 0
@@ -27,12 +27,9 @@ class Progress:
         self.saved = run.step
         if self.path is None or run.fabric.global_rank:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
         state = {"identity": self.identity, "step": run.step, "visits": self.visits, "history": run.history}
         state |= {"stack": run.stack.state_dict(), "optimizer": run.optimizer.state_dict()}
-        torch.save(state | {"generators": [g.get_state() for g in run.generators]}, temporary)
-        os.replace(temporary, self.path)
+        save_file(self.path, state | {"generators": [g.get_state() for g in run.generators]})
 
     def resume(self, run: _Run) -> None:
         if self.path is None or not self.path.exists():
@@ -64,6 +61,14 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def save_file(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save` under a temporary name that is then renamed: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
 
 
 def load_file(path: Path) -> dict[str, Any]:

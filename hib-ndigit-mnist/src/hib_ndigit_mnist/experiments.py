@@ -18,13 +18,14 @@ from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match
 from hib_ndigit_mnist.reports import REPORTS
 from hib_ndigit_mnist.settings import Settings
 from hib_ndigit_mnist.train import Trained, named_precision, train
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import console
 from shared_utils.preflight import Need, disk_space, unmet
-from shared_utils.report import duration, interval, values
+from shared_utils.report import duration, interval, judge, values
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 SHOWN = {
     "table-1": {
         "ap_corrupt": "average precision, corrupted pairs",
@@ -48,9 +49,7 @@ def parse(settings: dict) -> Settings:
 
 
 def tables() -> list[Table]:
-    """The project's table files. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """The project's table files."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -66,12 +65,12 @@ def run_tables(
     precision: str = "auto",
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows or None, seeds or None)]
     load = Counter(stackable(run) for run in runs)
     cost = {key: count * getattr(key[0], "steps", 0) for key, count in load.items()}
     runs.sort(key=lambda run: -cost[stackable(run)])  # the longest first, so that no core waits at the end
-    checkpoints = PROJECT / "runs" / "checkpoints"
+    checkpoints = runs_folder(PROJECT) / "checkpoints"
     run_missing(
         "hib-ndigit-mnist",
         runs,
@@ -92,7 +91,7 @@ def needs(settings: dict, data_root: Path) -> Iterator[Need]:
     if settings.get("dataset", "mnist") == "mnist":
         found = find_mnist(data_root) is not None
         yield Need(f"MNIST ({data_root})", "hib-ndigit-mnist data --download, or --data-root", found)
-    yield disk_space(PROJECT / "runs", 100)
+    yield disk_space(runs_folder(PROJECT), 100)
 
 
 def print_missing(
@@ -102,7 +101,7 @@ def print_missing(
 
     Rows of several tables share models; each model counts where it is met first.
     """
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     done = set() if force else log.keys()
     shown = rich.table.Table("table", "missing runs", "models to train", "expected time")
     known: set[tuple] = set()
@@ -125,22 +124,25 @@ def print_missing(
 
 
 def summary() -> str:
-    """The README's table: seen numbers, N = 2, D = 2, at the recorded scale that is closest to the paper's."""
+    """The README's table and verdicts: seen numbers, N = 2, D = 2, at the recorded scale closest to the paper's."""
     everything = {table.id: table for table in tables()}
     methods = ("point", "MoG-1", "MoG-2")
-    for scale in ("paper", "lenet", "mnist", "embedded"):
+    for scale in ("paper", "lenet", "embedded"):
         log = RunLog(PROJECT / "results" / f"{scale}.jsonl")
         if not values(everything["table-1"], scale, log):
             continue
         seeds = max(len(each) for each in values(everything["table-1"], scale, log).values())
         on = everything["table-1"].scales[scale].measured_on or "MNIST, the paper's network and schedule"
-        lines = [[f"{on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
+        lines = [[f"scale {scale}: {on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
+        verdicts = []
         for name, metrics in SHOWN.items():
             found = values(everything[name], scale, log)
             for metric, words in metrics.items():
                 rows = [found.get(f"N=2 D=2 {method}", {}).values() for method in methods]
                 lines.append([words, *(_cell([each[metric] for each in row if metric in each]) for row in rows)])
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            judged = [each for each in judge(everything[name], scale, log) if "N=2" in each.claim.text and each.figures]
+            verdicts += [f"- {each.claim.text}: {each}" for each in judged]
+        return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *verdicts])
     return "Nothing is recorded yet."
 
 

@@ -180,7 +180,7 @@ class HedgedEncoder(Encoder):
 
 
 class MLPEncoder(Encoder):
-    """Average pooling and fully connected ReLU layers: the encoder of the embedded and mnist scales on a CPU.
+    """Average pooling and fully connected ReLU layers: the encoder of the small scales on a CPU.
 
     Args:
         num_digits: N.

@@ -130,7 +130,7 @@ def hedging(e: Evaluation) -> Report:
 
 def estimator(e: Evaluation) -> Report:
     """The error of K x K samples against quadrature."""
-    first, second, _ = (part[:: len(part) // RMS_PAIRS] for part in e.test.pairs)
+    first, second, _ = (part[:: max(1, len(part) // RMS_PAIRS)] for part in e.test.pairs)
     embedding, generator = e.embeddings["corrupt"], e.draws()
     pair = embedding[first], embedding[second]
     exact = e.match.prob(*pair, method="quadrature", tolerance=PAIR_TOLERANCE)

@@ -125,6 +125,52 @@ class TrainedOn(Training):
 
 
 @dataclass(frozen=True)
+class BackboneTraining:
+    """A backbone with a hedged head, trained on a user's own images."""
+
+    backbone: str = "torchvision:resnet18"
+    """torchvision:NAME or timm:NAME"""
+    image_size: int = 224
+    """pixels, square"""
+    method: Literal["mog", "point", "pfe", "mc-dropout"] = "mog"
+    """mog (hedged), point (same loss, no variance), or a rival: pfe (arXiv 1904.09658), mc-dropout (1506.02142)"""
+    dim: int = 64
+    """D, dimension of the embedding"""
+    components: int = 1
+    """C, Gaussians per image (mog)"""
+    beta: float = 1e-4
+    """weight of the KL term (mog)"""
+    samples: int = 8
+    """K, samples per image (mog), passes (mc-dropout)"""
+    dropout: float = 0.2
+    """share of features that are dropped (mc-dropout)"""
+    augment: Literal["none", "crop", "crop-flip"] = "crop"
+    """none, crop (at random, half of the area at least) or crop-flip (mirrored as well)"""
+    steps: int = 2000
+    """optimizer steps"""
+    batch: int = 64
+    """images per step, half of them partners"""
+    lr: float = 1e-4
+    """initial learning rate (Adam)"""
+    lr_final: float = 1e-6
+    """at the end of the cosine"""
+    match_lr: float = 10.0
+    """a and b learn at this multiple of the rate"""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if self.samples < 1 or self.components < 1 or self.samples % self.components:
+            raise ValueError(f"samples: a multiple of components was expected, got {self.samples}, {self.components}")
+        if self.method != "mog" and self.components != 1:
+            raise ValueError(f"components: {self.method} has one, got {self.components}")
+        if self.batch < 4 or self.batch % 2 or self.steps < 1 or self.image_size < 1:
+            raise ValueError(
+                f"even batch >= 4, steps >= 1, image_size >= 1 were expected, got {self.batch}, {self.steps}, "
+                f"{self.image_size}"
+            )
+
+
+@dataclass(frozen=True)
 class Settings(TrainedOn):
     """Everything a table file may set."""
 
@@ -144,7 +190,7 @@ class Settings(TrainedOn):
     """report the model as it is after so many steps; 0: at the end"""
 
 
-def _check_choices(settings: Training) -> None:
+def _check_choices(settings: Training | BackboneTraining) -> None:
     """ValueError where a field holds none of the words its type names."""
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
@@ -157,7 +203,7 @@ MLP = dict(architecture="mlp", beta=1e-3, occlusion_p=0.5)
 SCALES: dict[str, dict[str, Any]] = {
     "smoke": DIGITS | MLP | dict(hidden=(128, 64), lr=3e-3, steps=60, batch=16),
     "embedded": DIGITS | MLP | dict(hidden=(128, 64), lr=3e-3, steps=1500, batch=64),
-    "mnist": MLP | dict(hidden=(256, 128), pool=2, lr=2e-3, steps=2500),
+    "lenet": dict(steps=10_000),
     "paper": {},
 }
 """Defaults of `train`, as in the tables of that scale."""

@@ -28,7 +28,7 @@ from hib_ndigit_mnist.models import Encoder, ModelStack, build_encoder, to_unit
 from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
 from hib_ndigit_mnist.pair_nll import DISTANCE_EPS
 from hib_ndigit_mnist.pairs import ClassIndex, Pairs, balanced_pairs, two_streams
-from hib_ndigit_mnist.settings import Training
+from hib_ndigit_mnist.settings import BackboneTraining, Training
 from shared_utils.logging import get_logger, progress
 
 logger = get_logger("hib-ndigit-mnist")
@@ -269,7 +269,7 @@ def _classical(z: Tensor, pairs: Pairs, margin: float, match: MatchProbability) 
     return LossOutput(positive + negative + idle, 2 * positive, 2 * negative, idle, match.a, match.b)
 
 
-def learning_rate(training: Training, step: int) -> float:
+def learning_rate(training: Training | BackboneTraining, step: int) -> float:
     """Cosine from lr to lr_final."""
     share = (1 + math.cos(math.pi * step / training.steps)) / 2
     return training.lr_final + (training.lr - training.lr_final) * share

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hib_ndigit_mnist.checkpoint import load_file
+from hib_ndigit_mnist.backbones import HedgedModel
+from hib_ndigit_mnist.checkpoint import load_file, save_file
 from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import CONDITIONS, PAIR_TOLERANCE, Evaluation, TestSet, embed, fit_match
+from hib_ndigit_mnist.finetune import embed_images, score, train_on
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.images import read_digit_images
 from hib_ndigit_mnist.metrics import ood_auroc
 from hib_ndigit_mnist.models import Encoder, build_encoder
-from hib_ndigit_mnist.settings import TrainedOn
+from hib_ndigit_mnist.photos import ImageFiles
+from hib_ndigit_mnist.settings import BackboneTraining, TrainedOn
 from hib_ndigit_mnist.train import train
 from shared_utils.logging import get_logger, rank
 
@@ -62,9 +64,7 @@ def train_to_file(
     state = {"settings": plain, "tile": sets["train"].tile, "seed": seed, "history": model.history}
     state |= {"encoder": model.encoder.state_dict(), "match": match.state_dict()}
     state |= {"gallery": {"mu": gallery.mu, "logvar": gallery.logvar, "labels": sets["train"].labels[rows]}}
-    temporary = output.with_name(output.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, output)
+    save_file(output, state)
     checkpoint.unlink(missing_ok=True)
     logger.info("%s: loss %.4f after %d steps", output, model.history["loss"][-1], training.steps)
 
@@ -79,6 +79,8 @@ class LoadedModel:
 
     def __init__(self, path: Path):
         state = load_file(path)
+        if "backbone" in state:
+            raise ValueError(f"{path}: a model of your own images: name a folder of them or a CSV behind it")
         try:
             saved = {f.name: state["settings"][f.name] for f in fields(TrainedOn)}
             given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
@@ -131,16 +133,57 @@ def evaluate_file(
 # ---- a user's own images ----
 
 
-def embed_to_file(model_path: Path, images: Path, output: Path, invert: bool, skip_broken: bool) -> None:
-    """Write mu (n, C, D), logvar (n, C, D; left out for points), eta (n,) and file names (n,) as .npz."""
-    model = LoadedModel(model_path)
-    found = read_digit_images(images, model.encoder.shape, invert, skip_broken)
-    embedding = embed(model.encoder, found.images)
-    arrays: dict[str, Any] = {"mu": embedding.mu.numpy(), "eta": _eta(model, embedding).numpy()}
+def embed_to_file(
+    model_path: Path, images: Path, output: Path, invert: bool, skip_broken: bool, reading: dict[str, Any]
+) -> None:
+    """Write mu (n, C, D), logvar (n, C, D; left out for points), eta (n,) and file names (n,) as .npz.
+
+    `reading` (workers, device, precision) is for models of a user's own images.
+    """
+    if "backbone" in load_file(model_path):
+        own = HedgedModel.load(model_path)
+        files = _readable(ImageFiles.of(images, labelled=False), skip_broken, reading["workers"])
+        names, embedding = files.names, embed_images(own, files, **reading)
+        eta = own.uncertainty(embedding)
+    else:
+        model = LoadedModel(model_path)
+        pixels, names = read_digit_images(images, model.encoder.shape, invert, skip_broken)
+        embedding = embed(model.encoder, pixels)
+        eta = _eta(model, embedding)
+    arrays: dict[str, Any] = {"mu": embedding.mu.numpy(), "eta": eta.numpy()}
     if embedding.logvar is not None:
         arrays["logvar"] = embedding.logvar.numpy()
-    np.savez(output, files=np.array(found.names), **arrays)
+    np.savez(output, files=np.array(names), **arrays)
     logger.info("%d images in %s", len(embedding), output)
+
+
+def train_on_images(
+    source: Path, settings: BackboneTraining, output: Path, seed: int, skip_broken: bool, options: dict[str, Any]
+) -> None:
+    """Train a backbone on class folders or a CSV and write the model; `options` go to `train_on`."""
+    images = _readable(ImageFiles.of(source), skip_broken, options["workers"]).with_partners()
+    checkpoint = output.with_name(output.name + ".checkpoint")
+    train_on(images, images.labels, settings, seed, checkpoint=checkpoint, **options).save(output)
+    checkpoint.unlink(missing_ok=True)
+    logger.info("%s: %d images of %d classes", output, len(images), len(images.labels.unique()))
+
+
+def evaluate_on_images(
+    model_path: Path, source: Path, outside: Path | None, skip_broken: bool, reading: dict[str, Any]
+) -> dict[str, float]:
+    """Scores of `score` on class folders or a CSV; `outside` needs no classes."""
+    if "backbone" not in load_file(model_path):
+        raise ValueError(f"{model_path}: a model of N-digit images; leave out {source}")
+    model = HedgedModel.load(model_path)
+    sets = [ImageFiles.of(source)] + ([ImageFiles.of(outside, labelled=False)] if outside else [])
+    read = [_readable(each, skip_broken, reading["workers"]) for each in sets]
+    embedding, *far = (embed_images(model, each, **reading) for each in read)
+    skipped = sum(map(len, sets)) - sum(map(len, read))
+    return score(model, embedding, read[0].labels, *far) | {"skipped": float(skipped)}
+
+
+def _readable(images: ImageFiles, skip_broken: bool, workers: int) -> ImageFiles:
+    return images.without_broken(workers) if skip_broken else images
 
 
 def inspect_image(model_path: Path, image: Path, invert: bool, top: int) -> dict[str, Any]:

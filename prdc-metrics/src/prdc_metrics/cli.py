@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from shared_utils.folders import results_folder, runs_folder
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,7 +64,7 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs, data_root=self.data_root)
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
@@ -320,7 +322,7 @@ class Tables:
         from prdc_metrics.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(results_page(PROGRAM, experiments.tables(), results, "prdc-metrics run"))
 

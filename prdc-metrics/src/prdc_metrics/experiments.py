@@ -20,11 +20,12 @@ from prdc_metrics.expectation import expected_coverage
 from prdc_metrics.features import extract_features
 from prdc_metrics.metrics import knn_radii, prdc
 from prdc_metrics.train import VAE, fit_vae, sample
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.preflight import Need, file
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("numpy", "torchvision")
 FIGURE_1 = {  # pixel coordinates of the points drawn in figure 1
     "precision_vs_density": (
@@ -81,9 +82,7 @@ class Settings:
 
 
 def tables() -> list[Table]:
-    """The project's table files. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """The project's table files."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -98,7 +97,7 @@ def run_tables(
     jobs: int = 0,
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "prdc-metrics",

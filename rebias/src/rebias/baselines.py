@@ -1,26 +1,25 @@
 """The methods that ReBias is compared with, a class each; every step is held against its released code.
 
 RUBi (Cadene et al. 2019) and LearnedMixin (Clark et al. 2019) as the authors of ReBias released them, HEX (Wang et al.
-2019), LfF (Nam et al. 2020), JTT (Liu et al. 2021) and the balanced loss (Hong & Yang 2021) as their own authors did.
+2019), LfF (Nam et al. 2020) and JTT (Liu et al. 2021) as their own authors did. None sees a bias label.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebias.data.dataset import BiasedDataset, Dataset
+from rebias.data.dataset import Dataset
 from rebias.methods import Method, Parts, frozen_statistics, gather_with_gradient
 from rebias.models import HexNet, Network
 from rebias.objectives import (
     LearnedMixinLoss,
     RUBiLoss,
     SampleLosses,
-    balanced_cross_entropy,
     generalized_cross_entropy,
     hex_project,
     lff_weights,
@@ -131,24 +130,6 @@ class JTT(Method):
         loss = (weights * losses).sum() / weights.sum()
         self.descend("f", loss)
         return {"f_weighted_cross_entropy": loss.detach(), "wrong": wrong.float().mean()}
-
-
-class Balanced(Method):
-    """Cross-entropy with the prior p(label | bias) of the training set: the one method here that sees bias labels."""
-
-    def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
-        super().__init__(settings, fabric)
-        (self.f,) = self.add("f", f)
-        labels, self.bias = data.labels, cast(BiasedDataset, data).bias.to(fabric.device)
-        counts = torch.zeros(int(self.bias.max()) + 1, f.fc.out_features, device=fabric.device)
-        counts.index_put_((self.bias, labels.to(fabric.device)), torch.ones((), device=fabric.device), accumulate=True)
-        self.prior = counts / counts.sum(1, keepdim=True).clamp_min(1)
-
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        bias = self.bias[index.to(self.bias.device)]
-        loss = balanced_cross_entropy(self.f(images)[0], targets, self.prior[bias])
-        self.descend("f", loss)
-        return {"f_balanced_cross_entropy": loss.detach()}
 
 
 def _with_head(method: Method, f: nn.Module, head: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from rebias.settings import PRESETS, Settings
+from shared_utils.folders import results_folder, runs_folder
 
 PROGRAM = "rebias"
 
@@ -42,7 +43,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, mnist or paper."""
+    """smoke, embedded, mnist, mnist-k7-short, mnist-k7 or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()
@@ -80,7 +81,7 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         execution = experiments.Execution(self.data_root, _reading(self), self.precision, self.compile)
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, execution.needs)
         yours = experiments.run_tables(
             chosen, self.scale, execution, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
@@ -253,7 +254,7 @@ class Tables:
         from rebias.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(results_page(PROGRAM, experiments.tables(), results, "rebias run"))
 
@@ -273,7 +274,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed: HSIC against its O(m^3) form, a ReBias step against a vanilla one, colouring against a PIL loader."""
+    """Speed: HSIC against its O(m^3) form, a step against vanilla's and the released one, colours against PIL."""
 
     repeats: int = 5
     """Measurements per contender, taken in turn."""

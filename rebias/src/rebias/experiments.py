@@ -12,14 +12,16 @@ from lightning.fabric import Fabric
 from rich.progress import TaskID
 from torch import nn
 
-from rebias.baselines import HEX, JTT, Balanced, LearnedMixin, LfF, RUBi
+from rebias.baselines import HEX, JTT, LearnedMixin, LfF, RUBi
 from rebias.data.dataset import Dataset, Reading
 from rebias.data.inventory import needs
 from rebias.methods import Method, ReBias, Vanilla
 from rebias.models import BagNet18, Network, ResNet3D, ResNet18, SimpleConvNet, receptive_field
 from rebias.settings import Settings
+from rebias.supervised import DFR, Balanced, BiasContrastive
 from rebias.tasks import TASKS, Task
 from rebias.train import fit, load_checkpoint, make_fabric
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import get_logger, progress
 from shared_utils.preflight import Need
 from shared_utils.runlog import Outcome, RunLog, run_missing
@@ -28,7 +30,7 @@ from shared_utils.tables import Table, load_tables, settings_hash
 
 logger = get_logger("rebias")
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy")
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mnist-f": SimpleConvNet,
@@ -40,14 +42,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 METHODS: dict[str, Callable[[Settings, Fabric, Network, list[Network], Dataset], Method]] = {
     "vanilla": Vanilla, "biased": Vanilla, "rebias": ReBias, "rubi": RUBi,
-    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF, "jtt": JTT, "balanced": Balanced,
+    "learnedmixin": LearnedMixin, "hex": HEX, "lff": LfF, "jtt": JTT,
+    "balanced": Balanced, "biascon": BiasContrastive, "dfr": DFR,
 }  # fmt: skip
 
 
 def tables() -> list[Table]:
-    """The project's table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """The project's table files, checked against the settings."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -62,14 +63,14 @@ class Execution:
 
     def needs(self, settings: dict) -> Iterator[Need]:
         """What a run of a table's settings reads and writes."""
-        return needs(Settings(**settings), self.data_root, PROJECT / "runs")
+        return needs(Settings(**settings), self.data_root, runs_folder(PROJECT))
 
     def __call__(self, settings: dict, seed: int) -> Outcome:
         """One run of a table; killed and started again, it goes on from runs/checkpoints."""
         resolved = Settings(**settings)
         if resolved.network:
             return _describe(resolved.network)
-        checkpoint = PROJECT / "runs" / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
+        checkpoint = runs_folder(PROJECT) / "checkpoints" / f"{settings_hash(settings)}-{seed}.pt"
         fabric = _fabric(self.precision)
         task = TASKS[resolved.dataset](resolved, seed, self.data_root, fabric, self.reading)
         _, outcome = train_and_evaluate(task, checkpoint, checkpoint_every=100, compile=self.compile)
@@ -88,7 +89,7 @@ def run_tables(
     jobs: int = 0,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "rebias",

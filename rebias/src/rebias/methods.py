@@ -66,6 +66,9 @@ class Method(ABC):
         """A step of the epochs that come before training proper."""
         raise ValueError(f"{self.settings.method} has nothing to pre-train; set pretrain_epochs to 0")
 
+    def finish(self) -> None:  # noqa: B027  most methods need none
+        """Called after the last epoch; called twice, it changes nothing more."""
+
     @abstractmethod
     def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
         """One training step; returns detached parts of the losses.
@@ -86,7 +89,7 @@ class Vanilla(Method):
         if settings.monitor_g:
             (self.g,) = self.add("g0", gs[0])
 
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor | None = None) -> Parts:
         logits, features = self.f(images)
         loss = F.cross_entropy(logits, targets)
         parts = {"f_cross_entropy": loss.detach()}
@@ -118,7 +121,7 @@ class ReBias(Method):
         (self.f,) = self.add("f", f)
         self.gs = [self.add(f"g{number}", g)[0] for number, g in enumerate(gs)]
 
-    def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
+    def step(self, images: Tensor, targets: Tensor, index: Tensor | None = None) -> Parts:
         f_logits, f_feat = self._forward(self.f, images)
         if self.settings.order == "g-first":
             parts = self._update_g(images, targets, f_feat.detach())

@@ -6,6 +6,7 @@ of its parts (detached, for the log). Heads inside a loss are parameters: hand `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -239,3 +240,23 @@ def balanced_cross_entropy(logits: Tensor, targets: Tensor, prior: Tensor) -> Te
         prior: (B, C) share of each label among the training samples of the sample's bias.
     """
     return F.cross_entropy(logits + (prior + 1e-9).log(), targets)
+
+
+def bias_contrastive(features: Tensor, targets: Tensor, bias: Tensor, temperature: float = 0.07) -> Tensor:
+    """Bias-contrastive loss (Hong & Yang 2021), 0-d: a sample's positives share its class and have another bias.
+
+    The mean over samples of -log softmax over all others of the positives' cosine similarities; 0 for one without a
+    positive. Computed in float32 or float64.
+
+    Args:
+        features: (B, d).
+        targets: (B,) int64.
+        bias: (B,) int64.
+        temperature: of the softmax.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        z = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
+        own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        log_p = (z @ z.T / temperature).masked_fill(own, -math.inf).log_softmax(1)  # (B, B)
+        positive = (targets[:, None] == targets) & (bias[:, None] != bias)
+        return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)).mean()

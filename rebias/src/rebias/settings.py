@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff", "jtt", "balanced")
+SEES_BIAS = ("balanced", "biascon", "dfr")
+METHODS = ("vanilla", "biased", "rebias", "rubi", "learnedmixin", "hex", "lff", "jtt", *SEES_BIAS)
 DATASETS = ("toy", "digits", "mnist", "imagenet9", "kinetics10", "csv", "waterbirds", "celeba", "bffhq")
 CHOICES = {
     "method": METHODS,
@@ -43,7 +44,7 @@ class Settings:
     dataset: str = "mnist"
     """toy, digits, mnist, imagenet9, kinetics10, or images with bias labels: csv, waterbirds, celeba, bffhq"""
     method: str = "rebias"
-    """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex, lff, jtt or balanced (which sees bias labels)"""
+    """vanilla, biased (g alone), rebias, rubi, learnedmixin, hex, lff, jtt; with bias labels balanced, biascon, dfr"""
     rho: float = 0.997
     """share of training images whose bias agrees with the label (digits, mnist)"""
     n_confusing: int = 9
@@ -138,10 +139,10 @@ class Settings:
             )
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
-        if self.method == "balanced" and self.dataset in ("imagenet9", "kinetics10"):
-            raise ValueError(f"balanced needs a bias label for every training image, {self.dataset} has none")
-        if self.method == "hex" and self.dataset not in ("digits", "mnist"):
-            raise ValueError(f"hex takes grey levels from images in [-1, 1]: digits or mnist, not {self.dataset}")
+        if self.method in SEES_BIAS and self.dataset in ("imagenet9", "kinetics10"):
+            raise ValueError(f"{self.method} needs a bias label for every training image, {self.dataset} has none")
+        if self.method in ("hex", "biascon", "dfr") and self.dataset not in ("digits", "mnist"):
+            raise ValueError(f"{self.method} is built for coloured digits, digits or mnist, not {self.dataset}")
         if self.method == "rebias" and self.batch_size < 4:
             raise ValueError(f"HSIC needs batches of 4 or more, batch_size is {self.batch_size}")
 

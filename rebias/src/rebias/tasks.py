@@ -265,7 +265,7 @@ class ImageNet9(Task):
 
     def g(self) -> Network:
         small = self.settings.networks == "small"
-        return SimpleConvNet(9, 1, (4, 8)) if small else BagNet18(9)
+        return SimpleConvNet(9, 3, (4,), (4,)) if small else BagNet18(9)
 
     def accuracies(self, method: Method) -> dict[str, float]:
         return self._validated(method)[0]
@@ -321,7 +321,7 @@ class Grouped(Task):
 
     def g(self) -> Network:
         small = self.settings.networks == "small"
-        return SimpleConvNet(self.classes, 1, (4, 8)) if small else BagNet18(self.classes)
+        return SimpleConvNet(self.classes, 3, (4,), (4,)) if small else BagNet18(self.classes)
 
     def accuracies(self, method: Method) -> dict[str, float]:
         return self.evaluate(method)[0]

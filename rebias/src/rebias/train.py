@@ -136,6 +136,7 @@ def fit(
             raise RuntimeError(f"epoch {epoch + 1}: a loss is NaN or infinite: {point}")
         point = {"epoch": epoch + 1} | point | on_epoch(epoch + 1, point)
         state |= {"epoch": epoch + 1, "step": 0, "curve": [*state["curve"], point], "sums": {}}
+    method.finish()
     if checkpoint is not None:
         _save(checkpoint, run, state, method)
     return state["curve"]

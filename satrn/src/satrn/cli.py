@@ -25,6 +25,7 @@ from satrn.verbs import (
     loader_processes,
     read_characters,
 )
+from shared_utils.folders import results_folder, runs_folder
 
 PROGRAM = "satrn"
 
@@ -78,8 +79,8 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
-            needed = partial(experiments.needs, data_root=self.data_root, output=experiments.PROJECT / "runs")
+            done = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
+            needed = partial(experiments.needs, data_root=self.data_root, output=runs_folder(experiments.PROJECT))
             return print_missing(chosen, self.scale, self.rows, self.seeds, done, needed)
         yours = experiments.run_tables(
             chosen,
@@ -177,7 +178,7 @@ class Tables:
         from satrn.figures import draw_all
         from shared_utils.report import results_page
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(results_page(PROGRAM, experiments.tables(), results, "satrn run"))
 

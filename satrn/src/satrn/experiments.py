@@ -20,20 +20,19 @@ from satrn.models import SATRN
 from satrn.pretrained import load_pretrained, weights_record
 from satrn.settings import Settings
 from satrn.train import build_model, fit, make_fabric
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import get_logger
 from shared_utils.preflight import Need, disk_space
 from shared_utils.runlog import Outcome, RunLog, key_of, run_missing
 from shared_utils.tables import Run, Table, load_tables, settings_hash
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy")
 logger = get_logger("satrn")
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """All table files, checked against the settings."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -63,10 +62,10 @@ def run_tables(
     Raises:
         Missing: what the runs need and is not there, all of it.
     """
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
     execute_here = partial(execute, data_root=data_root, **options)
-    needed = partial(needs, data_root=data_root, output=PROJECT / "runs")
+    needed = partial(needs, data_root=data_root, output=runs_folder(PROJECT))
     common: dict[str, Any] = dict(repository=PROJECT, packages=PACKAGES, jobs=jobs, needs=needed)
     other = [] if force else on_other_data(runs, log, data_root)
     if other:
@@ -118,7 +117,7 @@ def execute(
     if s.dataset == "none":
         return Outcome(sizes(s))
     identity = settings_hash(settings | {"data_root": str(data_root.resolve())})
-    checkpoint = PROJECT / "runs" / "checkpoints" / f"{identity}-{seed}.pt"
+    checkpoint = runs_folder(PROJECT) / "checkpoints" / f"{identity}-{seed}.pt"
     _, outcome = train_and_evaluate(
         s, seed, data_root, _fabric(precision), checkpoint, workers=workers, skip_broken=skip_broken, compile=compile
     )

@@ -24,6 +24,7 @@ import torch
 from rich.markup import escape
 
 from shared_utils import runlog
+from shared_utils.folders import is_installed, runs_folder
 from shared_utils.logging import console, progress
 
 SAMPLE_MS = 20.0  # work that is shorter is called several times per sample
@@ -118,7 +119,7 @@ def report(
         measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
     found = {"project": project, "started": started, "command": shlex.join([project, *sys.argv[1:]])}
     found |= source | {"threads": torch.get_num_threads(), "settings": settings, "timings": measured}
-    path = root / "runs" / "bench.json"
+    path = runs_folder(root) / "bench.json"
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -160,8 +161,11 @@ def print_summary(frame: pd.DataFrame) -> None:
 def record(root: Path) -> int:
     """Move a project's finished runs and its bench.json from runs/ to results/; returns how many runs.
 
-    RuntimeError where the working tree is not clean, or where one of them was measured on one that was not.
+    RuntimeError where the working tree is not clean, or where one of them was measured on one that was not; ValueError
+    outside a source checkout.
     """
+    if is_installed(root):
+        raise ValueError("results are recorded in a source checkout: install it with `pip install -e`")
     bench = root / "runs" / "bench.json"
     if bench.exists() and not json.loads(bench.read_text())["clean"]:
         raise RuntimeError("runs/bench.json was measured on uncommitted code: run bench again")

@@ -1,7 +1,7 @@
 """`make rehearse`: each table of a project at its paper scale, end to end, on tiny archives in a temporary copy.
 
 The copy is a git repository of its own in which rehearsal.toml has made the counts of the table files small. There the
-project's own command line writes the archives, runs the tables, records the runs and draws the pages.
+project's own command line writes the archives, runs the tables, and records the runs, which draws the pages.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
         seconds[table.id] = round(time.perf_counter() - begin, 1)
         told = problems.get(table.id) or "ran"
         print(f"{table.id}: {told}, {duration(seconds[table.id])}", file=sys.stderr, flush=True)
-    closing = call("record") or call("tables")
+    closing = call("record")  # draws the tables as well
     drawn = set(getattr(importlib.import_module(f"{package}.figures"), "DRAW", ())) | set(orders["figures"])
     log = RunLog(copy / "results" / f"{SCALE}.jsonl")
     found = []

@@ -160,7 +160,9 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
         _known(where, f"direction of {name}", [direction], DIRECTIONS)
     settings = None if setting_names is None else list(setting_names)
     scales = {name: _scale(Path(path), name, dict(body), settings) for name, body in raw["scale"].items()}
-    rows = tuple(_row(Path(path), dict(body), scales, metrics, settings) for body in raw["row"])
+    others = {body["runs_of"] for body in raw["row"] if "runs_of" in body}
+    homes = {name: load_table(Path(path).with_name(f"{name}.toml"), settings) for name in others}
+    rows = tuple(_row(where, dict(body), scales, metrics, settings, homes) for body in raw["row"])
     names = [row.name for row in rows]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
@@ -185,8 +187,9 @@ def _scale(path: Path, name: str, body: dict, settings: list[str] | None) -> Sca
     return Scale(name, tuple(seeds), seconds, body, on)
 
 
-def _row(path: Path, body: dict, scales: dict, metrics: dict, settings: list[str] | None) -> Row:
-    where = path.name
+def _row(
+    where: str, body: dict, scales: dict, metrics: dict, settings: list[str] | None, homes: dict[str, Table]
+) -> Row:
     overrides = {name: body.pop(name) for name in scales if name in body}
     keys = ["name", "published", "published_error", "run", "runs_of", "scales"]
     _known(where, "key of a row", body, [*keys, *scales])
@@ -199,7 +202,7 @@ def _row(path: Path, body: dict, scales: dict, metrics: dict, settings: list[str
     only = tuple(body.pop("scales")) if "scales" in body else None
     home = None
     if "runs_of" in body:
-        home = load_table(path.with_name(body.pop("runs_of") + path.suffix), settings)
+        home = homes[body.pop("runs_of")]
         its_scales = home.row(body["name"]).scales or tuple(home.scales)
         only = tuple(name for name in only or scales if name in its_scales)
         if "run" in body or overrides:

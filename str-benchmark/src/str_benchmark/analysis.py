@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 from scipy import stats
 
+from shared_utils.folders import project_folder
 from str_benchmark.config import STAGES
 from str_benchmark.frontier import non_dominated, upper_hull
 
-PUBLISHED = Path(__file__).parents[2] / "tables" / "published"
+PUBLISHED = project_folder(__file__) / "tables" / "published"
 PAIRS = (
     ("trans", "None", "TPS"),
     ("feat", "VGG", "RCNN"),
@@ -21,9 +20,7 @@ PAIRS = (
 
 
 def published(table: str = "table-8") -> pd.DataFrame:
-    """A table of the paper as a frame. FileNotFoundError outside a source checkout."""
-    if not PUBLISHED.is_dir():
-        raise FileNotFoundError("the paper's tables are in the source checkout: run from an editable install of it")
+    """A table of the paper as a frame."""
     return pd.read_csv(PUBLISHED / f"{table}.csv")
 
 

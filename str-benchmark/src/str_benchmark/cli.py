@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from shared_utils.folders import results_folder, runs_folder
 from str_benchmark.cli_data import PROGRAM, CreateLmdb, Data, Render, default_data_root, default_workers
 from str_benchmark.settings import PRESETS, Settings
 
@@ -67,7 +68,7 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            done = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            done = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             everything = chosen if self.rows else experiments.with_sources(chosen, self.scale)
             needs = partial(experiments.needs_of, data_root=self.data_root)
             return print_missing(everything, self.scale, self.rows, self.seeds, done, needs)
@@ -86,8 +87,8 @@ def _show_words(chosen: list[Table], log: RunLog) -> None:
     from str_benchmark.experiments import PROJECT
     from str_benchmark.figures import draw_words
 
-    sheet = PROJECT / "runs" / "words.png"
-    words = draw_words(chosen, log, PROJECT / "runs" / "rendered", sheet)
+    sheet = runs_folder(PROJECT) / "words.png"
+    words = draw_words(chosen, log, runs_folder(PROJECT) / "rendered", sheet)
     if words:
         print("label read: " + ", ".join(f"{label} {text or '-'}" for label, text in words))
         print(f"beside their images: {sheet.relative_to(PROJECT)}")
@@ -297,8 +298,8 @@ class Tables:
         from str_benchmark.analysis import recomputed_page
         from str_benchmark.figures import draw_all
 
-        results = experiments.PROJECT / "results"
-        draw_all(experiments.tables(), results, experiments.PROJECT / "runs" / "rendered")
+        results = results_folder(experiments.PROJECT)
+        draw_all(experiments.tables(), results, runs_folder(experiments.PROJECT) / "rendered")
         page = results_page(PROGRAM, experiments.tables(), results, "str-benchmark run")
         (results / "RESULTS.md").write_text(page + "\n" + recomputed_page())
 

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from lightning.fabric import Fabric
 
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import get_logger
 from shared_utils.preflight import Need, disk_space, require
 from shared_utils.runlog import Outcome, RunLog, run_missing
@@ -39,18 +40,14 @@ from str_benchmark.train import fit, make_fabric
 logger = get_logger("str-benchmark")
 
 NAME = "str-benchmark"
-CHECKOUT = Path(__file__).parents[2]
-PROJECT = CHECKOUT if (CHECKOUT / "tables").is_dir() else Path.home() / ".cache" / NAME
-"""where runs/ lies: the source checkout, or the user's cache where the package is installed without one"""
+PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy", "pillow", "lmdb")
 CURVE_POINTS = 100  # of a record
 AGGREGATES = {"mean": mean_of_runs, "failures": failures_of_runs}
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """All table files, checked against the settings."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -93,7 +90,7 @@ def run_tables(
     First come plain trainings, then those that go on from them, at last what is computed from other runs; those are run
     as well where neither run log has them.
     """
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     logs = [RunLog(PROJECT / folder / f"{scale}.jsonl") for folder in ("results", "runs")]
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
     combined = [run for run in runs if run.settings.get("measure") in AGGREGATES]
@@ -117,7 +114,7 @@ def needs_of(settings: Mapping[str, Any], data_root: Path) -> list[Need]:
         return []
     names = [*s.train, *s.finetune, *s.validation, *(name for name in s.evaluate if not name.endswith("?"))]
     needs = [Need(*wanted(name, data_root)) for name in dict.fromkeys(names) if name not in RENDERED]
-    return [*needs, disk_space(PROJECT / "runs", _megabytes(s.config))]
+    return [*needs, disk_space(runs_folder(PROJECT), _megabytes(s.config))]
 
 
 @cache
@@ -145,7 +142,7 @@ def execute(settings: dict, seed: int, *, machine: Machine) -> Outcome:
 
 def _checkpoint(settings: Mapping[str, Any], seed: int) -> Path:
     name = Settings(**settings).config.name + ("-finetuned" if settings.get("finetune") else "")
-    return PROJECT / "runs" / "checkpoints" / f"{name}-{settings_hash(dict(settings))}-{seed}.pt"
+    return runs_folder(PROJECT) / "checkpoints" / f"{name}-{settings_hash(dict(settings))}-{seed}.pt"
 
 
 def _combine(settings: dict, seed: int, *, scale: str, logs: list[RunLog]) -> Outcome:
@@ -163,7 +160,7 @@ class Source:
     def open(self, name: str, **options: Any) -> list[LMDBDataset]:
         """The LMDBs of a set."""
         if name in RENDERED:
-            return [LMDBDataset(rendered_lmdb(name, PROJECT / "runs" / "rendered"), **options)]
+            return [LMDBDataset(rendered_lmdb(name, runs_folder(PROJECT) / "rendered"), **options)]
         return open_set(name, self.data_root, **options)
 
     def for_evaluation(self, sets: Sequence[str], s: Settings) -> dict[str, list[LMDBDataset]]:

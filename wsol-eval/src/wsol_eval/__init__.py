@@ -11,6 +11,7 @@ _HOME = {
     "BoxResult": "localization",
     "Interval": "intervals",
     "Metadata": "metadata",
+    "Network": "models",
     "PixelAP": "pixels",
     "PixelResult": "pixels",
     "ScoreMaps": "scoremaps",

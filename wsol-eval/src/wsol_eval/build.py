@@ -50,7 +50,9 @@ def build_metadata(
     split_of = {name: name.split("/")[0] if name.split("/")[0] in SPLITS else "" for name in names}
     if len(set(split_of.values())) > 1 and "" in split_of.values():
         stray = next(name for name, split in split_of.items() if not split)
-        raise ValueError(f"{stray}: beside the folders of splits, folders train, val or test were expected only")
+        raise ValueError(
+            f"{stray}: only the folders train, val and test were expected beside each other; move it into one"
+        )
     class_of = {n: n.split("/")[1 if split_of[n] else 0] for n in names if n.count("/") > bool(split_of[n])}
     if not class_of:
         raise FileNotFoundError(f"{root}: no image in folders of classes (<class>/*.jpg or <split>/<class>/*.jpg)")

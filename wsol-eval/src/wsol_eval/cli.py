@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from shared_utils.folders import results_folder, runs_folder
 from wsol_eval.cli_data import DATA_VERBS, DataList
 from wsol_eval.recipe import OnData, OnDevice, Recipe, default_data_root
 
@@ -71,7 +72,7 @@ class Run:
             raise ValueError(f"no table has a scale {self.scale!r}")
         on = OnData(**vars(self.on))
         if self.dry_run:
-            log = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs, on=on)
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
@@ -281,7 +282,7 @@ class Tables:
         from wsol_eval import experiments
         from wsol_eval.figures import draw_all
 
-        results = experiments.PROJECT / "results"
+        results = results_folder(experiments.PROJECT)
         draw_all(experiments.tables(), results)
         (results / "RESULTS.md").write_text(
             results_page(PROGRAM, experiments.tables(), results, "wsol-eval run")
@@ -303,17 +304,19 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed against the reference's contour search per threshold and np.histogram, and of 50,000 maps, extrapolated."""
+    """Speed against the released evaluator, its algorithm at its best and np.histogram; 50,000 maps, extrapolated."""
 
     repeats: int = 5
     """Measurements per contender, taken in turn."""
     threads: int = 1
     """CPU threads."""
+    reference: Path | None = None
+    """A clone of clovaai/wsolevaluation (its evaluation.py needs munch); without it that code is left out."""
 
     def __call__(self) -> None:
         from wsol_eval.bench import run
 
-        run(self.repeats, self.threads)
+        run(self.repeats, self.threads, self.reference)
 
 
 VERBS = {

@@ -60,7 +60,7 @@ class Verify:
         for line in problems:
             print(line)
         if problems:
-            raise RuntimeError(f"{len(problems)} problems among {len(metadata.image_ids)} images")
+            raise RuntimeError(f"problems found: {len(problems)}, among {len(metadata.image_ids)} images")
         print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes: all is well")
 
 

@@ -126,7 +126,8 @@ class WSOLDataset(Dataset):
         self.image_ids = self.metadata.image_ids
         if proxy and split == "train":
             if not self.metadata.proxy_ids:
-                raise FileNotFoundError(f"{Path(metadata_root) / split / 'image_ids_proxy.txt'}: no proxy set")
+                place = Path(metadata_root) / split / "image_ids_proxy.txt"
+                raise FileNotFoundError(f"{place}: no such file, so there is no proxy set; leave --proxy out")
             self.image_ids = self.metadata.proxy_ids
         if full_supervision_per_class and split == "val":
             self.image_ids = self.metadata.sample(full_supervision_per_class, sample_seed)

@@ -20,7 +20,7 @@ from wsol_eval.sweep import check_maps
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from wsol_eval.models import WSOLNetwork
+    from wsol_eval.models import Network
 
 WORKERS = 2  # threads that score boxes while the device computes the next batch
 
@@ -129,7 +129,7 @@ class Evaluator:
 
 
 def evaluate(
-    network: WSOLNetwork,
+    network: Network,
     source: Source,
     fabric: Fabric,
     interval: float = 0.001,

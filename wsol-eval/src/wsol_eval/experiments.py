@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.preflight import Need, disk_space
 from shared_utils.preflight import file as need_file
 from shared_utils.runlog import Outcome, RunLog, run_missing
@@ -22,7 +22,7 @@ from wsol_eval import protocol
 from wsol_eval.center import center_outcome, file_checksum
 from wsol_eval.cutouts import DATASETS, SIDE
 from wsol_eval.evaluate import evaluate_center
-from wsol_eval.models import WSOLNetwork
+from wsol_eval.models import Network
 from wsol_eval.models.build import PRETRAINED
 from wsol_eval.recipe import OnData, OnDevice, Recipe
 from wsol_eval.scoremaps import resize_normalize
@@ -37,7 +37,7 @@ from wsol_eval.sources import (
 )
 from wsol_eval.train import fit, make_fabric
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("numpy", "numba", "torchvision", "scikit-image", "scikit-learn")
 SHOWN = 4  # test images whose score maps are kept for the qualitative figure
 WEIGHTS_REMEDY = "`wsol-eval data weights --data-root ...` puts torchvision's there, checked by hash"
@@ -127,9 +127,7 @@ class Settings:
 
 
 def tables() -> list[Table]:
-    """The project's table files. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """The project's table files."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -151,7 +149,7 @@ def run_tables(
     Raises:
         Missing: data, weights or disk space that any of the runs lacks, all of it at once.
     """
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
         "wsol-eval",
@@ -171,7 +169,7 @@ def run_tables(
 def unit_of(run: Run) -> tuple:
     """Runs with the same value are executed together."""
     dataset = run.settings.get("dataset", "photographs")
-    return (dataset.removesuffix("-telling"), run.seed) if dataset in DATASETS else run.key
+    return (dataset, run.seed) if dataset in DATASETS else run.key
 
 
 def needs(settings: dict, on: OnData) -> Iterator[Need]:
@@ -192,7 +190,7 @@ def needs(settings: dict, on: OnData) -> Iterator[Need]:
     yield from _needs_of_dataset(on)
     if s.dataset in DATASETS:
         return
-    yield disk_space(PROJECT / "runs", 2_000)
+    yield disk_space(runs_folder(PROJECT), 2_000)
     if s.arch in PRETRAINED:
         weights = on.data_root / "weights" / f"{s.arch}.pth"
         yield need_file(weights, f"ImageNet weights of {s.arch}", WEIGHTS_REMEDY)
@@ -235,7 +233,7 @@ def execute(settings: dict, on: OnData, device: OnDevice = OnDevice()) -> Outcom
             shown = {} if s.method == "center" else chosen(plain, on)
             shown |= score_maps_shown(plain, on) if s.keep_maps and s.method != "center" else {}
             return replace(found, metrics=_beside_the_baselines(plain, on, found.metrics), details=kept | shown)
-    raise ValueError(f"unknown experiment {s.experiment!r}")
+    raise ValueError(f"experiment: report, tau, trials, center, max or mean was expected, got {s.experiment!r}")
 
 
 def protocol_of(s: Settings, on: OnData, device: OnDevice) -> Outcome:
@@ -294,20 +292,20 @@ def _cpu() -> Fabric:
 
 
 @lru_cache(maxsize=256)
-def _trained(on: OnData, recipe: Recipe) -> WSOLNetwork:
+def _trained(on: OnData, recipe: Recipe) -> Network:
     """A model of one trial; how many fully labelled images judge it does not matter for its training."""
     return fit(recipe, _split(on, "train"), on.seed, _cpu())
 
 
 @lru_cache(maxsize=256)
-def _searched(s: Settings, on: OnData) -> tuple[protocol.Search, WSOLNetwork, protocol.Ledger]:
+def _searched(s: Settings, on: OnData) -> tuple[protocol.Search, Network, protocol.Ledger]:
     ledger, val = protocol.Ledger(), _split(on, "val")
     options, judged = (s.space, s.trials, on.seed), protocol.criterion_of(s.criterion, val)
     if s.method == "fsl":
         found, network = protocol.search_fsl(s.recipe(), *options, val, _cpu(), ledger, judged, s.interval)
         return found, network, ledger
 
-    def train(recipe: Recipe, trial: int) -> WSOLNetwork:
+    def train(recipe: Recipe, trial: int) -> Network:
         return _trained(replace(on, per_class=0), recipe)
 
     found = protocol.search(s.recipe(), *options, train, val, _cpu(), ledger, judged, s.interval)
@@ -363,7 +361,7 @@ def on_disk(s: Settings, on: OnData, device: OnDevice) -> Outcome:
         caveats.append("random weights in place of pretrained ones")
     recipe = replace(s.recipe(), pretrained=pretrained)
     name = settings_hash({field.name: getattr(s, field.name) for field in fields(s)} | {"seed": on.seed})
-    folder = PROJECT / "runs" / "protocol" / f"{s.dataset}-{s.arch}-{s.method}-{name}"
+    folder = runs_folder(PROJECT) / "protocol" / f"{s.dataset}-{s.arch}-{s.method}-{name}"
     options = (recipe, s.space, s.trials, on.seed, sources, fabric, folder, s.criterion, s.interval)
     found, entry, _ = protocol.run_in_folder(*options, compile_model=device.compile)
     if entry["skipped"]:

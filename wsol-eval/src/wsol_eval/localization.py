@@ -171,7 +171,8 @@ class BoxLocalization(Streaming):
         maps = self._levels(score_maps)
         count = sum(map(len, maps))
         if len(boxes) != count or (ids is not None and len(ids) != count):
-            raise ValueError(f"{count} score maps, {len(boxes)} entries of boxes and {len(ids or boxes)} ids")
+            found = f"{count} score maps, {len(boxes)} entries of boxes and {len(ids or boxes)} ids"
+            raise ValueError(f"as many of each were expected, got {found}")
         names = ids or [f"image {self._n + i}" for i in range(count)]
         if self.resolution == "native":
             _check_native([each.shape[1:] for each in maps for _ in each], image_sizes, names)

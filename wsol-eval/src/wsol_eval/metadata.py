@@ -71,10 +71,12 @@ def read_metadata(folder: str | Path) -> Metadata:
     labels = {row[0]: whole_number(row[1], where) for where, row in rows_of(folder / "class_labels.txt", (2,))}
     repeated = [name for name, times in Counter(ids).items() if times > 1]
     if repeated or not ids:
-        raise ValueError(f"{folder / 'image_ids.txt'}: " + (f"{repeated[0]!r} stands twice" if ids else "no image"))
+        raise ValueError(
+            f"{folder / 'image_ids.txt'}: " + (f"{repeated[0]!r} is listed twice" if ids else "it lists no image")
+        )
     missing = [name for name in ids if name not in labels]
     if missing:
-        raise ValueError(f"{folder / 'class_labels.txt'}: no class of {missing[0]!r}")
+        raise ValueError(f"{folder / 'class_labels.txt'}: {missing[0]!r} has no class")
     sizes = {}
     for where, row in rows_of(folder / "image_sizes.txt", (3,), optional=True):
         sizes[row[0]] = (whole_number(row[1], where), whole_number(row[2], where))

@@ -20,7 +20,7 @@ import numpy as np
 from shared_utils.tables import settings_hash
 from wsol_eval.data import Source
 from wsol_eval.evaluate import Report, evaluate
-from wsol_eval.models import WSOLNetwork
+from wsol_eval.models import Network, plugin
 from wsol_eval.recipe import Recipe
 from wsol_eval.train import Diverged, fit, load_trained
 
@@ -39,17 +39,26 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
 
     Args:
         space: "paper" (appendix table 5; drop area: share of the image that a hidden patch has), or "photographs".
-        method: see `build_model`.
+        method: see `build_model`, or a plug-in, whose own class says what is drawn.
         seed: of the search.
         trial: number, from 0.
     """
     shared = np.random.default_rng([seed, trial])
-    own = np.random.default_rng([seed, trial, zlib.crc32(method.encode())])
+    own = np.random.default_rng([seed, trial, zlib.crc32(name_of(method).encode())])
     if space == "paper":
         found = {"lr": _log_uniform(shared, 1e-5, 1.0), "feature_map": int(shared.choice([14, 28]))}
-        return found | _paper_space(method, own)
-    found = {"lr": _log_uniform(shared, 0.01, 0.05), "feature_map": int(shared.choice([4, 8]))}
-    return found | _photographs_space(method, own)
+    else:
+        found = {"lr": _log_uniform(shared, 0.01, 0.05), "feature_map": int(shared.choice([4, 8]))}
+    if plugin.is_plugin(method):
+        return found | {
+            "own": tuple((n, own.uniform(*ends)) for n, ends in plugin.load(method).hyperparameters.items())
+        }
+    return found | (_paper_space if space == "paper" else _photographs_space)(method, own)
+
+
+def name_of(method: str) -> str:
+    """A method's name; of a plug-in its class's."""
+    return method.rpartition(":")[2]
 
 
 def _paper_space(method: str, rng: np.random.Generator) -> Hyperparameters:
@@ -160,7 +169,7 @@ class Search:
     """the chosen one"""
 
 
-Train = Callable[[Recipe, int], WSOLNetwork]
+Train = Callable[[Recipe, int], Network]
 
 
 def search(
@@ -204,7 +213,9 @@ def search(
                 logger.info("%s trial %d of %d: %s %s", base.method, trial + 1, trials, criterion, value)
         values.append(known[0]["value"])
     if all(value is None for value in values):
-        raise RuntimeError(f"{base.method}: all {trials} trials diverged")
+        raise RuntimeError(
+            f"{base.method}: every trial diverged ({trials} of {trials}); try more trials or another seed"
+        )
     best = int(np.argmax([-np.inf if value is None else value for value in values]))
     drawn = {} if space == "fixed" else draw(space, base.method, seed, best)
     return Search(base.method, tuple(values), best, replace(base, **drawn))
@@ -240,7 +251,7 @@ def search_fsl(
     interval: float = 0.001,
     validation: FslValidation = "split",
     compile_model: bool = False,
-) -> tuple[Search, WSOLNetwork]:
+) -> tuple[Search, Network]:
     """The FSL baseline: fitted on the very images that the other methods are chosen with.
 
     With validation "split", hyperparameters are chosen on 20 % of train-fullsup after fitting on 80 % (the journal
@@ -252,7 +263,7 @@ def search_fsl(
         kept, held_out = split_fullsup(len(val), seed)
         fitted, judged = val.subset(kept), val.subset(held_out)
 
-    def train(recipe: Recipe, trial: int) -> WSOLNetwork:
+    def train(recipe: Recipe, trial: int) -> Network:
         return fit(recipe, fitted, seed, fabric, compile_model=compile_model)
 
     found = search(base, space, trials, seed, train, judged, fabric, ledger, criterion, interval)
@@ -261,7 +272,7 @@ def search_fsl(
 
 
 def report_once(
-    name: str, network: WSOLNetwork, test: Source, fabric: Fabric, ledger: Ledger, interval: float, skipped: int = 0
+    name: str, network: Network, test: Source, fabric: Fabric, ledger: Ledger, interval: float, skipped: int = 0
 ) -> tuple[Report, dict]:
     """The final report on test, and its entry in the ledger. RuntimeError if there is one of this name already.
 
@@ -328,10 +339,11 @@ def run_in_folder(
     criterion = criterion_of(criterion, sources["val"])
     facts = {"recipe": json.loads(json.dumps(asdict(base))), "space": space, "trials": trials, "seed": seed}
     facts |= {"criterion": criterion, "interval": interval, "fsl_validation": fsl_validation}
+    facts |= {"method_file": plugin.checksum(base.method)} if plugin.is_plugin(base.method) else {}
     facts["data"] = {split: source.checksum() for split, source in sources.items()}
     ledger = Ledger(folder / "ledger.jsonl", writes=fabric.is_global_zero, facts=facts)
     fabric.barrier()  # nobody writes before all have read
-    name = f"{base.method}-{base.arch}"
+    name = name_of(base.method) if plugin.is_plugin(base.method) else f"{base.method}-{base.arch}"
 
     def path(trial: int | str) -> Path:
         return folder / f"{name}-{ledger.key}-{trial}.pt"
@@ -342,7 +354,7 @@ def run_in_folder(
     else:
         proxy = sources.get("proxy") if space != "fixed" else None
 
-        def train(recipe: Recipe, trial: int) -> WSOLNetwork:
+        def train(recipe: Recipe, trial: int) -> Network:
             known = [e for e in ledger.find("trial") if e["value"] is not None]
             best = max(known, key=lambda entry: entry["value"], default=None)
             for entry in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 def default_data_root() -> Path:
@@ -24,7 +25,7 @@ class Recipe:
     arch: str = "vgg16"
     """vgg16, inception_v3, resnet50 or small"""
     method: str = "cam"
-    """cam, has, acol, spg, adl, cutmix or fsl"""
+    """cam, has, acol, spg, adl, cutmix or fsl; or your own: package.module:Class or file.py:Class (arch is not read)"""
     feature_map: int = 14
     """side of the score map before resizing: 14 or 28 (small: 4 or 8)"""
     lr: float = 1e-3
@@ -57,8 +58,16 @@ class Recipe:
     """CutMix: both parameters of the Beta distribution"""
     cutmix_prob: float = 1.0
     """CutMix: probability per batch"""
+    own: tuple[tuple[str, float], ...] = ()
+    """your own method: names and values of its hyperparameters; `search` draws them"""
     pretrained: str | None = None
     """"imagenet", or a file with torchvision's state dict"""
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Recipe:
+        """A recipe from JSON, where tuples are lists."""
+        pairs: dict[str, Any] = {name: tuple(map(tuple, stored[name])) for name in ("spg", "own") if name in stored}
+        return cls(**stored | pairs)
 
     def learning_rate(self, epoch: int) -> float:
         """Factor of `lr` in an epoch counted from 0: the first phase has one epoch less than the others."""

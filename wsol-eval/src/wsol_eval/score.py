@@ -42,7 +42,7 @@ def score(
     """Everything measured of score maps on disk."""
     metadata = read_metadata(_metadata_folder(metadata_root, dataset_name, split))
     if overlays and image_root is None:
-        raise ValueError("overlays: image_root is needed as well")
+        raise ValueError("--overlays needs the folder of the images: pass --image-root as well")
     if not metadata.boxes and not metadata.masks:
         raise ValueError(f"{metadata_root}: no boxes or masks in localization.txt of {split}")
     of_boxes = {"tau-from": tau_from, "per-class": per_class, "errors": errors}
@@ -102,7 +102,7 @@ def reference_number(report: Report, multi_contour_eval: bool, multi_iou_eval: b
     if multi_iou_eval:
         return found.max_box_acc_v2
     if 0.5 not in found.max_box_acc:
-        raise ValueError("iou_threshold_list: 50 is needed, or multi_iou_eval")
+        raise ValueError("iou_threshold_list: 50 was expected among them; add it, or pass --multi_iou_eval")
     return found.max_box_acc[0.5]
 
 

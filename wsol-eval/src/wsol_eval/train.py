@@ -6,9 +6,10 @@ optimizer, position in the epoch and every rank's random state.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 from wsol_eval.data import Source, num_batches
 from wsol_eval.methods.cutmix import mix
 from wsol_eval.methods.has import hide_patches
-from wsol_eval.models import WSOLNetwork, build_model
+from wsol_eval.models import Network, build_model, plugin
 from wsol_eval.recipe import Recipe
 
 logger = get_logger("wsol-eval")
@@ -33,8 +34,12 @@ class Diverged(RuntimeError):
     """The loss is not finite any more."""
 
 
-def build_network(recipe: Recipe, num_classes: int) -> WSOLNetwork:
+def build_network(recipe: Recipe, num_classes: int) -> Network:
     """The network of a recipe, newly initialised from the global random state."""
+    if plugin.is_plugin(recipe.method):
+        if recipe.pretrained is not None:
+            raise ValueError(f"pretrained: {recipe.method} loads its own weights, leave this out")
+        return plugin.build(recipe.method, num_classes, recipe.feature_map, dict(recipe.own))
     hp: dict[str, Any] = {"acol_threshold": recipe.acol_threshold, "adl_drop_rate": recipe.adl_drop_rate}
     hp |= {"adl_threshold": recipe.adl_threshold, "spg": tuple(map(tuple, recipe.spg))}
     return build_model(recipe.arch, recipe.method, num_classes, recipe.feature_map, recipe.pretrained, **hp)
@@ -75,7 +80,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
     compile_model: bool = False,
-) -> WSOLNetwork:
+) -> Network:
     """Train a model; the last epoch's weights are the result (the reference's authors recommend the last).
 
     Args:
@@ -108,8 +113,9 @@ def fit(
     base = [group["lr"] for group in optimizer.param_groups]
     compiled = cast(torch.nn.Module, torch.compile(network)) if compile_model else network
     model, optimizer = fabric.setup(compiled, optimizer)
-    run = asdict(recipe) | {"spg": [list(pair) for pair in recipe.spg], "seed": seed, "images": len(source)}
+    run = json.loads(json.dumps(asdict(recipe))) | {"seed": seed, "images": len(source)}
     run |= {"data": source.checksum()} if checkpoint else {}
+    run |= {"method_file": plugin.checksum(recipe.method)} if plugin.is_plugin(recipe.method) else {}
     epoch, step = _resume(checkpoint, run, network, optimizer, fabric) if checkpoint else (0, 0)
     if (epoch, step) == (0, 0) and fabric.world_size > 1:
         seed_everything(seed + 7919 * fabric.global_rank)  # from here on ranks draw different masks
@@ -145,7 +151,7 @@ def fit(
     return network.eval()
 
 
-def _loss(recipe: Recipe, model: torch.nn.Module, network: WSOLNetwork, images: Tensor, labels: Tensor) -> Tensor:
+def _loss(recipe: Recipe, model: torch.nn.Module, network: Network, images: Tensor, labels: Tensor) -> Tensor:
     """Loss of a batch, 0-d; HaS and CutMix change the images first."""
     if recipe.method == "has":
         images = hide_patches(images, recipe.has_grid_size, recipe.has_drop_rate)
@@ -158,7 +164,7 @@ def _loss(recipe: Recipe, model: torch.nn.Module, network: WSOLNetwork, images: 
 
 
 def _save(
-    path: Path, run: dict, epoch: int, step: int, network: WSOLNetwork, optimizer: torch.optim.Optimizer, fabric: Fabric
+    path: Path, run: dict, epoch: int, step: int, network: Network, optimizer: torch.optim.Optimizer, fabric: Fabric
 ) -> None:
     """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     states = [rng_state()] * fabric.world_size
@@ -173,7 +179,7 @@ def _save(
     fabric.barrier()
 
 
-def _resume(path: Path, run: dict, network: WSOLNetwork, optimizer: torch.optim.Optimizer, fabric: Fabric) -> tuple:
+def _resume(path: Path, run: dict, network: Network, optimizer: torch.optim.Optimizer, fabric: Fabric) -> tuple:
     """Load everything a checkpoint holds; returns its epoch and step, (0, 0) if there is none."""
     if not path.exists():
         return 0, 0
@@ -182,7 +188,10 @@ def _resume(path: Path, run: dict, network: WSOLNetwork, optimizer: torch.optim.
         differing = ", ".join(key for key in run if run[key] != state["run"].get(key))
         raise ValueError(f"{path}: checkpoint of another run (other {differing}); name another file")
     if len(state["rng"]) != fabric.world_size:
-        raise ValueError(f"{path}: written by {len(state['rng'])} processes, cannot go on with {fabric.world_size}")
+        raise ValueError(
+            f"{path}: written by {len(state['rng'])} processes, this is one of {fabric.world_size}; "
+            "start as many, or name another file"
+        )
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     restore_rng_state(state["rng"][fabric.global_rank])
@@ -202,16 +211,18 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path}: no checkpoint can be read ({reason}); name another file to start anew") from error
 
 
-def load_trained(path: Path, num_classes: int) -> tuple[WSOLNetwork, Recipe]:
+def load_trained(path: Path, num_classes: int) -> tuple[Network, Recipe]:
     """The network of a checkpoint, and its recipe. ValueError if it has another number of classes."""
     state = read_checkpoint(path)
-    settings = {name: value for name, value in state["run"].items() if name not in ("seed", "images", "data")}
-    recipe = Recipe(**settings | {"pretrained": None, "spg": tuple(map(tuple, settings["spg"]))})
+    names = {field.name for field in fields(Recipe)} - {"pretrained"}
+    recipe = Recipe.of({name: value for name, value in state["run"].items() if name in names})
+    if plugin.is_plugin(recipe.method) and plugin.checksum(recipe.method) != state["run"]["method_file"]:
+        raise ValueError(f"{path}: the file of {recipe.method} has changed since this was trained; train it again")
     network = build_network(recipe, num_classes)
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: no checkpoint of {num_classes} classes ({str(error).splitlines()[-1].strip()})"
+            f"{path}: a checkpoint of {num_classes} classes was expected ({str(error).splitlines()[-1].strip()})"
         ) from error
     return network.eval(), recipe

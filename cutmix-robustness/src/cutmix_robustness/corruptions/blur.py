@@ -89,11 +89,11 @@ def zoom_blur(images: Tensor, factors: tuple[float, ...], draws: None = None) ->
 def draw_glass_moves(streams: SampleStreams, images: Tensor, severity: tuple[float, int, int]) -> list[Tensor]:
     """Where each scanned pixel looks in each pass, as dy * W + dx, both in -delta .. delta - 1.
 
-    One tensor (N, H - 2 * delta, W - 2 * delta) per pass, the pixel scanned first in front.
+    One int32 tensor (N, H - 2 * delta, W - 2 * delta) per pass, the pixel scanned first in front.
     """
     _, delta, passes = severity
     height, width = (max(n - 2 * delta, 0) for n in images.shape[2:])
-    moves = torch.arange(-delta, delta, device=images.device)
+    moves = torch.arange(-delta, delta, dtype=torch.int32, device=images.device)
     moves = (moves[:, None] * images.shape[3] + moves).flatten()
     joint = streams.integers(len(moves) ** passes, height, width)  # the moves of all passes in one number, at most 4096
     tables = torch.cartesian_prod(*[moves] * passes).view(-1, passes).T.contiguous()
@@ -101,7 +101,7 @@ def draw_glass_moves(streams: SampleStreams, images: Tensor, severity: tuple[flo
 
 
 def glass_sources(moves: list[Tensor], size: tuple[int, int], delta: int) -> Tensor:
-    """Which pixel of the image each pixel ends up showing: moves as drawn -> (N, H * W) flat indices.
+    """Which pixel of the image each pixel ends up showing: moves as drawn -> (N, H * W) int64 flat indices.
 
     The benchmark scans the image from pixel (H - delta, W - delta) back to (delta + 1, delta + 1) and gives each pixel
     the current value of the one it looks at. (It means to swap the two, but both sides of its assignment are views of
@@ -111,16 +111,16 @@ def glass_sources(moves: list[Tensor], size: tuple[int, int], delta: int) -> Ten
     batch, (height, width) = len(moves[0]), size
     count = batch * height * width
     inner = (slice(None), slice(delta + 1, height - delta + 1), slice(delta + 1, width - delta + 1))
-    sources = pixels = torch.arange(count, device=moves[0].device)
+    sources = pixels = torch.arange(count, dtype=torch.int32, device=moves[0].device)
+    nodes = torch.arange(2 * count, dtype=torch.int32, device=pixels.device)
+    follow = nodes[:count]  # each pixel after the pass; behind it each before the pass: an end
     for moves_of_pass in moves:
-        nodes = torch.arange(2 * count, device=pixels.device)  # each pixel after the pass, then each before it: an end
-        follow = nodes[:count]
-        follow.view(batch, height, width)[inner] += moves_of_pass.flip(1, 2)
+        follow.copy_(pixels).view(batch, height, width)[inner] += moves_of_pass.flip(1, 2)
         follow += count * (follow <= pixels)  # only a look ahead meets a pixel that was scanned before
-        while (follow < count).any():
+        while follow.amin() < count:
             follow.copy_(nodes.index_select(0, follow))
         sources = sources.index_select(0, follow - count)
-    return sources.view(batch, -1) - pixels.view(batch, -1)[:, :1]
+    return (sources.view(batch, -1) - pixels.view(batch, -1)[:, :1]).long()
 
 
 def glass_blur(images: Tensor, severity: tuple[float, int, int], moves: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear filters: separable ones as matrix products along an axis, the others by FFT.
+"""Linear filters, plane by plane: by OpenCV on a CPU; elsewhere matrix products along an axis, or the FFT.
 
 A border is one of "nearest" (a|abc|c), "reflect" (ba|abc|cb) and "mirror" (cb|abc|ba); images may be smaller than the
 filter.
@@ -6,10 +6,10 @@ filter.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import cv2
-import numpy as np
 import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
@@ -30,11 +30,17 @@ def _fold(index: Tensor, size: int, border: str) -> Tensor:  # any integer index
 def gaussian_matrix(size: int, sigma: float, radius: int, border: str, device: torch.device) -> Tensor:
     """A Gaussian filter of 2 * radius + 1 taps along an axis as a matrix: (size, size) float64."""
     offsets = torch.arange(-radius, radius + 1, device=device)
-    weights = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
     rows = torch.arange(size, device=device)[:, None].expand(-1, len(offsets))
     matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
-    taps = (weights / weights.sum()).expand_as(rows)
+    taps = _gaussian_taps(sigma, radius).to(device).expand_as(rows)
     return matrix.index_put_((rows, _fold(rows + offsets, size, border)), taps, accumulate=True)
+
+
+def _gaussian_taps(sigma: float, radius: int) -> Tensor:  # (2 * radius + 1,) float64, of sum 1
+    if radius == 0:
+        return torch.ones(1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1).double() / sigma) ** 2)
+    return weights / weights.sum()
 
 
 def filter_axis(x: Tensor, axis: int, matrix: Tensor, reach: int) -> Tensor:
@@ -57,8 +63,12 @@ def filter_axis(x: Tensor, axis: int, matrix: Tensor, reach: int) -> Tensor:
 
 def gaussian_filter(x: Tensor, sigma: tuple[float, float], truncate: float, border: str) -> Tensor:
     """Gaussian filter of (N, C, H, W), sigma per axis, cut off at `truncate` sigma: float64."""
-    for axis, s in zip((2, 3), sigma, strict=True):
-        radius = int(truncate * s + 0.5)
+    radii = [int(truncate * s + 0.5) for s in sigma]
+    if x.device.type == "cpu":
+        kind = _OPENCV[border]
+        down, across = (_gaussian_taps(s, radius).numpy() for s, radius in zip(sigma, radii, strict=True))
+        return _by_plane(x.double(), partial(cv2.sepFilter2D, ddepth=-1, kernelX=across, kernelY=down, borderType=kind))
+    for axis, s, radius in zip((2, 3), sigma, radii, strict=True):
         if radius > 0:
             x = filter_axis(x, axis, gaussian_matrix(x.shape[axis], s, radius, border, x.device), radius)
     return x.double()
@@ -67,14 +77,12 @@ def gaussian_filter(x: Tensor, sigma: tuple[float, float], truncate: float, bord
 def convolve(x: Tensor, kernel: Tensor, border: str) -> Tensor:
     """Convolve (N, C, H, W) with any kernel (K, K), K odd: float32.
 
-    OpenCV does it on a CPU, plane by plane. Elsewhere the FFT runs in float64: its last bits depend on N, and those of
-    float32 would show.
+    By OpenCV on a CPU. The FFT runs in float64: its last bits depend on N, and those of float32 would show.
     """
     height, width = x.shape[2:]
     if x.device.type == "cpu":
         turned = kernel.flip(0, 1).float().numpy()
-        planes = [cv2.filter2D(plane, -1, turned, borderType=_OPENCV[border]) for plane in x.flatten(0, 1).numpy()]
-        return torch.from_numpy(np.stack(planes)).view_as(x)
+        return _by_plane(x, partial(cv2.filter2D, ddepth=-1, kernel=turned, borderType=_OPENCV[border]))
     reach = len(kernel) // 2
     rows, columns = (_fold(torch.arange(-reach, n + reach, device=x.device), n, border) for n in (height, width))
     size = [next_fast_len(n + 2 * reach, real=True) for n in (height, width)]
@@ -82,3 +90,11 @@ def convolve(x: Tensor, kernel: Tensor, border: str) -> Tensor:
     spectrum *= torch.fft.rfft2(kernel.double(), s=size)
     result = torch.fft.irfft2(spectrum, s=size)
     return result[..., 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width].float()
+
+
+def _by_plane(x: Tensor, work: Callable[..., object]) -> Tensor:
+    """Let `work(plane, dst=)` filter each (H, W) plane of a (N, C, H, W) tensor on the CPU."""
+    done = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for plane, filtered in zip(x.flatten(0, 1).numpy(), done.flatten(0, 1).numpy(), strict=True):
+        work(plane, dst=filtered)
+    return done

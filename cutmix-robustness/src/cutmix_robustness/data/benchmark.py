@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cutmix_robustness.data import cifar, imagenet, ood, twowave
 from cutmix_robustness.data.corrupted import corrupted_source
-from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, image_folder
+from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, image_folder, stratified
 from cutmix_robustness.settings import Settings
 
 Source = ResidentImages | ImageFiles
@@ -26,6 +26,7 @@ class Benchmark:
     Attributes:
         train: training set.
         test: test set; the suites derive everything else from it.
+        validation: part of the training images held out to choose an epoch by, prepared like the test set; or None.
         num_classes: K.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
@@ -44,6 +45,7 @@ class Benchmark:
     stored_corruptions: Path | None = None
     unknown: Callable[[], Mapping[str, Batches]] = field(default=dict)
     boxes: list[np.ndarray] | None = None
+    validation: Source | None = None
 
     def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Batches:
         """A corrupted copy of the test set or of a part of it."""
@@ -62,7 +64,7 @@ def open_benchmark(
 
     Args:
         settings: of the run.
-        seed: of a drawn part of the training set, and of TwoWave.
+        seed: of drawn parts of the training set, and of TwoWave.
         data_root: where the data sets are.
         device: where images go.
         workers: processes that read image files; None: one per core, eight at most.
@@ -80,6 +82,10 @@ def open_benchmark(
         kept = benchmark.test.index
         if benchmark.boxes is not None and kept is not None:
             benchmark.boxes = [benchmark.boxes[number] for number in kept.tolist()]
+    if settings.validation_images:
+        whole, chosen = benchmark.train, stratified(benchmark.train.labels, settings.validation_images, seed)
+        rest = torch.ones(len(whole), dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
+        benchmark.train, benchmark.validation = whole.select(rest), whole.select(chosen, benchmark.test.augment)
     return benchmark
 
 

@@ -12,7 +12,7 @@ from cutmix_robustness.corruptions import CORRUPTIONS
 from cutmix_robustness.data.cifar import JPEG_ARCHIVE, broken_in_archive
 from cutmix_robustness.data.ood import FOLDERS
 from cutmix_robustness.data.sources import ImageFiles
-from cutmix_robustness.settings import Settings
+from cutmix_robustness.settings import DETECTION, Settings
 from shared_utils.images import SUFFIXES, image_files
 from shared_utils.preflight import Need, file, package
 
@@ -118,10 +118,11 @@ def _training_set(settings: Settings, data_root: Path) -> Iterator[Need]:
 def _evaluation_sets(settings: Settings, data_root: Path) -> Iterator[Need]:
     if "autoattack" in settings.suites:
         yield package("torchattacks", "install it without its outdated pins: pip install --no-deps torchattacks")
-    if "ood" in settings.suites and settings.dataset in ("cifar10", "cifar100"):
+    detection = DETECTION & set(settings.suites)
+    if detection and settings.dataset in ("cifar10", "cifar100"):
         for name, folder in FOLDERS.items():
             yield _images(data_root / "ood" / folder, f"unknown inputs {name}", f"unpack {ODIN} there")
-    if "ood" in settings.suites and settings.dataset == "cifar10-jpeg":
+    if detection and settings.dataset == "cifar10-jpeg":
         yield file(data_root / "MNIST" / "raw", "MNIST as unknown inputs", _fetched("mnist", data_root))
     if "localization" in settings.suites and settings.dataset == "imagenet":
         yield file(data_root / "imagenet" / "val_boxes", "ImageNet's validation boxes", "put <image>.xml there")

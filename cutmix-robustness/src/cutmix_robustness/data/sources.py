@@ -155,10 +155,10 @@ class ResidentImages:
         """A copy on a device."""
         return ResidentImages(self.images, self.labels, self.name, self.augment, device, self.index)
 
-    def select(self, index: Tensor, augment: str = "none") -> ResidentImages:
-        """Some of the images; without augmentation unless asked for."""
+    def select(self, index: Tensor, augment: str | None = None) -> ResidentImages:
+        """Some of the images, with this augmentation or, if None, the same."""
         images, labels, device = self.images[index], self.labels[index], self.images.device
-        return ResidentImages(images, labels, self.name, augment, device, _composed(self.index, index))
+        return ResidentImages(images, labels, self.name, augment or self.augment, device, _composed(self.index, index))
 
     def record(self) -> dict:
         """Name, shape, checksum and, of a part, its class counts, for the run record."""
@@ -252,11 +252,11 @@ class ImageFiles:
         loaded = self._load([part.tolist() for part in parts], 0, 0)
         yield from ((rank + world * i, images, labels) for i, (images, labels) in enumerate(loaded))
 
-    def select(self, index: Tensor) -> ImageFiles:
-        """Some of the images."""
+    def select(self, index: Tensor, augment: str | None = None) -> ImageFiles:
+        """Some of the images, with this augmentation or, if None, the same."""
         paths, index = [self.paths[i] for i in index.tolist()], index.cpu()
-        place = _composed(self.index, index)
-        return ImageFiles(paths, self.labels[index], self.name, self.augment, self.device, self.num_workers, place)
+        place, augment = _composed(self.index, index), augment or self.augment
+        return ImageFiles(paths, self.labels[index], self.name, augment, self.device, self.num_workers, place)
 
     def broken(self) -> dict[int, str]:
         """Decode every file to its end: number and message of those that cannot be."""

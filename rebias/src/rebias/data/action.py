@@ -87,7 +87,7 @@ class VideoFiles:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One normalised clip (3, 8, S, S) and its label."""
-        return self.read(0, index), int(self.labels[index])
+        return normalized(self.read(0, index)), int(self.labels[index])
 
     def to(self, device: torch.device | str) -> VideoFiles:
         """Where batches go; returns itself."""
@@ -95,7 +95,7 @@ class VideoFiles:
         return self
 
     def read(self, epoch: int, index: int) -> Tensor:
-        """One normalised clip (3, 8, S, S), S = 224 in training and 256 in testing."""
+        """One clip (3, 8, S, S) uint8, S = 224 in training and 256 in testing."""
         video, view = divmod(index, self.views)
         position = torch.rand(()).item() if self.train else view / (self.views - 1)
         frames = read_clip(self.paths[video], position)  # (T, 3, H, W)
@@ -106,7 +106,7 @@ class VideoFiles:
             frames = frames.flip(-1) if torch.rand(()) < 0.5 else frames
         else:
             frames = F.center_crop(F.resize(frames, [256], antialias=True), [256, 256])
-        return ((frames.float() / 255 - MEAN) / STD).transpose(0, 1)
+        return frames.transpose(0, 1)
 
     def broken(self) -> dict[int, str]:
         """Decode every video to its end: see `broken_files`."""
@@ -116,7 +116,7 @@ class VideoFiles:
         """For every (B,) batch of indices: clips (B, 3, 8, S, S) on the device, targets (B,)."""
         for clips, index in loaded(self.read, self.seed, index_batches, epoch, self.num_workers, self.device):
             clips = clips.to(self.device, non_blocking=True, memory_format=torch.channels_last_3d)
-            yield clips, self.labels[index].to(self.device, non_blocking=True)
+            yield normalized(clips), self.labels[index].to(self.device, non_blocking=True)
 
     def sum_views(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(n * views, C) logits -> summed probabilities (n, C) and labels (n,)."""
@@ -127,6 +127,11 @@ class VideoFiles:
         names, labels = [path.name for path in self.paths], self.labels[:: self.views]
         record = {"name": self.name, "videos": len(self.paths), "sha256": digest_of(names, labels)}
         return record | ({"skipped": self.skipped} if self.skipped else {})
+
+
+def normalized(clips: Tensor) -> Tensor:
+    """(..., 3, T, H, W) uint8 to float32 as the networks take it."""
+    return clips.float().div_(255 * STD).sub_(MEAN / STD)
 
 
 @lru_cache(maxsize=1)  # the ten views of a test video come one after the other

@@ -30,12 +30,12 @@ def write(root: Path) -> None:
         place = root / "imagenet" / "train" / "n01641577" / hidden
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(b"no image")
-    for folder, csv, split, count in (
-        ("kinetics", "train.csv", "train", 1),
-        ("kinetics", "val.csv", "val", 1),
-        ("mimetics", "mimetics.csv", "", 1),
+    for folder, csv, split, labels in (
+        ("kinetics", "train.csv", "train", ACTIONS),
+        ("kinetics", "val.csv", "val", ACTIONS[1:4]),
+        ("mimetics", "mimetics.csv", "", ACTIONS[2:5]),
     ):
-        write_videos(root / folder / csv, root / folder / split, count)
+        write_videos(root / folder / csv, root / folder / split, labels)
 
 
 def write_mnist(root: Path, n_train: int = 120, n_test: int = 60) -> None:
@@ -76,17 +76,15 @@ def write_files(folder: Path, names: Sequence[str]) -> None:
         image.convert(mode).save(path, "PNG" if kind == "png" else "JPEG", exif=exif)
 
 
-def write_videos(csv: Path, folder: Path, per_class: int) -> None:
+def write_videos(csv: Path, folder: Path, labels: Sequence[str]) -> None:
     """An annotation file in Kinetics' format, and a video of three seconds per line; one label has underscores."""
     lines = ["label,youtube_id,time_start,time_end,split"]
-    for label in (*ACTIONS, "abseiling"):  # the last is none of the ten, and its video is not there
+    for number, label in enumerate((*labels, "abseiling")):  # the last is none of the ten, and its video is not there
         written = label.replace(" ", "_") if label == "driving car" else label
-        for number in range(per_class):
-            name = f"{'-_'[number % 2]}{label[:4].strip()}{number:02d}"
-            lines.append(f'"{written}",{name},{number},{number + 10},{csv.stem}')
-            if label in ACTIONS:
-                path = folder / written / f"{name}_{number:06d}_{number + 10:06d}.mp4"
-                write_video(path, frames=75, fps=25)
+        name = f"{'-_'[number % 2]}{label[:4].strip()}{number:02d}"
+        lines.append(f'"{written}",{name},{number},{number + 10},{csv.stem}')
+        if label in labels:
+            write_video(folder / written / f"{name}_{number:06d}_{number + 10:06d}.mp4", frames=75, fps=25)
     csv.parent.mkdir(parents=True, exist_ok=True)
     csv.write_text("\n".join(lines) + "\n")
 

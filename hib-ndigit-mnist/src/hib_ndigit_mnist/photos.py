@@ -1,0 +1,184 @@
+"""Labelled images of a user: class folders, a CSV of image and label, or any Dataset; batches of them for training."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from hib_ndigit_mnist.images import files_of
+from hib_ndigit_mnist.pairs import ClassIndex, two_streams
+from shared_utils.images import BrokenFile, read_image
+from shared_utils.logging import get_logger
+
+logger = get_logger("hib-ndigit-mnist")
+
+
+class ImageFiles(Dataset):
+    """Image files as RGB Pillow images, (image, label).
+
+    Args:
+        files: paths.
+        names: what a report calls them.
+        labels: (n,) class numbers; all 0 where there are none.
+        classes: name of each class.
+    """
+
+    def __init__(self, files: Sequence[Path], names: Sequence[str], labels: Tensor, classes: Sequence[str] = ()):
+        self.files, self.names, self.labels, self.classes = list(files), list(names), labels, list(classes)
+
+    @classmethod
+    def of(cls, source: Path, labelled: bool = True) -> ImageFiles:
+        """Of a folder with a folder per class, or of a CSV with the columns image (relative to it) and label.
+
+        Raises:
+            FileNotFoundError: no such folder or table, or an image of the table is not there.
+            ValueError: no image, images outside a class folder, other columns.
+        """
+        if source.suffix.lower() == ".csv":
+            files, names, classes = _read_table(source)
+        else:
+            files = files_of(source)
+            names = [str(file.relative_to(source)) if source.is_dir() else file.name for file in files]
+            classes = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
+        if not labelled:
+            return cls(files, names, torch.zeros(len(files), dtype=torch.long))
+        if "" in classes:
+            raise ValueError(f"{source}: a folder per class was expected, {names[classes.index('')]} lies in none")
+        found = sorted(set(classes))
+        number = {name: index for index, name in enumerate(found)}
+        return cls(files, names, torch.tensor([number[name] for name in classes]), found)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return read_image(self.files[index]), int(self.labels[index])
+
+    def keep(self, chosen: Tensor) -> ImageFiles:
+        """The images where `chosen` (n,) bool is True."""
+        rows = chosen.nonzero()[:, 0].tolist()
+        files, names = ([every[row] for row in rows] for every in (self.files, self.names))
+        return ImageFiles(files, names, self.labels[chosen], self.classes)
+
+    def without_broken(self, workers: int) -> ImageFiles:
+        """Those that can be read to their end; the others are named in the log. ValueError where none is left."""
+        problems = list(DataLoader(_Check(self), batch_size=None, num_workers=workers))
+        for problem in filter(None, problems):
+            logger.warning("skipped: %s", problem)
+        if all(problems):
+            raise ValueError(f"none of {len(problems)} images can be read")
+        return self.keep(torch.tensor([not problem for problem in problems]))
+
+    def with_partners(self) -> ImageFiles:
+        """Those of classes with two images or more: the others have no matching pair. ValueError where none is left."""
+        counts = Counter(self.labels.tolist())
+        lonely = [label for label, count in counts.items() if count < 2]
+        if len(counts) - len(lonely) < 2:
+            raise ValueError(f"two classes with two images each were expected, got {len(counts) - len(lonely)}")
+        if lonely:
+            logger.warning("left out, one image only: %s", ", ".join(self.classes[label] for label in lonely))
+        return self.keep(~torch.isin(self.labels, torch.tensor(lonely, dtype=torch.long)))
+
+
+def _read_table(path: Path) -> tuple[list[Path], list[str], list[str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table")
+    with path.open(newline="", encoding="utf-8-sig") as table:
+        rows = list(csv.DictReader(table))
+    if not rows or not {"image", "label"} <= rows[0].keys():
+        found = ", ".join(map(str, rows[0])) if rows else "no row"
+        raise ValueError(f"{path}: the columns image and label were expected, got {found}")
+    files = [path.parent / row["image"] for row in rows]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: {file} is not there")
+    return files, [row["image"] for row in rows], [row["label"] for row in rows]
+
+
+class _Check(Dataset):
+    def __init__(self, images: ImageFiles):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.images[index]
+        except BrokenFile as error:
+            return str(error)
+        return ""
+
+
+# ---- batches ----
+
+
+_TO_UNIT = (v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
+
+
+def evaluation_transform(size: int) -> Callable[[Any], Tensor]:
+    """A Pillow image or tensor -> RGB (3, size, size) in [0, 1]: shorter side, middle square."""
+    return v2.Compose([v2.ToImage(), v2.RGB(), v2.Resize(size, antialias=True), v2.CenterCrop(size), *_TO_UNIT])
+
+
+def training_transform(size: int, augment: str) -> Callable[[Any], Tensor]:
+    """The same with a random crop of at least half the area, or with a random mirror as well."""
+    if augment == "none":
+        return evaluation_transform(size)
+    mirror = [v2.RandomHorizontalFlip()] if augment == "crop-flip" else []
+    crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
+    return v2.Compose([v2.ToImage(), v2.RGB(), crop, *mirror, *_TO_UNIT])
+
+
+class Drawn(Dataset):
+    """Images by (index, seed): what chance does to an image depends on the seed alone, not on workers or restarts."""
+
+    def __init__(self, data: Dataset, transform: Callable[[Any], Tensor]):
+        self.data, self.transform = data, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        image, label = self.data[key[0]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key[1])
+            return self.transform(image), int(label)
+
+
+class SeededBatches:
+    """Batches of the two input streams as keys of `Drawn`, from a step onwards: each depends on seed and step alone.
+
+    ValueError where there is a single class, or a class of one image.
+    """
+
+    def __init__(self, labels: Tensor, batch: int, seed: int, start: int, steps: int):
+        self.labels, self.index, self.batch, self.seed = labels, ClassIndex(labels), batch, seed
+        if len(labels.unique()) < 2:
+            raise ValueError("labels: two classes or more were expected, got one")
+        self.steps = range(start, steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+            images = self._draw(generator)
+            while (self.labels[images] == self.labels[images[0]]).all():  # a batch of one class has no other pair
+                images = self._draw(generator)
+            seeds = torch.randint(2**31, (self.batch,), generator=generator)
+            yield list(zip(images.tolist(), seeds.tolist(), strict=True))
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return two_streams(self.index, len(self.labels), torch.rand(2, self.batch // 2, generator=generator))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Of all random numbers of one step."""
+    return seed * 1_000_003 + step

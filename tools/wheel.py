@@ -1,0 +1,21 @@
+"""The build hook of every project's wheel: what the checkout keeps beside the package goes into it.
+
+An editable install reads all of this where it lies; see shared_utils/folders.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class Wheel(BuildHookInterface):
+    """tables/ and results/ as data of the package, and shared_utils beside it, so that no other package is needed."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable":
+            return
+        project = Path(self.root)
+        package = next((project / "src").iterdir()).name
+        build_data["force_include"] |= {str(project / name): f"{package}/{name}" for name in ("tables", "results")}
+        build_data["force_include"][str(project.parent / "shared-utils/src/shared_utils")] = "shared_utils"
