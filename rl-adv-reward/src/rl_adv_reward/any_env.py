@@ -48,7 +48,7 @@ class TrainedAttack(nn.Module):
         for name, value in {"centre": centre, "scale": scale, "low": space.low, "high": space.high}.items():
             self.register_buffer(name, torch.as_tensor(np.broadcast_to(value, space.shape).copy(), dtype=torch.float32))
         if len(space.shape) == 3:
-            self.body = ATN(cast(tuple[int, int, int], space.shape), 0.0).body
+            self.body = ATN(space.shape, 0.0).body
         else:
             last = nn.Linear(HIDDEN, int(np.prod(space.shape)))
             nn.init.normal_(last.weight, std=0.01)  # untrained, it hardly changes anything
@@ -179,8 +179,8 @@ def train_attack(
             chosen[i] = actions.sample()
         after, _, terminated, truncated, info = envs.step(chosen)
         for i in np.flatnonzero(~over):  # where the last step ended an episode, this one only begins another
-            r = reward(after[i], chosen[i], {name: each[i] for name, each in info.items()})
-            memory.append((observation[i], chosen[i], r, after[i], terminated[i]))
+            gained = reward(after[i], chosen[i], {name: each[i] for name, each in info.items()})
+            memory.append((observation[i], chosen[i], gained, after[i], terminated[i]))
         over, observation = terminated | truncated, after
         if len(memory) >= batch_size:
             rows = [memory[k] for k in rng.integers(len(memory), size=batch_size)]

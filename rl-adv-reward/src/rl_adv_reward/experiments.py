@@ -26,6 +26,7 @@ from rl_adv_reward.rewards import AdversarialReward, GoalZone, Zone, lose, make_
 from rl_adv_reward.settings import Loop, Settings
 from rl_adv_reward.store import exclusive, goal_code, place
 from rl_adv_reward.train import fit, logger, make_fabric, own_reward
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables
@@ -33,7 +34,7 @@ from shared_utils.tables import Table, load_tables
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
 CURVE_EPISODES = 8
 SEEDS = {"victim": 0, "critic": 1, "atn": 2, "check": 3, "evaluation": 4}
@@ -45,9 +46,7 @@ def seed_of(kind: str, seed: int) -> int:
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """All table files, checked against the settings."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -61,9 +60,9 @@ def run_tables(
     jobs: int = 0,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
-    store = PROJECT / "runs" / "artifacts"
+    store = runs_folder(PROJECT) / "artifacts"
     if force:
         shutil.rmtree(store, ignore_errors=True)
     work = partial(execute, store=store)

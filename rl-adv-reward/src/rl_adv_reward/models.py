@@ -35,7 +35,7 @@ def feature_size(network: nn.Module, shape: tuple[int, int, int]) -> int:
         raise ValueError(f"observations of shape {shape} are too small for the network ({error})") from error
 
 
-def mlp(obs_shape: tuple[int, int, int], n_actions: int, background: float = 0.0, width: int = 96) -> nn.Sequential:
+def mlp(obs_shape: tuple[int, ...], n_actions: int, background: float = 0.0, width: int = 96) -> nn.Sequential:
     """Two hidden layers; the victim of MiniPong."""
     return nn.Sequential(
         Centre(background),
