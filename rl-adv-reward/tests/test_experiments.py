@@ -66,7 +66,7 @@ def test_runs_share_what_they_train_and_a_weak_victim_is_refused(tmp_path, small
     attacked = execute(asdict(small(attack="atn", learner="frozen_q", goal="park", compare=True)), 0, store=tmp_path)
     assert {"lead_low", "gain", "success"} <= attacked.metrics.keys()
     assert len(attacked.details["curve"]) == 4 and attacked.metrics["linf"] <= 0.05 + 1e-6
-    with pytest.raises(RuntimeError, match="too weak to be worth an attack after 30 iterations: miss_rate"):
+    with pytest.raises(RuntimeError, match="too weak to be worth an attack after 90 iterations: miss_rate"):
         execute(asdict(small(victim_check_episodes=4)), 0, store=tmp_path)
 
 

@@ -186,9 +186,8 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):
 
 def test_ale_continues_with_new_episodes_and_all_the_rest(tmp_path, small):
     path = tmp_path / "c.pt"
-    loop = replace(small(env="pong", num_envs=2, starts=8, capacity=200, batch_size=4), victim_iterations=24).loop(
-        "victim"
-    )
+    settings = small(env="pong", num_envs=2, starts=8, capacity=200, batch_size=4)
+    loop = replace(settings, victim_iterations=24, victim_longest=1).loop("victim")
 
     class Stop(Exception):
         pass
