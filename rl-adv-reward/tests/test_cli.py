@@ -24,7 +24,7 @@ def test_run_twice_runs_nothing_new(tmp_path, monkeypatch, capsys):
     run()
     log = tmp_path / "runs" / "smoke.jsonl"
     once = log.read_text()
-    assert len(once.splitlines()) == 4 and "ATN, eps 0.05" in capsys.readouterr().out
+    assert len(once.splitlines()) == 3 and "ATN, eps 0.05" in capsys.readouterr().out
     run()
     assert log.read_text() == once
 

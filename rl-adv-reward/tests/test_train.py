@@ -1,5 +1,6 @@
 """The learners and their loop: losses by hand, kill and resume, when it ends."""
 
+import copy
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from rl_adv_reward.atn import ATN, AttackedQ
-from rl_adv_reward.attacks import none
+from rl_adv_reward.attacks import fgsm, none
 from rl_adv_reward.evaluation import evaluate
 from rl_adv_reward.learners import Distiller, QLearner
 from rl_adv_reward.models import Victim, mlp, nature_cnn
@@ -98,6 +99,38 @@ def test_distillation_teaches_the_critic_s_actions(victim, small):
     assert (victim.q(atn(x)).argmax(1) == wanted).double().mean() > max(0.9, agree + 0.2)
 
 
+def test_the_distillation_s_loss_by_hand(victim, small):
+    """Weighted by how much the choice matters: max - mean of the critic's values, not their level."""
+    torch.manual_seed(0)
+    atn, critic = ATN(SHAPE, 0.3), mlp(SHAPE, 3)
+    critic[-1].bias.data += 10
+    b = batch()
+    x, then = b.obs.float() / 255, b.next_obs.float() / 255
+    for temporal, shown, seen in (
+        ("stack", atn(x), x),
+        ("frame", torch.cat([atn(x)[:, 1:], atn(then)[:, -1:]], 1), then),
+    ):
+        learner = Distiller(atn, victim, critic, 0.05, 0, small().distill_loop(), CPU, temporal)
+        wanted, q = critic(seen), victim.q(shown)
+        each = torch.nn.functional.cross_entropy(
+            (q - q.mean(1, keepdim=True)) / 0.05, wanted.argmax(1), reduction="none"
+        )
+        torch.testing.assert_close(learner.loss(b), (each * (wanted.amax(1) - wanted.mean(1))).mean())
+
+
+def test_a_hardened_victim_learns_on_observations_under_fgsm(small):
+    torch.manual_seed(0)
+    q = mlp(SHAPE, 3)
+    plain, hardened = (QLearner(q, small().loop("victim"), CPU, eps) for eps in (0.0, 0.1))
+    b = batch()
+    attacked = fgsm(b.obs.float() / 255, Victim(copy.deepcopy(q)), eps=0.1)
+    target = hardened.target(b.next_obs.float() / 255).amax(1)
+    y = b.returns + 0.9 * ~b.terminated * target
+    expected = torch.nn.functional.huber_loss(q(attacked).gather(1, b.action[:, None]).squeeze(1), y)
+    torch.testing.assert_close(hardened.loss(b), expected)
+    assert abs(plain.loss(b) - expected) > 1e-4
+
+
 # ---- the loop ------------------------------------------------------------
 
 
@@ -153,9 +186,8 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):
 
 def test_ale_continues_with_new_episodes_and_all_the_rest(tmp_path, small):
     path = tmp_path / "c.pt"
-    loop = replace(small(env="pong", num_envs=2, starts=8, capacity=200, batch_size=4), victim_iterations=24).loop(
-        "victim"
-    )
+    settings = small(env="pong", num_envs=2, starts=8, capacity=200, batch_size=4)
+    loop = replace(settings, victim_iterations=24, victim_longest=1).loop("victim")
 
     class Stop(Exception):
         pass

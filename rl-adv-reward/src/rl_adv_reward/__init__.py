@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "any_env": ("train_attack",),
     "atn": ("ATN", "AttackedQ", "perturbation_size", "project"),
     "attacks": ("ATNAttack", "make_attack"),
     "dqn": ("dqn_targets", "nstep_returns", "tabular_attack"),

@@ -189,6 +189,7 @@ def make_attack(
     target: Callable[[Tensor], Tensor] | None = None,
     atn: ATN | None = None,
     threshold: float = 0.05,
+    steps: int = 10,
 ) -> Attack:
     """An attack by its name in the tables.
 
@@ -202,6 +203,7 @@ def make_attack(
         target: actions (N,) for clean observations, of the targeted attacks.
         atn: of "atn".
         threshold: of "timed".
+        steps: gradients that pgd and mad take.
 
     Raises:
         ValueError: an unknown name, or what it needs is not given.
@@ -218,11 +220,11 @@ def make_attack(
         "random-uniform": lambda: partial(random_uniform, **bound, generator=cast(torch.Generator, generator)),
         "random-sign": lambda: partial(random_sign, **bound, generator=cast(torch.Generator, generator)),
         "fgsm": lambda: partial(fgsm, **bound),
-        "pgd": lambda: partial(pgd, **bound),
-        "mad": lambda: partial(mad, **bound, generator=cast(torch.Generator, generator)),
+        "pgd": lambda: partial(pgd, **bound, steps=steps),
+        "mad": lambda: partial(mad, **bound, steps=steps, generator=cast(torch.Generator, generator)),
         "timed": lambda: partial(strategically_timed, attack=partial(fgsm, **bound), threshold=threshold),
         "targeted-fgsm": lambda: partial(targeted_fgsm, **bound, target=cast(Callable[[Tensor], Tensor], target)),
-        "targeted-pgd": lambda: partial(pgd, **bound, target=target),
+        "targeted-pgd": lambda: partial(pgd, **bound, steps=steps, target=target),
         "atn": lambda: ATNAttack(cast(ATN, atn), quantize),
     }
     if name not in makers:

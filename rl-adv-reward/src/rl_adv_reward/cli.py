@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from rl_adv_reward.settings import PRESETS, Settings
+from shared_utils.folders import results_folder, runs_folder
 
 PROGRAM = "rl-adv-reward"
 
@@ -58,7 +59,7 @@ class Run:
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
         if self.dry_run:
-            runs = RunLog(experiments.PROJECT / "runs" / f"{self.scale}.jsonl")
+            runs = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             return print_missing(chosen, self.scale, self.rows, self.seeds, runs)
         yours = experiments.run_tables(
             chosen, self.scale, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
@@ -204,7 +205,12 @@ class Play(OnVictim):
 class Data:
     """What is needed, and what is there: nothing is ever downloaded."""
 
+    tiny: Path | None = None
+    """Folder for tiny archives. Stays empty: no data is read, Pong comes with ale-py."""
+
     def __call__(self) -> None:
+        if self.tiny:
+            return self.tiny.mkdir(parents=True, exist_ok=True)
         from rich.table import Table as Grid
 
         from rl_adv_reward.envs import inventory
@@ -225,7 +231,7 @@ class Tables:
         from rl_adv_reward.figures import draw_all
         from shared_utils.report import results_page
 
-        results, all_tables = experiments.PROJECT / "results", experiments.tables()
+        results, all_tables = results_folder(experiments.PROJECT), experiments.tables()
         draw_all(all_tables, results)
         (results / "RESULTS.md").write_text(results_page(PROGRAM, all_tables, results, f"{PROGRAM} run"))
 

@@ -76,6 +76,19 @@ class Evaluation:
             found["hit_fraction"] = float(e["hits"].sum() / crossings)
         return found
 
+    def to_json(self) -> dict:
+        """All of it, exactly, as JSON takes it."""
+        arrays = {"episodes": {name: each.tolist() for name, each in self.episodes.items()}}
+        frames = {name: pack(each) for name, each in self.frames.items()}
+        return vars(self) | arrays | {"landings": self.landings.tolist(), "frames": frames}
+
+    @classmethod
+    def from_json(cls, content: dict) -> Evaluation:
+        """What `to_json` was called on."""
+        episodes = {name: np.array(each) for name, each in content["episodes"].items()}
+        frames = {name: unpack(each) for name, each in content["frames"].items()}
+        return cls(**content | {"episodes": episodes, "landings": np.array(content["landings"]), "frames": frames})
+
 
 def pack(frames: np.ndarray) -> dict:
     """(T, H, W) uint8 as a shape and a base64 string of compressed bytes, for a run record."""
@@ -119,6 +132,7 @@ def evaluate(
     temporal: str = "stack",
     policy: Callable[[Tensor], Tensor] | None = None,
     keep_frames: int = 0,
+    episode_steps: int = 0,
 ) -> Evaluation:
     """Play whole episodes with the greedy victim behind an attack.
 
@@ -134,13 +148,14 @@ def evaluate(
         temporal: "stack", or "frame" (see `Frames`).
         policy: acts instead of the victim: x (N, C, H, W) -> actions (N,). For the full-control reference only.
         keep_frames: so many steps of the first environment are kept as pictures.
+        episode_steps: after which an episode is cut off; 0: as usual.
 
     Raises:
         RuntimeError: an observation that left the bound or [0, 1], or a victim whose weights changed.
     """
     device = next(victim.parameters()).device
     n = min(episodes, MOST_ENVS)
-    play, weights = Play(env, n, seed, device), victim.weights_hash()
+    play, weights = Play(env, n, seed, device, episode_steps), victim.weights_hash()
     tally = _Tally(n, -(-episodes // n), device)
     memory, fresh = Frames(), torch.ones(n, dtype=torch.bool, device=device)
     digest = hashlib.sha256()

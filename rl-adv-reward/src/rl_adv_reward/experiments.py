@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import fcntl
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -23,11 +20,13 @@ from rl_adv_reward.attacks import UNTARGETED, ATNAttack, Attack, HasValues, make
 from rl_adv_reward.envs import ENVIRONMENTS, sizes
 from rl_adv_reward.evaluation import Evaluation, evaluate, landing_shift, lead, pack, success_share
 from rl_adv_reward.learners import Distiller, Learner, QLearner
-from rl_adv_reward.models import NETWORKS, Victim
+from rl_adv_reward.models import NETWORKS, Smoothed, Victim, weights_hash
 from rl_adv_reward.policies import SCRIPTED, Policy, make_policy
 from rl_adv_reward.rewards import AdversarialReward, GoalZone, Zone, lose, make_reward
 from rl_adv_reward.settings import Loop, Settings
+from rl_adv_reward.store import exclusive, goal_code, place
 from rl_adv_reward.train import fit, logger, make_fabric, own_reward
+from shared_utils.folders import project_folder, runs_folder
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Table, load_tables
@@ -35,7 +34,7 @@ from shared_utils.tables import Table, load_tables
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = project_folder(__file__)
 PACKAGES = ("gymnasium", "ale-py", "lightning", "numpy")
 CURVE_EPISODES = 8
 SEEDS = {"victim": 0, "critic": 1, "atn": 2, "check": 3, "evaluation": 4}
@@ -47,9 +46,7 @@ def seed_of(kind: str, seed: int) -> int:
 
 
 def tables() -> list[Table]:
-    """All table files, checked against the settings. FileNotFoundError outside a source checkout."""
-    if not (PROJECT / "tables").is_dir():
-        raise FileNotFoundError("the tables are in the source checkout: run from an editable install of it")
+    """All table files, checked against the settings."""
     return load_tables(PROJECT / "tables", [field.name for field in fields(Settings)])
 
 
@@ -63,9 +60,9 @@ def run_tables(
     jobs: int = 0,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
-    log = RunLog(PROJECT / "runs" / f"{scale}.jsonl")
+    log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
-    store = PROJECT / "runs" / "artifacts"
+    store = runs_folder(PROJECT) / "artifacts"
     if force:
         shutil.rmtree(store, ignore_errors=True)
     work = partial(execute, store=store)
@@ -120,6 +117,7 @@ class Subject:
         self.trained_steps = 0
         self.victim = victim.to(fabric.device) if victim else self.train_victim(seed)
         self.victim_hash = self.victim.weights_hash()
+        self.defended = self.smoothed(self.victim)
         self.goal = make_reward(settings.goal, settings.env, **settings.goal_options())
 
     # ---- training ------------------------------------------------------------
@@ -129,12 +127,20 @@ class Subject:
         s, environment = self.s, ENVIRONMENTS[self.s.env]
         loop = s.loop("victim")
         seed_everything(seed_of("victim", seed))
-        learner = QLearner(self.network(), loop, self.fabric)
+        learner = QLearner(self.network(), loop, self.fabric, s.victim_hardened)
         short: list[float] = []
 
         def check(iteration: int) -> tuple[dict, bool]:
             victim = Victim(copy.deepcopy(learner.q))
-            found = evaluate(victim, none, lose, s.env, s.victim_check_episodes, seed_of("check", seed))
+            found = evaluate(
+                victim,
+                none,
+                lose,
+                s.env,
+                s.victim_check_episodes,
+                seed_of("check", seed),
+                episode_steps=s.episode_steps,
+            )
             value = found.metrics()[environment.gate]
             short.append(environment.short_of(value))
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
@@ -142,7 +148,7 @@ class Subject:
                 logger.warning("the victim has hardly improved since its first check: another seed may be needed")
             return {environment.gate: value}, environment.short_of(value) == 0
 
-        every = (s.victim_check_every or loop.iterations) if s.victim_check_episodes else 0
+        every = (s.victim_check_every or s.victim_iterations) if s.victim_check_episodes else 0
         curve = self.fit("victim", seed, learner, own_reward, loop, check, every)
         if curve and environment.short_of(curve[-1][environment.gate]) > 0:
             raise RuntimeError(
@@ -150,6 +156,13 @@ class Subject:
                 f"{environment.gate} {curve[-1][environment.gate]:.2f} is not within {environment.bounds}"
             )
         return Victim(learner.q)
+
+    def smoothed(self, victim: Victim) -> Victim:
+        """The victim behind its defence; itself where it has none."""
+        if not self.s.smoothing:
+            return victim
+        module = Smoothed(victim.module, sizes(self.s.env)[0], self.s.smoothing)
+        return Victim(module, scale=victim.scale, output=victim.output).to(self.fabric.device)
 
     def network(self) -> nn.Module:
         """A fresh network of this environment's victims."""
@@ -193,15 +206,25 @@ class Subject:
             if self.victim.output != "q":
                 raise ValueError("learner frozen_q needs a victim with action values; this one has logits: use critic")
             loop = s.loop("frozen")
-            learner: Learner = QLearner(AttackedQ(atn, self.victim), loop, self.fabric)
+            learner: Learner = QLearner(AttackedQ(atn, self.defended), loop, self.fabric)
         else:
             loop = s.distill_loop()
-            learner = Distiller(atn, self.victim, critic, s.distill_tau, s.distill_own, loop, self.fabric)
+            learner = Distiller(
+                atn, self.defended, critic, s.distill_tau, s.distill_own, loop, self.fabric, s.distill_temporal
+            )
 
         def check(iteration: int) -> tuple[dict, bool]:
             seed = seed_of("check", self.seed)
             found = evaluate(
-                self.victim, ATNAttack(atn), self.goal, s.env, CURVE_EPISODES, seed, eps=s.eps, norm=s.norm
+                self.defended,
+                ATNAttack(atn),
+                self.goal,
+                s.env,
+                CURVE_EPISODES,
+                seed,
+                eps=s.eps,
+                norm=s.norm,
+                episode_steps=s.episode_steps,
             )
             return {"adv_rate": found.rate(), "victim_return": found.metrics()["victim_return"]}, False
 
@@ -219,10 +242,11 @@ class Subject:
         every: int = 0,
     ) -> list[dict]:
         """Train into the store, go on from there, or take what is finished there; one process at a time."""
-        identity: dict[str, Any] = {"kind": kind, "settings": self.s.key(kind), "code": code_hash()}
-        identity["victim"] = None if kind == "victim" else self.victim_hash
-        name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
-        path = self.store / f"{kind}-{seed}-{name}.pt"
+        identity: dict[str, Any] = {"settings": self.s.key(kind)}
+        if kind != "victim":
+            identity |= {"victim": self.victim_hash, "goal": goal_code(self.s.goal)}
+        path, identity = place(self.store, kind, seed, identity)
+        path = path.with_suffix(".pt")
         with exclusive(path):
             trained = fit(
                 learner,
@@ -250,25 +274,46 @@ class Subject:
         self.atn = atn.to(self.fabric.device)
 
     def evaluate(self, attack: str, target: str = "critic", keep_frames: int | None = None) -> Evaluation:
-        """Whole episodes under an attack of the table; the same seed for all of them."""
+        """Whole episodes under an attack of the table, the same seed for all; what any row has evaluated is kept."""
         s = self.s
         if keep_frames is None:
             keep_frames = 6 if s.env == "minipong" else 2
-        victim = self.train_victim(self.seed + s.transfer) if s.transfer else self.victim
+        victim = self.smoothed(self.train_victim(self.seed + s.transfer)) if s.transfer else self.defended
         goal = make_reward(s.measure, s.env) if s.measure else self.goal
-        return evaluate(
-            victim,
-            none if attack == "control" else self.attack(attack, target),
-            goal,
-            s.env,
-            s.episodes,
-            seed_of("evaluation", self.seed),
-            eps=s.eps,
-            norm=s.norm,
-            temporal=s.temporal,
-            policy=self.policy(target) if attack == "control" else None,
-            keep_frames=keep_frames,
-        )
+        aimed = attack == "control" or attack.startswith("targeted")
+        identity = {name: getattr(s, name) for name in ("env", "episodes", "eps", "norm", "temporal", "quantize")}
+        identity |= {name: getattr(s, name) for name in ("episode_steps", "pgd_steps", "timed_share")}
+        identity |= {"attack": attack, "target": target if aimed else "", "frames": keep_frames}
+        identity |= {"goal": s.goal, "measure": s.measure, "options": s.goal_options()}
+        identity |= {"code_of_goal": goal_code(s.measure or s.goal)}
+        identity |= {"victim": [victim.weights_hash(), victim.scale]}
+        if attack == "atn":
+            identity["weights"] = weights_hash(self.atn)
+        if aimed and target == "critic":
+            identity["weights"] = weights_hash(self.critic)
+        path, identity = place(self.store, "evaluation", self.seed, identity)
+        path = path.with_suffix(".json")
+        with exclusive(path):
+            if path.exists():
+                return Evaluation.from_json(json.loads(path.read_text()))
+            found = evaluate(
+                victim,
+                none if attack == "control" else self.attack(attack, target),
+                goal,
+                s.env,
+                s.episodes,
+                seed_of("evaluation", self.seed),
+                eps=s.eps,
+                norm=s.norm,
+                temporal=s.temporal,
+                policy=self.policy(target) if attack == "control" else None,
+                keep_frames=keep_frames,
+                episode_steps=s.episode_steps,
+            )
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(found.to_json()))
+            temporary.replace(path)
+        return found
 
     def attack(self, name: str, target: str) -> Attack:
         """An attack by name, with whatever it needs trained."""
@@ -282,6 +327,7 @@ class Subject:
             target=self.policy(target) if name.startswith("targeted") else None,
             atn=self.atn if name == "atn" else None,
             threshold=self.timed_threshold if name == "timed" else 0.0,
+            steps=s.pgd_steps,
         )
 
     @cached_property
@@ -293,7 +339,8 @@ class Subject:
             seen.append(preference(x, victim))
             return x
 
-        evaluate(self.victim, look, lose, self.s.env, CURVE_EPISODES, seed_of("check", self.seed))
+        seed, cut = seed_of("check", self.seed), self.s.episode_steps
+        evaluate(self.defended, look, lose, self.s.env, CURVE_EPISODES, seed, episode_steps=cut)
         return float(np.quantile(torch.cat(seen).cpu().numpy(), 1 - self.s.timed_share))
 
     def warn_of_a_weak_victim(self) -> None:
@@ -329,28 +376,11 @@ class Subject:
             "best_baseline": max(other.rate() for other in others.values()),
         }
         if self.s.learner == "critic" and self.s.eps > 0:
-            span = self.evaluate("control").rate() - nothing.rate()
+            gain, span = found.rate() - nothing.rate(), self.evaluate("control").rate() - nothing.rate()
+            metrics["above_half"] = gain - span / 2
             if span > 0:
-                metrics["normalised_score"] = (found.rate() - nothing.rate()) / span
+                metrics["normalised_score"] = gain / span
         return metrics
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """One process at a time for a path; others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@lru_cache(maxsize=1)
-def code_hash() -> str:
-    """Of this package's source: what another version trained is never taken for this one's."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from rl_adv_reward.evaluation import unpack
-from shared_utils.report import interval, values
-from shared_utils.runlog import RunLog, key_of
+from shared_utils.report import interval, measured, values
+from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
 SCALES = ("paper", "atari-short", "embedded")
@@ -36,12 +36,8 @@ def draw_all(tables: list[Table], results: Path) -> None:
 
 def details(table: Table, scale: str, log: RunLog) -> dict[str, list[dict]]:
     """Details of a table's recorded runs by row, one entry per seed; rows that another table runs included."""
-    records = {key_of(record): record for record in log.records()}
-    found: dict[str, list[dict]] = {}
-    for run in table.runs(scale):
-        if run.key in records:
-            found.setdefault(run.row, []).append(records[run.key]["details"])
-    return found
+    found = measured(table, scale, log)
+    return {row: [record["details"] for record in seeds.values()] for row, seeds in found.items()}
 
 
 def _curves(table: Table, scale: str, log: RunLog) -> plt.Figure:

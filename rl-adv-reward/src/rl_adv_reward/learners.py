@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, huber_loss
 
 from rl_adv_reward.atn import ATN, AttackedQ
+from rl_adv_reward.attacks import fgsm
 from rl_adv_reward.dqn import dqn_targets
 from rl_adv_reward.models import Victim, to_unit
 from rl_adv_reward.replay import Batch
@@ -40,14 +41,26 @@ def _adam(parameters: Iterable[nn.Parameter], loop: Loop) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=loop.lr, eps=loop.adam_eps, fused=True)
 
 
+class _Values:
+    """A network in training, as an attack wants its victim."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def q(self, x: Tensor) -> Tensor:
+        return self.network(x).float()
+
+
 class QLearner:
     """Double DQN with n-step returns.
 
-    With `AttackedQ` this is the learner frozen_q: the targets use the target ATN and the same frozen victim.
+    With `AttackedQ` this is the learner frozen_q: the targets use the target ATN and the same frozen victim. With
+    `hardened` above 0 the network learns on observations that FGSM of that bound has turned against its own greedy
+    action: light adversarial training, for a victim that resists.
     """
 
-    def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric):
-        self.loop, self.fabric = loop, fabric
+    def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric, hardened: float = 0.0):
+        self.loop, self.fabric, self.hardened = loop, fabric, hardened
         self.q = q.to(fabric.device).to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
         self.modules = {"q": self.q, "target": self.target}
@@ -65,11 +78,13 @@ class QLearner:
         return torch.where(explored, torch.randint(q.shape[1], (len(x),), device=x.device), q.argmax(1))
 
     def loss(self, batch: Batch) -> Tensor:
-        then = to_unit(batch.next_obs)
+        now, then = to_unit(batch.obs), to_unit(batch.next_obs)
+        if self.hardened:
+            now = fgsm(now, _Values(self.q), eps=self.hardened)
         with self.fabric.autocast():
             with torch.no_grad():
                 online, target = self.q(then), self.target(then)
-            q = self.q(to_unit(batch.obs))
+            q = self.q(now)
         y = dqn_targets(batch.returns, batch.terminated, target.float(), batch.discount, online.float())
         q = q.float().gather(1, batch.action[:, None]).squeeze(1)
         return (huber_loss(q, y, reduction="none") * batch.weight).mean()
@@ -83,11 +98,23 @@ class Distiller:
     """The ATN learns to make the victim take the critic's action, on states of the critic's and then its own play.
 
     Loss: cross-entropy of (Q_v(g(s)) - mean) / tau with argmax Q_A(s), weighted by how much the choice matters,
-    max Q_A - mean Q_A.
+    max Q_A - mean Q_A. With temporal "frame" the victim is shown, in training too, older frames as the ATN left them a
+    step before and only the newest one perturbed anew (exact for stacks of two frames).
     """
 
-    def __init__(self, atn: ATN, victim: Victim, critic: nn.Module, tau: float, own: int, loop: Loop, fabric: Fabric):
-        self.fabric, self.tau, self.own = fabric, tau, own
+    def __init__(
+        self,
+        atn: ATN,
+        victim: Victim,
+        critic: nn.Module,
+        tau: float,
+        own: int,
+        loop: Loop,
+        fabric: Fabric,
+        temporal: str = "stack",
+    ):
+        self.fabric, self.tau, self.own, self.temporal = fabric, tau, own, temporal
+        self.atn, self.victim = atn, victim
         self.q = AttackedQ(atn.to(fabric.device).to(memory_format=torch.channels_last), victim)
         self.critic = critic.to(fabric.device).requires_grad_(False).eval()
         self.modules = {"q": self.q}
@@ -99,11 +126,16 @@ class Distiller:
             return (self.critic if iteration < self.own else self.q)(x).argmax(1)
 
     def loss(self, batch: Batch) -> Tensor:
-        x = to_unit(batch.obs)
+        by_frame = self.temporal == "frame"
+        x = to_unit(batch.next_obs if by_frame else batch.obs)
         with self.fabric.autocast():
             with torch.no_grad():
                 wanted = self.critic(x)
-            q = self.q(x)
+            if by_frame:
+                older, newest = self.atn.attacked(to_unit(batch.obs))[:, 1:], self.atn.attacked(x)[:, -1:]
+                q = self.victim.q(torch.cat([older, newest], 1))
+            else:
+                q = self.q(x)
         wanted, q = wanted.float(), q.float()
         matters = (wanted.amax(1) - wanted.mean(1)) * batch.weight
         logits = (q - q.mean(1, keepdim=True)) / self.tau

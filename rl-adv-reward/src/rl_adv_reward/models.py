@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def feature_size(network: nn.Module, shape: tuple[int, int, int]) -> int:
         raise ValueError(f"observations of shape {shape} are too small for the network ({error})") from error
 
 
-def mlp(obs_shape: tuple[int, int, int], n_actions: int, background: float = 0.0, width: int = 96) -> nn.Sequential:
+def mlp(obs_shape: tuple[int, ...], n_actions: int, background: float = 0.0, width: int = 96) -> nn.Sequential:
     """Two hidden layers; the victim of MiniPong."""
     return nn.Sequential(
         Centre(background),
@@ -109,16 +110,12 @@ class Victim(nn.Module):
 
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes and values of weights and buffers."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_hash(self.module)
 
     @classmethod
     def from_cleanrl(cls, path: Path | str, obs_shape: tuple[int, int, int] = (4, 84, 84)) -> Victim:
         """A DQN saved by CleanRL's `dqn_atari` (`--save-model`): state dict with keys network.0.weight and so on."""
-        weights = _load_weights(Path(path))
+        weights = load_weights(Path(path))
         try:
             n_actions = len(weights["network.9.bias"])
             module = nature_cnn(obs_shape, n_actions)
@@ -132,6 +129,33 @@ class Victim(nn.Module):
         """A stable-baselines3 DQN, QR-DQN (values), PPO or A2C (logits); see `sb3.read_sb3` for what is refused."""
         module, scale, output = read_sb3(path)
         return cls(module, scale=scale, output=output)
+
+
+class Smoothed(nn.Module):
+    """A network's mean over noisy copies of the observation, a defence without training (after Cohen et al. 2019).
+
+    The noise is drawn once, so that the defended policy is deterministic and an attacker can take its gradient.
+    """
+
+    def __init__(self, module: nn.Module, obs_shape: tuple[int, int, int], std: float, copies: int = 8):
+        super().__init__()
+        self.module = module
+        noise = std * torch.randn(copies, *obs_shape, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("noise", noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, A)."""
+        noisy = x[:, None] + self.get_buffer("noise")
+        return self.module(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2]).mean(1)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_unit(obs: Tensor) -> Tensor:
@@ -149,7 +173,8 @@ def _cleanrl_key(name: str) -> str:
     return f"{int(number) + 1}.{kind}"
 
 
-def _load_weights(path: Path) -> dict:
+def load_weights(path: Path) -> Any:
+    """Tensors that somebody saved, read with weights_only. FileNotFoundError, or ValueError in one line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -16,8 +16,8 @@ from rl_adv_reward.rewards import AdversarialReward
 class Play:
     """Environments in NEXT_STEP mode, with what every step needs: clean observations on the device and their age."""
 
-    def __init__(self, env: str, num_envs: int, seed: int, device: torch.device):
-        self.envs = make_envs(env, num_envs)
+    def __init__(self, env: str, num_envs: int, seed: int, device: torch.device, episode_steps: int = 0):
+        self.envs = make_envs(env, num_envs, episode_steps)
         self.device = device
         self.obs = self._upload(self.envs.reset(seed=seed)[0])  # (N, C, H, W) uint8
         self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)

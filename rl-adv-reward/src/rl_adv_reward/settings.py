@@ -27,7 +27,7 @@ ATTACKS = (
 
 COUNTS = (
     "episodes", "num_envs", "batch_size", "updates",
-    "victim_iterations", "frozen_iterations", "critic_iterations", "distill_iterations",
+    "victim_iterations", "victim_longest", "frozen_iterations", "critic_iterations", "distill_iterations",
 )  # fmt: skip
 
 
@@ -59,8 +59,15 @@ class Loop:
     """steps of return before the bootstrap"""
     sync_every: int
     """iterations between copies to the target network"""
+    episode_steps: int
+    """after which an episode is cut off; 0: as usual"""
     explore: tuple[float, float, float]
     """exploration: first, last, and the share of the iterations between them"""
+
+    def longer(self, times: int) -> Loop:
+        """So many times the iterations, with the same exploration at each of the first ones."""
+        first, last, share = self.explore
+        return replace(self, iterations=times * self.iterations, explore=(first, last, share / times))
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class Settings:
     """perturbed observations are 8-bit values"""
     temporal: str = "stack"
     """what a step perturbs: the whole stack anew, or only the newest frame, earlier ones staying as they were"""
+    smoothing: Fractional = 0.0
+    """the victim's values are means over copies of what it sees with noise of this standard deviation"""
     measure: str = ""
     """goal that the evaluation counts, if not the one trained for"""
     transfer: int = 0
@@ -102,6 +111,10 @@ class Settings:
     """evaluate all attacks that learn nothing and (critic) full control too: lead, success, normalised score"""
     episodes: int = 30
     """of an evaluation"""
+    episode_steps: int = 0
+    """after which an episode is cut off, in training too; 0: as usual (300 in MiniPong, 27,000 in Atari)"""
+    pgd_steps: int = 10
+    """gradients per step of the game that PGD and MAD take"""
     eval_every: int = 1000
     """iterations between points of the attack's training curve; 0: none"""
     save_every: int = 10_000
@@ -119,13 +132,17 @@ class Settings:
     sync_every: int = 500
     """iterations between copies to the target network"""
     victim_iterations: int = 40_000
-    """at most; x num_envs steps"""
+    """x num_envs steps"""
+    victim_longest: int = 3
+    """times victim_iterations: so long a victim that fails its gate goes on training before it is given up"""
     victim_lr: float = 2.5e-4
     """learning rate of the victim"""
     victim_gamma: float = 0.99
     """discount of the victim"""
     victim_n_step: int = 3
     """steps of return of the victim"""
+    victim_hardened: Fractional = 0.0
+    """light adversarial training: the victim learns on observations under FGSM of this bound"""
     victim_explore: tuple[float, float, float] = (1.0, 0.01, 0.1)
     """exploration of the victim: first, last, share of the iterations between them"""
     victim_check_every: int = 1000
@@ -162,6 +179,8 @@ class Settings:
     """states per distillation update"""
     distill_tau: float = 0.05
     """temperature of the victim's values in the distillation"""
+    distill_temporal: str = "stack"
+    """what the ATN is trained to perturb: as `temporal`"""
     atn_width: int = 32
     """width of the ATN"""
     adam_eps: float = 1.5e-4
@@ -172,7 +191,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("victim_explore", "frozen_explore", "critic_explore"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, choices in (("attack", ATTACKS), ("learner", LEARNERS), ("temporal", TEMPORAL)):
+        choices_of = {"attack": ATTACKS, "learner": LEARNERS, "temporal": TEMPORAL, "distill_temporal": TEMPORAL}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in COUNTS:
@@ -196,11 +216,14 @@ class Settings:
     def loop(self, kind: str) -> Loop:
         """How the victim, frozen_q ("frozen") or the critic is trained."""
         own = ("iterations", "lr", "gamma", "n_step", "explore")
-        shared = ("env", "num_envs", "batch_size", "updates", "capacity", "starts", "sync_every", "adam_eps")
+        longest = self.victim_longest if kind == "victim" else 1
+        shared = (
+            "env", "num_envs", "batch_size", "updates", "capacity", "starts", "sync_every", "adam_eps", "episode_steps",
+        )  # fmt: skip
         return Loop(
             **{name: getattr(self, name) for name in shared},
             **{name: getattr(self, f"{kind}_{name}") for name in own},
-        )
+        ).longer(longest)
 
     def distill_loop(self) -> Loop:
         """How the ATN is distilled from the critic; no exploration, no target network."""
@@ -216,8 +239,8 @@ class Settings:
     def key(self, kind: str) -> dict:
         """The settings that a training ("victim", "critic" or "atn") depends on: runs that agree in them share it."""
         evaluation = {"attack", "target", "quantize", "temporal", "measure", "transfer", "compare", "episodes"}
-        evaluation |= {"timed_share", "save_every"}
-        bound = {"eps", "norm", "learner", "atn_width", "eval_every"}
+        evaluation |= {"timed_share", "save_every", "pgd_steps"}
+        bound = {"eps", "norm", "learner", "atn_width", "eval_every", "smoothing"}
         goal = {"goal", "miss_penalty", "bonus", "low", "high"}
         parts = {"victim": ("victim_",), "critic": ("victim_", "critic_")}
         parts["atn"] = ("victim_", "frozen_") if self.learner == "frozen_q" else ("victim_", "critic_", "distill_")
@@ -231,7 +254,7 @@ class Settings:
 _MINIPONG = Settings(
     env="minipong",
     eps=0.05,
-    episodes=64,
+    episodes=32,
     num_envs=64,
     batch_size=128,
     capacity=60_000,
@@ -251,13 +274,13 @@ _MINIPONG = Settings(
     frozen_gamma=0.95,
     frozen_n_step=1,
     frozen_explore=(0.3, 0.02, 0.6),
-    critic_iterations=4500,
+    critic_iterations=2000,
     critic_lr=5e-4,
     critic_gamma=0.97,
-    critic_n_step=1,
+    critic_n_step=5,
     critic_explore=(0.5, 0.05, 0.5),
-    distill_iterations=1000,
-    distill_own=300,
+    distill_iterations=600,
+    distill_own=200,
     distill_lr=1e-3,
     distill_batch=128,
     adam_eps=1e-8,
@@ -265,6 +288,7 @@ _MINIPONG = Settings(
 _SMOKE = replace(
     _MINIPONG,
     episodes=4,
+    episode_steps=100,
     num_envs=4,
     batch_size=8,
     capacity=400,
@@ -273,6 +297,7 @@ _SMOKE = replace(
     eval_every=10,
     frozen_iterations=30,
     critic_iterations=30,
+    critic_n_step=1,
     distill_iterations=30,
     distill_own=10,
 )
@@ -280,7 +305,12 @@ PRESETS = {
     "minipong": _MINIPONG,
     "smoke": _SMOKE,
     "pong-short": replace(
-        Settings(), victim_iterations=20_000, frozen_iterations=8000, critic_iterations=8000, distill_iterations=2000
+        Settings(),
+        victim_iterations=20_000,
+        frozen_iterations=8000,
+        critic_iterations=8000,
+        distill_iterations=2000,
+        save_every=1000,
     ),
     "pong": Settings(),
     "breakout": replace(Settings(), env="breakout", goal="park", learner="frozen_q", victim_iterations=80_000),

@@ -117,7 +117,7 @@ def fit(
     if saved and saved["state"]["finished"]:
         return Trained(saved["state"]["curve"], saved["state"]["iteration"])
     seed_everything(seed)
-    play = Play(loop.env, loop.num_envs, seed, fabric.device)
+    play = Play(loop.env, loop.num_envs, seed, fabric.device, loop.episode_steps)
     shape = cast(tuple[int, int, int], play.envs.single_observation_space.shape)
     replay = Replay(loop.capacity, loop.num_envs, shape, ENVIRONMENTS[loop.env].padding, fabric.device)
     state: State = {"iteration": 0, "curve": [], "count": 0, "finished": False}

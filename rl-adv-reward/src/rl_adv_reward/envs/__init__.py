@@ -25,8 +25,8 @@ if "MiniPong-v0" not in gym.registry:
 class Environment:
     """What training and evaluation must know of an environment."""
 
-    make: Callable[[int], VectorEnv]
-    """number of environments to a vector environment"""
+    make: Callable[..., VectorEnv]
+    """number of environments, and optionally the steps after which an episode is cut off, to a vector environment"""
     network: str
     """the victim's network"""
     background: float
@@ -43,20 +43,21 @@ class Environment:
         return max(self.bounds[0] - value, value - self.bounds[1], 0.0)
 
 
-def atari(game: str) -> Callable[[int], VectorEnv]:
+def atari(game: str) -> Callable[..., VectorEnv]:
     """Maker of ale-py's vector environment: 84 x 84 grey, stack of 4, skip of 4 with the maximum over the last two.
 
     Sticky actions (an action is repeated with probability 0.25, Machado et al. 2018): without them a greedy victim has
     a handful of different episodes. Up to 30 no-ops at reset, unclipped reward, NEXT_STEP.
     """
 
-    def make(num_envs: int) -> VectorEnv:
+    def make(num_envs: int, episode_steps: int = 27_000) -> VectorEnv:
         from ale_py.vector_env import AtariVectorEnv
 
         return AtariVectorEnv(
             game,
             num_envs,
             frameskip=4,
+            max_num_frames_per_episode=4 * episode_steps,
             stack_num=4,
             noop_max=30,
             repeat_action_probability=0.25,
@@ -75,11 +76,14 @@ ENVIRONMENTS = {
 }
 
 
-def make_envs(name: str, num_envs: int) -> VectorEnv:
-    """A checked vector environment. ValueError for an unknown name or what `check_envs` refuses."""
+def make_envs(name: str, num_envs: int, episode_steps: int = 0) -> VectorEnv:
+    """A checked vector environment; episodes are cut off after so many steps, 0: as many as the game usually has.
+
+    ValueError for an unknown name or what `check_envs` refuses.
+    """
     if name not in ENVIRONMENTS:
         raise ValueError(f"env must be one of {', '.join(ENVIRONMENTS)}, got {name!r}")
-    envs = ENVIRONMENTS[name].make(num_envs)
+    envs = ENVIRONMENTS[name].make(num_envs, *([episode_steps] if episode_steps else []))
     check_envs(envs)
     return envs
 

@@ -46,10 +46,10 @@ class MiniPongVec(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}
 
-    def __init__(self, num_envs: int = 1):
+    def __init__(self, num_envs: int = 1, episode_steps: int = MAX_STEPS):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.num_envs = num_envs
+        self.num_envs, self.episode_steps = num_envs, episode_steps
         self.single_observation_space, self.single_action_space = _OBSERVATION, _ACTION
         self.observation_space = batch_space(_OBSERVATION, num_envs)
         self.action_space = batch_space(_ACTION, num_envs)
@@ -94,7 +94,7 @@ class MiniPongVec(VectorEnv):
         self.misses += reward < 0
         self.steps += 1
         terminated = live & ((self.goals >= POINTS) | (self.misses >= POINTS))
-        truncated = live & ~terminated & (self.steps >= MAX_STEPS)
+        truncated = live & ~terminated & (self.steps >= self.episode_steps)
         self.over = terminated | truncated
         self.frames = np.stack([self.frames[:, 1], self._draw()], 1)
         self._restart(dummy)
