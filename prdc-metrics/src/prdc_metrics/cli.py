@@ -9,18 +9,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from logging import Logger
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from shared_utils.folders import results_folder, runs_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prdc_metrics.metrics import PRDCResult
 
 PROGRAM = "prdc-metrics"
 
@@ -123,6 +117,7 @@ class Eval:
     def __call__(self) -> None:
         from prdc_metrics.manifold import RealManifold
         from prdc_metrics.metrics import prdc
+        from prdc_metrics.scoring import explain, side
 
         device = _device(self.device)
         options: dict[str, Any] = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
@@ -130,48 +125,29 @@ class Eval:
         manifold = RealManifold.load(self.real, device) if self.real.suffix == ".manifold" else None
         if manifold and self.nearest_k:
             manifold = manifold.at(self.nearest_k)
-        fake, fake_origin = self._features(self.fake, device)
+        read = partial(
+            side,
+            embedding=self.embedding,
+            weights=self.weights,
+            seed=self.seed,
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=device,
+            cache=self.cache,
+            skip_broken=self.skip_broken,
+        )
+        fake, fake_origin = read(self.fake)
         if manifold:
             result, real_origin = manifold.score(fake.to(device), **options), {"path": str(self.real)}
         else:
-            real, real_origin = self._features(self.real, device)
+            real, real_origin = read(self.real)
             result = prdc(real.to(device), fake.to(device), self.nearest_k or (5,), **options)
         explain(result)
         text = result.to_json(real=real_origin, fake=fake_origin, sample_seed=self.seed)
         print(text)
         if self.json:
             self.json.write_text(text + "\n")
-
-    def _features(self, path: Path, device: str) -> tuple[Tensor, dict[str, Any]]:
-        """Features of one side, and what a reader must know of their origin."""
-        from prdc_metrics.data import FEATURE_SUFFIXES, load_features, load_sample_archive, subset
-        from prdc_metrics.embeddings import embedding_provenance
-        from prdc_metrics.features import extract_features
-        from shared_utils.logging import get_logger
-
-        get_logger("prdc_metrics")  # the library's own lines, such as files left out, belong to the console
-        archive = load_sample_archive(path)
-        if archive is None and path.suffix.lower() in FEATURE_SUFFIXES:
-            features = load_features(path)
-            chosen = subset(len(features), self.num_samples, self.seed)
-            if len(chosen) < len(features):
-                _log().info("%s: %d of %d rows, drawn with seed %d", path, len(chosen), len(features), self.seed)
-            return features[chosen], {"path": str(path), "rows": len(features), "embedding": "as in the file"}
-        features = extract_features(
-            path if archive is None else archive,
-            self.embedding,
-            weights=self.weights,
-            seed=self.seed,
-            num_samples=self.num_samples,
-            sample_seed=self.seed,
-            batch_size=self.batch_size,
-            num_workers=self.workers if archive is None else 0,
-            device=device,
-            cache=self.cache,
-            skip_broken=self.skip_broken,
-        )
-        embedding = embedding_provenance(self.embedding, weights=self.weights, seed=self.seed)
-        return features, {"path": str(path), "embedding": embedding}
 
 
 @dataclass
@@ -353,29 +329,6 @@ class Bench:
         from prdc_metrics.bench import run
 
         run(self.repeats, self.threads)
-
-
-def _log() -> Logger:
-    from shared_utils.logging import get_logger
-
-    return get_logger(PROGRAM)
-
-
-def explain(result: PRDCResult) -> None:
-    """Expectations beside the values, and what to be careful about, on stderr."""
-    from shared_utils.logging import get_logger
-
-    logger = get_logger(PROGRAM)
-    for k in result.ks:
-        expected = result.expected_coverage[k]
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.values[k].items())
-        logger.info("k=%d: %s (identical laws: density 1, coverage %.4f)", k, shown, expected)
-        if expected < 0.95:
-            logger.warning(
-                "k=%d expects a coverage of %.3f even for identical laws; see prdc-metrics expect", k, expected
-            )
-    if result.num_real != result.num_fake:
-        logger.warning("%d reals and %d fakes: compare only with runs of these sizes", result.num_real, result.num_fake)
 
 
 def _device(name: str) -> str:

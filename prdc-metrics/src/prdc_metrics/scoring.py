@@ -1,0 +1,81 @@
+"""What `eval` reads and says: the features of one side from any kind of file, and remarks on a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prdc_metrics.data import FEATURE_SUFFIXES, load_features, load_sample_archive, subset
+from prdc_metrics.embeddings import embedding_provenance
+from prdc_metrics.features import extract_features
+from prdc_metrics.metrics import PRDCResult
+from shared_utils.logging import get_logger
+
+logger = get_logger("prdc_metrics")
+"""the library's: its own lines, such as files left out, belong to the console"""
+
+
+def side(
+    path: Path,
+    *,
+    embedding: str,
+    weights: Path | None,
+    seed: int,
+    num_samples: int | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+    cache: Path | None,
+    skip_broken: bool,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Features (N, D) of one side, and what a reader must know of their origin.
+
+    Args:
+        path: features, an archive of samples, or a folder of images; only the last two are embedded.
+        embedding: name, as of `extract_features`; so are the other arguments.
+        weights: state dict of a pretrained embedding.
+        seed: of the subset and of a random embedding.
+        num_samples: size of the subset; None takes all.
+        batch_size: images per forward pass.
+        workers: processes that decode images.
+        device: of the embedding.
+        cache: folder for features.
+        skip_broken: go on without broken images.
+    """
+    archive = load_sample_archive(path)
+    if archive is None and path.suffix.lower() in FEATURE_SUFFIXES:
+        features = load_features(path)
+        chosen = subset(len(features), num_samples, seed)
+        if len(chosen) < len(features):
+            logger.info("%s: %d of %d rows, drawn with seed %d", path, len(chosen), len(features), seed)
+        return features[chosen], {"path": str(path), "rows": len(features), "embedding": "as in the file"}
+    features = extract_features(
+        path if archive is None else archive,
+        embedding,
+        weights=weights,
+        seed=seed,
+        num_samples=num_samples,
+        sample_seed=seed,
+        batch_size=batch_size,
+        num_workers=workers if archive is None else 0,
+        device=device,
+        cache=cache,
+        skip_broken=skip_broken,
+    )
+    return features, {"path": str(path), "embedding": embedding_provenance(embedding, weights=weights, seed=seed)}
+
+
+def explain(result: PRDCResult) -> None:
+    """Expectations beside the values, and what to be careful about, on stderr."""
+    for k in result.ks:
+        expected = result.expected_coverage[k]
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.values[k].items())
+        logger.info("k=%d: %s (identical laws: density 1, coverage %.4f)", k, shown, expected)
+        if expected < 0.95:
+            logger.warning(
+                "k=%d expects a coverage of %.3f even for identical laws; see prdc-metrics expect", k, expected
+            )
+    if result.num_real != result.num_fake:
+        logger.warning("%d reals and %d fakes: compare only with runs of these sizes", result.num_real, result.num_fake)
