@@ -1,7 +1,6 @@
 """What users do with it: the public names, real checkpoints, other scripts, fine-tuning, tiny archives."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -273,19 +272,6 @@ def test_scores_are_percentages_alike(tmp_path, monkeypatch):
     silent(model)
     outcome = experiments.score(model, TINY, Source(tmp_path).for_evaluation(TINY.evaluate, TINY))
     assert outcome.metrics["blank_share"] == 100 and json.dumps(outcome.metrics)
-
-
-def test_an_installed_package_writes_into_the_users_cache(tmp_path):
-    place = tmp_path / "lib" / "python3" / "site-packages"
-    shutil.copytree(Path(str_benchmark.__file__).parent, place / "str_benchmark")
-    code = "from str_benchmark import experiments; print(experiments.__file__, experiments.PROJECT)"
-    environment = {"HOME": str(tmp_path / "home"), "PYTHONPATH": ":".join([str(place), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [
-        str(place / "str_benchmark" / "experiments.py"),
-        str(tmp_path / "home" / ".cache" / "str-benchmark"),
-    ]
-    assert not list(place.parent.glob("runs"))
 
 
 def test_english_g2_reads_what_easyocr_reads(tmp_path):
