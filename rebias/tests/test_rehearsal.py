@@ -5,10 +5,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from rebias import cli, experiments
+from rebias import cli, experiments, figures
 from rebias.data import imagenet9, tiny
 from rebias.data.dataset import Reading
 from rebias.data.imagenet9 import CLASS_OF_WNID, image_folder, validation_set
@@ -40,6 +41,19 @@ def truncated(path):
 def test_a_table_from_run_to_figure():
     (found,) = rehearse(PROJECT, ["figure-4"])
     assert found.passed, found.problem
+
+
+@pytest.mark.parametrize("rows", [0, 2, 3])
+def test_figure_a4_has_a_panel_for_each_row_however_many(rows, tmp_path):
+    (table,) = (each for each in tables() if each.id == "figure-A4")
+    found = {
+        f"row {i}": [{"cluster_matrix": np.full((9, 9), 0.5), "cluster_counts": np.full((9, 9), 12)}]
+        for i in range(rows)
+    }
+    figure = figures.DRAW["figure-A4"](table, "paper", found)
+    titled = [panel.get_title() for panel in figure.axes if panel.axison and panel.get_title()]
+    assert len(titled) == 2 + rows
+    assert titled[2:] == [f"row {i}, ours: mean of cells 50.0 %" for i in range(rows)]
 
 
 def test_tiny_archives_are_read_whole(archives):

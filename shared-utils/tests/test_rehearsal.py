@@ -104,15 +104,16 @@ def test_counts_shrink_and_never_grow():
     raw = {
         "scale": {"paper": {"seeds": [3, 4, 5], "epochs": 300, "decay": True}, "embedded": {"epochs": 9, "seeds": [1]}},
         "row": [
-            {"name": "a", "run": {"parts": [{"epochs": 50}, {"epochs": 1}]}, "embedded": {"epochs": 7}},
+            {"name": "a", "run": {"parts": [{"epochs": 50}, {"epochs": 1}], "warmup": 30}, "embedded": {"epochs": 7}},
             {"name": "b", "runs_of": "table-9"},
             {"name": "c", "paper": {"model": "resnet50"}},
         ],
     }
-    small = shrunk(raw, {"epochs": 2, "images": 8, "model": "resnet18"}, seeds=1)
+    small = shrunk(raw, {"epochs": 2, "images": 8, "model": "resnet18"}, {"warmup": 1}, seeds=1)
     expected = {"seeds": [3], "epochs": 2, "decay": True, "images": 8, "model": "resnet18"}
     assert small["scale"] == {"paper": expected, "embedded": raw["scale"]["embedded"]}
-    assert small["row"][0] == {"name": "a", "run": {"parts": [{"epochs": 2}, {"epochs": 1}]}, "embedded": {"epochs": 7}}
+    run = {"parts": [{"epochs": 2}, {"epochs": 1}], "warmup": 1}
+    assert small["row"][0] == {"name": "a", "run": run, "embedded": {"epochs": 7}}
     assert small["row"][1:] == [raw["row"][1], {"name": "c", "paper": {"model": "resnet18"}}]
 
 

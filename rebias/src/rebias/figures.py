@@ -121,8 +121,11 @@ def _cluster_matrices(table: Table, scale: str, found: dict[str, list[dict]]) ->
         matrix = np.nanmean(np.array([each["cluster_matrix"] for each in seeds], dtype=float), axis=0)
         few = np.array(seeds[0]["cluster_counts"]) < 10
         shown.append((f"{row}, ours", np.where(few, np.nan, matrix), list(range(9))))
-    figure, axes = plt.subplots(-(-len(shown) // 2), 2, figsize=(10, 4.4 * (len(shown) // 2)), layout="constrained")
-    for panel, (name, matrix, columns) in zip(axes.flat, shown, strict=True):
+    height = -(-len(shown) // 2)
+    figure, axes = plt.subplots(height, 2, figsize=(10, 4.4 * height), layout="constrained")
+    for panel in axes.flat[len(shown) :]:
+        panel.set_axis_off()
+    for panel, (name, matrix, columns) in zip(axes.flat, shown, strict=False):
         image = panel.imshow(100 * matrix, vmin=50, vmax=100, cmap="viridis")
         for (y, x), value in np.ndenumerate(matrix):
             if np.isfinite(value):

@@ -71,7 +71,7 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
             if SCALE in raw["scale"]:
                 own = plan.get("table", {}).get(path.stem, {})
                 smaller = plan.get("counts", {}) | plan.get("networks", {}) | own
-                path.write_text(tomli_w.dumps(shrunk(raw, smaller, plan.get("seeds", 1))))
+                path.write_text(tomli_w.dumps(shrunk(raw, smaller, plan.get("rows", {}), plan.get("seeds", 1))))
         (copy / ".gitignore").write_text("runs/\n__pycache__/\n")
         author = ["-c", "user.name=rehearsal", "-c", "user.email=rehearsal@localhost"]
         for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "rehearsal"]):
@@ -90,21 +90,28 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
         return [Rehearsed(**each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
-def shrunk(raw: dict[str, Any], smaller: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """A table file with the first seeds only, and each named setting replaced at scale paper where it is larger."""
+def shrunk(raw: dict[str, Any], smaller: dict[str, Any], in_rows: dict[str, Any], seeds: int) -> dict[str, Any]:
+    """A table file with the first seeds only, and each named setting replaced at scale paper where it is larger.
 
-    def replaced(value: Any, name: str = "") -> Any:
-        if name in smaller:
-            new = smaller[name]
-            both_counts = isinstance(value, int | float) and isinstance(new, int | float)
-            return min(value, new) if both_counts and not isinstance(value, bool) else new
+    Settings of in_rows are replaced where a row names them; rows that do not have them stay without.
+    """
+
+    def replaced(value: Any, new: dict[str, Any], name: str = "") -> Any:
+        if name in new:
+            both_counts = isinstance(value, int | float) and isinstance(new[name], int | float)
+            return min(value, new[name]) if both_counts and not isinstance(value, bool) else new[name]
         if isinstance(value, dict):
-            return {key: replaced(each, key) for key, each in value.items()}
-        return [replaced(each) for each in value] if isinstance(value, list) else value
+            return {key: replaced(each, new, key) for key, each in value.items()}
+        return [replaced(each, new) for each in value] if isinstance(value, list) else value
 
-    paper = smaller | replaced(raw["scale"][SCALE])
+    paper = smaller | replaced(raw["scale"][SCALE], smaller)
     rows = [
-        row | {part: replaced(row[part]) for part in ("run", SCALE) if part in row and "runs_of" not in row}
+        row
+        | {
+            part: replaced(row[part], smaller | in_rows)
+            for part in ("run", SCALE)
+            if part in row and "runs_of" not in row
+        }
         for row in raw["row"]
     ]
     return raw | {"row": rows, "scale": raw["scale"] | {SCALE: paper | {"seeds": paper["seeds"][:seeds]}}}
