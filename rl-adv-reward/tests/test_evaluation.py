@@ -44,6 +44,13 @@ def test_counts_of_a_perfect_player():
     assert abs(found.rate() - 1000 * e["adv_return"].sum() / e["steps"].sum()) < 1e-12
 
 
+def test_balls_after_a_game_s_last_episode_do_not_count(victim):
+    found = evaluate(victim, none, make_reward("aim_top", "minipong"), "minipong", 5, 0)
+    lengths = found.episodes["steps"]
+    assert lengths.max() > lengths.min() + 30, "no game played on"
+    assert 0 < found.landings.sum() == found.episodes["crossings"].sum()
+
+
 def test_eps_0_repeats_the_trajectory_and_an_attack_does_not(victim):
     def play(attack, seed=0):
         return evaluate(victim, attack, lose, "minipong", 4, seed).trajectory
