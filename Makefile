@@ -37,7 +37,7 @@ site: setup  ## static results site in site/
 	PYTHONPATH=tools .venv/bin/python -m website.build
 
 rehearse: setup  ## every table at paper scale, end to end, on tiny archives in a temporary copy
-	set -e; for name in $(EACH); do test ! -f $$name/rehearsal.toml || $(MAKE) -C $$name rehearse; done
+	printf '%s\n' $(EACH) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(MAKE) -s -C NAME rehearse
 
 campaign: setup  ## from the top of campaign.toml, what fits into MINUTES=; the next campaign goes on
 	.venv/bin/python tools/campaign.py --minutes $(MINUTES)

@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_one_line_and_no_half_checkpoint(tmp_path, monkeypatc
         raise RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed\nframe #0")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RuntimeError, match="c.pt: the checkpoint cannot be written .*failed.; make room") as error:
+    with pytest.raises(OSError, match="c.pt: cannot be written .*failed; .* MB are free there.; make room") as error:
         train_and_evaluate(small_task(method="vanilla"), tmp_path / "c.pt")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 

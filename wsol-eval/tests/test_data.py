@@ -237,7 +237,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match=r"7\.npy: the map could not be written \(No space left"):
+    with pytest.raises(OSError, match=r"7\.npy: cannot be written \(No space left"):
         ScoreMaps(tmp_path).write(["7"], torch.rand(1, 4, 4))
     assert list(tmp_path.iterdir()) == []
 

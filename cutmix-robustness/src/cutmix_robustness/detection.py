@@ -23,6 +23,7 @@ from cutmix_robustness.networks import Classifier, resnet_imagenet
 from cutmix_robustness.networks.resnet import ImageNetResNet
 from cutmix_robustness.settings import Settings
 from cutmix_robustness.train import load_checkpoint, load_network
+from shared_utils.files import whole_file
 from shared_utils.runlog import Outcome
 from shared_utils.seeding import seed_everything
 
@@ -143,10 +144,8 @@ def fit_detector(
             step += 1
             if fabric.global_rank == 0 and (step % every == 0 or step == settings.steps):
                 content = {"run": run, "step": step, "detector": detector.state_dict()}
-                checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                temporary = checkpoint.with_name(checkpoint.name + ".tmp")
-                torch.save(content | {"optimizer": optimizer.state_dict()}, temporary)
-                os.replace(temporary, checkpoint)
+                with whole_file(checkpoint) as temporary:
+                    torch.save(content | {"optimizer": optimizer.state_dict()}, temporary)
 
 
 def _training_mode(detector: nn.Module) -> None:

@@ -19,6 +19,7 @@ from cutmix_robustness.draws import generator_for
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger, progress
 
 logger = get_logger("cutmix-robustness")
@@ -175,15 +176,12 @@ def _is_best(curve: list[dict]) -> bool:
 def _save(
     path: Path, run: dict, state: dict, model: Classifier, optimizer: torch.optim.Optimizer, fabric: Fabric
 ) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     if fabric.global_rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state, "network": model.network.state_dict()}
         scaler = _scaler(fabric)
         content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            torch.save(content, temporary)
     fabric.barrier()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +39,7 @@ from fl_linkability.train import (
     trained_state,
     unflatten,
 )
+from shared_utils.files import whole_file
 from shared_utils.folders import runs_folder
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, settings_hash
@@ -243,10 +243,8 @@ class Experiment:
 
 def save_settings(folder: Path, settings: Settings, seed: int) -> None:
     """Beside the updates, so that `attack_folder` knows what they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "settings.tmp"
-    temporary.write_text(json.dumps({"settings": asdict(settings), "seed": seed}, indent=1))
-    os.replace(temporary, folder / "settings.json")
+    with whole_file(folder / "settings.json") as temporary:
+        temporary.write_text(json.dumps({"settings": asdict(settings), "seed": seed}, indent=1))
 
 
 def load_settings(folder: Path) -> tuple[Settings, int]:

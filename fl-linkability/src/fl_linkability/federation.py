@@ -7,7 +7,6 @@ device, so that engines, ranks and resumed runs agree.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from fl_linkability.train import (
     trained_state,
     unflatten,
 )
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state
 
@@ -261,16 +261,14 @@ class Federation:
         return repr([(type(part).__name__, facts) for part, facts in zip(parts, plain, strict=True)])
 
     def _save(self, folder: Path, state: State) -> None:
-        """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
         if self.store is not None:
             content = {
                 "run": self.run, "round": self.next_round, "state": {k: v.cpu() for k, v in state.items()},
                 "updates": len(self.store), "utility": self.utility, "faults": self.faults,
                 "raw_norms": self.raw_norms, "rng": rng_state(),
             }  # fmt: skip
-            temporary = folder / "checkpoint.tmp"
-            torch.save(content, temporary)
-            os.replace(temporary, folder / "checkpoint.pt")
+            with whole_file(folder / "checkpoint.pt") as temporary:
+                torch.save(content, temporary)
         self.fabric.barrier()
 
     def resume(self, state: State) -> State:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fl_linkability.features import leave_one_out, unit
+from shared_utils.files import whole_file
 
 COLUMNS = ("round", "device", "user", "role", "n_examples")
 
@@ -47,9 +48,8 @@ class UpdateStore:
     def _check_meta(self, path: Path) -> None:
         meta, layers = path / "meta.json", {name: list(span) for name, span in self.layer_slices.items()}
         if not meta.exists():
-            temporary = meta.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"layers": layers}))
-            os.replace(temporary, meta)
+            with whole_file(meta) as temporary:
+                temporary.write_text(json.dumps({"layers": layers}))
         elif json.loads(meta.read_text())["layers"] != layers:
             raise ValueError(f"{path}: holds updates of another network; delete it or name another folder")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from shared_utils.files import whole_file
 
 if TYPE_CHECKING:
     from hib_ndigit_mnist.train import _Run
@@ -64,11 +65,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def save_file(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save` under a temporary name that is then renamed: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """`torch.save`: the file is whole or not there. OSError where it cannot be written."""
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from prdc_metrics.arithmetic import full_float32
 from prdc_metrics.data import ImageArray, ImageFiles, as_rgb, resize, subset
 from prdc_metrics.embeddings import embedding_provenance, embedding_size, load_embedding
+from shared_utils.files import whole_file
 from shared_utils.images import BrokenFile
 from shared_utils.logging import progress
 
@@ -266,17 +265,10 @@ class CacheEntry:
         return features
 
     def write(self, features: Tensor, skipped: list[str]) -> None:
-        """Store under a temporary name, then rename: other processes see the whole file or none."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            metadata = self._metadata(features) | {"skipped": json.dumps(skipped)}
+        """Other processes see the whole file or none."""
+        metadata = self._metadata(features) | {"skipped": json.dumps(skipped)}
+        with whole_file(self.path) as temporary:
             safetensors.torch.save_file({"features": features}, temporary, metadata=metadata)
-            os.replace(temporary, self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     def _metadata(self, features: Tensor) -> dict[str, str]:
         n, d = features.shape

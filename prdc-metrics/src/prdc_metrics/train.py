@@ -6,13 +6,13 @@ Fakes are decoded from psi * N(0, I); the smaller psi, the nearer to the mode: h
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from shared_utils.files import whole_file
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 
 PIXEL_SD = 0.15  # of the Gaussian likelihood; a Bernoulli one leaves most of the code unused on 8 x 8 digits
@@ -129,12 +129,9 @@ def _fabric(device: torch.device) -> Fabric:
 
 
 def _save(path: Path, run: dict, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     state = {"run": run, "epoch": epoch, "rng": rng_state()}
-    torch.save(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        torch.save(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
 
 
 def _resume(path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

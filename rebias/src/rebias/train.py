@@ -18,6 +18,7 @@ from torch import Tensor
 from rebias.data.dataset import Dataset
 from rebias.methods import Method
 from rebias.settings import Settings
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state
 
@@ -147,20 +148,12 @@ def _digest(data: Dataset) -> str:
 
 
 def _save(path: Path, run: dict, state: dict, method: Method) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     if method.fabric.global_rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state, "rng": rng_state(), "bandwidths": _bandwidths(method)}
         content["modules"] = {name: module.state_dict() for name, module in method.modules.items()}
         content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        try:
+        with whole_file(path) as temporary:
             torch.save(content, temporary)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-            temporary.unlink(missing_ok=True)
-            reason = str(error).split("\n")[0]
-            raise RuntimeError(f"{path}: the checkpoint cannot be written ({reason}); make room, then go on") from error
     method.fabric.barrier()
 
 

@@ -25,6 +25,7 @@ from rl_adv_reward.play import Play
 from rl_adv_reward.replay import Replay
 from rl_adv_reward.rewards import AdversarialReward
 from rl_adv_reward.settings import Loop
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 
@@ -187,11 +188,9 @@ def _save(path: Path, run: dict, state: State, loss: Tensor, learner: Learner, r
 
 
 def write_atomically(path: Path, content: dict) -> None:
-    """torch.save to a temporary name beside the path, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    """torch.save: the file is whole or not there. OSError where it cannot be written."""
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
 
 
 def read(path: Path) -> dict:

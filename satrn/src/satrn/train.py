@@ -27,6 +27,7 @@ from satrn.models import SATRN
 from satrn.pretrained import read_checkpoint
 from satrn.rotation import draw_angles, rotate_words
 from satrn.settings import Settings
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 
@@ -244,14 +245,11 @@ def report_point(s: Settings) -> Callable[[dict], None]:
 
 
 def _save(path: Path, run: dict, state: State, model: SATRN, optimizer: Optimizer, fabric: Fabric) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     if fabric.global_rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         content |= {"rng": rng_state(), "precision": fabric.strategy.precision.state_dict()}
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            torch.save(content, temporary)
     fabric.barrier()
 
 

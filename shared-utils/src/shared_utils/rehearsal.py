@@ -144,6 +144,9 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
     problem = call("data", "--tiny", os.environ["DATA_ROOT"])
     if problem:
         raise RuntimeError(problem)
+    root = Path(os.environ["DATA_ROOT"])
+    for path in (root, *root.rglob("*")):  # archives often lie where their user cannot write
+        path.chmod(path.stat().st_mode & ~0o222)
     known = [table for table in load_tables(copy / "tables") if SCALE in table.scales]
     chosen = [table for table in known if not orders["tables"] or table.id in orders["tables"]]
     jobs = ["--jobs", "1"] if "jobs" in cli.Run.__dataclass_fields__ else []
@@ -154,7 +157,7 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
             problems[table.id] = call("run", table.id, "--scale", SCALE, *jobs)
         seconds[table.id] = round(time.perf_counter() - begin, 1)
         told = problems.get(table.id) or "ran"
-        print(f"{table.id}: {told}, {duration(seconds[table.id])}", file=sys.stderr, flush=True)
+        print(f"{copy.name} {table.id}: {told}, {duration(seconds[table.id])}", file=sys.stderr, flush=True)
     closing = call("record")  # draws the tables as well
     drawn = set(getattr(importlib.import_module(f"{package}.figures"), "DRAW", ())) | set(orders["figures"])
     log = RunLog(copy / "results" / f"{SCALE}.jsonl")

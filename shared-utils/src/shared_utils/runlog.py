@@ -22,6 +22,7 @@ import joblib
 import pandas as pd
 import torch
 
+from shared_utils.files import not_written
 from shared_utils.logging import get_logger, progress
 from shared_utils.preflight import Need, require
 from shared_utils.tables import Run
@@ -64,7 +65,8 @@ class RunLog:
         """Add records in one locked write; returns how many.
 
         A run that is there already is left out, unless `force` is given: then the new record supersedes the old one at
-        reading. ValueError for NaN or infinite metrics.
+        reading. ValueError for NaN or infinite metrics; OSError naming the log where it cannot be written, which leaves
+        it as it was.
         """
         lines = {key_of(record): json.dumps(record, allow_nan=False).encode() + b"\n" for record in records}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +74,19 @@ class RunLog:
             fcntl.flock(file, fcntl.LOCK_EX)
             known = set() if force else self.keys()
             new = [line for key, line in lines.items() if key not in known]
-            if file.seek(0, os.SEEK_END):
+            length = file.seek(0, os.SEEK_END)
+            if length:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     new.insert(0, b"\n")  # a kill tore the last line: keep it apart
-            file.write(b"".join(new))
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                left = b"".join(new)
+                while left:
+                    left = left[os.write(file.fileno(), left) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                os.ftruncate(file.fileno(), length)
+                raise not_written(self.path, error) from error
         return len([line for line in new if line != b"\n"])
 
     def records(self) -> list[dict]:

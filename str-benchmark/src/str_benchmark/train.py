@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger, progress
 from shared_utils.seeding import restore_rng_state, rng_state
 from str_benchmark.data.mixture import TrainingData
@@ -217,20 +218,15 @@ def _save(
     fabric: Fabric,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one.
-
-    Without an optimizer it is the file of a finished training.
-    """
+    """Without an optimizer it is the file of a finished training."""
     if fabric.global_rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         content = {"run": run, "state": state | {"broken": data.broken}, "model": model.state_dict()}
         if optimizer is not None:
             scaler = _scaler(fabric)
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
             content |= {"sampler": _position(data, state), "rng": rng_state()}
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            torch.save(content, temporary)
     fabric.barrier()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from shared_utils.files import whole_file
 from wsol_eval.sweep import as_tensor
 
 if TYPE_CHECKING:
@@ -146,15 +146,8 @@ class ScoreMaps:
 
     def _save(self, image_id: str, array: np.ndarray) -> None:
         target = self.path / f"{image_id}.npy"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with open(partial, "wb") as file:
-                np.save(file, array)
-            os.replace(partial, target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(error.errno, f"{target}: the map could not be written ({error.strerror})") from error
+        with whole_file(target) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
 
     def _load(self, image_id: str) -> np.ndarray:
         """<id>.npy as `write` names it, or without the id's suffix as in the reference's README; or the same as .pt."""

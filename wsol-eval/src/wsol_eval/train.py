@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.optim import SGD
 
+from shared_utils.files import whole_file
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 from wsol_eval.data import Source, num_batches
@@ -166,16 +167,13 @@ def _loss(recipe: Recipe, model: torch.nn.Module, network: Network, images: Tens
 def _save(
     path: Path, run: dict, epoch: int, step: int, network: Network, optimizer: torch.optim.Optimizer, fabric: Fabric
 ) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
     states = [rng_state()] * fabric.world_size
     if fabric.world_size > 1:
         torch.distributed.all_gather_object(states, rng_state())
     if fabric.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         state = {"run": run, "epoch": epoch, "step": step, "rng": states}
-        torch.save(state | {"model": network.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            torch.save(state | {"model": network.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
     fabric.barrier()
 
 

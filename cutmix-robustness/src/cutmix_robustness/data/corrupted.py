@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from cutmix_robustness.corruptions import corrupt
 from cutmix_robustness.data.sources import ImageFiles, ResidentImages
 from cutmix_robustness.draws import generator_for
+from shared_utils.files import whole_file
 from shared_utils.images import BrokenFile, image_files, read_image
 from shared_utils.logging import get_logger
 
@@ -145,7 +145,5 @@ def _png_name(path: Path) -> Path:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from fl_linkability.data.lists import Item, most_active, split_devices
 from fl_linkability.data.reading import Reading, alone
 from fl_linkability.settings import Settings
 from fl_linkability.styles import apply_styles, random_styles
+from shared_utils.files import whole_file
 from shared_utils.logging import progress
 
 CLASSES, PIXELS = 62, 784
@@ -86,9 +86,8 @@ def _convert(paths: list[Path], images: Path, facts: Path) -> None:
                 file.write(np.ascontiguousarray(1 - x).tobytes())  # LEAF's paper is 1, ink is 0
                 labels.append(y)
                 names.append(np.full(len(y), name))
-    temporary = facts.with_name(f"{facts.stem}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, y=np.concatenate(labels), writer=np.concatenate(names))
-    os.replace(temporary, facts)  # last: without it the images do not count
+    with whole_file(facts) as temporary, open(temporary, "wb") as file:  # last: without it the images do not count
+        np.savez(file, y=np.concatenate(labels), writer=np.concatenate(names))
 
 
 def read_leaf(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

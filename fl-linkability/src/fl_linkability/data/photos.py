@@ -22,6 +22,7 @@ from fl_linkability.data.lists import Item, choose_users, read_flair, read_table
 from fl_linkability.data.reading import Reading, alone
 from fl_linkability.settings import Settings
 from fl_linkability.train import as_input
+from shared_utils.files import whole_file
 from shared_utils.images import BrokenFile, read_image
 from shared_utils.logging import get_logger, progress
 
@@ -139,9 +140,8 @@ class _Progress:
         self.broken: list[tuple[int, str]] = content["broken"]
 
     def save(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"done": self.done, "broken": self.broken}))
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as temporary:
+            temporary.write_text(json.dumps({"done": self.done, "broken": self.broken}))
 
 
 def _decode_rest(paths: Sequence[Path], images: np.memmap, found: _Progress, reading: Reading) -> None:
@@ -192,9 +192,8 @@ def embed(images: Tensor, pretrained: bool, cache: Path, fabric: Fabric, batch_s
                 with fabric.autocast():
                     parts.append(model.embed(x).float().cpu())
         features = torch.cat(parts)
-        temporary = path.with_suffix(".tmp")
-        torch.save(features, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            torch.save(features, temporary)
     return features
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from satrn.charset import IGNORED, Tokenizer
 from satrn.data.streams import positions, share_counts
 from satrn.settings import Settings
+from shared_utils.files import whole_file
 from shared_utils.images import BrokenFile, read_image
 from shared_utils.logging import get_logger, progress
 
@@ -183,10 +184,8 @@ class LmdbWords(Dataset):
         if self.broken.any():
             return found  # not kept: the next run has to count them as well
         try:
-            temporary = kept.with_name(f"{kept.stem}-{os.getpid()}.tmp")
-            with open(temporary, "wb") as open_file:
+            with whole_file(kept) as temporary, open(temporary, "wb") as open_file:
                 np.save(open_file, found)
-            os.replace(temporary, kept)
         except OSError:
             logger.info("%s cannot be written; its labels are read again next time", kept)
         return found

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from shared_utils.files import whole_file
 from shared_utils.images import BrokenFile
 from shared_utils.logging import get_logger
 from str_benchmark.data import images
@@ -269,11 +270,8 @@ def _cached_index(folder: Path, data: Path, total: int, rules: LabelFilter) -> t
             logger.warning("%s: unreadable index (%s), computed again", home / name, error)
     indices, report = _index(folder, total, rules)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        part = home / f"{name}.part-{os.getpid()}"
-        with open(part, "wb") as file:
+        with whole_file(home / name) as temporary, open(temporary, "wb") as file:
             np.savez(file, indices=indices, report=json.dumps(vars(report)))
-        os.replace(part, home / name)
     except OSError as error:
         logger.warning("%s: the index is not kept (%s)", folder, error)
     return indices, report

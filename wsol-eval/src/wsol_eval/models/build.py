@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared_utils.files import whole_file
 from wsol_eval.models import inception, resnet, small, vgg
 from wsol_eval.models.network import WSOLNetwork
 
@@ -103,8 +104,7 @@ def save_weights(arch: str, path: Path) -> Path:
     if arch not in PRETRAINED:
         raise ValueError(f"arch: one of {', '.join(PRETRAINED)} was expected, got {arch!r}")
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        torch.save(_downloaded(arch), partial)
-        partial.replace(path)
+        weights = _downloaded(arch)
+        with whole_file(path) as temporary:
+            torch.save(weights, temporary)
     return path
