@@ -87,6 +87,8 @@ class Eval:
     """k, or several as 3 5 10; none means 5, or all that a manifold was fitted for."""
     metrics: tuple[str, ...] = ("precision", "recall", "density", "coverage")
     """Without recall the fake-fake distances are skipped."""
+    family: bool = False
+    """Also later metrics: symmetric, probabilistic, clipped, authenticity (open or closed as their authors have it)."""
     embedding: str = "vgg16-fc2-relu"
     """Of image folders: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, inception-pool3."""
     weights: Path | None = None
@@ -115,6 +117,7 @@ class Eval:
     """Also write the JSON to this file."""
 
     def __call__(self) -> None:
+        from prdc_metrics.family import compute_family
         from prdc_metrics.manifold import RealManifold
         from prdc_metrics.metrics import prdc
         from prdc_metrics.scoring import explain, side
@@ -139,12 +142,16 @@ class Eval:
         )
         fake, fake_origin = read(self.fake)
         if manifold:
-            result, real_origin = manifold.score(fake.to(device), **options), {"path": str(self.real)}
+            real, real_origin = manifold.features, {"path": str(self.real)}
+            result = manifold.score(fake.to(device), **options)
         else:
             real, real_origin = read(self.real)
             result = prdc(real.to(device), fake.to(device), self.nearest_k or (5,), **options)
         explain(result)
-        text = result.to_json(real=real_origin, fake=fake_origin, sample_seed=self.seed)
+        origin = {"real": real_origin, "fake": fake_origin, "sample_seed": self.seed}
+        if self.family:
+            origin["family"] = {k: compute_family(real, fake, k, device=device, tile=self.tile) for k in result.ks}
+        text = result.to_json(**origin)
         print(text)
         if self.json:
             self.json.write_text(text + "\n")
