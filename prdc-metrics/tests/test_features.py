@@ -280,7 +280,7 @@ def test_what_cannot_be_told_apart_is_not_cached(folder, tmp_path, log):
 def test_named_embedding_is_built_with_its_recipe_and_only_when_needed(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr("prdc_metrics.features.load_embedding", lambda *a, **k: built.append((a, k)) or Pool())
-    images, recipe = torch.rand(2, 8, 8), dict(weights=None, seed=1, init="torchvision")
+    images, recipe = torch.rand(2, 8, 8), dict(weights=None, seed=1, init="torchvision", side=64)
     for _ in range(2):
         assert extract_features(images, "random-vgg16-64", cache=tmp_path, **recipe).shape == (2, 48)
     assert built == [(("random-vgg16-64",), recipe)]

@@ -79,8 +79,8 @@ class Eval:
     """Score generated against real samples: JSON on stdout, everything else on stderr."""
 
     real: tyro.conf.Positional[Path]
-    """Image folder, sample archive (.npz of uint8 images), features as .npy, .npz, .pt, .safetensors, .csv or .parquet,
-    or a manifold written by `fit`."""
+    """Image folder or .zip, sample archive (.npz of uint8 images), features as .npy, .npz, .pt, .safetensors, .csv or
+    .parquet, or a manifold written by `fit`."""
     fake: tyro.conf.Positional[Path]
     """As real, but no manifold."""
     nearest_k: tuple[int, ...] = ()
@@ -90,9 +90,12 @@ class Eval:
     family: bool = False
     """Also later metrics: symmetric, probabilistic, clipped, authenticity (open or closed as their authors have it)."""
     embedding: str = "vgg16-fc2-relu"
-    """Of image folders: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, inception-pool3."""
+    """Of images: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, fid-inception, inception-pool3, or
+    timm:MODEL such as timm:vit_large_patch14_dinov2.lvd142m."""
     weights: Path | None = None
     """State dict of a pretrained embedding."""
+    side: int | None = None
+    """Images are resized to side x side; none means the network's own (VGG16 224, DINOv2 518: published with 224)."""
     num_samples: int | None = None
     """Seeded subset of each side (the paper takes 10,000); none means all. A manifold is taken whole."""
     seed: int = 0
@@ -133,6 +136,7 @@ class Eval:
             embedding=self.embedding,
             weights=self.weights,
             seed=self.seed,
+            side_length=self.side,
             num_samples=self.num_samples,
             batch_size=self.batch_size,
             workers=self.workers,
@@ -159,7 +163,7 @@ class Eval:
 
 @dataclass
 class Features:
-    """Embed an image folder and write the features as .npy."""
+    """Embed an image folder or .zip and write the features as .npy."""
 
     folder: tyro.conf.Positional[Path]
     """Images."""
@@ -169,6 +173,14 @@ class Features:
     """See eval."""
     weights: Path | None = None
     """State dict of a pretrained embedding."""
+    side: int | None = None
+    """See eval."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = max(1, (os.cpu_count() or 1) - 1)
+    """Processes that decode images."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     num_samples: int | None = None
     """Seeded subset."""
     seed: int = 0
@@ -187,8 +199,12 @@ class Features:
             self.embedding,
             weights=self.weights,
             seed=self.seed,
+            side=self.side,
             num_samples=self.num_samples,
             sample_seed=self.seed,
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            device=_device(self.device),
             skip_broken=self.skip_broken,
         )
         np.save(self.output, features.numpy())
@@ -207,7 +223,7 @@ class Fit:
     """k, or several as 3 5 10."""
 
     def __call__(self) -> None:
-        from prdc_metrics.data import load_features
+        from prdc_metrics.feature_files import load_features
         from prdc_metrics.manifold import RealManifold
 
         if self.output.suffix != ".manifold":
