@@ -9,6 +9,8 @@ from PIL import Image
 from torch import nn
 
 from prdc_metrics.arithmetic import full_float32
+from prdc_metrics.data import Resize, as_rgb
+from prdc_metrics.embeddings import FrozenEmbedding, Recipe
 from prdc_metrics.features import extract_features
 from shared_utils.images import BrokenFile
 
@@ -88,6 +90,13 @@ def test_dataset_of_different_sizes_needs_a_size():
     assert extract_features(sizes, Pool()).shape == (2, 48)
     with pytest.raises(ValueError, match=r"differ in size \[\(8, 8\), \(8, 9\)\]"):
         extract_features(sizes, lambda x: x.flatten(1))
+
+
+def test_a_folder_is_resized_as_the_embedding_says(folder):
+    """Already while loading: TensorFlow's resize and bilinear are not the same."""
+    network = FrozenEmbedding(nn.Flatten(), {"name": "flat"}, Recipe(Resize((8, 8), "tensorflow")))
+    alone = [network(as_rgb(Image.open(path))[None]) for path in sorted(folder.rglob("*.png"))]
+    torch.testing.assert_close(extract_features(folder, network), torch.cat(alone))
 
 
 def test_subset_is_a_part_of_the_whole(folder):

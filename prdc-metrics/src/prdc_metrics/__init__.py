@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from prdc_metrics.features import extract_features
     from prdc_metrics.manifold import RealManifold
     from prdc_metrics.metrics import PRDCResult, compute_prdc, knn_radii, prdc
-    from prdc_metrics.resampling import subsample_intervals
+    from prdc_metrics.resampling import relabelled_intervals, subsample_intervals
     from prdc_metrics.single_samples import authenticity, nearest_reals, realism
     from prdc_metrics.streaming import PRDCMetric
 else:
@@ -30,6 +30,7 @@ else:
         "nearest_reals": "single_samples",
         "prdc": "metrics",
         "realism": "single_samples",
+        "relabelled_intervals": "resampling",
         "smallest_k": "expectation",
         "subsample_intervals": "resampling",
     }
@@ -58,6 +59,7 @@ __all__ = [
     "nearest_reals",
     "prdc",
     "realism",
+    "relabelled_intervals",
     "smallest_k",
     "subsample_intervals",
 ]

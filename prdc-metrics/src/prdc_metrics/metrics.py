@@ -198,7 +198,8 @@ def score(
     if in_real.on_sphere > TIES * int(in_real.counts[:, -1].sum()):
         warnings.warn(
             f"{in_real.on_sphere} fakes lie exactly on the sphere of a real: discrete features, or copies of reals. "
-            "Density 1 and the expected coverage hold for identical laws without ties only",
+            "Density 1 and the expected coverage hold for identical laws without ties only; relabelled_intervals gives "
+            "what identical laws have here",
             stacklevel=3,
         )
     values, counts = _values(in_real, in_fake, ks, names)
