@@ -121,6 +121,12 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, prdc_metrics, mo
     assert dry.returncode == 0 and "missing: images of mnist-dcgan, real" in dry.stdout
 
 
+def test_without_timm_its_networks_say_what_to_install(sets, prdc_metrics, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    done = prdc_metrics("eval", sets, sets, "--embedding", "timm:test_vit")
+    assert done.returncode == 1 and done.stderr.startswith("prdc-metrics: embedding 'timm:test_vit' needs timm: pip")
+
+
 def test_mistakes(sets, prdc_metrics):
     (sets / "cut.npy").write_bytes((sets / "real.npy").read_bytes()[:200])
     for words, message in (

@@ -131,25 +131,15 @@ class Eval:
         manifold = RealManifold.load(self.real, device) if self.real.suffix == ".manifold" else None
         if manifold and self.nearest_k:
             manifold = manifold.at(self.nearest_k)
-        read = partial(
-            side,
-            embedding=self.embedding,
-            weights=self.weights,
-            seed=self.seed,
-            side_length=self.side,
-            num_samples=self.num_samples,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            device=device,
-            cache=self.cache,
-            skip_broken=self.skip_broken,
-        )
-        fake, fake_origin = read(self.fake)
+        names = ("embedding", "weights", "seed", "num_samples", "batch_size", "workers", "cache", "skip_broken")
+        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        how |= {"side_length": self.side, "device": device}
+        fake, fake_origin = side(self.fake, **how)
         if manifold:
             real, real_origin = manifold.features, {"path": str(self.real)}
             result = manifold.score(fake.to(device), **options)
         else:
-            real, real_origin = read(self.real)
+            real, real_origin = side(self.real, **how)
             result = prdc(real.to(device), fake.to(device), self.nearest_k or (5,), **options)
         explain(result)
         origin = {"real": real_origin, "fake": fake_origin, "sample_seed": self.seed}
@@ -385,7 +375,7 @@ def main() -> None:
         if debug:
             raise
         wrong_input = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        known = wrong_input or isinstance(error, RuntimeError | OSError)
+        known = wrong_input or isinstance(error, RuntimeError | OSError | ModuleNotFoundError)
         print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
         sys.exit(2 if wrong_input else 1)
 

@@ -58,7 +58,7 @@ def recipe(name: str, side: int | None = None) -> Recipe:
         return Recipe(Resize(tuple(size), method), tuple(cfg.mean), tuple(cfg.std))
     if name not in EMBEDDING_DIMS:
         raise ValueError(f"embedding {name!r} is not one of {', '.join(EMBEDDING_DIMS)}, nor {TIMM}MODEL")
-    if not name.endswith(("inception", "inception-pool3")):
+    if name not in ("fid-inception", "inception-pool3"):
         return Recipe(Resize((side or 224, side or 224)))
     if side not in (None, 299):
         raise ValueError(f"{name} takes images of 299 x 299, side={side} was asked")
