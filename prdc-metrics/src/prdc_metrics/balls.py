@@ -181,7 +181,6 @@ def _look(
         opens = [(lower <= limit[:, None]) & ~sure for limit, sure in zip(up.unbind(1), sures, strict=True)]
         open_ = torch.stack(opens).any(0)
         sures = [sure & ~open_ for sure in sures]
-        counts = torch.stack([sure.sum(0) for sure in sures], 1)
-        held = torch.stack([sure.sum(1) for sure in sures], 1)
+        counts, held = (torch.stack([sure.sum(axis, dtype=torch.int32) for sure in sures], 1) for axis in (0, 1))
         centre, member = open_.nonzero(as_tuple=True)
     return _Finding(centres, members, counts, held, centre + centres.start, member + members.start)
