@@ -1,6 +1,9 @@
 """Feature files, image folders, subsets and the two small data sets."""
 
 import pickle
+import shutil
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from prdc_metrics.data import (
     ImageArray,
     ImageFiles,
+    Resize,
     as_rgb,
     dataset_record,
     load_digits,
-    load_features,
     load_mnist,
-    load_sample_archive,
-    subset,
 )
+from prdc_metrics.feature_files import load_features, load_sample_archive, subset
 from shared_utils.images import BrokenFile
 
 FEATURES = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
@@ -190,13 +193,53 @@ def test_tables_of_numbers_and_archives(tmp_path):
     images = np.zeros((5, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "samples.npz", images, np.arange(5))
     assert load_sample_archive(tmp_path / "samples.npz").shape == images.shape
+    np.savez(tmp_path / "reference.npz", images, np.arange(5), mu=np.zeros(3), sigma=np.eye(3))
+    assert load_sample_archive(tmp_path / "reference.npz").shape == images.shape
     assert load_sample_archive(tmp_path / "reps.npz") is None
+
+
+def test_parquet(tmp_path, monkeypatch):
+    """With pyarrow its numbers, without it what to install."""
+    import pandas as pd
+
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        patch.setitem(sys.modules, "fastparquet", None)
+        with pytest.raises(ValueError, match="x.parquet.*parquet needs pyarrow: pip install pyarrow"):
+            load_features(tmp_path / "x.parquet")
+    pytest.importorskip("pyarrow", reason="reads parquet")
+    pd.DataFrame(FEATURES, columns=list("abcdefg")).to_parquet(tmp_path / "x.parquet")
+    assert torch.equal(load_features(tmp_path / "x.parquet"), torch.from_numpy(FEATURES))
+
+
+def test_a_zip_is_a_folder(tmp_path):
+    """Same images, same order, read by workers; what is no image is said; a broken entry is named."""
+    for name in ["b/2.png", "b/1.JPG", "a.png", ".hidden/x.png", "dataset.json"]:
+        save(tmp_path / "set" / name, RED) if name != "dataset.json" else (tmp_path / "set" / name).write_text("{}")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "set")
+    folder, packed = ImageFiles(tmp_path / "set"), ImageFiles(tmp_path / "packed.zip")
+    assert packed.names == folder.names == ["a.png", "b/1.JPG", "b/2.png"]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(packed, folder, strict=True))
+    everything = torch.arange(3)
+    assert packed.content_digest(everything) == folder.content_digest(everything)
+    loaded = torch.cat(list(DataLoader(packed, num_workers=2)))
+    assert torch.equal(loaded, torch.stack(list(folder)))
+    whole = (tmp_path / "packed.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "packed.zip") as archive:
+        start = archive.getinfo("a.png").header_offset + 60
+    (tmp_path / "bad.zip").write_bytes(whole[:start] + b"????" + whole[start + 4 :])
+    with pytest.raises(BrokenFile, match=r"bad.zip/a.png: .*--skip-broken"):
+        ImageFiles(tmp_path / "bad.zip")[0]
+    (tmp_path / "cut.zip").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match="cut.zip: is no whole zip archive"):
+        ImageFiles(tmp_path / "cut.zip")
 
 
 def test_images_of_different_sizes_batch_when_a_size_is_given(tmp_path):
     save(tmp_path / "a.png", RED)
     save(tmp_path / "b.png", np.repeat(RED, 3, axis=0))
-    files = ImageFiles(tmp_path, size=(8, 5))
+    files = ImageFiles(tmp_path, resize=Resize((8, 5)))
     assert torch.stack([files[0], files[1]]).shape == (2, 3, 8, 5)
 
 
@@ -218,7 +261,7 @@ def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         ImageFiles(tmp_path)
     (tmp_path / "file.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"file\.png: is a file"):
+    with pytest.raises(ValueError, match=r"file\.png: is a file, an image folder or a .zip was expected"):
         ImageFiles(tmp_path / "file.png")
 
 

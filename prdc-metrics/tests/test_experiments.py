@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from prdc_metrics import prdc, toy
+from prdc_metrics import experiments, prdc, tiny, toy
 from prdc_metrics.experiments import _with_outliers, execute, tables
-from prdc_metrics.tiny import write_tiny
 
 TABLES = {table.id: table for table in tables()}
 SMOKE = [run for table in TABLES.values() if "smoke" in table.scales for run in table.runs("smoke")]
@@ -52,8 +51,6 @@ def test_outliers_join_the_fakes_from_the_sparse_end():
 
 def test_figure_6_never_shows_an_image_on_both_sides(monkeypatch):
     """Reals and fakes are different images; the share of class 0 is what the row says."""
-    from prdc_metrics import experiments
-
     monkeypatch.setattr(experiments, "_network", lambda *_: None)
     monkeypatch.setattr(experiments, "extract_features", lambda images, _: images.flatten(1))
     settings = {"experiment": "class0", "dataset": "digits", "num_real": 900, "num_fake": 80, "share": 0.1}
@@ -66,9 +63,10 @@ def test_figure_6_never_shows_an_image_on_both_sides(monkeypatch):
     experiments._labelled_features.cache_clear()
 
 
-def test_too_few_images_are_a_caveat(tmp_path):
+def test_too_few_images_are_a_caveat(tmp_path, monkeypatch):
     """Forty reals make no record of ten thousand."""
-    write_tiny(tmp_path)
+    monkeypatch.setattr(tiny, "FOLDERS", {"ffhq": ["real", "fake"]})
+    tiny.write_tiny(tmp_path)
     common = {"experiment": "folders", "dataset": "ffhq", "embedding": "random-vgg16-64", "side": 32}
     settings = [common | {"num_real": asked, "num_fake": 30, "nearest_k": 3} for asked in (10_000, 40)]
     outcomes = [execute([each], [0], tmp_path)[0] for each in settings]
@@ -103,7 +101,8 @@ def test_paper_scale_folders_run_end_to_end(tmp_path):
     assert list((tmp_path / "feature-cache").glob("*.safetensors"))
 
 
-def test_missing_samples_are_one_clear_error(tmp_path):
+def test_missing_samples_are_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_network", lambda *_: None)
     run = TABLES["table-1"].runs("paper", seeds=[20])[1]
     with pytest.raises(FileNotFoundError, match="mnist-dcgan"):
         execute([run.settings | {"side": 32, "embedding": "random-vgg16-64"}], [20], tmp_path)

@@ -9,6 +9,8 @@ from PIL import Image
 from torch import nn
 
 from prdc_metrics.arithmetic import full_float32
+from prdc_metrics.data import Resize, as_rgb
+from prdc_metrics.embeddings import FrozenEmbedding, Recipe
 from prdc_metrics.features import extract_features
 from shared_utils.images import BrokenFile
 
@@ -88,6 +90,13 @@ def test_dataset_of_different_sizes_needs_a_size():
     assert extract_features(sizes, Pool()).shape == (2, 48)
     with pytest.raises(ValueError, match=r"differ in size \[\(8, 8\), \(8, 9\)\]"):
         extract_features(sizes, lambda x: x.flatten(1))
+
+
+def test_a_folder_is_resized_as_the_embedding_says(folder):
+    """Already while loading: TensorFlow's resize and bilinear are not the same."""
+    network = FrozenEmbedding(nn.Flatten(), {"name": "flat"}, Recipe(Resize((8, 8), "tensorflow")))
+    alone = [network(as_rgb(Image.open(path))[None]) for path in sorted(folder.rglob("*.png"))]
+    torch.testing.assert_close(extract_features(folder, network), torch.cat(alone))
 
 
 def test_subset_is_a_part_of_the_whole(folder):
@@ -280,7 +289,7 @@ def test_what_cannot_be_told_apart_is_not_cached(folder, tmp_path, log):
 def test_named_embedding_is_built_with_its_recipe_and_only_when_needed(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr("prdc_metrics.features.load_embedding", lambda *a, **k: built.append((a, k)) or Pool())
-    images, recipe = torch.rand(2, 8, 8), dict(weights=None, seed=1, init="torchvision")
+    images, recipe = torch.rand(2, 8, 8), dict(weights=None, seed=1, init="torchvision", side=64)
     for _ in range(2):
         assert extract_features(images, "random-vgg16-64", cache=tmp_path, **recipe).shape == (2, 48)
     assert built == [(("random-vgg16-64",), recipe)]

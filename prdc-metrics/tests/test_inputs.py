@@ -18,6 +18,7 @@ from prdc_metrics import (
     knn_radii,
     prdc,
     realism,
+    relabelled_intervals,
     smallest_k,
     subsample_intervals,
 )
@@ -201,6 +202,26 @@ def test_subsample_intervals_do_not_repeat_points():
     table = subsample_intervals(X, X + 0.01, 3, n=8)
     assert (table.low <= table["mean"]).all() and (table["mean"] <= table.high).all()
     assert table.loc["coverage", "mean"] > 0.3  # halves drawn with replacement would have radii near 0
+
+
+def test_relabelled_intervals_know_of_ties():
+    """Bits of one law: the expectations that fresh draws have, far from the closed forms; N != M."""
+    rng = np.random.default_rng(0)
+
+    def bits(rows):
+        return (rng.random((rows, 40)) < 0.2).astype("f")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fresh = pd.DataFrame([prdc(bits(200), bits(120)).values[5] for _ in range(30)])
+        table = relabelled_intervals(bits(200), bits(120), n=30)
+    assert fresh.density.mean() < 0.8 and (table.n == 30).all()
+    error = 4 * (fresh.std() ** 2 / 30 + fresh.std() ** 2) ** 0.5  # of 30 draws, and of the one pool
+    assert ((table["mean"] - fresh.mean()).abs() < error).all() and abs(table.loc["density", "mean"] - 1) > 0.2
+    shifted = relabelled_intervals(X, X + 100, 3, n=5)  # the sets as they are give 0
+    assert shifted.loc["coverage", "mean"] > 0.5
+    with pytest.raises(ValueError, match="need n >= 2"):
+        relabelled_intervals(X, X, n=1)
 
 
 def test_smallest_k():

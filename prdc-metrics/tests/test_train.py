@@ -6,6 +6,7 @@ import torch
 import prdc_metrics.train as train
 from prdc_metrics import compute_prdc
 from prdc_metrics.data import load_digits
+from prdc_metrics.experiments import _vae
 from prdc_metrics.train import fit_vae, sample
 from shared_utils.seeding import seed_everything
 
@@ -14,15 +15,21 @@ SMALL = dict(latent=3, hidden=(16,), epochs=6, batch_size=32, seed=1, checkpoint
 
 @pytest.fixture(scope="module")
 def halves():
-    """Digits as (898, 64) for training and (899, 64) for scoring, in [0, 1]."""
+    """Twice 256 digits (256, 64) in [0, 1]."""
     images = load_digits().images.flatten(1)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    return images[:898], images[898:]
+    return images[:256], images[256:512]
 
 
 @pytest.fixture(scope="module")
-def vae(halves):
-    return fit_vae(halves[0], seed=0)
+def half_and_vae():
+    """Figure 7's reals (899, 64) and VAE, which the smoke runs of that figure have trained already."""
+    return _vae(20)
+
+
+@pytest.fixture(scope="module")
+def vae(half_and_vae):
+    return half_and_vae[1]
 
 
 def weights(model):
@@ -41,15 +48,15 @@ def test_samples_are_images_that_depend_on_seed_and_psi(vae):
     assert not vae.training
 
 
-def test_spread_of_samples_grows_with_psi(vae, halves):
+def test_spread_of_samples_grows_with_psi(vae, half_and_vae):
     spread = [sample(vae, psi, 500, seed=0).std(0).mean() for psi in (0.0, 0.3, 0.5, 0.7, 1.0)]
     assert spread[0] == 0 and all(a < b for a, b in zip(spread, spread[1:], strict=False))
-    assert spread[-1] > 0.6 * halves[0].std(0).mean()
+    assert spread[-1] > 0.6 * half_and_vae[0].std(0).mean()
 
 
-def test_truncation_trades_coverage_for_density(vae, halves):
+def test_truncation_trades_coverage_for_density(vae, half_and_vae):
     """Claim 6, from psi = 0.3 to 1: density falls, coverage rises."""
-    low, high = (compute_prdc(halves[1], sample(vae, psi, 898, seed=0), 5) for psi in (0.3, 1.0))
+    low, high = (compute_prdc(half_and_vae[0], sample(vae, psi, 898, seed=0), 5) for psi in (0.3, 1.0))
     assert low["density"] > high["density"] + 0.5
     assert low["coverage"] + 0.4 < high["coverage"]
     assert high["precision"] > 0.9

@@ -21,10 +21,10 @@ FLUSH = 2**20  # open pairs are verified when this many have gathered
 
 @dataclass(frozen=True)
 class Membership:
-    """For K radii per ball: how many balls hold each member, and which balls hold any."""
+    """For K radii per ball: how many balls hold each member, and how many members each ball holds."""
 
     counts: Tensor  # (members, K) int64
-    occupied: Tensor  # (centres, K) bool
+    held: Tensor  # (centres, K) int64
     on_sphere: int = 0  # pairs at exactly the radius, for any of the K
 
 
@@ -75,7 +75,7 @@ def ball_membership(
         ball.verify()
     verified = schedule.total(sum(ball.verified for ball in balls), real.device)
     inside = [
-        Membership(schedule.sum(b.counts), schedule.any(b.occupied), schedule.total(b.on_sphere, real.device))
+        Membership(schedule.sum(b.counts), schedule.sum(b.held), schedule.total(b.on_sphere, real.device))
         for b in balls
     ]
     return inside[0], inside[1] if len(inside) > 1 else None, verified
@@ -88,7 +88,7 @@ class _Finding:
     centres: slice
     members: slice
     counts: Tensor  # (members of the tile, K)
-    occupied: Tensor  # (centres of the tile, K)
+    held: Tensor  # (centres of the tile, K)
     open_centre: Tensor  # (P,)
     open_member: Tensor  # (P,)
 
@@ -100,14 +100,14 @@ class _Balls:
         self.centres, self.members, self.squared, self.closed = centres, members, squared_radii, closed
         ks = squared_radii.shape[1]
         self.counts = torch.zeros(len(members), ks, dtype=torch.int64, device=members.device)
-        self.occupied = torch.zeros(len(centres), ks, dtype=torch.bool, device=members.device)
+        self.held = torch.zeros(len(centres), ks, dtype=torch.int64, device=members.device)
         self.open: list[tuple[Tensor, Tensor]] = []
         self.waiting = self.verified = self.on_sphere = 0
 
     def take(self, finding: _Finding) -> None:
-        members, centres = self.counts[finding.members], self.occupied[finding.centres]
+        members, centres = self.counts[finding.members], self.held[finding.centres]
         members += finding.counts[: len(members)]  # the rest is padding
-        centres |= finding.occupied[: len(centres)]
+        centres += finding.held[: len(centres)]
         self.open.append((finding.open_centre, finding.open_member))
         self.waiting += len(finding.open_centre)
         if self.waiting > FLUSH:
@@ -118,10 +118,9 @@ class _Balls:
             centre, member = (torch.cat(parts) for parts in zip(*self.open, strict=True))
             squared = exact_squared_distances(self.centres, self.members, centre, member)[:, None]
             radii = self.squared[centre]
-            inside = squared <= radii if self.closed else squared < radii
-            self.counts.index_add_(0, member, inside.long())
-            for column in range(inside.shape[1]):
-                self.occupied[centre[inside[:, column]], column] = True
+            inside = (squared <= radii if self.closed else squared < radii).long()
+            self.counts.index_add_(0, member, inside)
+            self.held.index_add_(0, centre, inside)
             self.on_sphere += int((squared == radii).any(1).sum())
             self.verified += len(centre)
         self.open, self.waiting = [], 0
@@ -173,7 +172,7 @@ def _look(
         open_ = ((bounds[:, None] <= up[centre]) & ~sure).any(1)
         sure = (sure & ~open_[:, None]).long()
         counts = sure.new_zeros(len(member_slack), sure.shape[1]).index_add_(0, member, sure)
-        occupied = sure.new_zeros(len(centre_slack), sure.shape[1]).index_add_(0, centre, sure) > 0
+        held = sure.new_zeros(len(centre_slack), sure.shape[1]).index_add_(0, centre, sure)
         centre, member = centre[open_], member[open_]
     else:  # many: count them without listing
         lower = tile if side == 0 else tile.t()  # (R, C)
@@ -181,7 +180,7 @@ def _look(
         sures = [upper < limit[:, None] for limit in down.unbind(1)]
         opens = [(lower <= limit[:, None]) & ~sure for limit, sure in zip(up.unbind(1), sures, strict=True)]
         open_ = torch.stack(opens).any(0)
-        counts = torch.stack([(sure & ~open_).sum(0) for sure in sures], 1)
-        occupied = torch.stack([(sure & ~open_).any(1) for sure in sures], 1)
+        sures = [sure & ~open_ for sure in sures]
+        counts, held = (torch.stack([sure.sum(axis, dtype=torch.int32) for sure in sures], 1) for axis in (0, 1))
         centre, member = open_.nonzero(as_tuple=True)
-    return _Finding(centres, members, counts, occupied, centre + centres.start, member + members.start)
+    return _Finding(centres, members, counts, held, centre + centres.start, member + members.start)

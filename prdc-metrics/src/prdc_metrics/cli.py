@@ -79,18 +79,23 @@ class Eval:
     """Score generated against real samples: JSON on stdout, everything else on stderr."""
 
     real: tyro.conf.Positional[Path]
-    """Image folder, sample archive (.npz of uint8 images), features as .npy, .npz, .pt, .safetensors, .csv or .parquet,
-    or a manifold written by `fit`."""
+    """Image folder or .zip, sample archive (.npz of uint8 images), features as .npy, .npz, .pt, .safetensors, .csv or
+    .parquet, or a manifold written by `fit`."""
     fake: tyro.conf.Positional[Path]
     """As real, but no manifold."""
     nearest_k: tuple[int, ...] = ()
     """k, or several as 3 5 10; none means 5, or all that a manifold was fitted for."""
     metrics: tuple[str, ...] = ("precision", "recall", "density", "coverage")
     """Without recall the fake-fake distances are skipped."""
+    family: bool = False
+    """Also later metrics: symmetric, probabilistic, clipped, authenticity (open or closed as their authors have it)."""
     embedding: str = "vgg16-fc2-relu"
-    """Of image folders: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, inception-pool3."""
+    """Of images: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, fid-inception, inception-pool3, or
+    timm:MODEL such as timm:vit_large_patch14_dinov2.lvd142m."""
     weights: Path | None = None
     """State dict of a pretrained embedding."""
+    side: int | None = None
+    """Images are resized to side x side; none means the network's own (VGG16 224, DINOv2 518: published with 224)."""
     num_samples: int | None = None
     """Seeded subset of each side (the paper takes 10,000); none means all. A manifold is taken whole."""
     seed: int = 0
@@ -115,6 +120,7 @@ class Eval:
     """Also write the JSON to this file."""
 
     def __call__(self) -> None:
+        from prdc_metrics.family import compute_family
         from prdc_metrics.manifold import RealManifold
         from prdc_metrics.metrics import prdc
         from prdc_metrics.scoring import explain, side
@@ -125,26 +131,21 @@ class Eval:
         manifold = RealManifold.load(self.real, device) if self.real.suffix == ".manifold" else None
         if manifold and self.nearest_k:
             manifold = manifold.at(self.nearest_k)
-        read = partial(
-            side,
-            embedding=self.embedding,
-            weights=self.weights,
-            seed=self.seed,
-            num_samples=self.num_samples,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            device=device,
-            cache=self.cache,
-            skip_broken=self.skip_broken,
-        )
-        fake, fake_origin = read(self.fake)
+        names = ("embedding", "weights", "seed", "num_samples", "batch_size", "workers", "cache", "skip_broken")
+        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        how |= {"side_length": self.side, "device": device}
+        fake, fake_origin = side(self.fake, **how)
         if manifold:
-            result, real_origin = manifold.score(fake.to(device), **options), {"path": str(self.real)}
+            real, real_origin = manifold.features, {"path": str(self.real)}
+            result = manifold.score(fake.to(device), **options)
         else:
-            real, real_origin = read(self.real)
+            real, real_origin = side(self.real, **how)
             result = prdc(real.to(device), fake.to(device), self.nearest_k or (5,), **options)
         explain(result)
-        text = result.to_json(real=real_origin, fake=fake_origin, sample_seed=self.seed)
+        origin = {"real": real_origin, "fake": fake_origin, "sample_seed": self.seed}
+        if self.family:
+            origin["family"] = {k: compute_family(real, fake, k, device=device, tile=self.tile) for k in result.ks}
+        text = result.to_json(**origin)
         print(text)
         if self.json:
             self.json.write_text(text + "\n")
@@ -152,7 +153,7 @@ class Eval:
 
 @dataclass
 class Features:
-    """Embed an image folder and write the features as .npy."""
+    """Embed an image folder or .zip and write the features as .npy."""
 
     folder: tyro.conf.Positional[Path]
     """Images."""
@@ -162,6 +163,14 @@ class Features:
     """See eval."""
     weights: Path | None = None
     """State dict of a pretrained embedding."""
+    side: int | None = None
+    """See eval."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = max(1, (os.cpu_count() or 1) - 1)
+    """Processes that decode images."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     num_samples: int | None = None
     """Seeded subset."""
     seed: int = 0
@@ -180,8 +189,12 @@ class Features:
             self.embedding,
             weights=self.weights,
             seed=self.seed,
+            side=self.side,
             num_samples=self.num_samples,
             sample_seed=self.seed,
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            device=_device(self.device),
             skip_broken=self.skip_broken,
         )
         np.save(self.output, features.numpy())
@@ -200,7 +213,7 @@ class Fit:
     """k, or several as 3 5 10."""
 
     def __call__(self) -> None:
-        from prdc_metrics.data import load_features
+        from prdc_metrics.feature_files import load_features
         from prdc_metrics.manifold import RealManifold
 
         if self.output.suffix != ".manifold":
@@ -362,7 +375,7 @@ def main() -> None:
         if debug:
             raise
         wrong_input = isinstance(error, ValueError | TypeError | FileNotFoundError)
-        known = wrong_input or isinstance(error, RuntimeError | OSError)
+        known = wrong_input or isinstance(error, RuntimeError | OSError | ModuleNotFoundError)
         print(f"{PROGRAM}: {error if known else repr(error)}", file=sys.stderr)
         sys.exit(2 if wrong_input else 1)
 

@@ -1,19 +1,22 @@
-"""What may be scored: feature files, image folders, image arrays; and the experiments' two small data sets.
+"""Images to be embedded, from folders, archives and arrays; and the experiments' two small data sets.
 
-Every image becomes RGB, float32, channels first, in [0, 1]. No pickle is ever loaded.
+Every image becomes RGB, float32, channels first, in [0, 1].
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
+import os
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,106 +25,34 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from prdc_metrics.feature_files import as_tensor
+from prdc_metrics.inception import resize_as_tensorflow
 from shared_utils.images import SUFFIXES, BrokenFile, image_files, read_image
 
 logger = logging.getLogger(__name__)
 
-FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors", ".csv", ".parquet")
-NAMES = ("features", "reps")  # ours, and dgm-eval's
-
-
-# ---- features ----------------------------------------------------------------------------------------------
-
-
-def load_features(path: str | Path) -> Tensor:
-    """Read an (n, D) feature matrix, dtype as stored, on the CPU.
-
-    Args:
-        path: .npy, .pt (a tensor, loaded with weights_only), .npz or .safetensors, where of several arrays the one
-            called "features" or "reps" is taken and a single one may have any name; .csv (with a header or without) or
-            .parquet, all of whose columns are numbers.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown suffix, damaged file, pickled objects, no numeric (n, D) matrix with n, D >= 1.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such feature file")
-    if path.suffix.lower() not in FEATURE_SUFFIXES:
-        raise ValueError(f"{path}: a feature file ends in one of {', '.join(FEATURE_SUFFIXES)}")
-    try:
-        features = _as_tensor(_only_array(_parse_features(path)))
-    except Exception as error:  # four parsers, each with its own exceptions for a damaged file
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read as features ({type(error).__name__}: {reason})") from error
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"{path}: features are (n, D) with n, D >= 1, this is {tuple(features.shape)}")
-    return features
-
-
-def _parse_features(path: Path) -> object:
-    suffix = path.suffix.lower()
-    if suffix == ".pt":
-        return torch.load(path, map_location="cpu", weights_only=True)
-    if suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    if suffix in (".csv", ".parquet"):
-        return _parse_frame(path)
-    loaded = np.load(path, allow_pickle=False)
-    if not isinstance(loaded, np.lib.npyio.NpzFile):
-        return loaded
-    with loaded:  # members are read when asked for
-        return _only_array(loaded)
-
-
-def _parse_frame(path: Path) -> np.ndarray:
-    import pandas as pd
-
-    if path.suffix.lower() == ".parquet":
-        frame = pd.read_parquet(path)
-    else:
-        first = pd.read_csv(path, header=None, nrows=1)
-        headless = all(pd.api.types.is_numeric_dtype(kind) for kind in first.dtypes)
-        frame = pd.read_csv(path, header=None if headless else "infer")
-    words = frame.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]
-    if len(words):
-        raise ValueError(f"column {words[0]!r} holds no numbers; leave it out")
-    return frame.to_numpy()
-
-
-def _only_array(loaded: object) -> object:
-    if not isinstance(loaded, Mapping):
-        return loaded
-    for name in NAMES:
-        if name in loaded:
-            return loaded[name]
-    if {"mu", "sigma"} <= set(loaded):
-        raise ValueError("holds the mean and covariance that FID needs; these metrics need the samples themselves")
-    if len(loaded) != 1:
-        raise ValueError(f"holds {sorted(loaded) or 'nothing'}, expected 'features', 'reps' or a single array")
-    return next(iter(loaded.values()))
-
-
-def _as_tensor(array: object) -> Tensor:
-    """A tensor or array of real numbers as a tensor on the CPU, dtype kept."""
-    if not isinstance(array, Tensor | np.ndarray):
-        raise ValueError(f"expected a tensor or an array, found {type(array).__name__}")
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind not in "iuf":
-            raise ValueError(f"expected real numbers, found {array.dtype}")
-        array = torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
-    if array.dtype == torch.bool or array.is_complex():
-        raise ValueError(f"expected real numbers, found {array.dtype}")
-    return array.detach().cpu()
-
-
 # ---- images ------------------------------------------------------------------------------------------------
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., 3, h, w) -> (..., 3, H, W) with `size` = (H, W): bilinear, antialias, aspect ratio not kept."""
-    return F.resize(images, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+@dataclass(frozen=True)
+class Resize:
+    """(..., 3, h, w) floating in [0, 1] -> (..., 3, H, W) in [0, 1]; the aspect ratio is not kept."""
+
+    size: tuple[int, int]
+    """(H, W)"""
+    method: str = "bilinear"
+    """bilinear or bicubic, both with antialias, or tensorflow: as FID's graph resizes"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] == self.size:
+            return images
+        if self.method == "tensorflow":
+            return resize_as_tensorflow(images, self.size)
+        return F.resize(images, list(self.size), InterpolationMode(self.method), antialias=True).clamp(0, 1)
+
+    def __str__(self) -> str:
+        how = "bilinear as TensorFlow 1" if self.method == "tensorflow" else f"{self.method} antialias"
+        return f"{self.size[0]}x{self.size[1]} {how}"
 
 
 def as_rgb(image: Image.Image | Tensor | np.ndarray) -> Tensor:
@@ -138,7 +69,7 @@ def as_rgb(image: Image.Image | Tensor | np.ndarray) -> Tensor:
         ValueError: another shape or dtype, or floats outside [0, 1].
     """
     if not isinstance(image, Image.Image):
-        return _rgb_stack(_as_tensor(image)[None])[0]
+        return _rgb_stack(as_tensor(image)[None])[0]
     if image.mode.startswith("I"):  # 16-bit PNG: "I;16" or, in older Pillow, "I"
         grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
         return grey.clamp(0, 1).expand(3, -1, -1)
@@ -169,29 +100,35 @@ def _rgb_stack(images: Tensor) -> Tensor:
 
 
 class ImageFiles(Dataset):
-    """The images of a folder and its subfolders, sorted by relative POSIX path: (3, H, W) float32 in [0, 1].
+    """The images of a folder or zip archive, sorted by relative POSIX path: (3, H, W) float32 in [0, 1].
 
     What counts as an image, and how it becomes 8-bit RGB, is `shared_utils.images`' to say; files that are left out are
     counted in the log.
 
     Args:
-        folder: searched through links; hidden files and folders are passed over.
-        size: (H, W) to resize to while loading, so that images of different sizes batch; None keeps the size.
+        folder: searched through links, or a .zip; hidden files and folders are passed over.
+        resize: what to do while loading, so that images of different sizes batch; None keeps the size.
         skip_broken: an unreadable image comes back as the BrokenFile that names it instead of being raised,
             so that a loader's main process can count, log and leave it out.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a file instead of a folder, a folder without images.
+        ValueError: another file instead of a folder, a damaged archive, no images.
         BrokenFile: on access: an unreadable image.
     """
 
-    def __init__(self, folder: str | Path, *, size: tuple[int, int] | None = None, skip_broken: bool = False):
-        self.folder, self.size, self.skip_broken = Path(folder), size, skip_broken
-        if self.folder.is_file():
-            raise ValueError(f"{self.folder}: is a file, an image folder was expected")
-        files, left_out = image_files(self.folder)
-        self.names = sorted(path.relative_to(self.folder).as_posix() for path in files)
+    def __init__(self, folder: str | Path, *, resize: Resize | None = None, skip_broken: bool = False):
+        self.folder, self.resize, self.skip_broken = Path(folder), resize, skip_broken
+        self.zipped = self.folder.is_file() and self.folder.suffix.lower() == ".zip"
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        if self.folder.is_file() and not self.zipped:
+            raise ValueError(f"{self.folder}: is a file, an image folder or a .zip was expected")
+        if self.zipped:
+            names, left_out = _sorted_out(self._archive().namelist())
+        else:
+            files, left_out = image_files(self.folder)
+            names = [path.relative_to(self.folder).as_posix() for path in files]
+        self.names = sorted(names)
         if left_out:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
             logger.info("%s: %d images; left out: %s", self.folder, len(self.names), counts)
@@ -203,35 +140,55 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | BrokenFile:
         try:
-            rgb = as_rgb(read_image(self.folder / self.names[index]))
+            path = self.folder / self.names[index]
+            rgb = as_rgb(read_image(io.BytesIO(self._content(index)) if self.zipped else path, name=str(path)))
         except BrokenFile as error:
             if self.skip_broken:
                 return error
             raise
-        return rgb if self.size is None else resize(rgb, self.size)
+        return rgb if self.resize is None else self.resize(rgb)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": None}
+
+    def _archive(self) -> zipfile.ZipFile:
+        """Opened once per process: forked workers share a file's position."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = os.getpid(), zipfile.ZipFile(self.folder)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{self.folder}: is no whole zip archive ({error}); copy it again") from None
+        return self._opened[1]
+
+    def _content(self, index: int) -> bytes:
+        name = self.names[index]
+        if not self.zipped:
+            return (self.folder / name).read_bytes()
+        try:
+            return self._archive().read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise BrokenFile(f"{self.folder / name}: {error}; replace the file, or pass --skip-broken") from None
 
     def content_digest(self, indices: Tensor) -> str:
         """sha256 over the names and bytes of the files at `indices`: the content half of a cache key."""
         digest = hashlib.sha256()
         for index in indices.tolist():
-            content = (self.folder / self.names[index]).read_bytes()
-            digest.update(self.names[index].encode() + b"\0" + hashlib.sha256(content).digest())
+            content = hashlib.sha256(self._content(index)).digest()
+            digest.update(self.names[index].encode() + b"\0" + content)
         return digest.hexdigest()
 
 
-def load_sample_archive(path: str | Path) -> np.ndarray | None:
-    """Images (n, H, W, 3) uint8 of a sample archive as guided-diffusion writes them; None for any other file.
-
-    There the images are the first array of an .npz, named arr_0, and labels may follow.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
-        return None
-    with np.load(path, allow_pickle=False) as loaded:
-        if "arr_0" not in loaded or set(loaded) & set(NAMES):
-            return None
-        images = loaded["arr_0"]
-    return images if images.ndim == 4 and images.dtype == np.uint8 else None
+def _sorted_out(names: list[str]) -> tuple[list[str], Counter[str]]:
+    """Of an archive's entries the images, and how many others there are of each kind."""
+    images, left_out = [], Counter[str]()
+    for path in map(PurePosixPath, (name for name in names if not name.endswith("/"))):
+        if any(part.startswith((".", "__MACOSX")) for part in path.parts):
+            left_out["hidden"] += 1
+        elif path.suffix.lower() in SUFFIXES:
+            images.append(str(path))
+        else:
+            left_out[path.suffix.lower() or "no suffix"] += 1
+    return images, left_out
 
 
 class ImageArray(Dataset):
@@ -245,7 +202,7 @@ class ImageArray(Dataset):
     """
 
     def __init__(self, images: Tensor | np.ndarray):
-        self.images = _as_tensor(images)
+        self.images = as_tensor(images)
         bounded = self.images.dtype == torch.uint8  # no range to check: one image shows all that can be wrong
         _rgb_stack(self.images[:1] if bounded else self.images)
 
@@ -261,25 +218,6 @@ class ImageArray(Dataset):
         digest = hashlib.sha256(f"{tuple(chosen.shape)} {chosen.dtype}".encode())
         digest.update(chosen.view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def subset(n_items: int, num_samples: int | None, seed: int) -> Tensor:
-    """Ascending int64 indices of min(n_items, num_samples) different items, the same for the same seed.
-
-    Args:
-        n_items: size of the set.
-        num_samples: how many to keep; None, or at least n_items, keeps all.
-        seed: of the draw without replacement.
-
-    Raises:
-        ValueError: num_samples < 1.
-    """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-    if num_samples is None or num_samples >= n_items:
-        return torch.arange(n_items)
-    chosen = torch.randperm(n_items, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    return chosen.sort().values
 
 
 # ---- data sets of the experiments --------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from prdc_metrics.arithmetic import full_float32
-from prdc_metrics.data import ImageArray, ImageFiles, as_rgb, resize, subset
-from prdc_metrics.embeddings import embedding_provenance, embedding_size, load_embedding
+from prdc_metrics.data import ImageArray, ImageFiles, Resize, as_rgb
+from prdc_metrics.embeddings import FrozenEmbedding, embedding_provenance, load_embedding, recipe
+from prdc_metrics.feature_files import subset
 from shared_utils.files import whole_file
 from shared_utils.images import BrokenFile
 from shared_utils.logging import progress
@@ -49,6 +50,7 @@ def extract_features(
     weights: str | Path | None = None,
     seed: int = 0,
     init: Literal["orthogonal", "torchvision"] = "orthogonal",
+    side: int | None = None,
     num_samples: int | None = None,
     sample_seed: int = 0,
     batch_size: int = 64,
@@ -61,14 +63,14 @@ def extract_features(
     """Embed images (the paper's experiments on images; the embedding is part of every result).
 
     Args:
-        source: an image folder; images (n, H, W), (n, 1, H, W), (n, 3, H, W) or uint8 (n, H, W, 3), uint8 or
+        source: an image folder or .zip; images (n, H, W), (n, 1, H, W), (n, 3, H, W) or uint8 (n, H, W, 3), uint8 or
             floating in [0, 1]; or a map-style Dataset of such images, PIL images, or (image, label).
-        embedding: a key of `embeddings.EMBEDDING_DIMS`, or a callable (B, 3, H, W) float32 in [0, 1]
-            -> (B, D); an nn.Module is moved to `device`. Its `.size` (H, W), if any, is what images of
-            different sizes are resized to.
+        embedding: a name as in `load_embedding`, or a callable (B, 3, H, W) float32 in [0, 1] -> (B, D); an nn.Module
+            is moved to `device`. Its `.size` (H, W), if any, is what images of different sizes are resized to.
         weights: of a named pretrained embedding, see `load_embedding`.
         seed: of a named random embedding.
         init: of a named random embedding.
+        side: of the images that a named embedding sees, see `load_embedding`.
         num_samples: keep a random subset of this many images; None, or more than there are, keeps all.
         sample_seed: of that subset.
         batch_size: images per forward pass.
@@ -90,31 +92,30 @@ def extract_features(
     """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision {precision!r} is neither 'float32' nor 'bf16'")
-    size: tuple[int, int] | None
     provenance: dict | None
     if isinstance(embedding, str):
-        size = embedding_size(embedding)
-        provenance = embedding_provenance(embedding, weights=weights, seed=seed, init=init)
+        resize: Resize | None = recipe(embedding, side).resize
+        provenance = embedding_provenance(embedding, weights=weights, seed=seed, init=init, side=side)
     else:
-        size, provenance = getattr(embedding, "size", None), getattr(embedding, "provenance", None)
-    images = _open_images(source, size)
+        resize, provenance = _resize_of(embedding), getattr(embedding, "provenance", None)
+    images = _open_images(source, resize)
     indices = subset(len(images), num_samples, sample_seed)
     if len(indices) < len(images):
         logger.info("%d of %d images, drawn with seed %d", len(indices), len(images), sample_seed)
     entry = None
     if cache is not None and _can_cache(images, provenance):
-        settings = dict(embedding=provenance, size=size, precision=precision, skip_broken=skip_broken)
+        settings = dict(embedding=provenance, resize=str(resize), precision=precision, skip_broken=skip_broken)
         entry = CacheEntry(Path(cache), settings, images.content_digest(indices))
         if (features := entry.read()) is not None:
             return features
     device = _choose_device(embedding, device)
     if isinstance(embedding, str):
-        embedding = load_embedding(embedding, weights=weights, seed=seed, init=init)
+        embedding = load_embedding(embedding, weights=weights, seed=seed, init=init, side=side)
     loader = DataLoader(
         Subset(images, indices.tolist()),
         batch_size,
         num_workers=num_workers,
-        collate_fn=Collate(size),
+        collate_fn=Collate(resize),
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
@@ -192,24 +193,31 @@ class DatasetImages(Dataset):
 class Collate:
     """Items of a batch -> ((B, 3, H, W) or None, the errors among them); resizes only where sizes differ."""
 
-    def __init__(self, size: tuple[int, int] | None):
-        self.size = size
+    def __init__(self, resize: Resize | None):
+        self.resize = resize
 
     def __call__(self, items: list[Tensor | BrokenFile]) -> tuple[Tensor | None, list[BrokenFile]]:
         """Images (3, h, w) or what was raised for them; see the class."""
         errors = [item for item in items if isinstance(item, BrokenFile)]
         images = [item for item in items if isinstance(item, Tensor)]
         if len({image.shape for image in images}) > 1:
-            if self.size is None:
+            if self.resize is None:
                 sizes = sorted({tuple(image.shape[1:]) for image in images})
                 raise ValueError(f"images differ in size {sizes[:2]} and the embedding has no .size (H, W)")
-            images = [resize(image, self.size) for image in images]
+            images = [self.resize(image) for image in images]
         return (torch.stack(images) if images else None), errors
 
 
-def _open_images(source: Source, size: tuple[int, int] | None) -> ImageFiles | ImageArray | DatasetImages:
+def _resize_of(embedding: Embedding) -> Resize | None:
+    if isinstance(embedding, FrozenEmbedding):
+        return embedding.resize
+    size = getattr(embedding, "size", None)
+    return None if size is None else Resize(tuple(size))
+
+
+def _open_images(source: Source, resize: Resize | None) -> ImageFiles | ImageArray | DatasetImages:
     if isinstance(source, str | Path):
-        return ImageFiles(source, size=size, skip_broken=True)  # errors come back as items; `_embed` decides
+        return ImageFiles(source, resize=resize, skip_broken=True)  # errors come back as items; `_embed` decides
     if isinstance(source, Tensor | np.ndarray):
         return ImageArray(source)
     if isinstance(source, MapStyle):

@@ -198,7 +198,8 @@ def score(
     if in_real.on_sphere > TIES * int(in_real.counts[:, -1].sum()):
         warnings.warn(
             f"{in_real.on_sphere} fakes lie exactly on the sphere of a real: discrete features, or copies of reals. "
-            "Density 1 and the expected coverage hold for identical laws without ties only",
+            "Density 1 and the expected coverage hold for identical laws without ties only; relabelled_intervals gives "
+            "what identical laws have here",
             stacklevel=3,
         )
     values, counts = _values(in_real, in_fake, ks, names)
@@ -208,7 +209,7 @@ def score(
             "real_radii": real_squared.sqrt(),
             "fake_counts": in_real.counts,
             "precision_mask": in_real.counts > 0,
-            "coverage_mask": in_real.occupied,
+            "coverage_mask": in_real.held > 0,
         }
         if in_fake is not None and fake_squared is not None:
             per_sample |= {"fake_radii": fake_squared.sqrt(), "recall_mask": in_fake.counts > 0}
@@ -231,14 +232,14 @@ def score(
 def _values(
     in_real: Membership, in_fake: Membership | None, ks: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, int]]]:
-    num_real, num_fake = len(in_real.occupied), len(in_real.counts)
+    num_real, num_fake = len(in_real.held), len(in_real.counts)
     values, counts = {}, {}
     for column, k in enumerate(ks):
         counts[k] = {
             "precision": int((in_real.counts[:, column] > 0).sum()),
             "recall": 0 if in_fake is None else int((in_fake.counts[:, column] > 0).sum()),
             "density": int(in_real.counts[:, column].sum()),
-            "coverage": int(in_real.occupied[:, column].sum()),
+            "coverage": int((in_real.held[:, column] > 0).sum()),
         }
         size = {"precision": num_fake, "recall": num_real, "density": k * num_fake, "coverage": num_real}
         counts[k] = {name: counts[k][name] for name in names}

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prdc_metrics.data import FEATURE_SUFFIXES, load_features, load_sample_archive, subset
-from prdc_metrics.embeddings import embedding_provenance
-from prdc_metrics.features import extract_features
+from prdc_metrics.feature_files import FEATURE_SUFFIXES, load_features, load_sample_archive, subset
 from prdc_metrics.metrics import PRDCResult
 from shared_utils.logging import get_logger
 
@@ -23,6 +21,7 @@ def side(
     embedding: str,
     weights: Path | None,
     seed: int,
+    side_length: int | None,
     num_samples: int | None,
     batch_size: int,
     workers: int,
@@ -33,10 +32,11 @@ def side(
     """Features (N, D) of one side, and what a reader must know of their origin.
 
     Args:
-        path: features, an archive of samples, or a folder of images; only the last two are embedded.
+        path: features, an archive of samples, a folder or .zip of images; only features are not embedded.
         embedding: name, as of `extract_features`; so are the other arguments.
         weights: state dict of a pretrained embedding.
         seed: of the subset and of a random embedding.
+        side_length: of the images that the embedding sees; None takes its own.
         num_samples: size of the subset; None takes all.
         batch_size: images per forward pass.
         workers: processes that decode images.
@@ -51,11 +51,15 @@ def side(
         if len(chosen) < len(features):
             logger.info("%s: %d of %d rows, drawn with seed %d", path, len(chosen), len(features), seed)
         return features[chosen], {"path": str(path), "rows": len(features), "embedding": "as in the file"}
+    from prdc_metrics.embeddings import embedding_provenance  # torchvision takes seconds; features need none of it
+    from prdc_metrics.features import extract_features
+
     features = extract_features(
         path if archive is None else archive,
         embedding,
         weights=weights,
         seed=seed,
+        side=side_length,
         num_samples=num_samples,
         sample_seed=seed,
         batch_size=batch_size,
@@ -64,7 +68,8 @@ def side(
         cache=cache,
         skip_broken=skip_broken,
     )
-    return features, {"path": str(path), "embedding": embedding_provenance(embedding, weights=weights, seed=seed)}
+    provenance = embedding_provenance(embedding, weights=weights, seed=seed, side=side_length)
+    return features, {"path": str(path), "embedding": provenance}
 
 
 def explain(result: PRDCResult) -> None:
