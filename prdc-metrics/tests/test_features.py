@@ -273,7 +273,7 @@ def test_failed_write_leaves_nothing(folder, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prdc_metrics.features.os.replace", interrupted)
+    monkeypatch.setattr("shared_utils.files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached(folder, tmp_path)
     assert not list((tmp_path / "cache").iterdir())
