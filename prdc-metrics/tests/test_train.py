@@ -1,5 +1,7 @@
 """The VAE of the truncation experiment: it learns, it resumes exactly, and truncation does what the paper says."""
 
+import os
+
 import pytest
 import torch
 
@@ -77,7 +79,7 @@ def test_seed_decides_whatever_the_global_state_was(halves):
 @pytest.mark.parametrize("save", [1, 2])
 def test_killed_training_ends_bit_equal(halves, tmp_path, monkeypatch, killed_at, save):
     straight = weights(fit_vae(halves[0], **SMALL))
-    rename, saves = train.os.replace, []
+    rename, saves = os.replace, []
 
     def dying(source, target):
         saves.append(target)
@@ -87,10 +89,10 @@ def test_killed_training_ends_bit_equal(halves, tmp_path, monkeypatch, killed_at
             raise KeyboardInterrupt  # nothing of the run survives but the files
 
     path = tmp_path / "runs" / "vae.pt"
-    monkeypatch.setattr(train.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         fit_vae(halves[0], checkpoint=path, **SMALL)
-    monkeypatch.setattr(train.os, "replace", rename)
+    monkeypatch.setattr(os, "replace", rename)
     seed_everything(123)
     epochs = []
     monkeypatch.setattr(train, "_save", lambda path, run, epoch, *_: epochs.append(epoch))
