@@ -132,8 +132,9 @@ class BackboneTraining:
     """torchvision:NAME or timm:NAME"""
     image_size: int = 224
     """pixels, square"""
-    method: Literal["mog", "point", "pfe", "mc-dropout"] = "mog"
-    """mog (hedged), point (same loss, no variance), or a rival: pfe (arXiv 1904.09658), mc-dropout (1506.02142)"""
+    method: Literal["mog", "point", "pfe", "mc-dropout", "mc-infonce"] = "mog"
+    """mog (hedged), point (same loss, no variance), or a rival: pfe (arXiv 1904.09658), mc-dropout (1506.02142),
+    mc-infonce (2302.02865)"""
     dim: int = 64
     """D, dimension of the embedding"""
     components: int = 1
@@ -141,7 +142,7 @@ class BackboneTraining:
     beta: float = 1e-4
     """weight of the KL term (mog)"""
     samples: int = 8
-    """K, samples per image (mog), passes (mc-dropout)"""
+    """K, samples per image (mog, mc-infonce), passes (mc-dropout)"""
     dropout: float = 0.2
     """share of features that are dropped (mc-dropout)"""
     augment: Literal["none", "crop", "crop-flip"] = "crop"
