@@ -2,6 +2,7 @@
 
 import json
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -182,6 +183,26 @@ def test_mistakes_and_broken_files(folders, model, tmp_path, monkeypatch, capsys
     assert code == 0 and "skipped: " in caplog.text and "6 images of 2 classes" in caplog.text
     code, out, _ = hib(monkeypatch, capsys, "eval", tmp_path / "m.pt", tmp_path / "set", "--skip-broken", *ON_CPU)
     assert code == 0 and json.loads(out)["skipped"] == 1 and json.loads(out)["images"] == 6
+
+
+def test_figures_that_are_not_defined_are_null(folders, model, tmp_path, monkeypatch, capsys):
+    for label, name in enumerate(("0000", "0001", "0002")):
+        (tmp_path / str(label)).mkdir()
+        image = next((folders / "test" / f"digit {label}").glob("*.png"))
+        for twin in range(2):  # twins: every nearest neighbour is right
+            (tmp_path / str(label) / f"{name}-{twin}.png").write_bytes(image.read_bytes())
+    code, out, _ = hib(monkeypatch, capsys, "eval", model, tmp_path, *ON_CPU)
+    scores = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert code == 0 and scores["r1"] == 1 and scores["r_auroc"] is None and out.count('"images": 6,') == 1
+
+
+def test_weights_that_cannot_be_fetched_are_told(monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models.get_model", offline)
+    with pytest.raises(RuntimeError, match=r"weights of torchvision:resnet18 could not .*no route.*--no-pretrained"):
+        build_backbone("torchvision:resnet18", True)
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:mobilenet_v3_small", "timm:test_vit"])

@@ -32,6 +32,7 @@ class HedgedModel(nn.Module):
 
     Raises:
         ValueError: no such backbone, one without a feature vector, or of timm where that is not installed.
+        RuntimeError: its weights cannot be fetched.
     """
 
     mean: Tensor
@@ -116,6 +117,11 @@ def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, A
             return network, IMAGENET
     except ModuleNotFoundError as error:
         raise ValueError("backbone: timm is not installed: pip install timm") from error
+    except OSError as error:  # a subclass of ValueError too, where the hub raises it
+        raise RuntimeError(
+            f"backbone: the weights of {name} could not be fetched ({str(error).splitlines()[0]}); connect, or start "
+            "at random: --no-pretrained, pretrained=False"
+        ) from error
     except (ValueError, RuntimeError) as error:
         if "Unknown model" in str(error):
             raise ValueError(f"backbone: {library} has no model {model!r}") from error

@@ -60,6 +60,7 @@ def train_on(
 
     Raises:
         ValueError: labels without partners, several processes, a checkpoint of another run.
+        RuntimeError: the backbone's weights cannot be fetched.
         BrokenFile: an image that cannot be read.
         KeyboardInterrupt: after the state was saved, if there is a checkpoint file.
     """
@@ -114,7 +115,7 @@ def train_on(
                 save(step + 1)
                 raise KeyboardInterrupt
     if start < settings.steps:
-        logger.info("loss %.4f after %d steps", float(out.loss), settings.steps)
+        logger.info("loss %.4f after %d steps", float(out.loss.detach()), settings.steps)
     return model.cpu().eval()
 
 
@@ -162,7 +163,7 @@ def score(
     A point embedding is equally uncertain of every image: it is scored by R@1 alone.
     """
     right = recall_at_1(embedding.mean(), labels)
-    found = {"r1": float(right.double().mean()), "images": float(len(labels))}
+    found = {"r1": float(right.double().mean()), "images": len(labels)}
     if embedding.is_point:
         return found
     uncertainty = model.uncertainty(embedding)

@@ -179,7 +179,7 @@ def evaluate_on_images(
     read = [_readable(each, skip_broken, reading["workers"]) for each in sets]
     embedding, *far = (embed_images(model, each, **reading) for each in read)
     skipped = sum(map(len, sets)) - sum(map(len, read))
-    return score(model, embedding, read[0].labels, *far) | {"skipped": float(skipped)}
+    return score(model, embedding, read[0].labels, *far) | {"skipped": skipped}
 
 
 def _readable(images: ImageFiles, skip_broken: bool, workers: int) -> ImageFiles:
