@@ -18,8 +18,8 @@ from hib_ndigit_mnist import (
     average_precision,
     binned_correlation,
     build_ndigit_indices,
+    count_partners,
     expected_calibration_error,
-    has_partner,
     knn_accuracy,
     knn_predict,
     read_mnist,
@@ -230,10 +230,20 @@ def test_a_query_without_partner_is_no_error():
     perfect = (labels[:, None] == labels).double() * 0.9 + 0.05
     assert knn_accuracy(perfect, labels, labels, 1, own=torch.arange(5)) == 1
     assert knn_accuracy(perfect, labels, labels, 1) == 1
-    assert has_partner(labels, labels, torch.arange(5)).tolist() == [True] * 4 + [False]
-    assert has_partner(torch.tensor([2, 3]), labels).tolist() == [True, False]
+    assert count_partners(labels, labels, torch.arange(5)).tolist() == [1, 1, 1, 1, 0]
+    assert count_partners(torch.tensor([2, 3]), labels).tolist() == [1, 0]
     with pytest.raises(ValueError, match="no query has"):
         knn_accuracy(torch.ones(1, 5), torch.tensor([7]), labels, 1)
+
+
+def test_small_classes_are_not_outvoted_in_a_perfect_embedding():
+    labels = torch.tensor([0] * 2 + [1] * 20)
+    perfect = (labels[:, None] == labels).double() * 0.9 + 0.05
+    assert knn_accuracy(perfect, labels, labels, 5, own=torch.arange(22)) == 1
+    assert knn_predict(perfect[:1], labels, 5, own=torch.tensor([0])) == 1  # without labels of the queries they are
+    perfect[2, 0] = perfect[2, 1] = perfect[2, 3] = 0.99  # two of three wrong, but three of five right
+    assert knn_accuracy(perfect[2:3], labels[2:3], labels, 5, own=torch.tensor([2])) == 1
+    assert knn_accuracy(perfect[2:3], labels[2:3], labels, 3, own=torch.tensor([2])) == 0
 
 
 def test_scores_that_are_nan_are_refused():

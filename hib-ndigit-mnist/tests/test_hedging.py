@@ -54,11 +54,11 @@ def test_quadrature_and_closed_form_agree(seed, a, b):
     for tolerance in (1e-2, 1e-4):
         closed = expansion_of_sigmoid(mean.T, variance.T, a, b, tolerance)
         assert closed is not None and (closed - exact).abs().max() < tolerance
-    grid = (torch.arange(-8, 8, 0.02, dtype=torch.float64) + 0.01)[:, None, None]
+    grid = (torch.arange(-6, 6, 0.04, dtype=torch.float64) + 0.02)[:, None, None]
     x, y = (mean[:, d] + variance[:, d].sqrt() * grid.transpose(0, d)[..., 0, None] for d in (0, 1))
-    weight = torch.exp(-(grid.square() + grid.transpose(0, 1).square()) / 2) * 0.02**2 / (2 * math.pi)
+    weight = torch.exp(-(grid.square() + grid.transpose(0, 1).square()) / 2) * 0.04**2 / (2 * math.pi)
     slow = (torch.sigmoid(b - a * torch.hypot(x, y)) * weight).sum((0, 1))
-    torch.testing.assert_close(exact, slow, atol=2e-4, rtol=0)  # the plain grid does not see the cone's tip
+    torch.testing.assert_close(exact, slow, atol=5e-4, rtol=0)  # the plain grid does not see the cone's tip
 
 
 def test_points_are_exact_at_any_steepness():

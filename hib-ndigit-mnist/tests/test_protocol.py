@@ -53,6 +53,14 @@ def test_the_gallery_is_of_the_condition_that_is_said():
     assert found == {"knn_clean": 1.0, "knn_corrupt": 0.5, "knn_corrupt_same": 0.0}
 
 
+def test_a_small_class_is_asked_for_as_many_neighbours_as_it_has():
+    labels = torch.tensor([0] * 2 + [1] * 9)
+    where = torch.stack([labels * 10.0, torch.arange(11.0) / 100], 1)
+    found = evaluation(where, where, labels)
+    found.k = 5
+    assert found.identification() == {"knn_clean": 1.0, "knn_corrupt": 1.0, "knn_corrupt_same": 1.0}
+
+
 def test_pairs_are_scored_within_a_condition():
     pairs = torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([True, False])
     clean, moved = (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 from hib_ndigit_mnist import (
     BackboneTraining,
@@ -12,11 +12,16 @@ from hib_ndigit_mnist import (
     GaussianMixtureEmbedding,
     HedgedModel,
     MatchProbability,
+    MCInfoNCEHead,
+    MCInfoNCELoss,
     PFEHead,
     PFELoss,
     harmonic_mean_sigma,
+    infonce_of_samples,
+    inverse_concentration,
     mismatch_of_passes,
     mutual_likelihood_score,
+    von_mises_fisher_samples,
 )
 from hib_ndigit_mnist.finetune import score
 
@@ -81,7 +86,66 @@ def test_mismatch_of_passes_is_the_mean_over_different_ones():
         assert found == pytest.approx(sum(1 / (1 + math.exp(3 - 2 * gap)) for gap in gaps) / 6, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["pfe", "mc-dropout", "point"])
+@pytest.mark.parametrize(("dim", "kappa"), [(2, 30.0), (3, 10.0), (64, 20.0), (64, 5e4)])
+def test_directions_scatter_as_von_mises_and_fisher_say(dim, kappa):
+    torch.manual_seed(0)
+    mean = torch.nn.functional.normalize(draw(1, 2, dim), dim=1)
+    kappas = torch.tensor([kappa, 1.0], dtype=torch.float64, requires_grad=True)
+    z = von_mises_fisher_samples(mean, kappas, 4000)
+    torch.testing.assert_close(z.norm(dim=2), torch.ones(4000, 2, dtype=torch.float64))
+    along = (z * mean).sum(2)
+    theirs = stats.vonmises_fisher(mean[0].numpy(), kappa).rvs(4000, random_state=0) @ mean[0].numpy()
+    assert stats.ks_2samp(along[:, 0].detach().numpy(), theirs).pvalue > 0.001
+    cosine = special.ive(dim / 2, kappa) / special.ive(dim / 2 - 1, kappa)
+    slope, other = torch.autograd.grad(along[:, 0].mean(), kappas)[0].tolist()
+    assert slope == pytest.approx(1 - cosine**2 - (dim - 1) / kappa * cosine, rel=0.15) and other == 0
+    aside = (z - along[..., None] * mean).detach()
+    assert (aside.mean(0).abs() < 5 * aside.std(0) / 4000**0.5 + 1e-12).all()  # no side is preferred
+
+
+def test_mcinfonce_is_the_mean_softmax_of_partners_among_others():
+    labels, scale = torch.tensor([0, 1, 0, 2, 0, 1]), 3.0
+    z = torch.nn.functional.normalize(draw(0, 4, 6, 3), dim=2)
+    terms = []
+    for i, j in ((i, j) for i in range(6) for j in range(6) if i != j and labels[i] == labels[j]):
+        right = []
+        for k in range(4):
+            others = sum(math.exp(scale * float(z[k, i] @ z[k, m])) for m in range(6) if labels[m] != labels[i])
+            own = math.exp(scale * float(z[k, i] @ z[k, j]))
+            right.append(own / (own + others))
+        terms.append(-math.log(sum(right) / 4))
+    assert len(terms) == 8
+    assert float(infonce_of_samples(z, labels, scale)) == pytest.approx(sum(terms) / 8)
+
+
+def test_mcinfonce_finds_the_images_whose_partners_scatter():
+    """Partners of classes 0 .. 3 lie together, those of 4 .. 7 anywhere: these end with the larger 1 / kappa."""
+    torch.manual_seed(0)
+    labels, loss = torch.arange(64) % 8, MCInfoNCELoss(8)
+    centre = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)[labels]
+    scatter = torch.where(labels < 4, 0.1, 2.0)[:, None]
+    mu = torch.nn.functional.normalize(centre + scatter * torch.randn(64, 4), dim=1)[:, None]
+    logvar = torch.full((64, 1, 1), -2.0, requires_grad=True)
+    optimizer = torch.optim.Adam([logvar], lr=0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        out = loss(GaussianMixtureEmbedding(mu, logvar.expand(64, 1, 4)), labels)
+        out.loss.backward()
+        optimizer.step()
+    assert loss.log_scale.grad != 0 and float(out.scale.detach()) == pytest.approx(20.0)
+    unsure = logvar.detach().flatten().exp()
+    assert unsure[labels >= 4].median() > 3 * unsure[labels < 4].median()
+    head, features = MCInfoNCEHead(5, 64), torch.randn(3, 5, requires_grad=True)
+    e = head(features)
+    assert float(inverse_concentration(e).mean().detach()) == pytest.approx(1 / 320, rel=1.0)
+    torch.testing.assert_close(e.mu.norm(dim=2), torch.ones(3, 1))
+    (by_kappa,) = torch.autograd.grad(inverse_concentration(e).sum(), features)
+    assert (by_kappa.abs().sum(1) > 0).all()
+    with pytest.raises(ValueError, match="dim: >= 2 was expected"):
+        MCInfoNCEHead(5, 1)
+
+
+@pytest.mark.parametrize("method", ["pfe", "mc-dropout", "mc-infonce", "point"])
 def test_rivals_are_scored_as_hedged_embeddings_are(method):
     torch.manual_seed(0)
     model = HedgedModel(BackboneTraining("timm:test_resnet", 32, method, dim=2, samples=4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from hib_ndigit_mnist.evaluate import PAIR_TOLERANCE
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.losses import VIBPairLoss
 from hib_ndigit_mnist.mc_dropout import DropoutHead, mismatch_of_passes
+from hib_ndigit_mnist.mc_infonce import MCInfoNCEHead, MCInfoNCELoss, inverse_concentration
 from hib_ndigit_mnist.models import HedgedHead
 from hib_ndigit_mnist.pfe import PFEHead, PFELoss, harmonic_mean_sigma
 from hib_ndigit_mnist.settings import BackboneTraining
@@ -31,6 +32,7 @@ class HedgedModel(nn.Module):
 
     Raises:
         ValueError: no such backbone, one without a feature vector, or of timm where that is not installed.
+        RuntimeError: its weights cannot be fetched.
     """
 
     mean: Tensor
@@ -46,20 +48,23 @@ class HedgedModel(nn.Module):
             features = self.backbone.eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
         if features.ndim != 2:
             raise ValueError(f"backbone: {settings.backbone} gives {tuple(features.shape)}, not one vector per image")
-        width, point = features.shape[1], settings.method == "point"
-        self.head: nn.Module
-        if settings.method == "mc-dropout":
-            self.head = DropoutHead(width, settings.dim, settings.dropout, settings.samples)
-        else:
-            head = PFEHead if settings.method == "pfe" else HedgedHead
-            self.head = head(width, settings.dim, settings.components, point)
-        loss = PFELoss if settings.method == "pfe" else VIBPairLoss
-        self.loss = loss(settings.beta, settings.samples)
+        self.head, self.loss = self._head_and_loss(features.shape[1])
+
+    def _head_and_loss(self, features: int) -> tuple[nn.Module, nn.Module]:
+        s = self.settings
+        if s.method == "pfe":
+            return PFEHead(features, s.dim), PFELoss(s.beta, s.samples)
+        if s.method == "mc-infonce":
+            return MCInfoNCEHead(features, s.dim), MCInfoNCELoss(s.samples)
+        loss = VIBPairLoss(s.beta, s.samples)
+        if s.method == "mc-dropout":
+            return DropoutHead(features, s.dim, s.dropout, s.samples), loss
+        return HedgedHead(features, s.dim, s.components, s.method == "point"), loss
 
     @property
     def match(self) -> MatchProbability:
-        """What holds a and b."""
-        return self.loss.match
+        """What holds a and b; AttributeError for mc-infonce, which has none."""
+        return cast(MatchProbability, self.loss.match)
 
     def forward(self, x: Tensor) -> GaussianMixtureEmbedding:
         """RGB images (B, 3, H, W) floating in [0, 1] -> the embedding (B, C, D), float32."""
@@ -71,6 +76,8 @@ class HedgedModel(nn.Module):
             return harmonic_mean_sigma(embedding)
         if self.settings.method == "mc-dropout":
             return mismatch_of_passes(embedding, self.match)
+        if self.settings.method == "mc-infonce":
+            return inverse_concentration(embedding)
         return self.match.self_mismatch(embedding, method="quadrature", tolerance=PAIR_TOLERANCE)
 
     def save(self, path: Path) -> None:
@@ -110,6 +117,11 @@ def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, A
             return network, IMAGENET
     except ModuleNotFoundError as error:
         raise ValueError("backbone: timm is not installed: pip install timm") from error
+    except OSError as error:  # a subclass of ValueError too, where the hub raises it
+        raise RuntimeError(
+            f"backbone: the weights of {name} could not be fetched ({str(error).splitlines()[0]}); connect, or start "
+            "at random: --no-pretrained, pretrained=False"
+        ) from error
     except (ValueError, RuntimeError) as error:
         if "Unknown model" in str(error):
             raise ValueError(f"backbone: {library} has no model {model!r}") from error

@@ -70,6 +70,12 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
+def check_output(path: Path) -> None:
+    """ValueError where a file of this name cannot be written: told before the work, not after it."""
+    if path.is_dir():
+        raise ValueError(f"{path}: a file to write was expected, this is a folder")
+
+
 def load_file(path: Path) -> dict[str, Any]:
     """`torch.load` with weights_only; ValueError naming the file where that fails."""
     if not path.is_file():

@@ -136,7 +136,10 @@ class TrainImages(BackboneTraining):
 
 @dataclass
 class Eval:
-    """Evaluate a model: JSON on stdout. On clean and corrupted test digits; a model of your own images, on SOURCE."""
+    """Evaluate a model: JSON on stdout, null for what is not defined (R-AUROC where all are right, say).
+
+    On clean and corrupted test digits; a model of your own images, on SOURCE.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """Model written by train."""
@@ -177,13 +180,13 @@ class Eval:
         if self.source:
             reading = {"workers": self.workers, "device": self.device, "precision": self.precision}
             found = evaluate_on_images(self.checkpoint, self.source, self.outside, self.skip_broken, reading)
-            print(json.dumps(found))
-            return
-        pairs = self.pairs if self.pairs == "all" else int(self.pairs)
-        sizes = {"images": self.images, "pairs": pairs, "queries": self.queries}
-        options = {"estimator": self.estimator, "samples": self.samples}
-        where = self.data_root, self.device
-        print(json.dumps(evaluate_file(self.checkpoint, self.split, self.conditions, *where, sizes, options)))
+        else:
+            pairs = self.pairs if self.pairs == "all" else int(self.pairs)
+            sizes = {"images": self.images, "pairs": pairs, "queries": self.queries}
+            options = {"estimator": self.estimator, "samples": self.samples}
+            where = self.data_root, self.device
+            found = evaluate_file(self.checkpoint, self.split, self.conditions, *where, sizes, options)
+        print(json.dumps({name: None if value != value else value for name, value in found.items()}))
 
 
 @dataclass

@@ -24,8 +24,8 @@ from hib_ndigit_mnist.metrics import (
     accuracy_rejection_area,
     average_precision,
     binned_correlation,
+    count_partners,
     expected_calibration_error,
-    has_partner,
     knn_predict,
     ood_auroc,
     r_auroc,
@@ -121,7 +121,7 @@ class Evaluation:
     def queries(self) -> Tensor:
         """(Q',) the queries that have a partner: images of their class beside themselves."""
         labels, queries = self.test.labels, self.test.queries
-        return queries[has_partner(labels[queries], labels, queries)]
+        return queries[count_partners(labels[queries], labels, queries) > 0]
 
     @cached_property
     def embeddings(self) -> dict[str, GaussianMixtureEmbedding]:
@@ -160,7 +160,9 @@ class Evaluation:
             right = []
             for part in queries.split(500):
                 scores = self.match.pairwise(self.embeddings[condition][part], self.embeddings[gallery], **options)
-                votes = [knn_predict(scores, labels, k, own=part) == labels[part] for k in (self.k, 1)]
+                partners = count_partners(labels[part], labels, part)
+                each_k = partners.clamp(max=self.k), 1  # as in `knn_accuracy`
+                votes = [knn_predict(scores, labels, k, own=part) == labels[part] for k in each_k]
                 right.append(torch.stack(votes).cpu())
             most, nearest = torch.cat(right, 1)
             result[name] = most, nearest

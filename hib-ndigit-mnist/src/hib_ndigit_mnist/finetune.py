@@ -5,7 +5,7 @@ A step is a pure function of the weights, the seed and its number, so that a run
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from hib_ndigit_mnist.backbones import HedgedModel
 from hib_ndigit_mnist.checkpoint import deferred_interrupt, load_file, save_file
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.metrics import accuracy_rejection_area, ood_auroc, r_auroc, recall_at_1
-from hib_ndigit_mnist.photos import Drawn, SeededBatches, evaluation_transform, step_seed, training_transform
+from hib_ndigit_mnist.photos import (
+    Drawn,
+    SeededBatches,
+    check_dataset_labels,
+    evaluation_transform,
+    read_item,
+    step_seed,
+    training_transform,
+)
 from hib_ndigit_mnist.settings import BackboneTraining
 from hib_ndigit_mnist.train import learning_rate, make_fabric
 from shared_utils.logging import get_logger, progress
@@ -30,7 +38,7 @@ EMBED_BATCH = 64
 
 def train_on(
     data: Dataset,
-    labels: Tensor,
+    labels: Tensor | Sequence[int],
     settings: BackboneTraining,
     seed: int = 0,
     *,
@@ -44,7 +52,8 @@ def train_on(
     """Train backbone and head together on any data set; the same call gives the same model, interrupted or not.
 
     Args:
-        data: map-style; data[i] is (image, label), the image a Pillow one or a tensor (C, H, W), uint8 or in [0, 1].
+        data: map-style; data[i] is (image, label), the image a Pillow one, a tensor (C, H, W) or an array (H, W, C),
+            uint8 or in [0, 1].
         labels: (n,) integers, the label of every image; each class needs two images.
         settings: backbone, head, loss and schedule.
         seed: of the head's weights and of all random numbers.
@@ -59,10 +68,13 @@ def train_on(
         The model in eval mode on the CPU.
 
     Raises:
-        ValueError: labels without partners, several processes, a checkpoint of another run.
+        ValueError: labels without partners or that are not the data's, an image of another shape or range, several
+            processes, a checkpoint of another run.
+        RuntimeError: the backbone's weights cannot be fetched, the loss is no longer finite.
         BrokenFile: an image that cannot be read.
         KeyboardInterrupt: after the state was saved, if there is a checkpoint file.
     """
+    labels = check_dataset_labels(labels, data)
     fabric = make_fabric(device, precision)
     if fabric.world_size > 1:
         raise ValueError(f"one process was expected, got {fabric.world_size}")
@@ -90,7 +102,7 @@ def train_on(
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_file(checkpoint, {"identity": identity, "step": step} | states)
 
-    images = Drawn(data, training_transform(settings.image_size, settings.augment))
+    images = Drawn(data, labels, training_transform(settings.image_size, settings.augment))
     batches = SeededBatches(labels, settings.batch, seed, start, settings.steps)
     loader = fabric.setup_dataloaders(DataLoader(images, batch_sampler=batches, num_workers=workers))
     model.train()
@@ -108,14 +120,20 @@ def train_on(
             fabric.backward(out.loss)
             optimizer.step()
             bar.update(task, completed=step + 1)
-            if (step + 1) % checkpoint_every == 0:
+            if (step + 1) % checkpoint_every == 0 or interrupted():
+                _check_finite(out.loss, step + 1)
                 save(step + 1)
             if interrupted():
-                save(step + 1)
                 raise KeyboardInterrupt
     if start < settings.steps:
-        logger.info("loss %.4f after %d steps", float(out.loss), settings.steps)
+        _check_finite(out.loss, settings.steps)
+        logger.info("loss %.4f after %d steps", float(out.loss.detach()), settings.steps)
     return model.cpu().eval()
+
+
+def _check_finite(loss: Tensor, step: int) -> None:
+    if not loss.isfinite():
+        raise RuntimeError(f"the loss is {float(loss.detach())} after {step} steps; a smaller lr may help")
 
 
 class _Plain(Dataset):
@@ -126,7 +144,7 @@ class _Plain(Dataset):
         return len(self.data)  # type: ignore[arg-type]  # map-style
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self.data[index][0])
+        return self.transform(read_item(self.data, index)[0])
 
 
 @torch.no_grad()
@@ -162,7 +180,7 @@ def score(
     A point embedding is equally uncertain of every image: it is scored by R@1 alone.
     """
     right = recall_at_1(embedding.mean(), labels)
-    found = {"r1": float(right.double().mean()), "images": float(len(labels))}
+    found = {"r1": float(right.double().mean()), "images": len(labels)}
     if embedding.is_point:
         return found
     uncertainty = model.uncertainty(embedding)

@@ -28,7 +28,7 @@ def average_precision(match: Tensor, scores: Tensor) -> float:
     return float(average_precision_score(match.cpu().numpy(), scores.cpu().numpy()))
 
 
-def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Tensor | None = None) -> Tensor:
+def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int | Tensor = 5, own: Tensor | None = None) -> Tensor:
     """Majority vote of the k gallery images that match a query best.
 
     Neighbour ties go to the lower gallery index; vote ties to the larger summed match probability, then to the smaller
@@ -37,7 +37,7 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Ten
     Args:
         match_prob: (Q, G).
         gallery_labels: (G,) integers.
-        k: neighbours.
+        k: neighbours; a number, or one per query (Q,).
         own: (Q,) gallery index of each query's own image, which is left out.
 
     Returns:
@@ -48,24 +48,26 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int = 5, own: Ten
     """
     _check_finite("match_prob", match_prob)
     available = match_prob.shape[1] - (own is not None)
-    if not 1 <= k <= available:
-        raise ValueError(f"k: 1 to {available} gallery images were expected, got {k}")
+    k = torch.as_tensor(k, device=match_prob.device).expand(len(match_prob))
+    least, most = int(k.min()), int(k.max())
+    if least < 1 or most > available:
+        raise ValueError(f"k: 1 to {available} gallery images were expected, got {least if least < 1 else most}")
     if own is not None:
         match_prob = match_prob.scatter(1, own[:, None], -1.0)
     scores, neighbours = match_prob.sort(dim=1, descending=True, stable=True)
-    scores, neighbours = scores[:, :k], neighbours[:, :k]
+    scores, neighbours = scores[:, :most], neighbours[:, :most]
+    counted = (torch.arange(most, device=k.device) < k[:, None]).double()  # (Q, most)
     classes, which = gallery_labels.unique(return_inverse=True)
     votes = torch.zeros(len(scores), len(classes), dtype=torch.float64, device=scores.device)
-    support = votes.scatter_add(1, which[neighbours], scores.double())
-    votes = votes.scatter_add(1, which[neighbours], torch.ones_like(scores, dtype=torch.float64))
+    support = votes.scatter_add(1, which[neighbours], scores.double() * counted)
+    votes = votes.scatter_add(1, which[neighbours], counted)
     support[votes < votes.amax(1, keepdim=True)] = -1
     return classes[support.argmax(1)]  # argmax takes the first: the smaller class
 
 
-def has_partner(query_labels: Tensor, gallery_labels: Tensor, own: Tensor | None = None) -> Tensor:
-    """(Q,) bool: whether the gallery holds another image of the query's class, without which no vote can be right."""
-    images = (query_labels[:, None] == gallery_labels).sum(1)
-    return images > (0 if own is None else 1)
+def count_partners(query_labels: Tensor, gallery_labels: Tensor, own: Tensor | None = None) -> Tensor:
+    """(Q,) how many other images of the query's class the gallery holds; without one no vote can be right."""
+    return (query_labels[:, None] == gallery_labels).sum(1) - (0 if own is None else 1)
 
 
 def knn_accuracy(
@@ -73,15 +75,17 @@ def knn_accuracy(
 ) -> float:
     """Share of queries whose vote is right, of those that have a partner in the gallery; arguments as in `knn_predict`.
 
-    A class with fewer than k / 2 partners can be outvoted even by a perfect embedding: take a smaller k there.
+    A query with fewer than k partners is put to the vote of as many neighbours as it has partners, as in R-precision:
+    so a perfect embedding scores 1, however small its classes.
 
     Raises:
         ValueError: no query has a partner, or as in `knn_predict`.
     """
-    asked = has_partner(query_labels, gallery_labels, own)
+    partners = count_partners(query_labels, gallery_labels, own)
+    asked = partners > 0
     if not asked.any():
         raise ValueError("query_labels: no query has an image of its class in the gallery")
-    right = knn_predict(match_prob, gallery_labels, k, own) == query_labels
+    right = knn_predict(match_prob, gallery_labels, partners.clamp(1, k), own) == query_labels
     return float(right[asked].double().mean())
 
 

@@ -153,7 +153,9 @@ def check_labels(labels: Tensor, batch: int) -> None:
     classes, counts = labels.unique(return_counts=True)
     shown = ", ".join(f"{label}: {count}" for label, count in zip(classes.tolist(), counts.tolist(), strict=True))
     if batch < 2 or counts.max() < 2:
-        raise ValueError(f"labels: no matching pair in the batch; images per class {{{shown}}}")
+        raise ValueError(
+            f"labels: no matching pair in the batch, images per class {{{shown}}}; TwoStreamSampler draws pairs"
+        )
     if len(classes) < 2:
         raise ValueError(f"labels: no non-matching pair in the batch; images per class {{{shown}}}")
 

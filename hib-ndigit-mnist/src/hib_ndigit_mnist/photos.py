@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -121,34 +122,77 @@ class _Check(Dataset):
 # ---- batches ----
 
 
+def read_item(data: Dataset, index: int) -> tuple[Tensor, Any]:
+    """data[index] as an image (1 or 3, H, W), uint8 or floating in [0, 1], and its label.
+
+    Raises:
+        ValueError: no (image, label), other channels, values outside [0, 1].
+        TypeError: neither a Pillow image nor a tensor nor an array.
+    """
+    item = data[index]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        found = f"{type(item).__name__} of {len(item)}" if hasattr(item, "__len__") else type(item).__name__
+        raise ValueError(f"data[{index}]: (image, label) was expected, got {found}")
+    image = v2.functional.to_image(item[0].convert("RGB") if isinstance(item[0], Image.Image) else item[0])
+    if image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"data[{index}]: 1 or 3 channels were expected, as a tensor (C, H, W) or an array (H, W, C), got the shape "
+            f"{tuple(item[0].shape)}"
+        )
+    if image.is_floating_point() and not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"data[{index}]: values in [0, 1] or uint8 were expected, got {float(image.min()):.3g} to "
+            f"{float(image.max()):.3g}; the model normalises them itself"
+        )
+    return image, item[1]
+
+
 _TO_UNIT = (v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
 
 
-def evaluation_transform(size: int) -> Callable[[Any], Tensor]:
-    """A Pillow image or tensor -> RGB (3, size, size) in [0, 1]: shorter side, middle square."""
-    return v2.Compose([v2.ToImage(), v2.RGB(), v2.Resize(size, antialias=True), v2.CenterCrop(size), *_TO_UNIT])
+def evaluation_transform(size: int) -> Callable[[Tensor], Tensor]:
+    """An image (1 or 3, H, W) -> RGB (3, size, size) in [0, 1]: shorter side, middle square."""
+    return v2.Compose([v2.RGB(), v2.Resize(size, antialias=True), v2.CenterCrop(size), *_TO_UNIT])
 
 
-def training_transform(size: int, augment: str) -> Callable[[Any], Tensor]:
+def training_transform(size: int, augment: str) -> Callable[[Tensor], Tensor]:
     """The same with a random crop of at least half the area, or with a random mirror as well."""
     if augment == "none":
         return evaluation_transform(size)
     mirror = [v2.RandomHorizontalFlip()] if augment == "crop-flip" else []
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
-    return v2.Compose([v2.ToImage(), v2.RGB(), crop, *mirror, *_TO_UNIT])
+    return v2.Compose([v2.RGB(), crop, *mirror, *_TO_UNIT])
 
 
 class Drawn(Dataset):
-    """Images by (index, seed): what chance does to an image depends on the seed alone, not on workers or restarts."""
+    """Images by (index, seed): what chance does to an image depends on the seed alone, not on workers or restarts.
 
-    def __init__(self, data: Dataset, transform: Callable[[Any], Tensor]):
-        self.data, self.transform = data, transform
+    ValueError where an image's label is not the one in `labels` (n,), by which the batches are made.
+    """
+
+    def __init__(self, data: Dataset, labels: Tensor, transform: Callable[[Tensor], Tensor]):
+        self.data, self.labels, self.transform = data, labels, transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        image, label = self.data[key[0]]
+        image, label = read_item(self.data, key[0])
+        if label != self.labels[key[0]]:
+            raise ValueError(f"data[{key[0]}]: the label {int(self.labels[key[0]])} was expected, got {label}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key[1])
             return self.transform(image), int(label)
+
+
+def check_dataset_labels(labels: Any, data: Dataset) -> Tensor:
+    """Labels as a tensor (n,) of integers, one per image of `data`; ValueError for anything else."""
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"labels: integers were expected ({error})") from error
+    count = len(data)  # type: ignore[arg-type]  # map-style
+    if labels.shape != (count,) or labels.is_floating_point():
+        found = f"{tuple(labels.shape)} {labels.dtype}"
+        raise ValueError(f"labels: ({count},) integers, one per image, were expected, got {found}")
+    return labels
 
 
 class SeededBatches:

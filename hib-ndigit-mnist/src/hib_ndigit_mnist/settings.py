@@ -73,6 +73,7 @@ class Training:
             raise ValueError(
                 f"even batch >= 4, steps >= 1, pairs >= 1 were expected, got {self.batch}, {self.steps}, {self.pairs}"
             )
+        _check_rates(self)
         if not 0 <= self.occlusion_p <= 1:
             raise ValueError(f"occlusion_p: in [0, 1] was expected, got {self.occlusion_p}")
 
@@ -132,8 +133,9 @@ class BackboneTraining:
     """torchvision:NAME or timm:NAME"""
     image_size: int = 224
     """pixels, square"""
-    method: Literal["mog", "point", "pfe", "mc-dropout"] = "mog"
-    """mog (hedged), point (same loss, no variance), or a rival: pfe (arXiv 1904.09658), mc-dropout (1506.02142)"""
+    method: Literal["mog", "point", "pfe", "mc-dropout", "mc-infonce"] = "mog"
+    """mog (hedged), point (same loss, no variance), or a rival: pfe (arXiv 1904.09658), mc-dropout (1506.02142),
+    mc-infonce (2302.02865)"""
     dim: int = 64
     """D, dimension of the embedding"""
     components: int = 1
@@ -141,7 +143,7 @@ class BackboneTraining:
     beta: float = 1e-4
     """weight of the KL term (mog)"""
     samples: int = 8
-    """K, samples per image (mog), passes (mc-dropout)"""
+    """K, samples per image (mog, mc-infonce), passes (mc-dropout)"""
     dropout: float = 0.2
     """share of features that are dropped (mc-dropout)"""
     augment: Literal["none", "crop", "crop-flip"] = "crop"
@@ -168,6 +170,11 @@ class BackboneTraining:
                 f"even batch >= 4, steps >= 1, image_size >= 1 were expected, got {self.batch}, {self.steps}, "
                 f"{self.image_size}"
             )
+        _check_rates(self)
+        if not self.beta >= 0 or not 0 < self.dropout < 1 or self.dim < 1:
+            raise ValueError(
+                f"beta >= 0, dropout in (0, 1), dim >= 1 were expected, got {self.beta}, {self.dropout}, {self.dim}"
+            )
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,15 @@ class Settings(TrainedOn):
     """K of mc"""
     at: int = 0
     """report the model as it is after so many steps; 0: at the end"""
+
+
+def _check_rates(settings: Training | BackboneTraining) -> None:
+    """ValueError for a learning rate that teaches nothing or the wrong way."""
+    if not (settings.lr > 0 and settings.lr_final >= 0 and settings.match_lr > 0):
+        raise ValueError(
+            f"lr > 0, lr_final >= 0, match_lr > 0 were expected, got {settings.lr}, {settings.lr_final}, "
+            f"{settings.match_lr}"
+        )
 
 
 def _check_choices(settings: Training | BackboneTraining) -> None:

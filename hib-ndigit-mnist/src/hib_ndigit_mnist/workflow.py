@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hib_ndigit_mnist.backbones import HedgedModel
-from hib_ndigit_mnist.checkpoint import load_file, save_file
+from hib_ndigit_mnist.checkpoint import check_output, load_file, save_file
 from hib_ndigit_mnist.data import NDigitSet, ndigit_sets
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import CONDITIONS, PAIR_TOLERANCE, Evaluation, TestSet, embed, fit_match
@@ -42,6 +42,7 @@ def train_to_file(
     Raises:
         ValueError, FileNotFoundError: settings that make no sense, data that is not there.
     """
+    check_output(output)
     sets = _sets(settings, data_root)
     training, checkpoint = settings.training(), output.with_name(output.name + ".checkpoint")
     (model,), _ = train(
@@ -80,7 +81,7 @@ class LoadedModel:
     def __init__(self, path: Path):
         state = load_file(path)
         if "backbone" in state:
-            raise ValueError(f"{path}: a model of your own images: name a folder of them or a CSV behind it")
+            raise ValueError(f"{path}: a model of your own images: eval and embed take it with a folder or CSV of them")
         try:
             saved = {f.name: state["settings"][f.name] for f in fields(TrainedOn)}
             given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
@@ -140,6 +141,7 @@ def embed_to_file(
 
     `reading` (workers, device, precision) is for models of a user's own images.
     """
+    check_output(output)
     if "backbone" in load_file(model_path):
         own = HedgedModel.load(model_path)
         files = _readable(ImageFiles.of(images, labelled=False), skip_broken, reading["workers"])
@@ -153,6 +155,7 @@ def embed_to_file(
     arrays: dict[str, Any] = {"mu": embedding.mu.numpy(), "eta": eta.numpy()}
     if embedding.logvar is not None:
         arrays["logvar"] = embedding.logvar.numpy()
+    output.parent.mkdir(parents=True, exist_ok=True)
     np.savez(output, files=np.array(names), **arrays)
     logger.info("%d images in %s", len(embedding), output)
 
@@ -161,6 +164,7 @@ def train_on_images(
     source: Path, settings: BackboneTraining, output: Path, seed: int, skip_broken: bool, options: dict[str, Any]
 ) -> None:
     """Train a backbone on class folders or a CSV and write the model; `options` go to `train_on`."""
+    check_output(output)
     images = _readable(ImageFiles.of(source), skip_broken, options["workers"]).with_partners()
     checkpoint = output.with_name(output.name + ".checkpoint")
     train_on(images, images.labels, settings, seed, checkpoint=checkpoint, **options).save(output)
@@ -179,7 +183,7 @@ def evaluate_on_images(
     read = [_readable(each, skip_broken, reading["workers"]) for each in sets]
     embedding, *far = (embed_images(model, each, **reading) for each in read)
     skipped = sum(map(len, sets)) - sum(map(len, read))
-    return score(model, embedding, read[0].labels, *far) | {"skipped": float(skipped)}
+    return score(model, embedding, read[0].labels, *far) | {"skipped": skipped}
 
 
 def _readable(images: ImageFiles, skip_broken: bool, workers: int) -> ImageFiles:
