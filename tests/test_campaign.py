@@ -28,17 +28,18 @@ name = "b"
 # Ten steps a run; the number of steps done is kept at an interrupt, and the metric is in how many pieces it was run.
 PROGRAM = """
 import json, sys, time
+from itertools import takewhile
 from pathlib import Path
 if Path("broken").exists():
     sys.exit("no such data set")
 rows = sys.argv[sys.argv.index("--rows") + 1:] if "--rows" in sys.argv else ["a", "b"]
-seed = int(sys.argv[sys.argv.index("--seeds") + 1])
+seeds = [int(each) for each in takewhile(str.isdigit, sys.argv[sys.argv.index("--seeds") + 1:])]
 log = Path("runs/paper.jsonl")
 done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 for record in json.loads(Path("plan.json").read_text()):
-    if record["row"] not in rows or record["seed"] != seed or record in [{**each, "metrics": 0} for each in done]:
+    if record["row"] not in rows or record["seed"] not in seeds or record in [{**each, "metrics": 0} for each in done]:
         continue
-    state = Path(f"runs/{record['row']}-{seed}.json")
+    state = Path(f"runs/{record['row']}-{record['seed']}.json")
     steps, pieces = json.loads(state.read_text()) if state.exists() else (0, 0)
     try:
         while steps < 10:
@@ -70,7 +71,7 @@ def root(tmp_path):
 
 
 def entries(root, **given):
-    body = {"project": "one", "table": "table-1", "scale": "paper", "minutes": 0.02, "why": '"it tells"'} | given
+    body = {"project": "one", "tables": ["table-1"], "scale": "paper", "minutes": 0.02, "why": '"it tells"'} | given
     (root / "campaign.toml").write_text(
         "[[entry]]\n"
         + "\n".join(f"{key} = {value if key == 'why' else json.dumps(value)}" for key, value in body.items())
@@ -92,6 +93,26 @@ def test_runs_what_is_missing_and_shows_it(root, capsys):
     assert "table-1" in capsys.readouterr().out
     assert campaign.campaign(entries(root), 60) == 0 and len(found(root)) == 6
     assert "seed" not in capsys.readouterr().out
+
+
+def test_one_unit_may_have_all_seeds(root, capsys):
+    (entry,) = entries(root, jobs=2)
+    assert entry.units == [[20, 21, 22]]
+    assert campaign.campaign([entry], 60) == 0 and len(found(root)) == 6
+    assert "seed 20 21 22: 6 runs in" in capsys.readouterr().out
+
+
+def test_entries_run_side_by_side_as_far_as_their_shares_allow(root):
+    (root / "one" / "pace").write_text("0.1")  # a second a run
+    lists = [entries(root, rows=["a"], seeds=[seed], together=together)[0] for seed, together in ((20, 2), (21, 2))]
+    started = time.monotonic()
+    campaign.campaign(lists, 60)
+    assert time.monotonic() - started < 2
+    assert [each["seed"] for each in found(root)] == [20, 21]
+    alone = [entries(root, rows=["b"], seeds=[seed], together=together)[0] for seed, together in ((20, 2), (21, 1))]
+    started = time.monotonic()
+    campaign.campaign(alone, 60)
+    assert time.monotonic() - started > 2
 
 
 def test_what_is_recorded_is_not_run_again(root):
@@ -129,7 +150,7 @@ def test_a_unit_that_fails_is_told_and_the_rest_goes_on(root, capsys):
     [
         ("project", "two", "'two'"),
         ("scale", "papers", "papers"),
-        ("table", "table-9", "table-9"),
+        ("tables", ["table-9"], "table-9"),
         ("hours", 1, "'hours'"),
         ("rows", ["c"], "'c'"),
     ],
@@ -141,6 +162,6 @@ def test_a_list_with_a_mistake_is_refused(root, key, value, told):
 
 def test_the_list_of_this_workspace_names_what_exists():
     assert all(
-        entry.why and entry.missing(entry.seeds[0]) is not None
+        entry.why and entry.missing(entry.units[0]) is not None
         for entry in campaign.read_entries(campaign.ROOT / "campaign.toml")
     )

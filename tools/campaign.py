@@ -1,6 +1,7 @@
 """`make campaign MINUTES=10`: from the top of campaign.toml, run what fits into the time, and show what is new.
 
-A unit is one seed of an entry. Units of one entry run side by side where it says so (small networks leave a GPU idle).
+A unit is one command: a seed of an entry, or all its seeds where one process trains them stacked. Units run side by
+side, of one entry or of several, as long as their shares of the GPU add up to one (small networks leave a GPU idle).
 No unit starts that would not end in time; what still runs at the limit is interrupted, and the next campaign goes on
 from its checkpoint. What is in runs/ or results/ is not run again.
 """
@@ -31,21 +32,23 @@ GRACE_SECONDS = 20  # from the interrupt at the limit to the kill
 
 @dataclass
 class Entry:
-    """One line of the campaign: rows of a table, and what a seed of them is expected to take."""
+    """One line of the campaign: rows of tables, and what a unit of them is expected to take."""
 
     project: str
-    table: str
+    tables: list[str]
     scale: str
     minutes: float
-    """of one seed of all rows, on one GPU"""
+    """of one unit, on one GPU"""
     why: str
     rows: list[str] | None = None
     seeds: list[int] | None = None
     together: int = 1
-    """seeds that run side by side"""
+    """units that one GPU carries side by side"""
+    jobs: int | None = None
+    """processes of a single unit with all seeds, which are trained stacked; None: a unit per seed"""
     root: Path = ROOT
     package: str = field(init=False)
-    found: Table = field(init=False)
+    found: list[Table] = field(init=False)
     measured: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -53,44 +56,62 @@ class Entry:
         if self.project not in by_name:
             raise ValueError(f"campaign.toml: no built project {self.project!r}; built: {', '.join(by_name)}")
         self.package = by_name[self.project]
-        tables = {each.id: each for each in load_tables(self.root / self.project / "tables")}
-        if self.table not in tables or self.scale not in tables[self.table].scales:
-            raise ValueError(f"campaign.toml: {self.project} has no {self.table} at scale {self.scale}")
-        self.found = tables[self.table]
-        self.seeds = self.seeds or list(self.found.scales[self.scale].seeds)
-        self.found.runs(self.scale, self.rows, self.seeds)  # an unknown row is an error before anything runs
+        known = {each.id: each for each in load_tables(self.root / self.project / "tables")}
+        for name in self.tables:
+            if name not in known or self.scale not in known[name].scales:
+                raise ValueError(f"campaign.toml: {self.project} has no {name} at scale {self.scale}")
+        self.found = [known[name] for name in self.tables]
+        self.seeds = self.seeds or list(self.found[0].scales[self.scale].seeds)
+        self.runs(self.seeds)  # an unknown row is an error before anything runs
+
+    @property
+    def units(self) -> list[list[int]]:
+        """Seeds of each unit."""
+        seeds = self.seeds or []
+        return [seeds] if self.jobs else [[seed] for seed in seeds]
+
+    def runs(self, seeds: list[int]) -> list[Run]:
+        """All its runs of some seeds."""
+        return [run for table in self.found for run in table.runs(self.scale, self.rows, seeds)]
 
     def log(self, folder: str) -> RunLog:
         """The run log at this scale, in runs or results."""
         return RunLog(self.root / self.project / folder / f"{self.scale}.jsonl")
 
-    def missing(self, seed: int) -> list[Run]:
-        """Its runs of a seed that are in no log."""
+    def missing(self, seeds: list[int]) -> list[Run]:
+        """Its runs of some seeds that are in no log."""
         known = self.log("runs").keys() | self.log("results").keys()
-        return [run for run in self.found.runs(self.scale, self.rows, [seed]) if run.key not in known]
+        return [run for run in self.runs(seeds) if run.key not in known]
 
-    def expected(self, seed: int) -> float:
-        """Seconds for what is missing of a seed: as measured in this campaign, else as listed."""
-        runs = len(self.found.runs(self.scale, self.rows, [seed]))
-        usual = max(self.measured) if self.measured else self.minutes * 60 / runs
-        return usual * len(self.missing(seed))
+    def expected(self, seeds: list[int]) -> float:
+        """Seconds for what is missing of a unit: as measured in this campaign, else as listed."""
+        usual = max(self.measured) if self.measured else self.minutes * 60 / len(self.runs(seeds))
+        return usual * len(self.missing(seeds))
+
+    def name(self, seeds: list[int]) -> str:
+        """What a line of the campaign's output starts with."""
+        return f"{self.project} {' '.join(self.tables)} {self.scale} seed {' '.join(map(str, seeds))}"
 
     @property
     def output(self) -> Path:
         """What the commands of this project printed."""
         return self.log("runs").path.with_name("campaign.log")
 
-    def start(self, seed: int) -> subprocess.Popen:
+    def start(self, seeds: list[int]) -> subprocess.Popen:
         """The project's own command line, in a session of its own."""
         sources = [str(self.root / name / "src") for name in (self.project, "shared-utils")]
-        command = [sys.executable, "-m", self.package, "run", self.table, "--scale", self.scale, "--jobs", "1"]
-        command += ["--seeds", str(seed), *(["--rows", *self.rows] if self.rows else [])]
+        command = [sys.executable, "-m", self.package, "run", *self.tables, "--scale", self.scale]
+        command += ["--jobs", str(self.jobs or 1), "--seeds", *map(str, seeds)]
+        command += ["--rows", *self.rows] if self.rows else []
+        threads = max(1, (os.cpu_count() or 1) // (self.together * (self.jobs or 1)))
         self.output.parent.mkdir(exist_ok=True)
         with open(self.output, "a") as out:
             return subprocess.Popen(
                 command,
                 cwd=self.root / self.project,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sources), "CI": "1"},
+                env={"OMP_NUM_THREADS": str(threads)}
+                | os.environ
+                | {"PYTHONPATH": os.pathsep.join(sources), "CI": "1"},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -100,35 +121,37 @@ class Entry:
 
 @dataclass
 class Unit:
-    """A seed of an entry that is running."""
+    """A command of an entry that is running."""
 
     entry: Entry
-    seed: int
+    seeds: list[int]
     runs: int = field(init=False)
     started: float = field(init=False)
     child: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
-        self.runs = len(self.entry.missing(self.seed))
+        self.runs = len(self.entry.missing(self.seeds))
         self.started = time.monotonic()
-        self.child = self.entry.start(self.seed)
+        self.child = self.entry.start(self.seeds)
 
     def ended(self) -> bool:
         """Say how it ended; whether it failed."""
         if self.child.returncode == 0:
-            self.entry.measured.append((time.monotonic() - self.started) / self.runs)
+            seconds = time.monotonic() - self.started
+            self.entry.measured.append(seconds / self.runs)
+            print(f"{self.entry.name(self.seeds)}: {self.runs} runs in {duration(seconds)}", flush=True)
             return False
         if self.child.returncode in (-signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGINT):
-            print(f"{_name(self.entry, self.seed)}: interrupted at the limit; the next campaign goes on")
+            print(f"{self.entry.name(self.seeds)}: interrupted at the limit; the next campaign goes on")
             return False
         printed = self.entry.output.read_text(errors="replace")[-2000:]
-        print(f"{_name(self.entry, self.seed)}: exit code {self.child.returncode}\n{printed}", file=sys.stderr)
+        print(f"{self.entry.name(self.seeds)}: exit code {self.child.returncode}\n{printed}", file=sys.stderr)
         return True
 
 
 def read_entries(path: Path, root: Path = ROOT) -> list[Entry]:
     """The list, in its order. ValueError for an unknown key, project, table or scale."""
-    known = ["project", "table", "scale", "minutes", "why", "rows", "seeds", "together"]
+    known = ["project", "tables", "scale", "minutes", "why", "rows", "seeds", "together", "jobs"]
     entries = []
     for body in tomllib.loads(path.read_text())["entry"]:
         if unknown := [key for key in body if key not in known]:
@@ -141,34 +164,26 @@ def campaign(entries: list[Entry], seconds: float) -> int:
     """Run units until the time is over; 0, or 1 when a unit failed."""
     end = time.monotonic() + seconds
     before = {id(entry): entry.log("runs").keys() for entry in entries}
+    waiting = [(entry, seeds) for entry in entries for seeds in entry.units if entry.missing(seeds)]
+    running: list[Unit] = []
     failed = False
-    for entry in entries:
-        waiting = [seed for seed in entry.seeds or [] if entry.missing(seed)]
-        running: list[Unit] = []
-        while waiting or running:
-            for seed in list(waiting):
-                if len(running) >= entry.together:
-                    break
-                waiting.remove(seed)
-                if time.monotonic() + entry.expected(seed) <= end:
-                    print(f"{_name(entry, seed)}: {duration(entry.expected(seed))}; {entry.why}", flush=True)
-                    running.append(Unit(entry, seed))
-                else:
-                    print(f"{_name(entry, seed)}: left for a longer campaign ({duration(entry.expected(seed))})")
-            time.sleep(POLL_SECONDS)
-            if time.monotonic() > end:
-                _interrupt([unit.child for unit in running])
-            for unit in [unit for unit in running if unit.child.poll() is not None]:
-                running.remove(unit)
-                failed |= unit.ended()
+    while waiting or running:
+        while waiting and sum(1 / unit.entry.together for unit in running) + 1 / waiting[0][0].together < 1.001:
+            entry, seeds = waiting.pop(0)
+            expected = entry.expected(seeds)
+            if time.monotonic() + expected <= end:
+                print(f"{entry.name(seeds)}: {duration(expected)}; {entry.why}", flush=True)
+                running.append(Unit(entry, seeds))
+            else:
+                print(f"{entry.name(seeds)}: left for a longer campaign ({duration(expected)})")
+        time.sleep(POLL_SECONDS)
         if time.monotonic() > end:
-            break
+            _interrupt([unit.child for unit in running])
+        for unit in [unit for unit in running if unit.child.poll() is not None]:
+            running.remove(unit)
+            failed |= unit.ended()
     _show(entry for entry in entries if entry.log("runs").keys() - before[id(entry)])
     return int(failed)
-
-
-def _name(entry: Entry, seed: int) -> str:
-    return f"{entry.project} {entry.table} {entry.scale} seed {seed}"
 
 
 def _interrupt(children: list[subprocess.Popen]) -> None:
@@ -185,7 +200,8 @@ def _interrupt(children: list[subprocess.Popen]) -> None:
 
 def _show(entries: Iterable[Entry]) -> None:
     for entry in entries:
-        print_table(entry.found, entry.scale, entry.log("results"), entry.log("runs"))
+        for table in entry.found:
+            print_table(table, entry.scale, entry.log("results"), entry.log("runs"))
 
 
 if __name__ == "__main__":
