@@ -5,6 +5,7 @@ PROJECT  ?=
 PYTHON3  ?= python3
 PROJECTS := $(or $(PROJECT),$(shell $(PYTHON3) tools/workspace.py projects))
 PACKAGES := $(sort shared-utils $(PROJECTS))
+LOCAL    := $(patsubst %,-e ./%,shared-utils $(shell $(PYTHON3) tools/workspace.py projects))
 EACH     := $(filter-out shared-utils,$(PROJECTS))
 
 help:    ## this list
@@ -15,10 +16,19 @@ setup: .venv/stamp  ## .venv with every built project, from requirements.lock
 
 .venv/stamp: requirements.lock workspace.toml $(wildcard */pyproject.toml)
 	test -x .venv/bin/python || $(PYTHON3) -m venv .venv
+ifdef WHEELS
+	$(PYTHON3) -c "import site; print(*site.getsitepackages(), sep='\n')" > $$(echo .venv/lib/python*/site-packages)/machine.pth
+	.venv/bin/python -m pip install -q --no-index --no-deps $(WHEELS)/*.whl
+	.venv/bin/python -m pip install -q --no-index --no-deps --no-build-isolation $(LOCAL)
+else
 	test -x .venv/bin/uv || .venv/bin/python -m pip install -q uv
 	.venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python -r requirements.lock
-	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps $(patsubst %,-e ./%,shared-utils $(shell $(PYTHON3) tools/workspace.py projects))
+	.venv/bin/uv pip install -q --python .venv/bin/python --no-deps $(LOCAL)
+endif
 	touch $@
+
+wheels: setup  ## for a machine without a network, FOR=cp312 INTO=folder HAVE=its-pip-freeze; there: make setup WHEELS=folder
+	.venv/bin/python tools/wheels.py $(FOR) $(INTO) $(if $(HAVE),--have $(HAVE))
 
 demo: setup  ## run every built project at embedded scale into runs/, then print published | ours | yours
 	.venv/bin/python tools/demo.py $(PROJECT)
@@ -45,9 +55,9 @@ campaign: setup  ## from the top of campaign.toml, what fits into MINUTES=; the 
 gpucheck: setup  ## the tests marked gpu: each training loop on CUDA beside the CPU's float32
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m gpu $(addsuffix /tests,$(PACKAGES))
 
-bench: setup  ## speed against the peers, into each project's runs/bench.json; slow
+bench: setup  ## speed against the peers, into each project's runs/bench.json (on a GPU bench-cuda.json); slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
-	.venv/bin/python -m shared_utils.benchmark $(addsuffix /runs/bench.json,$(EACH))
+	.venv/bin/python -m shared_utils.benchmark $(addsuffix /runs/bench*.json,$(EACH))
 
 record: setup  ## move finished runs, benchmarks and the drill into results/ (clean tree only)
 	set -e; for name in $(EACH); do $(MAKE) -C $$name record; done
@@ -71,4 +81,4 @@ clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo keep tables test site rehearse campaign gpucheck bench record doctor drill alone lint clean
+.PHONY: help setup wheels demo keep tables test site rehearse campaign gpucheck bench record doctor drill alone lint clean

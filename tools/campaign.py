@@ -100,6 +100,7 @@ class Entry:
     def start(self, seeds: list[int]) -> subprocess.Popen:
         """The project's own command line, in a session of its own."""
         sources = [str(self.root / name / "src") for name in (self.project, "shared-utils")]
+        path = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", self.package, "run", *self.tables, "--scale", self.scale]
         command += ["--jobs", str(self.jobs or 1), "--seeds", *map(str, seeds)]
         command += ["--rows", *self.rows] if self.rows else []
@@ -109,9 +110,7 @@ class Entry:
             return subprocess.Popen(
                 command,
                 cwd=self.root / self.project,
-                env={"OMP_NUM_THREADS": str(threads)}
-                | os.environ
-                | {"PYTHONPATH": os.pathsep.join(sources), "CI": "1"},
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONPATH": path, "CI": "1"},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -137,7 +137,7 @@ def _picture(project: Project) -> str:
 def readmes(root: Path = ROOT) -> dict[Path, str]:
     """Every README.md with its generated part renewed: the overview at the root, the speed of each built project."""
     parts = {root / "README.md": overview_part(root)}
-    parts |= {path.parents[1] / "README.md": speed([path]) for path in benches(root)}
+    parts |= {root / entry["name"] / "README.md": speed(benches(entry, root)) for entry in projects(root=root)}
     return {path: _renewed(path.read_text(), part) for path, part in parts.items()}
 
 
@@ -154,39 +154,39 @@ def results(root: Path = ROOT) -> str:
     return "\n\n".join([*parts, f"## Kill drill\n\n{kill_drill(root)}"]) + "\n"
 
 
-def benches(root: Path = ROOT) -> list[Path]:
-    """Where the benchmark of each built project is recorded."""
-    return [root / entry["name"] / "results" / "bench.json" for entry in projects(root=root)]
+def benches(entry: dict, root: Path = ROOT) -> list[Path]:
+    """The recorded benchmarks of a project: on a CPU, then on a GPU."""
+    return sorted((root / entry["name"] / "results").glob("bench*.json"), reverse=True)
 
 
-def speed(paths: Iterable[Path]) -> str:
-    """The recorded benchmarks (bench.json of each project, where there is one) against their peers."""
-    recorded = [path for path in paths if path.exists()]
-    if not recorded:
-        return NOT_MEASURED
-    frame = summary(recorded)
-    places = frame[["project", "device", "versions"]].drop_duplicates()
-    where = [f"- {project}: {device}; {versions}" for project, device, versions in places.itertuples(index=False)]
-    told_below = ["device", "versions", *(["project"] if len(recorded) == 1 else [])]
-    cells = frame.drop(columns=told_below)
-    cells = cells.loc[:, cells.any()]
-    return "\n\n".join(
-        [f"`make bench`; {CAPTION}.", _markdown(list(cells), cells.to_numpy().tolist()), "\n".join(where)]
-    )
+def speed(recorded: Iterable[Path]) -> str:
+    """A project's recorded benchmarks against its peers, a table for each device."""
+    parts = []
+    for path in recorded:
+        frame = summary([path])
+        cells = frame.drop(columns=["project", "device", "versions"])
+        cells = cells.loc[:, cells.any()]
+        parts.append(f"{frame.device[0]}; {frame.versions[0]}.")
+        parts.append(_markdown(list(cells), cells.to_numpy().tolist()))
+    return "\n\n".join([f"`make bench`; {CAPTION}.", *parts]) if parts else NOT_MEASURED
 
 
 def targets(root: Path = ROOT) -> str:
     """How many speed targets each project meets, and each that it misses."""
-    recorded = [path for path in benches(root) if path.exists()]
+    recorded = [path for entry in projects(root=root) for path in benches(entry, root)]
     if not recorded:
         return NOT_MEASURED
-    frame = summary(recorded)
     lines = []
-    for name, rows in frame.groupby("project", sort=False):
-        missed = rows[rows.met == "no"]
+    for path in recorded:
+        rows = summary([path])
+        name, missed = rows.project[0], rows[rows.met == "no"]
         told = "; ".join(f"{row.what}: {row.ratio} of {row.peer}, target {row.target}" for row in missed.itertuples())
-        lines.append([f"[{name}]({name}/README.md)", f"{sum(rows.met == 'yes')} of {sum(rows.met != '')}", told])
-    return "`make bench`; each README has all figures.\n\n" + _markdown(["project", "targets met", "missed"], lines)
+        device = rows.device[0].split(",")[0]
+        lines.append(
+            [f"[{name}]({name}/README.md)", device, f"{sum(rows.met == 'yes')} of {sum(rows.met != '')}", told]
+        )
+    head = ["project", "device", "targets met", "missed"]
+    return "`make bench`; each README has all figures.\n\n" + _markdown(head, lines)
 
 
 def other_machines(root: Path = ROOT) -> str:

@@ -1,4 +1,7 @@
-"""Speed and memory against PyPI prdc and faiss: every contender in a fresh process on the same inputs, in turn."""
+"""Speed and memory against PyPI prdc and faiss: every contender in a fresh process on the same inputs, in turn.
+
+On CUDA: against plain PyTorch in chunks, in one process.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prdc_metrics.experiments import PACKAGES, PROJECT
 from prdc_metrics.metrics import knn_radii, prdc
-from shared_utils.benchmark import Timing, report
+from shared_utils.benchmark import Timing, in_turn, report, share_of_peak
 
 N, LARGE = 10_000, 50_000
 UNITS = {"cpu": "CPU s", "wall": "s", "memory": "MB"}  # memory beyond the inputs
@@ -25,7 +30,46 @@ UNITS = {"cpu": "CPU s", "wall": "s", "memory": "MB"}  # memory beyond the input
 def run(repeats: int, threads: int) -> None:
     """Measure every comparison into runs/bench.json and print the table."""
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        report("prdc-metrics", _on_cuda(repeats), PROJECT, PACKAGES, {"repeats": repeats})
+        return
     report("prdc-metrics", _timings(repeats, threads), PROJECT, (*PACKAGES, "prdc", "faiss-cpu"), {"repeats": repeats})
+
+
+def _on_cuda(repeats: int) -> Iterator[Timing]:
+    for dim in (64, 2048):
+        generator = torch.Generator("cuda").manual_seed(0)
+        real, fake = (torch.randn(LARGE, dim, device="cuda", generator=generator) for _ in range(2))
+        ours, peer = partial(prdc, real, fake), partial(in_chunks, real, fake)
+        if any(abs(value - peer()[name]) > 1e-3 for name, value in ours().values[5].items()):
+            raise RuntimeError("ours and the peer's metrics differ")
+        times = in_turn(ours, peer, repeats, real.device)
+        note = share_of_peak(peer, times[0], torch.float32)  # the peer's arithmetic: each distance once
+        yield Timing(f"four metrics, {LARGE:,} x {LARGE:,} x {dim}", IN_CHUNKS, *times, target=">= 1", note=note)
+
+
+IN_CHUNKS = "PyTorch in chunks: products and topk"
+
+
+def in_chunks(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 8192) -> dict[str, float]:
+    """The four metrics in float32 by what PyTorch offers, without a second look at pairs that rounding decides."""
+
+    def squares(x: Tensor, y: Tensor) -> Tensor:
+        return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1)[:, None]).clamp_min_(0)
+
+    def radii(x: Tensor) -> Tensor:
+        return torch.cat([squares(part, x).topk(k + 1, largest=False).values[:, k] for part in x.split(chunk)])
+
+    fake_radii, balls = radii(fake), torch.zeros(len(fake), dtype=torch.long, device=fake.device)
+    recalled, covered = torch.zeros(2, dtype=torch.double, device=fake.device)
+    for part, own in zip(real.split(chunk), radii(real).split(chunk), strict=True):
+        found = squares(part, fake)
+        balls += (found < own[:, None]).sum(0)
+        recalled += (found < fake_radii).any(1).sum()
+        covered += (found.amin(1) < own).sum()
+    shares = {"precision": (balls > 0).double().mean(), "recall": recalled / len(real)}
+    shares |= {"density": balls.double().mean() / k, "coverage": covered / len(real)}
+    return {name: share.item() for name, share in shares.items()}
 
 
 def _timings(repeats: int, threads: int) -> Iterator[Timing]:

@@ -1,6 +1,7 @@
 """Speed against a peer: measured in turn, shown as one table of ratios, kept with machine, versions and raw samples.
 
-Part of the run log's job: `bench.json` is to a benchmark what `<scale>.jsonl` is to a table.
+Part of the run log's job: `bench.json` (on a GPU `bench-cuda.json`) is to a benchmark what `<scale>.jsonl` is to a
+table.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pandas as pd
 import rich.table
 import torch
 from rich.markup import escape
+from torch.utils.flop_counter import FlopCounterMode
 
 from shared_utils import runlog
 from shared_utils.folders import is_installed, runs_folder
@@ -97,10 +99,32 @@ def in_turn(
     return samples
 
 
+def share_of_peak(work: Callable[[], object], milliseconds: Sequence[float], dtype: torch.dtype) -> str:
+    """The FLOP/s of matrix products and convolutions that a call reaches, as a share of what the CUDA device can do.
+
+    Args:
+        work: what was timed.
+        milliseconds: its samples.
+        dtype: of the matrix product, 8192 x 8192 by 8192 x 8192, whose rate counts as the device's peak.
+
+    Returns:
+        such as "41 % of 790 TFLOP/s (bfloat16)"; empty without CUDA.
+    """
+    if not torch.cuda.is_available():
+        return ""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    product, _ = in_turn(lambda: left @ right, None, 5, torch.device("cuda"))
+    peak = 2 * 8192**3 / statistics.median(product)
+    with FlopCounterMode(display=False) as counter:
+        work()
+    share = counter.get_total_flops() / statistics.median(milliseconds) / peak
+    return f"{share:.0%} of {peak / 1e9:.0f} TFLOP/s ({str(dtype).removeprefix('torch.')})".replace("%", " %", 1)
+
+
 def report(
     project: str, timings: Iterable[Timing], root: Path, packages: Sequence[str], settings: dict[str, Any]
 ) -> None:
-    """Measure (where `timings` is a generator), write `<root>/runs/bench.json` and print the table.
+    """Measure (where `timings` is a generator), write `<root>/runs/bench.json` or bench-cuda.json, print the table.
 
     Args:
         project: name, as on the command line.
@@ -119,7 +143,7 @@ def report(
         measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
     found = {"project": project, "started": started, "command": shlex.join([project, *sys.argv[1:]])}
     found |= source | {"threads": torch.get_num_threads(), "settings": settings, "timings": measured}
-    path = runs_folder(root) / "bench.json"
+    path = runs_folder(root) / ("bench-cuda.json" if torch.cuda.is_available() else "bench.json")
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -159,21 +183,22 @@ def print_summary(frame: pd.DataFrame) -> None:
 
 
 def record(root: Path) -> int:
-    """Move a project's finished runs and its bench.json from runs/ to results/; returns how many runs.
+    """Move a project's finished runs and its benchmarks from runs/ to results/; returns how many runs.
 
     RuntimeError where the working tree is not clean, or where one of them was measured on one that was not; ValueError
     outside a source checkout.
     """
     if is_installed(root):
         raise ValueError("results are recorded in a source checkout: install it with `pip install -e`")
-    bench = root / "runs" / "bench.json"
-    if bench.exists() and not json.loads(bench.read_text())["clean"]:
-        raise RuntimeError("runs/bench.json was measured on uncommitted code: run bench again")
+    benches = sorted((root / "runs").glob("bench*.json"))
+    for path in benches:
+        if not json.loads(path.read_text())["clean"]:
+            raise RuntimeError(f"runs/{path.name} was measured on uncommitted code: run bench again")
     scales = [path for path in sorted((root / "runs").glob("*.jsonl")) if path.stem != "smoke"]
     moves = [(runlog.RunLog(path), runlog.RunLog(root / "results" / path.name)) for path in scales]
     count = runlog.record(moves, root)
-    if bench.exists():
-        bench.replace(root / "results" / bench.name)
+    for path in benches:
+        path.replace(root / "results" / path.name)
     return count
 
 
