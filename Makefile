@@ -52,8 +52,8 @@ rehearse: setup  ## every table at paper scale, end to end, on tiny archives in 
 campaign: setup  ## from the top of campaign.toml, what fits into MINUTES=; the next campaign goes on
 	.venv/bin/python tools/campaign.py --minutes $(MINUTES)
 
-gpucheck: setup  ## the tests marked gpu: each training loop on CUDA beside the CPU's float32
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m gpu $(addsuffix /tests,$(PACKAGES))
+gpucheck: setup  ## each training loop on CUDA in bf16 beside the CPU's float32, resuming, evaluation
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 4 -m gpu */tests/test_cuda.py
 
 bench: setup  ## speed against the peers, into each project's runs/bench.json (on a GPU bench-cuda.json); slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done

@@ -38,6 +38,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         precision = "32-true"
         if device == "cuda":
             precision = "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolution is found once
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
