@@ -209,17 +209,6 @@ def test_a_step_depends_on_its_random_numbers_alone(digits):
     assert torch.equal(*outputs)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_cuda_graph_trains_like_eager_steps(digits):
-    for training in (SMALL, replace(SMALL, architecture="lenet"), replace(SMALL, method="point")):
-        graph, eager = (
-            train(digits, [training] * 2, [1, 2], device="cuda", precision="32-true", graph=graph)[0]
-            for graph in (True, False)
-        )
-        torch.testing.assert_close(weights(graph[0]), weights(eager[0]), rtol=1e-2, atol=1e-3)
-
-
 def test_learning_rate_is_a_cosine():
     assert learning_rate(SMALL, 0) == SMALL.lr
     assert abs(learning_rate(SMALL, 60) - (SMALL.lr + SMALL.lr_final) / 2) < 1e-12

@@ -252,7 +252,9 @@ def _paste(images: Tensor, perm: Tensor, boxes: Tensor, mixes: Tensor) -> Tensor
     if len(boxes) == 1:
         y1, x1, y2, x2 = boxes[0].tolist()
         mixed = images.clone()
-        mixed[:, :, y1:y2, x1:x2] = images[:, :, y1:y2, x1:x2].index_select(0, perm.to(images.device))
+        mixed[:, :, y1:y2, x1:x2] = images[:, :, y1:y2, x1:x2].index_select(
+            0, perm.to(images.device, non_blocking=True)
+        )
         return mixed
     height, width = images.shape[2:]
     if images.device.type == "cpu" and height * width > SMALL_IMAGE:

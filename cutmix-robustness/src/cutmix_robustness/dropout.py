@@ -35,7 +35,7 @@ class Cutout:
         n, channels, height, width = images.shape
         uniform = torch.rand(n, 2, dtype=torch.float64, generator=own_stream(self.generator))
         top_left = (uniform * torch.tensor([height, width])).floor().long() - self.size // 2
-        y1, x1 = top_left.to(images.device)[:, :, None].unbind(1)  # (N, 1) each
+        y1, x1 = top_left.to(images.device, non_blocking=True)[:, :, None].unbind(1)  # (N, 1) each
         y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
         rows, columns = (y >= y1) & (y < y1 + self.size), (x >= x1) & (x < x1 + self.size)
         fill = torch.as_tensor(self.fill, dtype=images.dtype, device=images.device).expand(channels)

@@ -63,6 +63,7 @@ def collect(
     """
     parts = {}
     for number, images, labels in source.batches(fabric.global_rank, fabric.world_size):
+        images, labels = images.to(fabric.device), labels.to(fabric.device)  # your own tensors may lie elsewhere
         images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
         parts[number] = {name: value.detach().cpu() for name, value in measure(images, labels, number).items()}
     if fabric.world_size > 1:

@@ -116,7 +116,8 @@ def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = RE
     if resolved.task == "detection":
         from cutmix_robustness.detection import train_and_measure
 
-        outcome = train_and_measure(resolved, seed, data_root, _fabric(), checkpoint)
+        fabric = _fabric("32-true")  # bfloat16 would round the corners of anchors to 4 pixels
+        outcome = train_and_measure(resolved, seed, data_root, fabric, checkpoint)
     else:
         benchmark = open_benchmark(resolved, seed, data_root, _fabric().device, **reading._asdict())
         _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
@@ -307,5 +308,5 @@ def measure_properties(settings: Settings, seed: int) -> Outcome:
 
 
 @lru_cache(maxsize=1)
-def _fabric() -> Fabric:
-    return make_fabric()
+def _fabric(precision: str = "auto") -> Fabric:
+    return make_fabric(precision=precision)

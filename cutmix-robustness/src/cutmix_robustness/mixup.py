@@ -44,9 +44,9 @@ class Mixup:
         n = len(images)
         count = n if self.mode == "sample" else 1
         draws = torch.rand(count, 2, dtype=torch.float64, generator=own_stream(self.generator))
-        perm = partners(n, self.partner, self.generator).to(images.device)
+        perm = partners(n, self.partner, self.generator).to(images.device, non_blocking=True)
         lam = torch.where(draws[:, 0] < self.prob, sample_lam(draws[:, 1], self.alpha), 1.0)
-        lam = lam.float().expand(n).to(images.device)
+        lam = lam.float().expand(n).to(images.device, non_blocking=True)
         mixed = torch.lerp(images[perm], images, lam.to(images.dtype)[:, None, None, None])
         boxes = torch.zeros(n, 4, dtype=torch.int64, device=images.device)
         return MixedBatch(mixed, labels, labels[perm], lam, boxes, perm)

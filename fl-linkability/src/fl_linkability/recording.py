@@ -86,7 +86,10 @@ def report_partition(message: Message, context: Any, call_next: Any) -> Message:
 
 def float_arrays(state: Mapping[str, Any]) -> State:
     """What an update consists of: float32 copies of the float arrays, in the state's order."""
-    tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in state.items()}
+    tensors = {
+        name: value.detach().cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+        for name, value in state.items()
+    }
     return {name: value.float().clone() for name, value in tensors.items() if value.is_floating_point()}
 
 

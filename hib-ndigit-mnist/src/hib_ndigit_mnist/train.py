@@ -180,7 +180,7 @@ class _Run:
         out = self._loss(embedding, normal, pairs)
         self.fabric.backward(out.loss.sum())
         self.optimizer.step()
-        return out, (embedding.variance().detach().sqrt()).mean((-2, -1))
+        return LossOutput(*(part.detach() for part in out)), embedding.variance().detach().sqrt().mean((-2, -1))
 
     def _batch(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Random numbers (M, ...) -> images (M, B, 1, H, W) in [0, 1], labels (M, B), pair keys (M, pairs)."""
@@ -231,7 +231,7 @@ def _diagnostics(out: LossOutput, sigma: Tensor) -> Tensor:
     """(quantities, M): the loss and its parts, and sigma over the batch (M, B)."""
     mean = sigma.mean(1)
     spread = [mean, sigma.amin(1), sigma.amax(1), sigma.std(1) / mean.clamp_min(1e-12)]
-    return torch.stack([value.detach().float() for value in (*out, *spread)]).clone()
+    return torch.stack([value.float() for value in (*out, *spread)]).clone()
 
 
 def _warn_if_collapsed(variation: list[float], training: Training, number: int) -> None:

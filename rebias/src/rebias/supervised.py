@@ -37,7 +37,7 @@ class Balanced(Method):
         self.prior = counts / counts.sum(1, keepdim=True).clamp_min(1)
 
     def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
-        bias = self.bias[index.to(self.bias.device)]
+        bias = self.bias[index.to(self.bias.device, non_blocking=True)]
         loss = balanced_cross_entropy(self.f(images)[0], targets, self.prior[bias])
         self.descend("f", loss)
         return {"f_balanced_cross_entropy": loss.detach()}

@@ -140,7 +140,7 @@ class ResidentImages:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number, images (B, 3, H, W) uint8, labels (B,)) of an epoch's global batches from `start` on."""
         for number, index in list(enumerate(index_batches(len(self), batch_size, seed, epoch)))[start:]:
-            index = index.to(self.images.device)
+            index = index.to(self.images.device, non_blocking=True)
             images = self.images[index]
             if self.augment == "crop-flip":
                 images = crop_and_flip(images, generator_for(seed, epoch, number, 1))
@@ -179,8 +179,8 @@ def _counted(index: Tensor | None, labels: Tensor) -> dict:
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     """Random crop of the zero-padded images and horizontal flip, one draw per image: (B, 3, H, W) to the same."""
     n, _, height, width = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, n), generator=generator).to(images.device)
-    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device)
+    top, left = torch.randint(2 * padding + 1, (2, n), generator=generator).to(images.device, non_blocking=True)
+    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device, non_blocking=True)
     rows = top[:, None] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)

@@ -124,7 +124,7 @@ class BiasedDigits:
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """For every (B,) batch of indices: images (B, 3, H, W) float32 channels-last in [-1, 1], targets (B,)."""
         for index in index_batches:
-            index = index.to(self.labels.device)
+            index = index.to(self.labels.device, non_blocking=True)
             ground = self._colours[self.bias[index]][:, None, None]  # (B, 1, 1, 3)
             images = torch.where(self.mask[index][..., None], 1.0, ground)  # (B, H, W, 3)
             yield images.permute(0, 3, 1, 2), self.labels[index]

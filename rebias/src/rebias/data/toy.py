@@ -46,7 +46,7 @@ class ToyPoints:
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """For every (B,) batch of indices: points (B, 2) float32 and targets (B,)."""
         for index in index_batches:
-            index = index.to(self.labels.device)
+            index = index.to(self.labels.device, non_blocking=True)
             yield self.points[index], self.labels[index]
 
     def record(self) -> dict:
