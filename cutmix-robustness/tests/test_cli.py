@@ -86,9 +86,11 @@ def test_published_figures_that_follow_from_each_other():
 def test_run_twice_runs_nothing_new_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "PROJECT", tmp_path)
     (tmp_path / "tables").symlink_to(PROJECT / "tables")
+    cli.Run(("table-5",), scale="smoke", rows=("Baseline",), jobs=1, precision="bf16-mixed")()
     run = cli.Run(("table-2", "table-5"), scale="smoke", rows=(), jobs=1)
     run()
     lines = (tmp_path / "runs" / "smoke.jsonl").read_text().splitlines()
+    assert [json.loads(line)["precision"] for line in lines] == ["bf16-mixed"] + 6 * ["32-true"]
     assert len(lines) == 7 and json.loads(lines[-1])["dataset"]["train"]["sha256"]
     assert "CutMix lowers the error of the baseline" in capsys.readouterr().out
     run()

@@ -49,6 +49,10 @@ class Run:
     """Processes per run that read image files; none: one per core, eight at most."""
     skip_broken: bool = False
     """Leave out image files that cannot be decoded, and say so in the record, instead of ending."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA), or a precision of Fabric's; detection stays in float32."""
+    compile: bool = False
+    """torch.compile the network."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -78,6 +82,8 @@ class Run:
             seeds=self.seeds,
             force=self.force,
             jobs=self.jobs,
+            precision=self.precision,
+            compile=self.compile,
             reading=experiments.Reading(self.workers, self.skip_broken),
         )
         for table in chosen:

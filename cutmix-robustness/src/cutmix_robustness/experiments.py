@@ -84,6 +84,8 @@ def run_tables(
     force: bool = False,
     jobs: int = 0,
     reading: Reading = READING,
+    precision: str = "auto",
+    compile: bool = False,
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
@@ -92,7 +94,7 @@ def run_tables(
         "cutmix-robustness",
         runs,
         log,
-        partial(execute, data_root=data_root, reading=reading),
+        partial(execute, data_root=data_root, reading=reading, precision=precision, compile=compile),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
@@ -107,7 +109,15 @@ def needs_of(settings: dict, *, data_root: Path) -> list[Need]:
     return list(needs(Settings(**settings), data_root))
 
 
-def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = READING) -> Outcome:
+def execute(
+    settings: dict,
+    seed: int,
+    *,
+    data_root: Path,
+    reading: Reading = READING,
+    precision: str = "auto",
+    compile: bool = False,
+) -> Outcome:
     """One run of a table; killed and started again, it goes on from runs/checkpoints."""
     resolved = Settings(**settings)
     if resolved.task == "properties":
@@ -119,8 +129,9 @@ def execute(settings: dict, seed: int, *, data_root: Path, reading: Reading = RE
         fabric = _fabric("32-true")  # bfloat16 would round the corners of anchors to 4 pixels
         outcome = train_and_measure(resolved, seed, data_root, fabric, checkpoint)
     else:
-        benchmark = open_benchmark(resolved, seed, data_root, _fabric().device, **reading._asdict())
-        _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, _fabric(), checkpoint)
+        fabric = _fabric(precision)
+        benchmark = open_benchmark(resolved, seed, data_root, fabric.device, **reading._asdict())
+        _, outcome = train_and_evaluate(resolved, seed, benchmark, data_root, fabric, checkpoint, compile=compile)
     for path in (checkpoint, best_of(checkpoint)):
         path.unlink(missing_ok=True)
     if resolved.initial_weights:
@@ -308,5 +319,5 @@ def measure_properties(settings: Settings, seed: int) -> Outcome:
 
 
 @lru_cache(maxsize=1)
-def _fabric(precision: str = "auto") -> Fabric:
+def _fabric(precision: str) -> Fabric:
     return make_fabric(precision=precision)
