@@ -225,11 +225,3 @@ def test_the_callers_matmul_settings_do_not_matter(owner, value):
             backends.cudnn.conv.fp32_precision = convolution  # setting the parent has set it, too
         else:
             torch.set_float32_matmul_precision("highest")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "float64"])
-@pytest.mark.parametrize("name, real, fake", HARD_SETS, ids=lambda x: x if isinstance(x, str) else "")
-def test_cuda_equals_the_definition(name, real, fake, precision):
-    agree(real, fake, 1, 3, 10, precision=precision, device="cuda")

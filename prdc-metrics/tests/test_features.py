@@ -295,12 +295,3 @@ def test_named_embedding_is_built_with_its_recipe_and_only_when_needed(tmp_path,
     assert built == [(("random-vgg16-64",), recipe)]
     extract_features(images, "random-vgg16-64", cache=tmp_path, **recipe | {"seed": 2})
     assert len(built) == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_agrees_with_the_cpu():
-    images = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    cpu, cuda = (extract_features(images, "random-vgg16-64", device=d) for d in ("cpu", "cuda"))
-    assert cuda.device.type == "cpu"
-    torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)

@@ -138,10 +138,3 @@ def test_damaged_checkpoint_is_named(halves, tmp_path, share):
 def test_images_must_be_rows_in_the_unit_interval(images):
     with pytest.raises(ValueError, match="images: "):
         fit_vae(images, seed=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_trains(halves):
-    model = fit_vae(halves[0], device="cuda", **SMALL)
-    assert weights(model).is_cuda and sample(model, 1.0, 5, seed=0).device.type == "cpu"

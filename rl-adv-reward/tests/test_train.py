@@ -222,16 +222,3 @@ def test_a_short_training_learns_to_return_the_ball(small):
     torch.manual_seed(1)
     fresh = evaluate(Victim(mlp(SHAPE, 3, 87 / 255)), none, lose, "minipong", 8, 1).rate("misses")
     assert trained < 0.7 * fresh
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pong_trains_on_cuda(tmp_path, small):
-    fabric = make_fabric("cuda")
-    loop = small(env="pong", num_envs=4, capacity=400, batch_size=16, victim_iterations=40).loop("victim")
-    learner = QLearner(nature_cnn((4, 84, 84), 6), loop, fabric)
-    start = [p.clone() for p in learner.q.parameters()]
-    trained = fit(learner, own_reward, loop, 0, fabric, checkpoint=tmp_path / "c.pt", compile=True)
-    assert trained.iterations == 40
-    assert all(p.is_cuda and p.dtype == torch.float32 for p in learner.q.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(start, learner.q.parameters(), strict=True))

@@ -15,7 +15,7 @@ import torch
 from satrn import experiments
 from satrn.charset import IGNORED
 from satrn.data.inventory import NAMES, TEST_SIZES
-from satrn.data.streams import RenderedWords, normalise
+from satrn.data.streams import RenderedWords
 from satrn.data.words_lmdb import LmdbWords
 from satrn.evaluate import comparable, correct, evaluate_rotation, mcnemar
 from satrn.experiments import execute, overfit_one_batch, train_and_evaluate
@@ -32,7 +32,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-from satrn.data.streams import RenderedWords, normalise
+from satrn.data.streams import RenderedWords
 from satrn.settings import RENDERED
 from satrn.train import build_model, fit, make_fabric
 torch.set_num_threads(1)
@@ -282,17 +282,3 @@ def test_eval_repeats_what_training_measured(checkpoint, small_settings, tmp_pat
     metrics, counts = evaluate_checkpoint(checkpoint, tmp_path, "cpu", ("own",))  # a rendered one's, on real words
     read = correct(load_model(checkpoint, FABRIC), LmdbWords(tmp_path / "evaluation" / "own", (16, 16)))
     assert metrics["own"] == metrics["accuracy"] == 100 * read.mean() and counts == {"own": len(words), "all": 12}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_trains_in_bf16_and_reads_alike_with_and_without_cache(small_settings):
-    fabric = make_fabric("cuda")
-    s = replace(small_settings, recompute=True, steps=20)
-    data = RenderedWords(s, s.train_images, 1, fabric.device)
-    model = build_model(s, 1, fabric)
-    curve = fit(model, data, s, 1, fabric)
-    assert fabric.strategy.precision.precision == "bf16-mixed" and curve[-1]["loss"] < curve[0]["loss"]
-    images = normalise(data.images[:8], s)
-    model.eval()
-    assert model.generate(images).texts == model.generate(images, cache=False).texts

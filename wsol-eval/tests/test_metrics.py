@@ -288,12 +288,3 @@ def test_empty_and_wrong_options():
 def test_bad_pixels(maps, masks, error, message):
     with pytest.raises(error, match=message):
         PixelAP().update(maps, masks)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_maps_on_the_gpu_give_the_same(split):
-    maps, boxes, _ = split
-    metric = BoxLocalization(cam_curve_interval=0.02, workers=2)
-    metric.update(torch.from_numpy(maps).cuda(), boxes)
-    np.testing.assert_array_equal(metric.compute().curve, added(split).compute().curve)

@@ -243,12 +243,3 @@ def test_unknown_names_are_refused():
         build_model("vgg16", "cam", 10, 14, erase=0.5)
     with pytest.raises(FileNotFoundError, match="no such file"):
         build_model("vgg16", "cam", 10, 14, pretrained="none.pth")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", METHODS)
-def test_cuda_trains(digits, method):
-    fabric = make_fabric("cuda")
-    network = fit(replace(RECIPE, method=method, has_grid_size=8), digits["train"], 0, fabric)
-    assert weights(network).is_cuda and evaluate(network, digits["test"], fabric, 0.05).n == 48

@@ -97,7 +97,8 @@ def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
         fifth = max(1, len(rates) // 5)
         early, late = sum(rates[:fifth]) / fifth, sum(rates[-fifth:]) / fifth
         metrics |= {"early_rate": early, "late_rate": late, "gain": late - early}
-    return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes})
+    precision = str(subject.fabric.strategy.precision.precision)
+    return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes}, precision=precision)
 
 
 class Subject:

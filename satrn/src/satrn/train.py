@@ -191,7 +191,7 @@ def fit(
         torch.manual_seed((seed << 32) + step * fabric.world_size + fabric.global_rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
-        images = _prepare(images, s, seed, step, fabric)
+        images, targets = _prepare(images, s, seed, step, fabric), targets.to(fabric.device, non_blocking=True)
         for part in range(s.accumulate):
             share = slice(part, None, s.accumulate)
             with fabric.no_backward_sync(module, enabled=part < s.accumulate - 1):

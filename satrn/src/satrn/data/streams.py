@@ -92,7 +92,7 @@ class RenderedWords:
     def steps(self, s: Settings, seed: int, first: int, share: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 and targets of this rank's share of every batch, from a step on."""
         for step in range(first, s.steps):
-            index = positions(len(self), s.batch_size, seed, step)[share].to(self.images.device)
+            index = positions(len(self), s.batch_size, seed, step)[share].to(self.images.device, non_blocking=True)
             yield self.images[index], self.targets[index]
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, list[str]]]:

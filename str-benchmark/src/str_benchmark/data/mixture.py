@@ -192,7 +192,7 @@ class TrainingData:
         parts = []
         for number, kept in enumerate(resident):
             chosen = torch.tensor([index for which, index in batch if which == number], dtype=torch.int64)
-            parts.append([part[chosen.to(part.device)] for part in kept])
+            parts.append([part[chosen.to(part.device, non_blocking=True)] for part in kept])
         pixels, ids, lengths = (torch.cat(each) for each in zip(*parts, strict=True))
         return to_input(pixels), ids, lengths
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,4 +15,6 @@ class BiLSTM(nn.Module):
         self.linear = nn.Identity() if outputs is None else nn.Linear(2 * hidden, outputs)
 
     def forward(self, columns: Tensor) -> Tensor:
-        return self.linear(self.rnn(columns)[0])
+        with torch.autocast(columns.device.type, enabled=False):  # cuDNN's LSTM would take float16 under bfloat16
+            states = self.rnn(columns.to(self.rnn.weight_ih_l0.dtype))[0]
+        return self.linear(states)
