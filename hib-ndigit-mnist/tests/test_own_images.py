@@ -185,6 +185,7 @@ def test_what_a_dataset_may_give():
             train_on(data, labels, settings, pretrained=False, device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # from Python 3.12 on, under pytest only
 def test_mistakes_and_broken_files(folders, model, tmp_path, monkeypatch, capsys, caplog):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir(parents=True)

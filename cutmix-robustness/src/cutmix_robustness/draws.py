@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from weakref import WeakKeyDictionary
+from functools import lru_cache
 
 import torch
 from torch.utils.data import get_worker_info
-
-_reseeded: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
 
 
 def generator_for(*key: int | str) -> torch.Generator:
@@ -25,7 +23,11 @@ def own_stream(generator: torch.Generator | None) -> torch.Generator | None:
     from epoch to epoch.
     """
     worker = get_worker_info()
-    if generator is not None and worker is not None and _reseeded.get(generator) != worker.seed:
-        generator.manual_seed(generator_for(generator.initial_seed(), worker.seed).initial_seed())
-        _reseeded[generator] = worker.seed
+    if generator is not None and worker is not None:
+        _reseed(generator, worker.seed)
     return generator
+
+
+@lru_cache(maxsize=64)  # a worker has a few generators: each is reseeded once
+def _reseed(generator: torch.Generator, seed: int) -> None:
+    generator.manual_seed(generator_for(generator.initial_seed(), seed).initial_seed())
