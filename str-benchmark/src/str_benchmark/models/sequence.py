@@ -16,5 +16,5 @@ class BiLSTM(nn.Module):
 
     def forward(self, columns: Tensor) -> Tensor:
         with torch.autocast(columns.device.type, enabled=False):  # cuDNN's LSTM would take float16 under bfloat16
-            states = self.rnn(columns.to(self.rnn.weight_ih_l0.dtype))[0]
+            states = self.rnn(columns.to(next(self.rnn.parameters()).dtype))[0]
         return self.linear(states)
