@@ -1,7 +1,7 @@
 """`make wheels FOR=cp312 INTO=folder`: what `make setup WHEELS=folder` needs on a machine without a network.
 
-What the projects themselves need, pytest and the build backend, as requirements.lock pins it for the target's Python; no
-peers of the benchmarks and no tools. A package of HAVE (`pip list --format=freeze` of that machine) is left out.
+What the projects themselves need, pytest and the build backend, as requirements.lock pins it for the target's Python;
+no peers of the benchmarks and no tools. A package of HAVE (`pip list --format=freeze` of that machine) is left out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ GLIBC = ("manylinux_2_34", "manylinux_2_31", "manylinux_2_28", "manylinux_2_27",
 
 def pins(version: str, machine: str, have: Iterable[str] = ()) -> list[str]:
     """`name==version` of each package for a Python such as "3.12" on a machine such as "x86_64"."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "-q", "--no-header", "--no-annotate", "--no-emit-index-url"]
-    command += ["--python-version", version, "--python-platform", f"{machine}-manylinux_2_28"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "-q", "--no-header", "--no-annotate"]
+    command += ["--no-emit-index-url", "--python-version", version, "--python-platform", f"{machine}-manylinux_2_28"]
     command += ["--constraints", "requirements.lock", "-", *(str(path) for path in ROOT.glob("*/pyproject.toml"))]
     done = subprocess.run(command, input=EXTRA, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

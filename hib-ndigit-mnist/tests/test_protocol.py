@@ -109,7 +109,7 @@ def test_training_images_are_occluded_and_a_and_b_have_their_own_rate(sets):
     base = Training(architecture="mlp", hidden=(16,), steps=50, batch=64, lr=1e-3, match_lr=3.0)
     bright = []
     for p in (0.0, 0.5, 1.0):
-        run = _Run(sets["train"], [replace(base, occlusion_p=p)], [0], "cpu", "32-true", False)
+        run = _Run(sets["train"], [replace(base, occlusion_p=p)], [0], "cpu", False)
         bright.append(float(run._batch(run._draw(1)[0][0])[0].mean()))
     assert bright[0] > bright[1] > bright[2] and 0.5 < bright[2] / bright[0] < 0.8
     run.chunk(1)

@@ -47,8 +47,8 @@ def weights(model):
 def test_a_stack_trains_like_single_models(digits, training):
     """Loss and gradients of every step; weights themselves may drift where Adam scales up a rounding error."""
     different, seeds = [training, replace(training, beta=0.1, occlusion_p=0.2), training], [3, 4, 5]
-    stack = _Run(digits, different, seeds, "cpu", None, False)
-    singles = [_Run(digits, [own], [seed], "cpu", None, False) for own, seed in zip(different, seeds, strict=True)]
+    stack = _Run(digits, different, seeds, "cpu", False)
+    singles = [_Run(digits, [own], [seed], "cpu", False) for own, seed in zip(different, seeds, strict=True)]
     for _ in range(3):
         for run in (stack, *singles):
             run.chunk(1)
@@ -204,7 +204,7 @@ def test_a_step_depends_on_its_random_numbers_alone(digits):
     outputs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        run = _Run(digits, [SMALL], [7], "cpu", None, True)
+        run = _Run(digits, [SMALL], [7], "cpu", True)
         outputs.append(run._step(*(part[0] for part in run._draw(1)))[0].loss)
     assert torch.equal(*outputs)
 

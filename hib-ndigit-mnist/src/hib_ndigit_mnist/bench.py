@@ -22,8 +22,9 @@ from hib_ndigit_mnist.experiments import PACKAGES, PROJECT
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.losses import VIBPairLoss
 from hib_ndigit_mnist.settings import Training
-from hib_ndigit_mnist.train import CHUNK, GRAPH_WARMUP, train
+from hib_ndigit_mnist.train import CHUNK, train
 from shared_utils.benchmark import Timing, in_turn, report
+from shared_utils.cuda_graph import WARMUP
 
 SAMPLES, DIM, IMAGES = 8, 2, 10_000
 EPS = 1e-12
@@ -155,7 +156,7 @@ def steps_per_second(device: str, models: int) -> float:
     digits = torch.randint(256, (2000, 28, 28), generator=generator, dtype=torch.uint8)
     data = NDigitSet(digits, torch.randint(2000, (7000, 2), generator=generator), torch.arange(7000) % 70)
     chunks = (4, 100) if device == "cuda" else (1, 2)
-    warm = GRAPH_WARMUP + chunks[0] * CHUNK
+    warm = WARMUP + chunks[0] * CHUNK
     steps = chunks[1] * CHUNK // (1 if device == "cuda" else models)
     stamps: list[float] = []
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shared_utils.cuda_graph import load_optimizer
 from shared_utils.files import whole_file
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ class Progress:
         self.visits = state["visits"]
         run.history = [(step, values.to(run.fabric.device)) for step, values in state["history"]]
         run.stack.load_state_dict(state["stack"])
-        rates = [group["lr"] for group in run.optimizer.param_groups]
-        run.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # stays where the graph looks for it
+        load_optimizer(run.optimizer, state["optimizer"])
         for generator, saved in zip(run.generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
 

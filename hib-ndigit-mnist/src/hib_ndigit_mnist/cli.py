@@ -36,8 +36,6 @@ class Run:
     """Where MNIST is."""
     jobs: int = 0
     """Groups of models side by side; 0: one per core, or a single one on CUDA."""
-    precision: str = "auto"
-    """Of the encoder: auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -68,7 +66,6 @@ class Run:
             seeds=self.seeds,
             force=self.force,
             jobs=self.jobs,
-            precision=self.precision,
         )
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
@@ -91,15 +88,13 @@ class Train(TrainedOn):
     """Where MNIST is."""
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""
-    precision: str = "auto"
-    """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     checkpoint_every: int = 5000
     """Steps between saves."""
 
     def __call__(self) -> None:
         from hib_ndigit_mnist.workflow import train_to_file
 
-        train_to_file(self, self.output, self.seed, self.data_root, self.device, self.precision, self.checkpoint_every)
+        train_to_file(self, self.output, self.seed, self.data_root, self.device, self.checkpoint_every)
 
 
 @dataclass(frozen=True)

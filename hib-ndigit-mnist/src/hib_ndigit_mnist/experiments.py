@@ -17,7 +17,7 @@ from hib_ndigit_mnist.data import NDigitSet, find_mnist, is_mnist, ndigit_sets
 from hib_ndigit_mnist.evaluate import Evaluation, TestSet, fit_match
 from hib_ndigit_mnist.reports import REPORTS
 from hib_ndigit_mnist.settings import Settings
-from hib_ndigit_mnist.train import Trained, named_precision, train
+from hib_ndigit_mnist.train import Trained, train
 from shared_utils.folders import project_folder, runs_folder
 from shared_utils.logging import console
 from shared_utils.preflight import Need, disk_space, unmet
@@ -62,7 +62,6 @@ def run_tables(
     seeds: Sequence[int] = (),
     force: bool = False,
     jobs: int = 0,
-    precision: str = "auto",
 ) -> RunLog:
     """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
@@ -75,7 +74,7 @@ def run_tables(
         "hib-ndigit-mnist",
         runs,
         log,
-        partial(execute, data_root=data_root, checkpoints=checkpoints, precision=precision),
+        partial(execute, data_root=data_root, checkpoints=checkpoints),
         repository=PROJECT,
         packages=PACKAGES,
         force=force,
@@ -165,7 +164,6 @@ def execute(
     data_root: Path,
     device: str = "auto",
     checkpoints: Path | None = None,
-    precision: str = "auto",
 ) -> list[Outcome]:
     """Runs of one group: train every different model once, then report each run from its model."""
     parsed = [parse(each) for each in settings]
@@ -195,7 +193,6 @@ def execute(
         trainings,
         model_seeds,
         device=device,
-        precision=precision,
         checkpoint=path,
         visit_at=visit_at,
         visit=visit,
@@ -206,9 +203,8 @@ def execute(
     record = {"name": name, "sizes": {split: len(data) for split, data in sets.items()}}
     record |= {"sha256": sets["train"].fingerprint()}
     caveats = _caveats(name, bool(sizes), sets)
-    precision = named_precision(device, precision)
     return [
-        Outcome(metrics, details, record | reporter.tested(each), precision=precision, caveats=caveats)
+        Outcome(metrics, details, record | reporter.tested(each), caveats=caveats)
         for (metrics, details), each in zip(map(found.__getitem__, range(len(jobs))), parsed, strict=True)
     ]
 

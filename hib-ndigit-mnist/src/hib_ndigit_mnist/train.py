@@ -29,12 +29,12 @@ from hib_ndigit_mnist.occlusion import draw_occlusion, join_tiles
 from hib_ndigit_mnist.pair_nll import DISTANCE_EPS
 from hib_ndigit_mnist.pairs import ClassIndex, Pairs, balanced_pairs, two_streams
 from hib_ndigit_mnist.settings import BackboneTraining, Training
+from shared_utils.cuda_graph import StepGraph, set_learning_rate
 from shared_utils.logging import get_logger, progress
 
 logger = get_logger("hib-ndigit-mnist")
 
 CHUNK = 50  # steps whose random numbers are drawn at once
-GRAPH_WARMUP = 3  # eager steps before a CUDA graph is captured
 COLLAPSED = 0.02  # coefficient of variation of sigma over a batch
 
 
@@ -56,14 +56,15 @@ def train(
     seeds: Sequence[int],
     *,
     device: str = "auto",
-    precision: str = "auto",
     graph: bool = True,
     checkpoint: Path | None = None,
     checkpoint_every: int = 5000,
     visit_at: Sequence[int] = (),
     visit: Visit | None = None,
 ) -> tuple[list[Trained], list[list[Any]]]:
-    """Train one model per seed, all of them stacked; the same call gives the same models, interrupted or not.
+    """Train one model per seed, all of them stacked, in float32: networks of this size gain nothing by less.
+
+    The same call gives the same models, interrupted or not.
 
     Under torchrun the images of every batch are shared out over the ranks, and the loss is that of all pairs of the
     whole batch: `batch` and `lr` mean the same on 1 and on N processes.
@@ -73,7 +74,6 @@ def train(
         trainings: one per model, of equal `shape()`.
         seeds: one per model: of its weights and of all its random numbers.
         device: as in `make_fabric`.
-        precision: as in `make_fabric`; of the encoder, everything behind it stays float32.
         graph: on CUDA, replay the step as a CUDA graph (single process).
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves, rounded up to whole chunks.
@@ -92,7 +92,7 @@ def train(
         raise ValueError(f"a training and a seed per model were expected, got {len(trainings)}, {len(seeds)}")
     if len({training.shape() for training in trainings}) > 1:
         raise ValueError("trainings: only beta and occlusion_p may differ within a stack")
-    run = _Run(data, trainings, seeds, device, precision, graph)
+    run = _Run(data, trainings, seeds, device, graph)
     state = Progress(checkpoint, _identity(data, trainings, seeds, visit_at))
     state.resume(run)
     _warn_if_hopeless(trainings[0])
@@ -124,10 +124,9 @@ class _Run:
         trainings: Sequence[Training],
         seeds: Sequence[int],
         device: str,
-        precision: str,
         graph: bool,
     ):
-        self.fabric = make_fabric(device, precision)
+        self.fabric = make_fabric(device, "32-true")
         self.training, self.step = trainings[0], 0
         self.history: list[tuple[int, Tensor]] = []  # step, diagnostics
         self.data = data.to(self.fabric.device)
@@ -149,7 +148,7 @@ class _Run:
             return torch.tensor([getattr(each, name) for each in trainings], device=self.fabric.device)
 
         self.beta, self.occlusion_p = per_model("beta"), per_model("occlusion_p")
-        self.graph = _Graph(self._step) if cuda and graph and self.fabric.world_size == 1 else None
+        self.graph = StepGraph(self._step) if cuda and graph and self.fabric.world_size == 1 else None
         if self.training.batch % self.fabric.world_size:
             raise ValueError(f"batch: {self.training.batch} images cannot be shared by {self.fabric.world_size} ranks")
 
@@ -159,7 +158,7 @@ class _Run:
         for i in range(steps):
             for group, factor in zip(self.optimizer.param_groups, (1.0, self.training.match_lr), strict=True):
                 rate = learning_rate(self.training, self.step) * factor
-                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+                set_learning_rate(group, rate)
             out, sigma = (self.graph or self._step)(uniform[i], normal[i])
             self.step += 1
         self.history.append((self.step, _diagnostics(out, sigma)))
@@ -275,33 +274,6 @@ def learning_rate(training: Training | BackboneTraining, step: int) -> float:
     return training.lr_final + (training.lr - training.lr_final) * share
 
 
-class _Graph:
-    """Replays a step as one CUDA graph. The first calls run eagerly, on the side stream that capturing asks for."""
-
-    def __init__(self, step: Callable[[Tensor, Tensor], Any]):
-        self.step, self.calls = step, 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, uniform: Tensor, normal: Tensor) -> Any:
-        if self.calls < GRAPH_WARMUP:
-            self.calls += 1
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                outputs = self.step(uniform, normal)
-            torch.cuda.current_stream().wait_stream(side)
-            return outputs
-        if self.graph is None:
-            self.inputs = uniform.clone(), normal.clone()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.step(*self.inputs)
-        for static, given in zip(self.inputs, (uniform, normal), strict=True):
-            static.copy_(given)
-        self.graph.replay()
-        return self.outputs
-
-
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one process, or on all that torchrun or Slurm started (DDP).
 
@@ -311,7 +283,9 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = named_precision(device, precision)
+    if precision == "auto":
+        ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        precision = "bf16-mixed" if ampere else "32-true"
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
@@ -324,14 +298,6 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     )
     fabric.launch()
     return fabric
-
-
-def named_precision(device: str, precision: str) -> str:
-    """What "auto" stands for on a device; another name as it is."""
-    if precision != "auto":
-        return precision
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return "bf16-mixed" if cuda and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
 
 
 def _new_encoder(options: dict[str, Any], seed: int) -> Encoder:

@@ -35,7 +35,7 @@ GALLERY = 2000  # clean training images that a model file keeps, embedded, so th
 
 
 def train_to_file(
-    settings: TrainedOn, output: Path, seed: int, data_root: Path, device: str, precision: str, checkpoint_every: int
+    settings: TrainedOn, output: Path, seed: int, data_root: Path, device: str, checkpoint_every: int
 ) -> None:
     """Train one model and write weights, settings and a gallery of embedded training images.
 
@@ -50,7 +50,6 @@ def train_to_file(
         [training],
         [seed],
         device=device,
-        precision=precision,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
     )

@@ -30,6 +30,8 @@ from rebias.settings import Settings
 class RUBi(Method):
     """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
 
+    graphed = True
+
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
         head = RUBiLoss(gs[0].fc.in_features, gs[0].fc.out_features)
@@ -46,6 +48,8 @@ class RUBi(Method):
 
 class LearnedMixin(Method):
     """f beside a g that was trained before and is frozen."""
+
+    graphed = True
 
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)

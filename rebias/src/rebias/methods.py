@@ -36,6 +36,8 @@ class Method(ABC):
     """
 
     loss: ReBiasLoss | None = None
+    graphed = False
+    """whether on CUDA the steps are replayed as a graph: they neither draw random numbers nor wait for a value"""
 
     def __init__(self, settings: Settings, fabric: Fabric):
         self.settings, self.fabric = settings, fabric
@@ -47,7 +49,9 @@ class Method(ABC):
         wrapped: list[nn.Module] = [self.fabric.setup_module(module) for module in modules]
         weights = itertools.chain(*(module.parameters() for module in modules))
         s = self.settings
-        adam = torch.optim.Adam(weights, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        cuda = self.fabric.device.type == "cuda"
+        rate = torch.tensor(s.lr, device=self.fabric.device) if cuda else s.lr
+        adam = torch.optim.Adam(weights, lr=rate, weight_decay=s.weight_decay, fused=True, capturable=cuda)
         self.optimizers[name] = self.fabric.setup_optimizers(adam)
         for number, module in enumerate(wrapped):
             self.modules[name if number == 0 else f"{name}.head"] = module
@@ -82,6 +86,8 @@ class Method(ABC):
 
 class Vanilla(Method):
     """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
+
+    graphed = True
 
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
@@ -118,6 +124,8 @@ class ReBias(Method):
         self.loss = ReBiasLoss(
             s.f_lambda, s.g_lambda, sigma, sigma, s.estimator, s.conditional, gather=gather_with_gradient
         )
+        fixed = s.sigma == "fixed" or (s.sigma == "median" and s.sigma_every == "batch")
+        self.graphed = fixed and not s.conditional and s.penalty != "hsic-shuffled"
         (self.f,) = self.add("f", f)
         self.gs = [self.add(f"g{number}", g)[0] for number, g in enumerate(gs)]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from rebias.data.dataset import Dataset
 from rebias.methods import Method
 from rebias.settings import Settings
+from shared_utils.cuda_graph import StepGraph, load_optimizer, set_learning_rate
 from shared_utils.files import whole_file
 from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state
@@ -113,20 +114,23 @@ def fit(
         state = _resume(checkpoint, run, method)
         logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
 
+    graphed = method.graphed and fabric.device.type == "cuda" and fabric.world_size == 1
+    pretrain_step, step_proper = (StepGraph(f) if graphed else f for f in (method.pretrain_step, method.step))
     for epoch in range(state["epoch"], s.pretrain_epochs + s.epochs):
         batches = index_batches(len(data), s.batch_size, seed, epoch, fabric.global_rank, fabric.world_size)
         for optimizer in method.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, epoch - s.pretrain_epochs)
+                set_learning_rate(group, learning_rate(s, epoch - s.pretrain_epochs))
         if state["step"] == 0:
             share = batches[: math.floor(s.sigma_sampling * len(batches)) + 1]  # as the released code counts
             method.start_epoch(data.batches(share, epoch))
         for module in method.modules.values():
             module.train()
-        step = method.pretrain_step if epoch < s.pretrain_epochs else method.step
+        step = pretrain_step if epoch < s.pretrain_epochs else step_proper
         left = batches[state["step"] :]
         for index, (images, targets) in zip(left, data.batches(left, epoch), strict=True):
             before_step(state["total"])
+            index = index.to(fabric.device, non_blocking=True)
             for name, value in step(images, targets, index).items():
                 state["sums"][name] = state["sums"].get(name, 0) + value.double()
             state["step"] += 1
@@ -170,7 +174,7 @@ def _resume(path: Path, run: dict, method: Method) -> dict:
     for name, module in method.modules.items():
         module.load_state_dict(content["modules"][name])
     for name, optimizer in method.optimizers.items():
-        optimizer.load_state_dict(content["optimizers"][name])
+        load_optimizer(optimizer, content["optimizers"][name])
     for name, value in content["bandwidths"].items():
         setattr(method.loss, name, value.to(method.fabric.device) if isinstance(value, Tensor) else value)
     restore_rng_state(content["rng"])
