@@ -80,6 +80,15 @@ def recipe(model, **changes):
     return Recipe(replace(SHORT, **changes), model, model)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_a_step_without_draws_is_replayed_on_cuda(name):
+    model = Classifier(SmallNet(15), MEAN, STD)
+    settings = replace(SHORT, **RECIPES[name])
+    drawn = settings.branch != "none" or "manifold" in settings.mix or "feature" in settings.mix
+    more = settings.adversarial != "none" or settings.outliers != "none"
+    assert Recipe(settings, model, model).graphed == (not drawn and not more)
+
+
 def test_losses_by_hand():
     torch.manual_seed(0)
     model = Classifier(SmallNet(15), MEAN, STD)

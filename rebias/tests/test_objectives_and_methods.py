@@ -26,6 +26,23 @@ def method(**changes):
     return build_method(TASKS[settings.dataset](settings, 3, Path("nowhere"), FABRIC))
 
 
+@pytest.mark.parametrize(
+    "changes, graphed",
+    [
+        ({"method": "vanilla"}, True),
+        ({"method": "rebias"}, True),
+        ({"method": "rebias", "sigma": "fixed"}, True),
+        ({"method": "rebias", "sigma_every": "epoch"}, False),  # another bandwidth in every epoch
+        ({"method": "rebias", "sigma": "dimension"}, False),
+        ({"method": "rebias", "conditional": True}, False),  # looks how many samples a class has
+        ({"method": "rebias", "penalty": "hsic-shuffled"}, False),  # draws an order
+        ({"method": "lff"}, False),
+    ],
+)
+def test_only_a_step_that_is_the_same_every_time_is_replayed_on_cuda(changes, graphed):
+    assert method(**changes).graphed == graphed
+
+
 def batch(size=32):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(size, 3, 8, 8, generator=generator)

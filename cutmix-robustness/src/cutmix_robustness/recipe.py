@@ -63,6 +63,30 @@ class Recipe:
         }
         return kinds.get(s.mix.replace("manifold-mixup", "mixup").replace("feature-cutmix", "cutmix"))
 
+    @property
+    def graphed(self) -> bool:
+        """Whether `mixed_loss` on the batch from `mixed` is the whole step, without a draw: it can be replayed."""
+        s = self.settings
+        return self.in_network is None and s.branch == s.adversarial == s.outliers == "none"
+
+    def mixed(self, images: Tensor, labels: Tensor, draw: tuple[int, ...], progress: float = 0.0) -> MixedBatch:
+        """The batch that the network sees, mixed if the settings ask for it; arguments as for `loss`."""
+        self.generator.manual_seed(generator_for(*draw, 2).initial_seed())
+        images = _unit(images)
+        if self.settings.gaussian_noise:
+            images = self._add_noise(images)
+        if self.cutout:
+            images = self.cutout(images)
+        if isinstance(self.mix, CutMix):
+            self.mix.progress = progress
+        mix = unmixed if self.in_network is not None else self.mix or unmixed
+        return mix(images, labels)
+
+    def mixed_loss(self, batch: MixedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of a batch, as `loss` returns them."""
+        logits = self.forward(batch.images).float()
+        return _with_statistics(mixed_cross_entropy(logits, batch, self.settings.label_smoothing), logits, batch)
+
     def loss(
         self,
         images: Tensor,
@@ -84,25 +108,19 @@ class Recipe:
             A scalar, and `loss` and `mixed_accuracy` (lam * acc_A + (1 - lam) * acc_B) detached.
         """
         s = self.settings
-        self.generator.manual_seed(generator_for(*draw, 2).initial_seed())
-        images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-        clean, clean_labels = images[share[0] :: share[1]], labels[share[0] :: share[1]]
-        if s.gaussian_noise:
-            images = self._add_noise(images)
-        if self.cutout:
-            images = self.cutout(images)
+        batch = self.mixed(images, labels, draw, progress).shard(*share)
         if self.in_network is not None:
-            logits, batch = self.in_network(images[share[0] :: share[1]], labels[share[0] :: share[1]])
+            logits, batch = self.in_network(batch.images, batch.target_a)
             return _with_statistics(mixed_cross_entropy(logits, batch, s.label_smoothing), logits, batch)
-        if isinstance(self.mix, CutMix):
-            self.mix.progress = progress
-        batch = (self.mix or unmixed)(images, labels).shard(*share)
+        if s.adversarial == s.outliers == "none":
+            return self.mixed_loss(batch)
+        clean, clean_labels = _unit(images[share[0] :: share[1]]), labels[share[0] :: share[1]]
         inputs = [batch.images]
         if s.adversarial != "none":
             inputs.append(self._attack(clean, clean_labels))
         if s.outliers != "none":
             inputs.append(self._draw_outliers(len(clean)))
-        logits, *beside = self.forward(torch.cat(inputs) if len(inputs) > 1 else inputs[0]).float().split(len(clean))
+        logits, *beside = self.forward(torch.cat(inputs)).float().split(len(clean))
         losses = [mixed_cross_entropy(logits, batch, s.label_smoothing)]
         if s.adversarial != "none":
             losses.append(F.cross_entropy(beside[0], clean_labels, label_smoothing=s.label_smoothing))
@@ -135,7 +153,11 @@ class Recipe:
             )
         index = torch.randint(len(self.outliers), (n,), generator=self.generator)
         images = self.outliers.images[index.to(self.outliers.images.device)]
-        return (images.float() / 255).contiguous(memory_format=torch.channels_last)
+        return _unit(images)
+
+
+def _unit(images: Tensor) -> Tensor:
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def _with_statistics(loss: Tensor, logits: Tensor, batch: MixedBatch) -> tuple[Tensor, dict[str, Tensor]]:

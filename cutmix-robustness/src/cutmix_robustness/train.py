@@ -14,11 +14,13 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from cutmix_robustness.cutmix import MixedBatch
 from cutmix_robustness.data.sources import ImageFiles, ResidentImages
 from cutmix_robustness.draws import generator_for
 from cutmix_robustness.networks import Classifier
 from cutmix_robustness.recipe import Recipe
 from cutmix_robustness.settings import Settings
+from shared_utils.cuda_graph import StepGraph, load_optimizer, set_learning_rate
 from shared_utils.files import whole_file
 from shared_utils.logging import get_logger, progress
 
@@ -59,9 +61,13 @@ def build_optimizer(settings: Settings, model: Classifier) -> torch.optim.Optimi
     ids = {id(parameter) for parameter in head}
     body = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     groups = [{"params": body, "base_lr": settings.lr}, {"params": head, "base_lr": settings.head_lr or settings.lr}]
-    fused = next(model.parameters()).is_cuda
+    fused = head[0].is_cuda
+    for group in groups if fused else []:
+        group["lr"] = torch.tensor(settings.lr, device=head[0].device)  # where a CUDA graph reads it
     if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        return torch.optim.Adam(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused, capturable=fused
+        )
     return torch.optim.SGD(
         groups, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay, fused=fused
     )
@@ -118,6 +124,19 @@ def fit(
         logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
     wrapped, optimizer = fabric.setup(model, optimizer)
     recipe = Recipe(s, model, wrapped, outliers)
+
+    def descend(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        optimizer.step()
+
+    def learn(*parts: Tensor) -> dict[str, Tensor]:
+        loss, statistics = recipe.mixed_loss(MixedBatch(*parts))
+        descend(loss)
+        return statistics
+
+    graphed = recipe.graphed and fabric.device.type == "cuda" and world == 1 and _scaler(fabric) is None
+    graph = StepGraph(learn) if graphed else None
     share, own = ((rank, world), ()) if data.whole_batches else ((0, 1), (rank,))  # own: mixed within the rank
     steps = len(data) // s.batch_size
 
@@ -125,16 +144,19 @@ def fit(
         task = bar.add_task(s.network, total=s.epochs * steps, completed=state["total"])
         for epoch in range(state["epoch"], s.epochs):
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * 0.1 ** sum(epoch >= milestone for milestone in s.milestones)
+                decay = 0.1 ** sum(epoch >= milestone for milestone in s.milestones)
+                set_learning_rate(group, group["base_lr"] * decay)
             model.train()
             for number, images, labels in data.train_batches(s.batch_size, seed, epoch, state["step"], rank, world):
                 before_step(state["total"])
                 torch.manual_seed(generator_for(seed, epoch, number, 3, rank).initial_seed())
                 share_done = epoch / max(1, s.epochs - 1)
-                loss, statistics = recipe.loss(images, labels, (seed, epoch, number, *own), share_done, share)
-                optimizer.zero_grad(set_to_none=True)
-                fabric.backward(loss)
-                optimizer.step()
+                draw = (seed, epoch, number, *own)
+                if graph:
+                    statistics = graph(*vars(recipe.mixed(images, labels, draw, share_done)).values())
+                else:
+                    loss, statistics = recipe.loss(images, labels, draw, share_done, share)
+                    descend(loss)
                 for name, value in statistics.items():
                     state["sums"][name] = state["sums"].get(name, 0) + value.double()
                 state |= {"step": number + 1, "total": state["total"] + 1}
@@ -194,7 +216,7 @@ def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Opt
         differing += [name for name in ("seed", "data") if run[name] != theirs[name]]
         raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); name another file")
     model.network.load_state_dict(content["network"])
-    optimizer.load_state_dict(content["optimizer"])
+    load_optimizer(optimizer, content["optimizer"])
     scaler = _scaler(fabric)
     if scaler and content["scaler"]:
         scaler.load_state_dict(content["scaler"])
