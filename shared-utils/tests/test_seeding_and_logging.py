@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import torch
 
+from shared_utils.logging import get_logger
 from shared_utils.seeding import restore_rng_state, rng_state, seed_everything
 
 
@@ -45,3 +46,12 @@ def say(**environment):
 def test_only_rank_0_says_info_and_no_bar_without_a_terminal():
     assert say().splitlines() == ["INFO x: hello", "WARNING x: careful"]
     assert say(RANK="1").splitlines() == ["WARNING x: careful"]
+
+
+def test_the_log_goes_where_stderr_is_now(monkeypatch):
+    logger = get_logger("moving")
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        logger.info("hello")
+        assert sys.stderr.getvalue() == "INFO moving: hello\n"
+        sys.stderr.close()

@@ -31,13 +31,21 @@ def quiet() -> bool:
     return not sys.stderr.isatty() or bool(os.environ.get("CI")) or rank() != 0
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what sys.stderr is at that time: notebooks and tests replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def get_logger(name: str) -> logging.Logger:
     """A logger on stderr: INFO on rank 0, warnings elsewhere; rich in a terminal, plain otherwise."""
     logger = logging.getLogger(name)
     if not logger.handlers:
         handler: logging.Handler
         if quiet():
-            handler = logging.StreamHandler()
+            handler = _StderrHandler()
             handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         else:
             handler = RichHandler(console=Console(stderr=True), show_path=False)
