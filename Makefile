@@ -49,8 +49,8 @@ site: setup  ## static results site in site/
 rehearse: setup  ## every table at paper scale, end to end, on tiny archives in a temporary copy
 	printf '%s\n' $(EACH) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(MAKE) -s -C NAME rehearse
 
-campaign: setup  ## from the top of campaign.toml, what fits into MINUTES=; the next campaign goes on
-	.venv/bin/python tools/campaign.py --minutes $(MINUTES)
+campaign: setup  ## from the top of campaign.toml (or LIST=), what fits into MINUTES=; the next campaign goes on
+	.venv/bin/python tools/campaign.py --minutes $(MINUTES) $(if $(LIST),--list $(LIST))
 
 gpucheck: setup  ## each training loop on CUDA in bf16 beside the CPU's float32, resuming, evaluation
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 4 -m gpu */tests/test_cuda.py
