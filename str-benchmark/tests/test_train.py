@@ -474,7 +474,7 @@ def test_the_program_as_a_process(tmp_path):
 
 def test_verbs_that_print(project, capsys, tmp_path):
     missing = {row[0]: row[-1] for row in inventory(tmp_path / "none")}
-    assert missing["MJ"] == "put the released LMDB there"
+    assert missing["MJ"] == "put the released set there"
     cli.Data(data_root=tmp_path / "none")()
     printed = capsys.readouterr().out
     assert all(name in printed for name in missing)

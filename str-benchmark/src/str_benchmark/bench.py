@@ -24,7 +24,8 @@ from torch import Tensor
 from shared_utils.benchmark import Timing, in_turn, report
 from str_benchmark.charset import PRESETS
 from str_benchmark.data.images import to_input
-from str_benchmark.data.lmdb_store import LMDBDataset, load_samples, write_lmdb
+from str_benchmark.data.lmdb_store import LMDBDataset, write_lmdb
+from str_benchmark.data.samples import load_samples
 from str_benchmark.experiments import PACKAGES, PROJECT
 from str_benchmark.models import Recognizer, build_model
 from str_benchmark.models.attention import Attention
