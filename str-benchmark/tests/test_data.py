@@ -68,7 +68,7 @@ def test_metacharacters_in_a_charset():
     assert LabelFilter("94").broken_rule("a\\b") is None
     with pytest.raises(ValueError, match="no character class as the released code reads it"):
         LabelFilter("z-a", mode="reference")
-    with pytest.raises(ValueError, match="filter: expected one of report, reference, off"):
+    with pytest.raises(ValueError, match="filter: expected one of report, strip, reference, off"):
         LabelFilter("36", mode="none")
 
 
@@ -428,14 +428,8 @@ def test_sets_by_name(tmp_path, released_layout, word_lmdb):
 
 
 def test_sets_in_parseq_s_layout(tmp_path, word_lmdb):
-    for place in (
-        "test/IIIT5k",
-        "test/IC13_1095",
-        "val/IC13",
-        "val/IC15",
-        "train/synth/MJ/train",
-        "train/synth/MJ/val",
-    ):
+    synthetic = ("train/synth/MJ/train", "train/synth/MJ/val")
+    for place in ("test/IIIT5k", "test/IC13_1095", "val/IC13", "val/IC15", *synthetic):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         word_lmdb(tmp_path / place, ["ab", "c"])
     for name, parts in (("IIIT_3000", 1), ("IC13_1095", 1), ("validation", 2), ("MJ", 2)):
@@ -457,12 +451,8 @@ def test_a_list_of_images_in_union14m_s_layout(tmp_path):
     annotations.write_text("\n".join([*lines[:2], "", *lines[2:]]), encoding="utf-8-sig")
     (data,) = open_set(str(annotations), tmp_path, filter="off")
     assert (len(data), data.total) == (4, 4) and data.key(2) == "full_images/art/2.png"
-    assert [data.text(i) for i in range(4)] == words and [data.label(i) for i in range(4)] == [
-        "cafbar",
-        "no",
-        "",
-        "gone",
-    ]
+    assert [data.text(i) for i in range(4)] == words
+    assert [data.label(i) for i in range(4)] == ["cafbar", "no", "", "gone"]
     assert data[1][0].size == (21, 10) and data.first(2)[1][1] == "no" and len(data.first(2)) == 2
     with pytest.raises(BrokenFile, match=r"train_easy.jsonl full_images/art/3.png: missing; .* --skip-broken"):
         data[3]
@@ -478,9 +468,7 @@ def test_a_list_of_images_in_union14m_s_layout(tmp_path):
         with pytest.raises(ValueError, match=message):
             open_set(str(annotations), tmp_path)
     annotations.write_text(lines[3])
-    with pytest.raises(
-        FileNotFoundError, match="its first image full_images/art/3.png is in none of the folders above"
-    ):
+    with pytest.raises(FileNotFoundError, match="its first image full_images/art/3.png is in none of"):
         open_set(str(annotations), tmp_path)
 
 

@@ -101,7 +101,7 @@ def compare_words(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
         if missing:
             raise ValueError(f"expected the CSV of `eval --words`, it lacks the column {', '.join(sorted(missing))}")
     a, b = (frame.set_index(["set", "word"]).sort_index() for frame in (first, second))
-    if not a.index.equals(b.index) or not a.label.fillna("").equals(b.label.fillna("")):
+    if not a.index.equals(b.index) or not a.label.equals(b.label):
         other = a.index.symmetric_difference(b.index)
         shown = (
             f"{len(other)} words are in one file only, such as {' '.join(other[0])}" if len(other) else "other labels"

@@ -117,7 +117,7 @@ class Compare:
 
         from str_benchmark.analysis import compare_words
 
-        frames = (pd.read_csv(path, dtype={"word": str, "label": str}) for path in (self.first, self.second))
+        frames = (pd.read_csv(path, keep_default_na=False, dtype={"label": str}) for path in (self.first, self.second))
         print(compare_words(*frames).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 

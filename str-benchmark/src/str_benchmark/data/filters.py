@@ -120,7 +120,7 @@ class LabelFilter:
     def _tidy(self, label: str) -> str:
         if self.drop_whitespace:
             label = "".join(label.split())
-        return compatible(label, self.charset) if self.nfkd else label
+        return compatible(self._cased(label), self.charset) if self.nfkd else label
 
     def _cased(self, label: str) -> str:
         return label if self.case_sensitive else label.lower()
