@@ -9,7 +9,7 @@ import joblib
 
 from str_benchmark.data.lmdb_store import check_file
 from str_benchmark.data.samples import WordDataset, decode_samples
-from str_benchmark.data.sets import LIST, MEND, OTHERS, SETS, find_stores, open_set
+from str_benchmark.data.sets import LIST, MEND, SETS, find_stores, open_set
 
 CHUNK = 1000  # images of one task
 
@@ -28,7 +28,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
         except ValueError as error:
             found, mend = "damaged", str(error)
         size = each.what if each.n is None else f"{each.n:,} words, {each.what}"
-        scale = "eval" if each in OTHERS else "paper"
+        scale = "paper" if each.folder.startswith(("training", "validation", "evaluation")) else "eval"
         where = each.place(data_root).relative_to(data_root)
         rows.append((each.name, scale, size, "its publishers'", found, str(where), mend))
     return rows
