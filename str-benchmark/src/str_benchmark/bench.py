@@ -77,8 +77,8 @@ def _network(model: Recognizer, repeats: int, threads: int, compiled: bool = Tru
             with torch.inference_mode():
                 ours, theirs = fast(images), peer(images)
                 steps = 1 if config.pred == "Attn" else None  # behind a near tie of the argmax fed back they may part
-                near = {"rtol": 1e-3, "atol": 1e-3 * max(1.0, float(theirs.abs().max()))}
-                torch.testing.assert_close(ours[:, :steps], theirs[:, :steps], **near)
+                near = 1e-3 * max(1.0, float(theirs.abs().max()))
+                torch.testing.assert_close(ours[:, :steps], theirs[:, :steps], rtol=1e-3, atol=near)
                 yield Timing(what, name, *in_turn(partial(fast, images), partial(peer, images), repeats, device))
 
 
