@@ -17,16 +17,19 @@ from PIL import Image
 
 from shared_utils.images import BrokenFile
 from str_benchmark import bench
-from str_benchmark.charset import PRESETS
+from str_benchmark.charset import PRESETS, resolve_charset
 from str_benchmark.data import images
 from str_benchmark.data.create import listed_images, rendered_items
-from str_benchmark.data.filters import LabelFilter, ctc_columns, subset
+from str_benchmark.data.filters import LabelFilter, by_rule, ctc_columns, subset
 from str_benchmark.data.inventory import inventory, verify
-from str_benchmark.data.lmdb_store import LMDBDataset, check_file, decode_samples, load_samples, write_lmdb
+from str_benchmark.data.lmdb_store import LMDBDataset, check_file, write_lmdb
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares
+from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR, each_word_once
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
-from str_benchmark.data.sets import SETS, Parts, find_lmdbs, locate, open_set
+from str_benchmark.data.samples import decode_samples, load_samples
+from str_benchmark.data.sets import Parts, find_stores, locate, open_set
 from str_benchmark.render import WARPS, font_files, random_words, render_words
+from str_benchmark.settings import Settings
 from str_benchmark.tokenizers import CTCTokenizer
 
 
@@ -65,8 +68,32 @@ def test_metacharacters_in_a_charset():
     assert LabelFilter("94").broken_rule("a\\b") is None
     with pytest.raises(ValueError, match="no character class as the released code reads it"):
         LabelFilter("z-a", mode="reference")
-    with pytest.raises(ValueError, match="filter: expected one of report, reference, off"):
+    with pytest.raises(ValueError, match="filter: expected one of report, strip, reference, off"):
         LabelFilter("36", mode="none")
+
+
+def test_labels_are_cleaned_as_parseq_cleans_them():
+    rules = LabelFilter("36", mode="strip", max_length=5, nfkd=True, drop_whitespace=True)
+    expected = {  # whitespace out, compatible characters, length, then what the alphabet lacks; None: dropped
+        "Café": "cafe", "a b\tc": "abc", "it's": "its", "ﬁ²": "fi2", "Å x ö": "axo", "!!": None, " ": None,
+        "abc def": None, "ab-cd": "abcd", "a-b-c-": None,
+    }  # fmt: skip
+    for label, clean in expected.items():
+        kept = rules.broken_rule(label) is None
+        assert (rules.clean(label) if kept else None) == clean, label
+    assert LabelFilter("36", nfkd=True).broken_rule("it's") == "with unknown characters"  # only "strip" takes them out
+    assert LabelFilter("абвгй", nfkd=True).clean("Йá") == "й"  # a character of the alphabet is never decomposed
+    assert LabelFilter("36").settings != LabelFilter("36", nfkd=True).settings  # not the same cached index
+
+
+def test_an_alphabet_from_a_file(tmp_path):
+    (tmp_path / "chars.txt").write_text("ab\nc \n", encoding="utf-8-sig")
+    assert resolve_charset(str(tmp_path / "chars.txt")) == "abc "
+    s = Settings(charset=str(tmp_path / "chars.txt"))
+    (tmp_path / "chars.txt").unlink()
+    assert s.charset == s.test_characters == s.config.charset == "abc "  # a record does not depend on the file
+    with pytest.raises(FileNotFoundError):
+        resolve_charset("none.txt")
 
 
 def test_upper_case_alphabets_keep_their_words():
@@ -80,6 +107,11 @@ def test_subsets_that_share_a_name():
     assert subset(labels, "IC15_2077") == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="IC15_1811"):
         subset(labels, "IC15_1811")
+    hits = np.array([True, True, False, False, True])
+    assert by_rule("IC13_1095", labels, hits) == {"IC13_1015": (3, 2), "IC13_857": (2, 1)}
+    assert by_rule("IC13_1015", labels, hits) == {"IC13_857": (2, 1)} and by_rule("IC15_2077", labels, hits) == {}
+    assert each_word_once(["IC13_857", "SVT_647", "IC13_1095", "IC15_1811"]) == ["SVT_647", "IC13_1095", "IC15_1811"]
+    assert each_word_once([*EVALUATION_NAMES]) == [*REGULAR, *IRREGULAR]  # the paper's 8,539 words
 
 
 # ---- pixels --------------------------------------------------------------------------------------------
@@ -318,7 +350,7 @@ def test_linked_parts_are_found_and_hidden_ones_are_not(tmp_path, word_lmdb):
     (tmp_path / "MJ" / "train").symlink_to(tmp_path / "other", target_is_directory=True)
     (tmp_path / "MJ" / "again").symlink_to(tmp_path / "MJ", target_is_directory=True)  # leads upwards
     word_lmdb(tmp_path / "MJ" / ".trash", ["c"])
-    assert [path.name for path in find_lmdbs(tmp_path / "MJ")] == ["train", "valid"]
+    assert [path.name for path in find_stores(tmp_path / "MJ")] == ["train", "valid"]
 
 
 def test_labels_that_ctc_cannot_say_are_left_out(tmp_path, word_lmdb):
@@ -383,16 +415,61 @@ def test_sets_by_name(tmp_path, released_layout, word_lmdb):
     root = released_layout(tmp_path, n=3)
     word_lmdb(root / "training" / "MJ" / "valid", ["x1", "x2"])
     assert [len(part) for part in open_set("MJ", root)] == [3, 2]
-    assert len(SETS) == 14 and {row[4] for row in inventory(root)} == {"yes"}
+    assert {row[4] for row in inventory(root)} == {"yes"}
     shutil.rmtree(root / "evaluation" / "SVT")
     (root / "evaluation" / "CUTE80" / "data.mdb").write_bytes(b"short")
     found = {row[0]: row[4:] for row in inventory(root)}
-    assert found["SVT_647"] == ("no", "evaluation/SVT", "put the released LMDB there")
+    assert found["SVT_647"] == ("no", "evaluation/SVT", "put the released set there")
     assert found["CUTE_288"][0] == "damaged"
     with pytest.raises(FileNotFoundError, match="no LMDB at or below it"):
         locate("SVT_647", root)
-    with pytest.raises(FileNotFoundError, match="neither a set .*MJ.* nor a folder"):
+    with pytest.raises(FileNotFoundError, match="neither a set .*MJ.* nor a folder or list"):
         locate("MJS", root)
+
+
+def test_sets_in_parseq_s_layout(tmp_path, word_lmdb):
+    synthetic = ("train/synth/MJ/train", "train/synth/MJ/val")
+    for place in ("test/IIIT5k", "test/IC13_1095", "val/IC13", "val/IC15", *synthetic):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        word_lmdb(tmp_path / place, ["ab", "c"])
+    for name, parts in (("IIIT_3000", 1), ("IC13_1095", 1), ("validation", 2), ("MJ", 2)):
+        assert len(open_set(name, tmp_path)) == parts, name
+    assert {row[0]: row[5] for row in inventory(tmp_path)}["IIIT_3000"] == "test/IIIT5k"
+    word_lmdb(tmp_path / "evaluation" / "IIIT5k_3000", ["x"])
+    assert len(open_set("IIIT_3000", tmp_path)[0]) == 1  # the paper's release comes first
+
+
+def test_a_list_of_images_in_union14m_s_layout(tmp_path):
+    root = tmp_path / "Union14M-L"
+    (root / "full_images" / "art").mkdir(parents=True)
+    (root / "train_annos" / "mmocr-0.x").mkdir(parents=True)
+    for i in range(3):
+        Image.new("L", (20 + i, 10), 60 * i).save(root / "full_images" / "art" / f"{i}.png")
+    annotations = root / "train_annos" / "mmocr-0.x" / "train_easy.jsonl"
+    words = ["Café bar", "no", "!!", "gone"]
+    lines = [json.dumps({"filename": f"full_images/art/{i}.png", "text": word}) for i, word in enumerate(words)]
+    annotations.write_text("\n".join([*lines[:2], "", *lines[2:]]), encoding="utf-8-sig")
+    (data,) = open_set(str(annotations), tmp_path, filter="off")
+    assert (len(data), data.total) == (4, 4) and data.key(2) == "full_images/art/2.png"
+    assert [data.text(i) for i in range(4)] == words
+    assert [data.label(i) for i in range(4)] == ["cafbar", "no", "", "gone"]
+    assert data[1][0].size == (21, 10) and data.first(2)[1][1] == "no" and len(data.first(2)) == 2
+    with pytest.raises(BrokenFile, match=r"train_easy.jsonl full_images/art/3.png: missing; .* --skip-broken"):
+        data[3]
+    assert verify([str(annotations)], tmp_path)[0].endswith("pass --skip-broken")
+    (strict,) = open_set(str(annotations.parent), tmp_path, nfkd=True, drop_whitespace=True)
+    assert [strict.label(i) for i in range(len(strict))] == ["cafebar", "no", "gone"] and strict.report.kept == 3
+    for text, message in (
+        ('{"filename": "a.png"}', "line 1: expected"),
+        ("a.png no", "line 1: expected"),
+        ("\n", "no annotations"),
+    ):
+        annotations.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_set(str(annotations), tmp_path)
+    annotations.write_text(lines[3])
+    with pytest.raises(FileNotFoundError, match="its first image full_images/art/3.png is in none of"):
+        open_set(str(annotations), tmp_path)
 
 
 # ---- renderer ------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from str_benchmark.analysis import frontier, matched_gains, module_means, published
+from str_benchmark.analysis import compare_words, frontier, matched_gains, module_means, published
 from str_benchmark.charset import PRESETS, normalise, resolve_charset
 from str_benchmark.decoding import ctc_beam_search, ctc_greedy
 from str_benchmark.frontier import non_dominated, upper_hull
@@ -165,6 +166,37 @@ def test_words_are_compared_on_the_test_alphabet():
         word_accuracy([], [])
     with pytest.raises(ValueError, match="got 2, 1"):
         ned(["a", "b"], ["a"])
+
+
+def test_two_models_are_compared_on_the_same_words():
+    def read(name, hits):
+        words = [f"{name}/image-{i:09d}" for i in range(len(hits))]
+        return pd.DataFrame({"set": name, "word": words, "label": "NA", "correct": hits})
+
+    part, whole, other = [True] * 4, [True] * 4 + [False] * 2, [True] * 9 + [False]
+    first = pd.concat([read("IC13_857", part), read("IC13_1015", whole), read("SVT_647", other)])
+    hits = ([False] * 4, [False] * 4 + [False, True], [True] * 8 + [False] * 2)
+    second = pd.concat(
+        [read(name, each) for name, each in zip(("IC13_857", "IC13_1015", "SVT_647"), hits, strict=True)]
+    )
+    found = compare_words(first, second.sample(frac=1, random_state=0)).set_index("set")  # in any order
+    assert found.loc["IC13_1015", ["n", "only_first", "only_second"]].tolist() == [6, 4, 1]
+    assert found.loc["IC13_1015", "p_value"] == pytest.approx(2 * (1 + 5) / 2**5)  # exact, by hand
+    assert found.loc["SVT_647", "p_value"] == 1
+    assert found.loc["all words", ["n", "only_first", "only_second"]].tolist() == [
+        16,
+        5,
+        1,
+    ]  # the 857 are among the 1015
+    assert found.loc["all words", "first"] == pytest.approx(100 * 13 / 16)
+    with pytest.raises(
+        ValueError, match="not evaluated on the same words: 1 words are in one file only, such as SVT_647"
+    ):
+        compare_words(first, second.iloc[:-1])
+    with pytest.raises(ValueError, match="other labels"):
+        compare_words(first, second.assign(label="x"))
+    with pytest.raises(ValueError, match="lacks the column correct"):
+        compare_words(first.drop(columns="correct"), second)
 
 
 def test_the_total_counts_words():

@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from str_benchmark import bench
 from str_benchmark.config import COMBINATIONS, KNOWN_AS, STRConfig
@@ -14,6 +16,7 @@ from str_benchmark.models.export import export_onnx
 from str_benchmark.models.inference import fold_batch_norm, for_inference
 from str_benchmark.models.pretrained import load_pretrained, read_weights
 from str_benchmark.models.winograd import WinogradConv2d
+from str_benchmark.reading import read_pixels
 from str_benchmark.tokenizers import END
 
 SMALL = {"output_channel": 32, "hidden_size": 16, "localization_channel": 16, "max_length": 4}
@@ -165,6 +168,41 @@ def test_greedy_attention_is_the_plain_loop_and_stops_early():
     ended = (whole.argmax(-1) == END).int().cumsum(1).bool().all(0)
     assert short.shape[1] == (ended.int().argmax() + 1 if ended.any() else 10)
     assert model.tokenizer.decode(short.softmax(-1)) == model.tokenizer.decode(whole.softmax(-1))
+
+
+def test_greedy_attention_goes_on_until_every_word_has_its_end():
+    ends = torch.tensor([2, 5, 3])
+
+    class Scripted(nn.Linear):
+        step = 0
+
+        def forward(self, state):
+            self.step += 1
+            return F.one_hot(torch.where(ends <= self.step, END, 2), self.out_features).float()
+
+    head = build_model("None-VGG-None-Attn", **SMALL | {"max_length": 9}).Prediction
+    head.generator = Scripted(head.generator.in_features, head.generator.out_features)
+    columns = torch.randn(3, 26, head.inputs)
+    assert head(columns, early_stop=True).shape[1] == 5 and head(columns).shape[1] == 10
+
+
+@pytest.mark.parametrize("combo, changes", [("CRNN", {"variable_width": True}), ("TPS-VGG-None-Attn", {})])
+def test_onnx_runtime_as_the_engine(combo, changes, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    model = build_model(combo, **SMALL, **changes).eval()
+    engine = for_inference(model, "onnxruntime")
+    for images in (IMAGES, IMAGES[:1, :, :, :64] if changes else IMAGES[:1]):
+        with torch.inference_mode():
+            torch.testing.assert_close(engine(images, early_stop=True), model(images), rtol=1e-3, atol=1e-3)
+    pixels = (255 * (IMAGES + 1) / 2).byte()
+    assert read_pixels(engine, pixels)[0] == read_pixels(model, pixels)[0] and engine.device.type == "cpu"
+    with pytest.raises(ValueError, match="only reads"):
+        engine(IMAGES, torch.zeros(len(IMAGES), 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="engine: expected one of torch, onnxruntime, got 'tensorrt'"):
+        for_inference(model, "tensorrt")
+    monkeypatch.setattr("str_benchmark.models.export.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"install str-benchmark\[export\]"):
+        for_inference(model, "onnxruntime")
 
 
 def test_flops():

@@ -18,12 +18,12 @@ from PIL import Image
 from shared_utils.images import BrokenFile
 from shared_utils.tables import Run
 from str_benchmark import cli, experiments
-from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind
+from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind, subset_of_runs
 from str_benchmark.checkpoints import load_any, load_trained
 from str_benchmark.data.inventory import inventory
 from str_benchmark.data.lmdb_store import LMDBDataset, write_lmdb
 from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
-from str_benchmark.evaluation import evaluate, latency_ms, read
+from str_benchmark.evaluation import evaluate, latency_ms, per_word, read
 from str_benchmark.experiments import Machine, Source, execute, tables, train_and_evaluate
 from str_benchmark.models import build_model
 from str_benchmark.reading import find_images, predict
@@ -220,7 +220,8 @@ def test_a_public_checkpoint_is_evaluated_by_name(tmp_path, released_layout):
     )
     model, settings = load_any(tmp_path / "m.pth", {"model": "None-RCNN-None-CTC"}, "cpu")
     outcome = experiments.evaluate_checkpoint(model, settings, Source(root), ("CUTE_288", "SVTP_645"))
-    assert outcome.details["n"] == {"CUTE_288": 6, "SVTP_645": 6} and "total_accuracy" not in outcome.metrics
+    assert outcome.details["n"] == {"CUTE_288": 6, "SVTP_645": 6, "combined_accuracy": 12}
+    assert "total_accuracy" not in outcome.metrics
 
 
 def test_a_missing_set_shows_before_training(tmp_path, released_layout):
@@ -263,12 +264,17 @@ def test_evaluation_counts_every_word_once_and_broken_ones_apart(tmp_path, word_
     with torch.no_grad():
         model.Prediction.weight.zero_()
         model.Prediction.bias[0] = 9  # says nothing, always
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     frame, correct, readings = evaluate(model, {"IC13_857": [data]}, batch_size=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # batch norm's too
     row = frame.iloc[0]
     assert (row.n, row.correct, row.ned, row.empty_labels, row.broken) == (4, 0, 0, 1, 0)
     assert not correct["IC13_857"].any()  # an empty reading does not meet an empty label
     assert readings["IC13_857"].labels == ["its", "", "abc", "def"] and readings["IC13_857"].blank_share == 1
     assert model.training  # put back
+    table = per_word(correct, readings)
+    assert list(table.columns) == ["set", "word", "label", "read", "confidence", "correct"]
+    assert table.label.tolist() == labels and table.word[3] == "w/image-000000004"
     with pytest.raises(ValueError, match="one or more, got none"):
         evaluate(model, {})
     write_lmdb([(b"broken", "abc"), (Image.new("L", (9, 9)), "x")], tmp_path / "b")
@@ -362,13 +368,16 @@ def test_aggregates_by_hand(project):
 
     table = next(table for table in tables() if table.id == "table-8")
     log = RunLog(project / "paper.jsonl")
+    shown = {"IC13_857": 40.0, "IC13_1015": 50.0, "IC15_1811": 60.0, "IC15_2077": 55.0}
     for number, run in enumerate(table.runs("paper", seeds=[1])):
         record = {"table": run.table, "row": run.row, "scale": "paper", "seed": 1, "settings_hash": run.key[-1]}
         hits = np.zeros(16, bool)
         hits[number % 12] = True
         bits = {name: np.packbits(hits).tobytes().hex() for name in EVALUATION_NAMES}  # IC13_857 is part of IC13_1015
-        details = {"correct": bits, "n": dict.fromkeys(bits, 16)}
+        ruled = {"IC13_1015": {"IC13_857": [4, 3]}}
+        details = {"correct": bits, "n": dict.fromkeys(bits, 16), "by_rule": ruled}
         metrics = {"irregular_accuracy": float(number)} | ({"blank_share": 80.0} if "CTC" in run.row else {})
+        metrics |= shown
         log.append(record | {"metrics": metrics, "details": details, "caveats": ["small"]})
 
     def behind(seed, *of):
@@ -376,8 +385,15 @@ def test_aggregates_by_hand(project):
         return runs_behind(tables(), [asked])
 
     tps = mean_of_runs(behind(1, "trans=TPS"), [log])
-    assert tps.metrics == {"irregular_accuracy": np.mean(range(12, 24))}  # attention has no blanks
+    assert tps.metrics == {"irregular_accuracy": np.mean(range(12, 24))} | shown  # attention has no blanks
     assert len(tps.details["of"]) == 12 and tps.caveats == ["small"]
+    found = subset_of_runs(behind(1), [log], "IC13_857", "IC13_1015")
+    assert found.metrics == {"part": 75, "whole": 50, "effect": 25} and found.details["by_rule"]  # the rule, not 40
+    assert found.caveats == ["small", "IC13_857: 4 words are left"]
+    listed = subset_of_runs(behind(1), [log], "IC15_1811", "IC15_2077")
+    assert listed.metrics == {"part": 60, "whole": 55, "effect": 5} and listed.details["n"] == [16, 16]
+    absent = subset_of_runs(behind(1), [log], "IC13_1015", "IC13_1095")
+    assert absent.metrics == {} and absent.caveats == ["IC13_1095 was not there"]
     failures = failures_of_runs(behind(1), [log])
     assert list(failures.details["sets"]) == [*REGULAR, *IRREGULAR]  # each word once
     assert failures.metrics["missed_by_all"] == 25 and failures.details["sets"]["SVT_647"]["missed"] == [12, 13, 14, 15]
@@ -434,8 +450,12 @@ def test_from_a_list_of_images_to_a_reading(tmp_path, program):
     code, trained, errors = program(*words, *sets, "--irregular", "--no-resident", "--steps", 5)
     assert code == 0, errors
     assert json.loads(trained)["n"]["total_accuracy"] == 20
-    evaluated = program("eval", tmp_path / "m.pt", "--device", "cpu")[1]
-    assert json.loads(evaluated)["total_accuracy"] == json.loads(trained)["total_accuracy"]
+    for engine in ("torch", "onnxruntime"):
+        words = tmp_path / f"{engine}.csv"
+        evaluated = json.loads(program("eval", tmp_path / "m.pt", "--engine", engine, "--words", words)[1])
+        assert evaluated["total_accuracy"] == json.loads(trained)["total_accuracy"] == evaluated["combined_accuracy"]
+    printed = program("compare", tmp_path / "torch.csv", tmp_path / "onnxruntime.csv")[1].splitlines()
+    assert len(printed) == 3 and printed[2].split()[-3:] == ["0", "0", "1"]  # nothing differs
     code, read, _ = program(
         "predict", tmp_path / "m.pt", tmp_path / "0.png", "--characters", "--sheet", tmp_path / "s.png"
     )
@@ -474,10 +494,10 @@ def test_the_program_as_a_process(tmp_path):
 
 def test_verbs_that_print(project, capsys, tmp_path):
     missing = {row[0]: row[-1] for row in inventory(tmp_path / "none")}
-    assert missing["MJ"] == "put the released LMDB there"
+    assert missing["MJ"] == "put the released set there"
     cli.Data(data_root=tmp_path / "none")()
     printed = capsys.readouterr().out
-    assert all(name in printed for name in missing)
+    assert all(name[:6] in printed for name in missing)  # long names are wrapped
     cli.Frontier()()
     assert capsys.readouterr().out.count("True") == 10
     with pytest.raises(ValueError, match="expected nothing, inspect and sets, or verify"):

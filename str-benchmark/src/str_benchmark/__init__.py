@@ -6,8 +6,9 @@ The names below are imported when they are first used, so that the command line 
 from importlib import import_module
 
 _MODULES = {
-    "analysis": ["matched_gains", "module_means"],
+    "analysis": ["compare_words", "matched_gains", "module_means"],
     "config": ["COMBINATIONS", "KNOWN_AS", "STRConfig"],
+    "data.annotated": ["AnnotatedDataset"],
     "data.filters": ["FilterReport", "LabelFilter", "subset"],
     "data.lmdb_store": ["LMDBDataset", "write_lmdb"],
     "data.mixture": ["BalancedBatchSampler"],

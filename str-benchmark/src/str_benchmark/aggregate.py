@@ -1,14 +1,16 @@
-"""Rows that are computed from the records of other runs: means over combinations (table 2), failures of all."""
+"""Rows that are computed from the records of other runs: means (table 2), failures of all, subsets of one name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from shared_utils.runlog import Outcome, RunLog, key_of
 from shared_utils.tables import Run, Table
 from str_benchmark.config import STAGES
+from str_benchmark.data.sets import SETS
 from str_benchmark.metrics import failure_intersection
 from str_benchmark.settings import Settings
 
@@ -83,6 +85,33 @@ def failures_of_runs(runs: Sequence[Run], logs: Sequence[RunLog]) -> Outcome:
         by_set[name] = {"n": part.shape[1]} | {key: round(100 * share, 3) for key, share in shares.items()}
         by_set[name]["missed"] = missed[:EXAMPLES]
     return Outcome(metrics, {"of": [run.row for run in runs], "sets": by_set}, caveats=_caveats(records))
+
+
+def subset_of_runs(runs: Sequence[Run], logs: Sequence[RunLog], part: str, whole: str) -> Outcome:
+    """What leaving words out does to the same readings: accuracy on a part of a set and on the whole, in %.
+
+    The part is what its rule keeps of the whole (`filters.SUBSET_RULES`). Where the part is a hand-made list, it is
+    the released set of that name.
+
+    Returns:
+        metrics part, whole and effect (part - whole), means over the runs; none where the whole was not evaluated.
+    """
+    records, sets = records_of(runs, logs), (part, whole)
+    details: dict[str, Any] = {"of": [run.row for run in runs], "part": part, "whole": whole}
+    if not all(whole in record["metrics"] for record in records):
+        return Outcome({}, details, caveats=[f"{whole} was not there"])
+    ruled = [record["details"]["by_rule"].get(whole, {}).get(part) for record in records]
+    scores = np.array([[record["metrics"][name] for name in sets] for record in records])
+    if all(ruled):
+        scores[:, 0] = [100 * correct / n for n, correct in ruled]
+    n = ruled[0][0] if all(ruled) else records[0]["details"]["n"][part]
+    details |= {"n": [n, records[0]["details"]["n"][whole]], "by_rule": all(ruled)}
+    caveats = _caveats(records)
+    if SETS[part].n != n:
+        caveats.append(f"{part}: {n:,} words are left")
+    mean = scores.mean(0)
+    metrics = {"part": float(mean[0]), "whole": float(mean[1]), "effect": float(mean[0] - mean[1])}
+    return Outcome(metrics, details, caveats=caveats)
 
 
 def _caveats(records: Sequence[dict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a table of all 24 says (sections 4.3, 4.4): module means, gains in matched pairs, frontiers."""
+"""What a table of all 24 says (sections 4.3, 4.4): module means, gains in matched pairs, frontiers; and two models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from scipy import stats
 
 from shared_utils.folders import project_folder
 from str_benchmark.config import STAGES
+from str_benchmark.data.names import each_word_once
 from str_benchmark.frontier import non_dominated, upper_hull
+from str_benchmark.metrics import mcnemar
 
 PUBLISHED = project_folder(__file__) / "tables" / "published"
 PAIRS = (
@@ -82,6 +84,38 @@ def frontier(frame: pd.DataFrame, cost: str, accuracy: str) -> pd.DataFrame:
     kept = non_dominated(frame[cost], frame[accuracy])
     chosen = frame.iloc[kept][["combination", cost, accuracy]].reset_index(drop=True)
     return chosen.assign(on_hull=[index in hull for index in kept])
+
+
+def compare_words(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """McNemar's exact test of two models from their per-word results (`eval --words`).
+
+    Returns:
+        a row per set, and one named "all words" where each word counts once: set, n, first, second (accuracies in %),
+        only_first, only_second (words that one of them reads), p_value (two-sided, not corrected for several sets).
+
+    Raises:
+        ValueError: columns that are missing, or other words or labels in the two.
+    """
+    for frame in (first, second):
+        missing = {"set", "word", "label", "correct"} - set(frame.columns)
+        if missing:
+            raise ValueError(f"expected the CSV of `eval --words`, it lacks the column {', '.join(sorted(missing))}")
+    a, b = (frame.set_index(["set", "word"]).sort_index() for frame in (first, second))
+    if not a.index.equals(b.index) or not a.label.equals(b.label):
+        other = a.index.symmetric_difference(b.index)
+        shown = (
+            f"{len(other)} words are in one file only, such as {' '.join(other[0])}" if len(other) else "other labels"
+        )
+        raise ValueError(f"the two models were not evaluated on the same words: {shown}")
+    names = list(dict.fromkeys(first["set"]))
+    groups = {name: [name] for name in names} | {"all words": each_word_once(names)}
+    rows = []
+    for name, parts in groups.items():
+        hits = [frame.loc[parts].correct.to_numpy(dtype=bool) for frame in (a, b)]
+        test = mcnemar(*hits)
+        accuracies = [100 * each.mean() for each in hits]
+        rows.append((name, len(hits[0]), *accuracies, test["only_a"], test["only_b"], test["p_value"]))
+    return pd.DataFrame(rows, columns=["set", "n", "first", "second", "only_first", "only_second", "p_value"])
 
 
 def recomputed_page() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+import unicodedata
+from pathlib import Path
 
 PRESETS = {
     "36": string.digits + string.ascii_lowercase,
@@ -15,12 +17,18 @@ EASYOCR_ENGLISH = string.digits + string.punctuation + " €" + string.ascii_upp
 
 
 def resolve_charset(charset: str) -> str:
-    """The characters of a preset ("36", "62", "94"), or of an alphabet of one's own.
+    """The characters of a preset ("36", "62", "94"), of an alphabet of one's own, or of a text file.
+
+    Args:
+        charset: a name that ends in .txt is a UTF-8 file; line breaks in it do not count, spaces do.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: an empty alphabet, or a character that stands in it twice.
     """
     characters = PRESETS.get(charset, charset)
+    if characters.endswith(".txt"):
+        characters = "".join(Path(charset).read_text(encoding="utf-8-sig").splitlines())
     if not characters:
         raise ValueError(f"charset: expected one of {', '.join(PRESETS)} or characters, got an empty string")
     repeated = sorted({character for character in characters if characters.count(character) > 1})
@@ -37,3 +45,12 @@ def normalise(text: str, test_charset: str = "36") -> str:
     characters = resolve_charset(test_charset)
     text = text if any(character.isupper() for character in characters) else text.lower()
     return "".join(character for character in text if character in characters)
+
+
+def compatible(text: str, characters: str) -> str:
+    """A text whose characters outside the alphabet are decomposed (NFKD) and lose their marks: é to e, ² to 2, ﬁ to fi.
+
+    Characters of the alphabet stay as they are, so that one with é or й keeps it.
+    """
+    parts = (char if char in characters else unicodedata.normalize("NFKD", char) for char in text)
+    return "".join(char for part in parts for char in part if char in characters or not unicodedata.combining(char))

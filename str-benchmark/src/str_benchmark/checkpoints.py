@@ -27,7 +27,7 @@ PACKAGED = {
     )
 }
 """public checkpoints on the package index: package, import name, file in it, SHA-256"""
-FREE = ("test_charset", "pad", "variable_width")
+FREE = ("test_charset", "pad", "variable_width", "nfkd", "drop_whitespace")
 """settings of reading, which even a training checkpoint does not fix"""
 
 

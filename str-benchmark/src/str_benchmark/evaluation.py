@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from shared_utils.logging import get_logger
 from str_benchmark.charset import resolve_charset
-from str_benchmark.data.lmdb_store import LMDBDataset, decode_samples
+from str_benchmark.data.samples import WordDataset, decode_samples
 from str_benchmark.data.sets import SETS
 from str_benchmark.metrics import bootstrap_interval, correct_words, edit_similarity, normalise
 from str_benchmark.models import Recognizer
@@ -29,8 +29,13 @@ BLANK_PLATEAU = 0.95  # share of blank columns above which a CTC model has learn
 class Reading:
     """What a model read of one set, in the set's order; broken images are left out and named."""
 
+    words: list[str]
+    """where each word lies: store and key"""
+    written: list[str]
+    """labels as the store has them"""
     texts: list[str]
     labels: list[str]
+    """cleaned"""
     confidences: list[float]
     broken: list[str]
     blank_share: float | None
@@ -38,7 +43,7 @@ class Reading:
 
 
 def read(
-    model: Recognizer, datasets: Sequence[LMDBDataset], *, pad: bool = False, batch_size: int = 256,
+    model: Recognizer, datasets: Sequence[WordDataset], *, pad: bool = False, batch_size: int = 256,
     skip_broken: bool = False,
 ) -> Reading:  # fmt: skip
     """Read whole data sets; with several ranks each reads its part, and all get everything."""
@@ -65,13 +70,16 @@ def read(
     columns = [[value for part in parts for value in part[number]] for number in range(6)]
     order = np.argsort(columns[0], kind="stable")
     texts, labels, confidences, blanks = ([column[i] for i in order] for column in columns[1:5])
+    found = [samples[columns[0][i]] for i in order]
+    words = [f"{data.path.name}/{data.key(index)}" for data, index in found]
+    written = [data.text(index) for data, index in found]
     share = float(np.mean(blanks)) if model.config.pred == "CTC" and blanks else None
-    return Reading(texts, labels, confidences, columns[5], share)
+    return Reading(words, written, texts, labels, confidences, columns[5], share)
 
 
 def evaluate(
     model: Recognizer,
-    sets: Mapping[str, Sequence[LMDBDataset]],
+    sets: Mapping[str, Sequence[WordDataset]],
     *,
     test_charset: str = "",
     pad: bool = False,
@@ -141,9 +149,27 @@ def _warn(name: str, reading: Reading, n: int, empty: int) -> None:
         logger.warning("%s: %.1f %% of the columns are blank: CTC has not left its plateau", name, share)
 
 
+def per_word(correct: Mapping[str, np.ndarray], readings: Mapping[str, Reading]) -> pd.DataFrame:
+    """A row for each word: set, word (its store and key), label (as written), read, confidence, correct."""
+    parts = [
+        pd.DataFrame(
+            {
+                "set": name,
+                "word": reading.words,
+                "label": reading.written,
+                "read": reading.texts,
+                "confidence": np.round(reading.confidences, 4),
+                "correct": correct[name],
+            }
+        )
+        for name, reading in readings.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
 def latency_ms(model: Recognizer, repeats: int = 10, warmup: int = 3) -> float:
     """Median milliseconds for one image, warm and synchronised; the attention head takes all its steps."""
-    device, config = next(model.parameters()).device, model.config
+    device, config = model.device, model.config
     image = torch.zeros(1, config.in_channels, *config.img_size, device=device)
     times = []
     training = model.training

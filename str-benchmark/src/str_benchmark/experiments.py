@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from lightning.fabric import Fabric
 
@@ -21,19 +18,20 @@ from shared_utils.preflight import Need, disk_space, require
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Run, Table, load_tables, settings_hash
-from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind
+from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind, subset_of_runs
 from str_benchmark.checkpoints import start_from
 from str_benchmark.config import STRConfig
 from str_benchmark.data import names
 from str_benchmark.data.lmdb_store import LMDBDataset
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
-from str_benchmark.data.sets import SETS, Parts, open_set, wanted
-from str_benchmark.evaluation import Reading, evaluate, latency_ms, nothing_to_compare
-from str_benchmark.metrics import total_accuracy
+from str_benchmark.data.samples import WordDataset
+from str_benchmark.data.sets import Parts, open_set, wanted
+from str_benchmark.evaluation import evaluate, latency_ms, nothing_to_compare
 from str_benchmark.models import Recognizer, build_model, count_parameters, output_columns
 from str_benchmark.models.cost import gflops
 from str_benchmark.models.inference import for_inference
+from str_benchmark.scoring import described, score
 from str_benchmark.settings import Settings
 from str_benchmark.train import fit, make_fabric
 
@@ -43,7 +41,11 @@ NAME = "str-benchmark"
 PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy", "pillow", "lmdb")
 CURVE_POINTS = 100  # of a record
-AGGREGATES = {"mean": mean_of_runs, "failures": failures_of_runs}
+AGGREGATES: dict[str, Callable[..., Outcome]] = {
+    "mean": mean_of_runs,
+    "failures": failures_of_runs,
+    "subset": subset_of_runs,
+}
 
 
 def tables() -> list[Table]:
@@ -148,7 +150,8 @@ def _checkpoint(settings: Mapping[str, Any], seed: int) -> Path:
 def _combine(settings: dict, seed: int, *, scale: str, logs: list[RunLog]) -> Outcome:
     s = Settings(**settings)
     asked = Run("", "", scale, seed, settings, ())
-    return AGGREGATES[s.measure](runs_behind(tables(), [asked]), logs)
+    sets = s.evaluate if s.measure == "subset" else ()
+    return AGGREGATES[s.measure](runs_behind(tables(), [asked]), logs, *sets)
 
 
 class Source:
@@ -157,23 +160,24 @@ class Source:
     def __init__(self, data_root: Path, workers: int = 0, skip_broken: bool = False):
         self.data_root, self.workers, self.skip_broken = Path(data_root), workers, skip_broken
 
-    def open(self, name: str, **options: Any) -> list[LMDBDataset]:
-        """The LMDBs of a set."""
+    def open(self, name: str, **options: Any) -> list[WordDataset]:
+        """The stores of a set."""
         if name in RENDERED:
             return [LMDBDataset(rendered_lmdb(name, runs_folder(PROJECT) / "rendered"), **options)]
         return open_set(name, self.data_root, **options)
 
-    def for_evaluation(self, sets: Sequence[str], s: Settings) -> dict[str, list[LMDBDataset]]:
+    def for_evaluation(self, sets: Sequence[str], s: Settings) -> dict[str, list[WordDataset]]:
         """Sets by name, unfiltered, labels on the test characters; one whose name ends in ? is left out if missing.
 
         Raises:
             ValueError: a set without any label on the test characters: it is of another script.
         """
         found = {}
+        options = {"charset": s.test_characters, "filter": "off", "channels": 3 if s.rgb else 1}
         for name in sets:
             plain = name.removesuffix("?")
             try:
-                parts = self.open(plain, charset=s.test_characters, filter="off", channels=3 if s.rgb else 1)
+                parts = self.open(plain, **options, **_cleaning(s))
             except FileNotFoundError:
                 if name == plain:
                     raise
@@ -192,7 +196,7 @@ class Source:
         found = []
         options = {"charset": s.charset, "max_length": s.max_length, "filter": s.filter, "columns": columns}
         for name in sets:
-            parts = self.open(name, channels=3 if s.rgb else 1, **options)
+            parts = self.open(name, channels=3 if s.rgb else 1, **options, **_cleaning(s))
             for part in parts:
                 logger.info("%s: %s", part.path.name, part.report)
             kept = Parts(parts).take(s.data_fraction)
@@ -200,6 +204,10 @@ class Source:
                 raise ValueError(f"{name}: no sample is left for training: {parts[0].report}")
             found.append(kept)
         return found
+
+
+def _cleaning(s: Settings) -> dict[str, bool]:
+    return {"nfkd": s.nfkd, "drop_whitespace": s.drop_whitespace}
 
 
 def train_and_evaluate(
@@ -296,52 +304,6 @@ def _training_data(
     )
 
 
-def score(model: Recognizer, s: Settings, sets: dict[str, list[LMDBDataset]], skip_broken: bool = False) -> Outcome:
-    """Metrics of the tables: every set, their groups, time and parameters. Accuracies, NED and other shares in %."""
-    frame, correct, readings = evaluate(model, sets, test_charset=s.test_characters, pad=s.pad, skip_broken=skip_broken)
-    counts = {row.set: (row.n, row.correct) for row in frame.itertuples()}
-    metrics = {row.set.replace("-", "_"): 100 * row.accuracy for row in frame.itertuples()}
-    groups = {
-        "total_accuracy": s.regular + s.irregular,
-        "regular_accuracy": s.regular,
-        "irregular_accuracy": s.irregular,
-        "in_distribution": names.IN_DISTRIBUTION,
-        "out_distribution": names.OUT_OF_DISTRIBUTION,
-    }
-    details = {"n": {row.set: row.n for row in frame.itertuples()}}
-    for name, parts in groups.items():
-        if parts and all(part in counts for part in parts):
-            accuracy, details["n"][name] = total_accuracy(counts, parts)
-            metrics[name] = 100 * accuracy
-    if "total_accuracy" in metrics:
-        logger.info("total accuracy %.2f %% of n = %d", metrics["total_accuracy"], details["n"]["total_accuracy"])
-    metrics["ned"] = 100 * float(np.average(frame.ned, weights=frame.n))
-    metrics["time_ms"] = latency_ms(for_inference(model))
-    metrics["params_M"] = count_parameters(model) / 1e6
-    shares = [reading.blank_share for reading in readings.values() if reading.blank_share is not None]
-    if shares:
-        metrics["blank_share"] = 100 * float(np.average(shares, weights=frame.n))
-    details["read"] = {name: _first_words(reading) for name, reading in readings.items()}
-    details["correct"] = {name: np.packbits(hits).tobytes().hex() for name, hits in correct.items()}
-    details["intervals"] = {row.set: [round(100 * row.low, 2), round(100 * row.high, 2)] for row in frame.itertuples()}
-    details["empty_labels"] = {row.set: row.empty_labels for row in frame.itertuples() if row.empty_labels}
-    evaluated = [_described(name, Parts(parts)) for name, parts in sets.items()]
-    return Outcome(metrics, details, {"evaluation": evaluated}, caveats=_caveats(frame))
-
-
-def _caveats(frame: pd.DataFrame) -> list[str]:
-    """Why figures must not stand beside published ones: files left out, sets of another size than their name says."""
-    found = [f"{row.broken} broken images of {row.set} skipped" for row in frame.itertuples() if row.broken]
-    sizes = {row.set: row.n + row.broken for row in frame.itertuples() if row.set in SETS and SETS[row.set].n}
-    other = [f"{name} {n:,} of {SETS[name].n:,}" for name, n in sizes.items() if n != SETS[name].n]
-    return [*found, *(["other sets than the paper's: " + ", ".join(other)] if other else [])]
-
-
-def _first_words(reading: Reading, n: int = 4) -> list[tuple[str, float]]:
-    """Texts and confidences of a set's first images, for the sheet."""
-    return [(text, round(p, 3)) for text, p in zip(reading.texts[:n], reading.confidences[:n], strict=True)]
-
-
 def _cost(s: Settings, seed: int) -> Outcome:
     """Parameters, FLOPs and milliseconds of a network that nobody trained."""
     seed_everything(seed)
@@ -357,21 +319,15 @@ def _cost(s: Settings, seed: int) -> Outcome:
 def _all_described(names: Sequence[str], mixture: TrainingData) -> list[dict]:
     if len(names) != len(mixture.datasets):  # all as one
         names = ["+".join(names)]
-    return [_described(name, data) for name, data in zip(names, mixture.datasets, strict=True)]
+    return [described(name, data) for name, data in zip(names, mixture.datasets, strict=True)]
 
 
-def _described(name: str, data: Parts) -> dict:
-    """Which samples a run read: their numbers and the size of each file make the checksum."""
-    digest = hashlib.sha256()
-    for part in data.parts:
-        digest.update(part.indices.tobytes() + str(part.path.joinpath("data.mdb").stat().st_size).encode())
-    total = sum(part.total for part in data.parts)
-    return {"name": name, "total": total, "used": len(data), "sha256": digest.hexdigest()[:16]}
-
-
-def evaluate_checkpoint(model: Recognizer, s: Settings, source: Source, sets: Sequence[str] = ()) -> Outcome:
-    """Metrics of a loaded checkpoint, on its own sets or on others."""
-    return score(model, s, source.for_evaluation(tuple(sets) or s.evaluate, s), source.skip_broken)
+def evaluate_checkpoint(
+    model: Recognizer, s: Settings, source: Source, sets: Sequence[str] = (), **options: Any
+) -> Outcome:
+    """Metrics of a loaded checkpoint, on its own sets or on others (names, folders, or groups); options as `score`."""
+    asked = [name for each in sets or s.evaluate for name in names.GROUPS.get(each, (each,))]
+    return score(model, s, source.for_evaluation(asked, s), source.skip_broken, **options)
 
 
 @lru_cache(maxsize=1)

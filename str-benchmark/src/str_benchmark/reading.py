@@ -79,8 +79,7 @@ def grouped(model: Recognizer, pictures: Sequence[Image.Image], pad: bool = Fals
 @torch.inference_mode()
 def read_pixels(model: Recognizer, pixels: Tensor) -> tuple[list[str], list[float], Tensor]:
     """Texts, confidences and probabilities (B, T, K) float32 on the CPU, of pixels (B, C, H, W) uint8."""
-    device = next(model.parameters()).device
-    logits = model(images.to_input(pixels.to(device)), early_stop=True)
+    logits = model(images.to_input(pixels.to(model.device)), early_stop=True)
     probs = logits.float().softmax(-1).cpu()
     return *model.tokenizer.decode(probs), probs
 

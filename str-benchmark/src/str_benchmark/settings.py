@@ -8,7 +8,7 @@ from str_benchmark.charset import EASYOCR_ENGLISH, resolve_charset
 from str_benchmark.config import STRConfig
 from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR
 
-MEASURES = ("accuracy", "cost", "mean", "failures")
+MEASURES = ("accuracy", "cost", "mean", "failures", "subset")
 OPTIMIZERS = ("adadelta", "adamw")
 SCHEDULES = ("constant", "onecycle")
 
@@ -20,9 +20,9 @@ class Settings:
     model: str = "TPS-ResNet-BiLSTM-Attn"
     """one of the 24 combinations, or CRNN, RARE, R2AM, STAR-Net, GRCNN, Rosetta, TRBA"""
     charset: str = "36"
-    """36, 62, 94, or the characters themselves"""
+    """36, 62, 94, the characters themselves, or a .txt file with them"""
     test_charset: str = ""
-    """characters that count when words are compared; empty: those of charset"""
+    """characters that count when words are compared, given alike; empty: those of charset"""
     max_length: int = 25
     """characters of the longest word"""
     height: int = 32
@@ -52,13 +52,17 @@ class Settings:
     data_fraction: float = 1.0
     """first share of each training set"""
     filter: str = "report"
-    """of training labels: report, reference or off"""
+    """of training labels: report, strip, reference or off"""
+    nfkd: bool = False
+    """replace label characters outside the charset by their compatible ones (é by e), as PARSeq does"""
+    drop_whitespace: bool = False
+    """take whitespace out of labels, as PARSeq does"""
     validation: tuple[str, ...] = ("validation",)
     """sets that choose the weights kept; none: the last weights are kept"""
     val_every: int = 2000
     """steps between validations"""
-    evaluate: tuple[str, ...] = (*EVALUATION_NAMES, "COCO_Text?")
-    """evaluation sets; a name that ends in ? may be missing"""
+    evaluate: tuple[str, ...] = (*EVALUATION_NAMES, "IC13_1095?", "COCO_Text?")
+    """evaluation sets; a name that ends in ? may be missing. With subset: the part, and the whole"""
     regular: tuple[str, ...] = REGULAR
     """sets of the regular accuracy"""
     irregular: tuple[str, ...] = IRREGULAR
@@ -82,14 +86,17 @@ class Settings:
     finetune_epochs: int = 10
     """passes over them"""
     measure: str = "accuracy"
-    """accuracy (train and evaluate), cost (of the untrained network), mean or failures (of other runs)"""
+    """accuracy (train and evaluate), cost (of the untrained network), mean, failures or subset (of other runs)"""
     of: tuple[str, ...] = ()
-    """mean, failures: the table, then the rows (mean: or one stage's choice, such as trans=TPS)"""
+    """mean, failures, subset: the table, then the rows (or one stage's choice, such as trans=TPS)"""
 
     def __post_init__(self) -> None:
         for name, kind in self.__dataclass_fields__.items():
             if kind.type.startswith("tuple"):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("charset", "test_charset"):  # a record holds the characters of a file
+            if getattr(self, name).endswith(".txt"):
+                object.__setattr__(self, name, resolve_charset(getattr(self, name)))
         for name, choices in (("measure", MEASURES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -1,4 +1,4 @@
-"""Every set of the paper in miniature: the layout, keys and oddities of the released LMDBs, written in seconds.
+"""Every set in miniature: the layout, keys and oddities of the released LMDBs and lists, written in seconds.
 
 It answers what a data root must look like, and lets each table be rehearsed without the real archives.
 """
@@ -6,6 +6,7 @@ It answers what a data root must look like, and lets each table be rehearsed wit
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from str_benchmark.data.lmdb_store import write_lmdb
-from str_benchmark.data.sets import SETS
+from str_benchmark.data.names import UNION14M
+from str_benchmark.data.sets import SETS, TRAINING, VALIDATION
 from str_benchmark.render import random_words, render_words
 
 LABELS = ("Hello", "it's", "2019", "A", "café", "Tesco’s", "!!", "WORD", "x" * 26, "balloon")
@@ -29,7 +31,11 @@ def write_tiny(folder: Path | str) -> str:
     """Write all sets below a folder; returns the tree. FileExistsError where one is there already."""
     folder, lines = Path(folder), []
     for number, each in enumerate(SETS.values()):
-        n = 10 if each.folder.startswith("evaluation") else 20
+        n = 20 if each in (*TRAINING, VALIDATION) else 10
+        if each.name in UNION14M:
+            _write_list(folder / each.folder, n, number)
+            lines.append(f"{each.folder}/annotation.jsonl  imgs/  ({n} words)")
+            continue
         for part, name in enumerate(PARTS.get(each.name, ("",))):
             place = folder / each.folder / name
             if name == "MJ_valid":  # parts are often links to another disk
@@ -44,6 +50,18 @@ def write_tiny(folder: Path | str) -> str:
         clutter.parent.mkdir(exist_ok=True)
         clutter.write_bytes(b"not an LMDB")
     return f"{folder}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _write_list(folder: Path, n: int, seed: int) -> None:
+    """A part of Union14M's benchmark: JSON lines, with paths from the folder above."""
+    (folder / "imgs").mkdir(parents=True)
+    lines = []
+    for number, (image, label) in enumerate(_items(n, seed)):
+        place = folder / "imgs" / f"{number}.jpg"  # whatever its format is
+        place.write_bytes(image)
+        filename = place.relative_to(folder.parent).as_posix()
+        lines.append(json.dumps({"filename": filename, "text": label}, ensure_ascii=False))
+    (folder / "annotation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _items(n: int, seed: int) -> Iterator[tuple[bytes, str]]:

@@ -8,9 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from str_benchmark.charset import resolve_charset
+import numpy as np
 
-FILTERS = ("report", "reference", "off")
+from str_benchmark.charset import compatible, resolve_charset
+from str_benchmark.data.names import wholes_of
+
+FILTERS = ("report", "strip", "reference", "off")
 EXAMPLES = 5
 
 
@@ -43,11 +46,14 @@ class LabelFilter:
         charset: preset or characters.
         case_sensitive: False lower-cases labels first; None: True where the charset has upper-case letters.
         max_length: longest label kept.
-        mode: "report" (drop empty, too long and unknown), "reference" (the released code's filter, quirks included:
-            the alphabet is an unescaped regular expression, lower-casing comes before the test even where case counts,
-            empty labels stay), "off" (keep all).
+        mode: "report" (drop empty, too long and unknown), "strip" (take unknown characters out, drop too long and
+            empty ones; with nfkd and drop_whitespace as PARSeq), "reference" (the released code's filter, quirks
+            included: the alphabet is an unescaped regular expression, lower-casing comes before the test even where
+            case counts, empty labels stay), "off" (keep all).
         columns: of a CTC network. A label needs one for each character and one between two equal ones; with fewer its
-            loss is infinite and it would train nothing, so "report" and "reference" drop it. None: no such limit.
+            loss is infinite and it would train nothing, so all modes but "off" drop it. None: no such limit.
+        nfkd: replace characters outside the charset by their compatible ones first, see `charset.compatible`.
+        drop_whitespace: take all whitespace out first.
     """
 
     def __init__(
@@ -57,13 +63,15 @@ class LabelFilter:
         max_length: int = 25,
         mode: str = "report",
         columns: int | None = None,
+        nfkd: bool = False,
+        drop_whitespace: bool = False,
     ):
         if mode not in FILTERS:
             raise ValueError(f"filter: expected one of {', '.join(FILTERS)}, got {mode!r}")
         if max_length < 1:
             raise ValueError(f"max_length: expected 1 or more, got {max_length}")
         self.charset, self.max_length, self.mode = resolve_charset(charset), max_length, mode
-        self.columns = columns
+        self.columns, self.nfkd, self.drop_whitespace = columns, nfkd, drop_whitespace
         self.case_sensitive = any(map(str.isupper, self.charset)) if case_sensitive is None else case_sensitive
         inside = self.charset if mode == "reference" else re.escape(self.charset)
         try:
@@ -85,26 +93,34 @@ class LabelFilter:
             "max_length": self.max_length,
             "mode": self.mode,
             "columns": self.columns,
+            "nfkd": self.nfkd,
+            "drop_whitespace": self.drop_whitespace,
         }
 
     def broken_rule(self, label: str) -> str | None:
         """The rule that removes a label, or None where it stays."""
         if self.mode == "off":
             return None
+        label = self._tidy(label)
         if len(label) > self.max_length:
             return f"longer than {self.max_length}"
         if self.columns is not None and ctc_columns(self.clean(label)) > self.columns:
             return f"in need of more than the {self.columns} columns of this CTC network (a larger --width has more)"
         if self.mode == "reference":
             return "with unknown characters" if self._outside.search(label.lower()) else None
-        label = self._cased(label)
+        label = self.clean(label) if self.mode == "strip" else self._cased(label)
         if not label:
             return "empty"
         return "with unknown characters" if self._outside.search(label) else None
 
     def clean(self, label: str) -> str:
         """The label as it is trained and compared: cased, without characters outside the charset."""
-        return self._outside.sub("", self._cased(label))
+        return self._outside.sub("", self._cased(self._tidy(label)))
+
+    def _tidy(self, label: str) -> str:
+        if self.drop_whitespace:
+            label = "".join(label.split())
+        return compatible(self._cased(label), self.charset) if self.nfkd else label
 
     def _cased(self, label: str) -> str:
         return label if self.case_sensitive else label.lower()
@@ -138,3 +154,15 @@ def subset(labels: Sequence[str], rule: str) -> list[int]:
     if rule not in SUBSET_RULES:
         raise ValueError(f"rule: expected one of {', '.join(SUBSET_RULES)}, got {rule!r}; other subsets are lists")
     return [index for index, label in enumerate(labels) if SUBSET_RULES[rule](label)]
+
+
+def by_rule(name: str, labels: Sequence[str], correct: np.ndarray) -> dict[str, tuple[int, int]]:
+    """What the parts of a set that follow from its labels alone would score: part: (n, words read).
+
+    Args:
+        name: of the set.
+        labels: as they are written.
+        correct: which of them were read, (n,) bool.
+    """
+    kept = {part: subset(labels, part) for part in SUBSET_RULES if name in wholes_of(part)}
+    return {part: (len(indices), int(correct[indices].sum())) for part, indices in kept.items()}

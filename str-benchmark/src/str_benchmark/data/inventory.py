@@ -7,8 +7,9 @@ from pathlib import Path
 
 import joblib
 
-from str_benchmark.data.lmdb_store import LMDBDataset, check_file, decode_samples
-from str_benchmark.data.sets import SETS, find_lmdbs, open_set
+from str_benchmark.data.lmdb_store import check_file
+from str_benchmark.data.samples import WordDataset, decode_samples
+from str_benchmark.data.sets import LIST, MEND, SETS, find_stores, open_set
 
 CHUNK = 1000  # images of one task
 
@@ -18,15 +19,18 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("rendered words", "smoke, embedded, rendered", "made here", "", "yes", "", "")]
     for each in SETS.values():
         try:
-            for path in find_lmdbs(data_root / each.folder):
-                check_file(path)
+            for path in find_stores(each.place(data_root)):
+                if path.suffix != LIST:
+                    check_file(path)
             found, mend = "yes", ""
         except FileNotFoundError:
-            found, mend = "no", "put the released LMDB there"
+            found, mend = "no", MEND
         except ValueError as error:
             found, mend = "damaged", str(error)
         size = each.what if each.n is None else f"{each.n:,} words, {each.what}"
-        rows.append((each.name, "paper", size, "its publishers'", found, each.folder, mend))
+        scale = "paper" if each.folder.startswith(("training", "validation", "evaluation")) else "eval"
+        where = each.place(data_root).relative_to(data_root)
+        rows.append((each.name, scale, size, "its publishers'", found, str(where), mend))
     return rows
 
 
@@ -37,7 +41,7 @@ def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]
         a message for each broken image, with its LMDB and key.
     """
     if not names:
-        names = [each.name for each in SETS.values() if (Path(data_root) / each.folder).is_dir()]
+        names = [each.name for each in SETS.values() if each.place(data_root).is_dir()]
     tasks = []
     for name in names:
         for data in open_set(name, data_root, filter="off"):
@@ -45,6 +49,6 @@ def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]
     return [message for found in joblib.Parallel(n_jobs=max(1, workers))(tasks) for message in found]
 
 
-def _broken(data: LMDBDataset, start: int) -> list[str]:
+def _broken(data: WordDataset, start: int) -> list[str]:
     samples = [(data, index) for index in range(start, min(start + CHUNK, len(data)))]
     return decode_samples(samples, skip_broken=True).broken

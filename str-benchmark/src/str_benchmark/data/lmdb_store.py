@@ -12,22 +12,18 @@ import io
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import lmdb
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from shared_utils.files import whole_file
-from shared_utils.images import BrokenFile
 from shared_utils.logging import get_logger
-from str_benchmark.data import images
 from str_benchmark.data.filters import FilterReport, LabelFilter
+from str_benchmark.data.samples import WordDataset
 
 logger = get_logger("str-benchmark")
 
@@ -135,34 +131,15 @@ def _write(environment: lmdb.Environment, items: Iterable[tuple[bytes | Image.Im
     return number
 
 
-class LMDBDataset(Dataset):
-    """Samples of one LMDB that a label filter keeps; items are (Pillow image, label).
-
-    Args:
-        path: folder of the LMDB.
-        charset: preset or characters.
-        case_sensitive: False lower-cases labels; None: as the charset says.
-        max_length: longest label.
-        filter: "report", "reference" or "off", see `LabelFilter`.
-        channels: 1 (gray) or 3 (RGB).
-        columns: of a CTC network; labels that need more are left out, see `LabelFilter`.
+class LMDBDataset(WordDataset):
+    """Samples of one LMDB, named by its folder; options as for `WordDataset`.
 
     Raises:
         FileNotFoundError, ValueError: no LMDB, a truncated one, one without samples or without num-samples.
     """
 
-    def __init__(
-        self,
-        path: Path | str,
-        charset: str = "36",
-        case_sensitive: bool | None = None,
-        max_length: int = 25,
-        filter: str = "report",
-        channels: int = 1,
-        columns: int | None = None,
-    ):
-        self.path, self.channels = Path(path).resolve(), channels
-        self.filter = LabelFilter(charset, case_sensitive, max_length, filter, columns)
+    def __init__(self, path: Path | str, *args: Any, **options: Any):
+        super().__init__(path, *args, **options)
         data = check_file(self.path)
         self.total = self._count()
         self.indices, self.report = _cached_index(self.path, data, self.total, self.filter)
@@ -176,84 +153,25 @@ class LMDBDataset(Dataset):
             raise ValueError(f"{self.path}: an empty LMDB (num-samples is 0)")
         return int(text)
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    @property
+    def size(self) -> int:
+        """Bytes of the data file."""
+        return (self.path / "data.mdb").stat().st_size
 
-    def first(self, count: int) -> LMDBDataset:
-        """This data set with its first samples only."""
-        part = object.__new__(LMDBDataset)
-        part.__dict__.update(self.__dict__)
-        part.indices = self.indices[:count]
-        return part
+    def key(self, index: int) -> str:
+        """Such as image-000000001."""
+        return f"image-{self.indices[index]:09d}"
 
-    def name(self, index: int) -> str:
-        """Where a sample lies, for messages."""
-        return f"{self.path} image-{self.indices[index]:09d}"
-
-    def label(self, index: int) -> str:
-        """The cleaned label of a sample."""
+    def text(self, index: int) -> str:
+        """The label as it was written."""
         value = _transaction(str(self.path)).get(b"label-%09d" % self.indices[index])
         if value is None:
             raise ValueError(f"{self.path}: label-{self.indices[index]:09d} is missing")
-        return self.filter.clean(str(value, "utf-8"))
+        return str(value, "utf-8")
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        """BrokenFile naming file and key where the image is missing or broken."""
-        data = _transaction(str(self.path)).get(b"image-%09d" % self.indices[index])
-        if data is None:
-            raise BrokenFile(f"{self.name(index)}: missing; mend the LMDB, or pass --skip-broken")
-        return images.decode(data, self.channels, self.name(index)), self.label(index)
-
-
-class Decoded(NamedTuple):
-    """Samples as they lie in their files."""
-
-    pictures: list[Image.Image]
-    labels: list[str]
-    kept: list[int]
-    """positions among the samples asked for"""
-    broken: list[str]
-    """messages of those left out"""
-
-
-class Loaded(NamedTuple):
-    """Samples as one batch."""
-
-    pixels: Tensor
-    """(n, C, H, W) uint8"""
-    labels: list[str]
-    broken: list[str]
-    """messages of those left out"""
-
-
-def decode_samples(samples: Sequence[tuple[LMDBDataset, int]], skip_broken: bool = False) -> Decoded:
-    """Samples of any data sets, decoded.
-
-    Raises:
-        BrokenFile: naming the first broken image, unless skip_broken.
-    """
-    pictures, labels, kept, broken = [], [], [], []
-    for position, (data, index) in enumerate(samples):
-        try:
-            picture, label = data[index]
-        except BrokenFile as error:
-            if not skip_broken:
-                raise
-            broken.append(str(error))
-            continue
-        pictures.append(picture)
-        labels.append(label)
-        kept.append(position)
-    return Decoded(pictures, labels, kept, broken)
-
-
-def load_samples(
-    samples: Sequence[tuple[LMDBDataset, int]], size: tuple[int, int], pad: bool = False, skip_broken: bool = False
-) -> Loaded:
-    """Samples of any data sets, decoded and fitted to (H, W); BrokenFile as in `decode_samples`."""
-    pictures, labels, _, broken = decode_samples(samples, skip_broken)
-    pixels = images.stack(pictures, size, pad) if pictures else torch.empty(0, 1, *size, dtype=torch.uint8)
-    return Loaded(pixels, labels, broken)
+    def encoded(self, index: int) -> bytes | memoryview | None:
+        """The image's bytes."""
+        return _transaction(str(self.path)).get(b"image-%09d" % self.indices[index])
 
 
 def _cached_index(folder: Path, data: Path, total: int, rules: LabelFilter) -> tuple[np.ndarray, FilterReport]:

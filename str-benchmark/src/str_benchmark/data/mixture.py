@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared_utils.logging import get_logger
 from str_benchmark.data.images import to_input
-from str_benchmark.data.lmdb_store import Loaded, load_samples
+from str_benchmark.data.samples import Loaded, load_samples
 from str_benchmark.data.sets import Parts
 from str_benchmark.tokenizers import AttnTokenizer, CTCTokenizer
 

@@ -1,12 +1,14 @@
-"""ONNX export of every combination, with a dynamic batch."""
+"""ONNX export of every combination, with a dynamic batch; and reading by ONNX Runtime."""
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from str_benchmark.models.inference import fold_batch_norm
 from str_benchmark.models.recognizer import Recognizer
@@ -17,9 +19,9 @@ OPSET = 17  # grid_sample came with 16
 def export_onnx(model: Recognizer, path: Path | str) -> None:
     """Write the reading network (batch norm folded; attention greedy, all steps) as ONNX.
 
-    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free, and W
-    where the network takes any. PyTorch's tracing exporter
-    is used: it needs the package onnx alone, and takes a second where the newer one takes ten.
+    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free, and W where the network
+    takes any. PyTorch's tracing exporter is used: it needs the package onnx alone, and takes a second where the newer
+    one takes ten.
 
     Raises:
         RuntimeError: onnx is not installed.
@@ -43,3 +45,38 @@ def export_onnx(model: Recognizer, path: Path | str) -> None:
             opset_version=OPSET,
             dynamo=False,
         )
+
+
+class OnnxRecognizer(Recognizer):
+    """A recognizer whose network runs in ONNX Runtime on the CPU, with as many threads as torch has.
+
+    It is made from this project's own export. Attention takes all its steps, as an export cannot stop early.
+
+    Raises:
+        RuntimeError: onnx or onnxruntime is not installed.
+    """
+
+    def __init__(self, model: Recognizer):
+        nn.Module.__init__(self)  # there are no parameters here
+        if find_spec("onnxruntime") is None:
+            raise RuntimeError("engine onnxruntime: install str-benchmark[export]")
+        import onnxruntime
+
+        self.config, self.tokenizer = model.config, model.tokenizer
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(model, Path(folder) / "model.onnx")
+            network = (Path(folder) / "model.onnx").read_bytes()
+        self._session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def forward(self, images: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
+        """Logits of images (B, C, H, W); targets would be for training."""
+        if targets is not None:
+            raise ValueError("targets: ONNX Runtime only reads; train the network itself")
+        return torch.from_numpy(self._session.run(None, {"images": images.numpy()})[0])

@@ -12,6 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from str_benchmark.models.recognizer import Recognizer
 from str_benchmark.models.winograd import WinogradConv2d
 
+ENGINES = ("torch", "onnxruntime")
+
 
 def fold_batch_norm(model: Recognizer) -> Recognizer:
     """A copy in eval mode whose convolutions have taken up the batch norm behind them: equal up to rounding.
@@ -29,12 +31,21 @@ def fold_batch_norm(model: Recognizer) -> Recognizer:
     return model
 
 
-def for_inference(model: Recognizer) -> Recognizer:
-    """The fastest form for the device the model lies on: folded, channels_last, on a CPU with Winograd convolutions.
+def for_inference(model: Recognizer, engine: str = "torch") -> Recognizer:
+    """A form for reading; texts are the same, logits are equal up to rounding.
 
-    Texts are the same; logits are equal up to rounding.
+    Args:
+        model: a recognizer.
+        engine: "torch": folded, channels_last, on a CPU with Winograd convolutions, on the device the model lies on;
+            "onnxruntime": see `models.export.OnnxRecognizer`.
     """
-    device = next(model.parameters()).device
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "onnxruntime":
+        from str_benchmark.models.export import OnnxRecognizer
+
+        return OnnxRecognizer(model)
+    device = model.device
     model = fold_batch_norm(model).to(memory_format=torch.channels_last)
     if device.type == "cpu":
         for module in list(model.modules()):

@@ -48,6 +48,11 @@ class Recognizer(nn.Module):
         else:
             self.Prediction = Attention(width, hidden, classes, config.max_length)
 
+    @property
+    def device(self) -> torch.device:
+        """Where images must lie."""
+        return next(self.parameters()).device
+
     def forward(self, images: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
         config = self.config
         height, width = config.img_size
@@ -69,8 +74,8 @@ def output_columns(model: Recognizer) -> int | None:
     """Columns that a CTC head speaks in at the configured width; None for attention, whose steps are characters."""
     if model.config.pred != "CTC":
         return None
-    device, training = next(model.parameters()).device, model.training
-    image = torch.zeros(1, model.config.in_channels, *model.config.img_size, device=device)
+    training = model.training
+    image = torch.zeros(1, model.config.in_channels, *model.config.img_size, device=model.device)
     columns = model.eval().FeatureExtraction(image).shape[3]
     model.train(training)
     return columns
