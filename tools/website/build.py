@@ -181,7 +181,8 @@ def build(site: Path, root: Path = ROOT) -> None:
         shutil.copytree(HERE / "assets", sources / "assets")
         write(sources / "index.md", "index.md", projects=built, planned=planned)
         write(sources / "claims.md", "claims.md", projects=built)
-        (sources / "speed.md").write_text(f"# Speed\n\n{speed(benches(root))}\n")
+        speeds = [f"## {each.entry['name']}\n\n{speed(benches(each.entry, root))}" for each in built]
+        (sources / "speed.md").write_text("\n\n".join(["# Speed", *speeds]) + "\n")
         (sources / "drill.md").write_text(f"# Kill drill\n\n{kill_drill(root)}\n")
         pages = {"Home": "index.md", "All claims": "claims.md", "Speed": "speed.md", "Kill drill": "drill.md"}
         navigation: list[dict[str, Any]] = [{title: page} for title, page in pages.items()]
