@@ -70,6 +70,7 @@ def test_a_broken_image_ends_with_its_name_or_is_skipped(tmp_path, monkeypatch, 
     with pytest.raises(BrokenFile, match=r"b\.jpg.*--skip-broken"):
         read_digit_images(tmp_path, (1, 8, 8))
     assert read_digit_images(tmp_path, (1, 8, 8), skip_broken=True).names == ["a.png"]
+    capsys.readouterr()
     assert verb(monkeypatch, "data", "verify", "--images", tmp_path) == 1
     shown = capsys.readouterr().err
     assert "b.jpg" in shown and len(shown.splitlines()) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,6 @@ class BiLSTM(nn.Module):
         self.linear = nn.Identity() if outputs is None else nn.Linear(2 * hidden, outputs)
 
     def forward(self, columns: Tensor) -> Tensor:
-        with torch.autocast(columns.device.type, enabled=False):  # cuDNN's LSTM would take float16 under bfloat16
+        with torch.autocast("cuda", enabled=False) if columns.is_cuda else nullcontext():  # cuDNN's LSTM takes float16
             states = self.rnn(columns.to(next(self.rnn.parameters()).dtype))[0]
         return self.linear(states)
