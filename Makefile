@@ -53,7 +53,7 @@ campaign: setup  ## from the top of campaign.toml (or LIST=), what fits into MIN
 	.venv/bin/python tools/campaign.py --minutes $(MINUTES) $(if $(LIST),--list $(LIST))
 
 gpucheck: setup  ## each training loop on CUDA in bf16 beside the CPU's float32, resuming, evaluation
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 4 -m gpu */tests/test_cuda.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 8 -m gpu */tests/test_cuda.py
 
 bench: setup  ## speed against the peers, into each project's runs/bench.json (on a GPU bench-cuda.json); slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done

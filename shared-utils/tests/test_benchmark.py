@@ -130,7 +130,10 @@ def test_record_moves_the_benchmark_beside_the_runs(project):
     assert (project / "results" / "bench.json").exists() and not (project / "runs" / "bench.json").exists()
     git(project, "add", ".")
     git(project, "commit", "-qm", "recorded")
-    assert record(project) == 0  # nothing new: what is recorded stays
+    measure(project)
+    (project / "runs" / "bench.json").rename(project / "runs" / "bench-cuda.json")
+    assert record(project) == 0  # a GPU's comes beside it
+    assert (project / "results" / "bench-cuda.json").exists() and not list((project / "runs").glob("bench*"))
     assert (project / "results" / "bench.json").exists()
 
 

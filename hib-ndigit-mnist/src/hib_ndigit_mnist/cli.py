@@ -27,7 +27,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1 or figure-3; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, lenet or paper."""
+    """smoke, embedded, lenet, lenet-20k or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ class Train(TrainedOn):
     output: Path = Path("hib-ndigit-mnist.pt")
     """File to write; the checkpoint lies beside it."""
     scale: str = "embedded"
-    """Whose defaults to take: smoke, embedded, lenet or paper."""
+    """Whose defaults to take: smoke, embedded, lenet, lenet-20k or paper."""
     seed: int = 0
     """Of weights, batches, occluders and samples."""
     data_root: Path = field(default_factory=default_data_root)

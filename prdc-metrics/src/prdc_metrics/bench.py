@@ -24,6 +24,7 @@ from prdc_metrics.metrics import knn_radii, prdc
 from shared_utils.benchmark import Timing, in_turn, report, share_of_peak
 
 N, LARGE = 10_000, 50_000
+IN_CHUNKS = "PyTorch in chunks: products and topk"
 UNITS = {"cpu": "CPU s", "wall": "s", "memory": "MB"}  # memory beyond the inputs
 
 
@@ -41,14 +42,12 @@ def _on_cuda(repeats: int) -> Iterator[Timing]:
         generator = torch.Generator("cuda").manual_seed(0)
         real, fake = (torch.randn(LARGE, dim, device="cuda", generator=generator) for _ in range(2))
         ours, peer = partial(prdc, real, fake), partial(in_chunks, real, fake)
-        if any(abs(value - peer()[name]) > 1e-3 for name, value in ours().values[5].items()):
+        theirs = peer()
+        if any(abs(value - theirs[name]) > 1e-3 for name, value in ours().values[5].items()):
             raise RuntimeError("ours and the peer's metrics differ")
         times = in_turn(ours, peer, repeats, real.device)
         note = share_of_peak(peer, times[0], torch.float32)  # the peer's arithmetic: each distance once
         yield Timing(f"four metrics, {LARGE:,} x {LARGE:,} x {dim}", IN_CHUNKS, *times, target=">= 1", note=note)
-
-
-IN_CHUNKS = "PyTorch in chunks: products and topk"
 
 
 def in_chunks(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 8192) -> dict[str, float]:

@@ -43,7 +43,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, mnist, mnist-k7-short, mnist-k7 or paper."""
+    """smoke, embedded, mnist, mnist-k7-short, paper-25 or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()

@@ -118,7 +118,7 @@ def share_of_peak(work: Callable[[], object], milliseconds: Sequence[float], dty
     with FlopCounterMode(display=False) as counter:
         work()
     share = counter.get_total_flops() / statistics.median(milliseconds) / peak
-    return f"{share:.0%} of {peak / 1e9:.0f} TFLOP/s ({str(dtype).removeprefix('torch.')})".replace("%", " %", 1)
+    return f"{100 * share:.0f} % of {peak / 1e9:.0f} TFLOP/s ({str(dtype).removeprefix('torch.')})"
 
 
 def report(

@@ -17,6 +17,7 @@ class BiLSTM(nn.Module):
         self.linear = nn.Identity() if outputs is None else nn.Linear(2 * hidden, outputs)
 
     def forward(self, columns: Tensor) -> Tensor:
-        with torch.autocast("cuda", enabled=False) if columns.is_cuda else nullcontext():  # cuDNN's LSTM takes float16
+        # some releases of PyTorch run cuDNN's LSTM in float16 under bfloat16 autocast
+        with torch.autocast("cuda", enabled=False) if columns.is_cuda else nullcontext():
             states = self.rnn(columns.to(next(self.rnn.parameters()).dtype))[0]
         return self.linear(states)
