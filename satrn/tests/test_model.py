@@ -104,6 +104,14 @@ def test_sar_is_its_equations_and_reads_its_columns_to_the_last():
     torch.testing.assert_close(after.attention, weights)
 
 
+@pytest.mark.parametrize("decoder", ("satrn", "lstm"))
+def test_it_reads_under_autocast_in_bfloat16(decoder):
+    """Not every CPU has an LSTM in bfloat16: SAR's stays in float32."""
+    model = build(SATRNConfig(**SMALL, decoder=decoder))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(pixels(model.cfg), torch.zeros(3, 2, dtype=torch.long)).isfinite().all()
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 999), length=st.integers(1, 7), causal=st.booleans())
 def test_attention_is_its_float64_definition(seed, length, causal):

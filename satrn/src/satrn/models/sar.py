@@ -74,8 +74,8 @@ class LSTMDecoder(nn.Module):
         """Keys of the map; hidden and cell are the holistic vector, read behind the last column."""
         image = memory.unflatten(1, hw).permute(0, 3, 1, 2)  # (B, d, H', W')
         columns = image.amax(dim=2).transpose(1, 2)  # (B, W', d)
-        # some releases of PyTorch run cuDNN's LSTM in float16 under bfloat16 autocast
-        with torch.autocast("cuda", enabled=False) if columns.is_cuda else nullcontext():
+        # cuDNN's LSTM may take float16 under bfloat16 autocast, and some CPUs have no LSTM in bfloat16
+        with nullcontext() if columns.is_meta else torch.autocast(columns.device.type, enabled=False):
             states = self.holistic(columns.to(self.holistic.weight_ih_l0.dtype))[0]
         holistic = self.holistic_fc(states[:, -1])
         keys = self.key(image).permute(0, 2, 3, 1).flatten(1, 2)

@@ -17,7 +17,7 @@ class BiLSTM(nn.Module):
         self.linear = nn.Identity() if outputs is None else nn.Linear(2 * hidden, outputs)
 
     def forward(self, columns: Tensor) -> Tensor:
-        # some releases of PyTorch run cuDNN's LSTM in float16 under bfloat16 autocast
-        with torch.autocast("cuda", enabled=False) if columns.is_cuda else nullcontext():
+        # cuDNN's LSTM may take float16 under bfloat16 autocast, and some CPUs have no LSTM in bfloat16
+        with nullcontext() if columns.is_meta else torch.autocast(columns.device.type, enabled=False):
             states = self.rnn(columns.to(next(self.rnn.parameters()).dtype))[0]
         return self.linear(states)
