@@ -9,7 +9,7 @@ from torch import nn
 from rl_adv_reward import train_attack
 from rl_adv_reward.any_env import TrainedAttack, as_policy, read_cleanrl
 
-stable_baselines3 = pytest.importorskip("stable_baselines3")
+stable_baselines3, sb3_contrib = map(pytest.importorskip, ("stable_baselines3", "sb3_contrib"))
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -122,6 +122,7 @@ def test_ones_own_class_and_policy_with_a_reward_read_from_info():
     "algorithm, game",
     [
         ("DQN", "CartPole-v1"),
+        ("QRDQN", "CartPole-v1"),
         ("A2C", "CartPole-v1"),
         ("A2C", "Pendulum-v1"),
         ("SAC", "Pendulum-v1"),
@@ -131,7 +132,8 @@ def test_ones_own_class_and_policy_with_a_reward_read_from_info():
 def test_the_policy_of_every_algorithm_does_what_its_model_does(algorithm, game):
     from rl_adv_reward.any_env import greedy
 
-    model = getattr(stable_baselines3, algorithm)("MlpPolicy", game, device="cpu", seed=0)
+    library = sb3_contrib if algorithm == "QRDQN" else stable_baselines3
+    model = getattr(library, algorithm)("MlpPolicy", game, device="cpu", seed=0)
     observations = np.stack([model.observation_space.sample() for _ in range(20)])
     observations = np.clip(observations, -3, 3)
     x = torch.as_tensor(observations, dtype=torch.float32, device="cpu").requires_grad_()
@@ -164,6 +166,11 @@ def test_what_cleanrl_saves(tmp_path):
     torch.save({f"network.{name}": value for name, value in network.state_dict().items()}, tmp_path / "dqn")
     x = torch.randn(5, 4)
     torch.testing.assert_close(read_cleanrl(tmp_path / "dqn")(x), network(x))
+    atoms, c51 = torch.linspace(-3, 5, 7), nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 2 * 7))
+    state = {f"network.{name}": value for name, value in c51.state_dict().items()} | {"atoms": atoms}
+    torch.save({"model_weights": state, "args": {"env_id": "CartPole-v1", "v_min": -3.0}}, tmp_path / "c51")
+    values = [[(logits.softmax(0) * atoms).sum() for logits in c51(each).split(7)] for each in x]
+    torch.testing.assert_close(read_cleanrl(tmp_path / "c51")(x), torch.tensor(values))
     mean = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     state = {f"actor_mean.{name}": value for name, value in mean.state_dict().items()}
     torch.save(state | {"actor_logstd": torch.zeros(1, 1), "critic.0.weight": torch.zeros(8, 3)}, tmp_path / "ppo")
@@ -181,6 +188,9 @@ def test_what_cleanrl_saves(tmp_path):
     torch.testing.assert_close(
         read_cleanrl(tmp_path / "td3")(x[:, :3]), (hidden @ actor["fc_mu.weight"].T).tanh() * 2 + 0.5
     )
+    torch.save(torch.zeros(3), tmp_path / "tensor")
+    with pytest.raises(ValueError, match="tensor: expected a state dict, got Tensor"):
+        read_cleanrl(tmp_path / "tensor")
     torch.save({"other": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="no network of CleanRL's that is known"):
         read_cleanrl(tmp_path / "other")

@@ -41,15 +41,22 @@ def test_files_of_victims_and_attacks(tmp_path, victim):
             load()
 
 
-def test_a_cleanrl_state_dict_is_a_victim(tmp_path):
+@pytest.mark.parametrize("atoms", (None, torch.linspace(-10, 10, 11)))
+def test_a_file_of_cleanrl_s_is_a_victim(tmp_path, atoms):
     theirs = nn.Sequential(
         nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-        nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 6),
+        nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(),
+        nn.Linear(512, 6 if atoms is None else 6 * 11),
     )  # fmt: skip
-    torch.save({f"network.{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "dqn.pt")
+    state = {f"network.{name}": value for name, value in theirs.state_dict().items()}
+    c51 = {"model_weights": state | {"atoms": atoms}, "args": {"n_atoms": 11}}
+    torch.save(state if atoms is None else c51, tmp_path / "dqn.pt")
     victim = load_victim(tmp_path / "dqn.pt", "pong", "cleanrl")
     frames = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
-    torch.testing.assert_close(victim.q(frames / 255), theirs(frames / 255.0))
+    expected = theirs(frames / 255.0)
+    if atoms is not None:
+        expected = torch.einsum("nak,k->na", expected.view(3, 6, 11).softmax(2), atoms)
+    torch.testing.assert_close(victim.q(frames / 255), expected)
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not the state dict of CleanRL"):
         load_victim(tmp_path / "other.pt", "pong", "cleanrl")

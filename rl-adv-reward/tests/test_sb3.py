@@ -11,7 +11,7 @@ from torch import nn
 
 from rl_adv_reward.files import load_victim
 
-stable_baselines3 = pytest.importorskip("stable_baselines3")
+stable_baselines3, sb3_contrib = map(pytest.importorskip, ("stable_baselines3", "sb3_contrib"))
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -30,12 +30,12 @@ class Board(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-SMALL = {"DQN": {"buffer_size": 10}, "PPO": {"n_steps": 8}, "A2C": {}}
+SMALL = {"DQN": {"buffer_size": 10}, "QRDQN": {"buffer_size": 10}, "PPO": {"n_steps": 8}, "A2C": {}}
 
 
 def saved(path, algorithm="DQN", policy="MlpPolicy", env=None, **options):
     torch.manual_seed(0)
-    kind = getattr(stable_baselines3, algorithm)
+    kind = getattr(sb3_contrib if algorithm == "QRDQN" else stable_baselines3, algorithm)
     model = kind(policy, env or Board(), device="cpu", policy_kwargs=options, **SMALL[algorithm])
     with torch.no_grad():
         for parameter in model.policy.parameters():  # as an agent that has learned: no two actions alike
@@ -73,18 +73,12 @@ def test_values_and_actions_are_theirs(tmp_path, algorithm, policy, options):
 
 
 def test_the_mean_over_quantiles_is_taken(tmp_path):
-    """QR-DQN is in sb3-contrib: its layout, written by hand."""
-    saved(tmp_path / "dqn.zip")
-    generator = torch.Generator().manual_seed(0)
-    last = torch.randn(7 * 5, 2 * 36 * 36, generator=generator)
-    state = {"quantile_net.quantile_net.0.weight": last, "quantile_net.quantile_net.0.bias": torch.zeros(35)}
-    with zipfile.ZipFile(tmp_path / "dqn.zip") as theirs, zipfile.ZipFile(tmp_path / "qr.zip", "w") as ours:
-        ours.writestr("data", theirs.read("data"))
-        torch.save(state, tmp_path / "policy.pth")
-        ours.write(tmp_path / "policy.pth", "policy.pth")
-    x = torch.rand(3, 2, 36, 36, generator=generator)
-    expected = (x.flatten(1) @ last.T).reshape(3, 7, 5).mean(1)
-    torch.testing.assert_close(load_victim(tmp_path / "qr.zip", "pong", "sb3").q(x), expected, rtol=1e-4, atol=1e-3)
+    model = saved(tmp_path / "qr.zip", "QRDQN", n_quantiles=7)
+    frames = torch.randint(0, 256, (3, 2, 36, 36), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model.policy.quantile_net(frames).mean(1)
+    ours = load_victim(tmp_path / "qr.zip", "pong", "sb3").q(frames / 255)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 class OwnExtractor(stable_baselines3.common.torch_layers.BaseFeaturesExtractor):

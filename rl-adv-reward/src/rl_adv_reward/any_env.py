@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from rl_adv_reward.atn import ATN
-from rl_adv_reward.models import Victim, load_weights, mlp, nature_cnn
+from rl_adv_reward.models import ExpectedReturn, Victim, cleanrl_weights, mlp, nature_cnn
 
 Policy = Callable[[Tensor], Tensor]
 """Observations (N, ...), float32 in the environment's own units, to values or logits (N, A), or to actions (N, *A)."""
@@ -281,14 +281,13 @@ def _of_sb3(model: Any, device: str) -> Policy:
 
 
 def read_cleanrl(path: Path | str) -> nn.Module:
-    """A policy saved by CleanRL: dqn, dqn_atari, ppo_continuous_action, ddpg or td3_continuous_action.
+    """A policy saved by CleanRL: dqn, dqn_atari, c51, c51_atari, ppo_continuous_action, ddpg or td3_continuous_action.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it cannot be read, or is none of these.
     """
-    saved = load_weights(Path(path))
-    weights = saved[0] if isinstance(saved, tuple | list) else saved  # ddpg and td3: the actor, then its critics
+    weights, atoms = cleanrl_weights(Path(path))
     if "network.9.bias" in weights:
         module = Victim.from_cleanrl(path, (weights["network.0.weight"].shape[1], 84, 84)).module
         return nn.Sequential(_Pixels(), module)
@@ -308,6 +307,8 @@ def read_cleanrl(path: Path | str) -> nn.Module:
         layer.load_state_dict({"weight": weight, "bias": weights[f"{name}bias"]})
         layers += [layer, nn.Tanh() if name.startswith("actor_mean") else nn.ReLU()]
     network = nn.Sequential(nn.Flatten(), *layers[:-1])
+    if atoms is not None:
+        network.append(ExpectedReturn(atoms))
     return _Scaled(network, weights["action_scale"], weights["action_bias"]) if "action_scale" in weights else network
 
 

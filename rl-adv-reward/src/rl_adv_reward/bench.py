@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import nn
-from torch.nn.functional import huber_loss
 
 from rl_adv_reward.atn import ATN
 from rl_adv_reward.attacks import ATNAttack, Attack, fgsm
 from rl_adv_reward.envs import ENVIRONMENTS
+from rl_adv_reward.envs.minipong import MiniPongVec
 from rl_adv_reward.experiments import PACKAGES, PROJECT
 from rl_adv_reward.learners import QLearner
 from rl_adv_reward.models import Victim, mlp, nature_cnn
 from rl_adv_reward.settings import PRESETS, Loop
 from rl_adv_reward.train import fit, make_fabric, own_reward
 from shared_utils.benchmark import Timing, in_turn, report
+from shared_utils.logging import get_logger
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from stable_baselines3.common.vec_env import VecEnv
+
+logger = get_logger("rl-adv-reward")
 
 STEPS = 100  # agent steps of every environment per measurement
 NUM_ENVS = 8  # of the vector environment
@@ -38,7 +43,12 @@ def run(repeats: int, threads: int) -> None:
     torch.set_num_threads(threads)
     fabric = make_fabric()
     timings = chain(_environments(repeats), _training(fabric, repeats), _attacks(fabric.device, repeats))
-    packages = (*PACKAGES, "opencv-python-headless")
+    packages = (
+        *PACKAGES,
+        "opencv-python-headless",
+        "stable-baselines3",
+        *(["envpool"] if find_spec("envpool") else []),
+    )
     report("rl-adv-reward", timings, PROJECT, packages, {"repeats": repeats, "num_envs": NUM_ENVS})
 
 
@@ -46,21 +56,36 @@ def run(repeats: int, threads: int) -> None:
 
 
 def _environments(repeats: int) -> Iterator[Timing]:
-    """ale-py's vector environment against gymnasium's wrappers around one game; CPU time, also on a CUDA machine."""
+    """ale-py's vector environment, which training steps, beside its rivals; CPU time, also on a CUDA machine."""
     vector, single = _vector(NUM_ENVS), _single()
     _same_frames(_vector(1), single)
     for game in (vector, single):
         game.reset(seed=0)  # an emulator's start, a tenth of a second, is not measured
-    many, one = in_turn(partial(_play_vector, vector), partial(_play_single, single), repeats, torch.device("cpu"))
-    per_step = [ms / (STEPS * NUM_ENVS) for ms in many], [ms / STEPS for ms in one]
-    what = f"an agent step of ALE/Pong, vector environment of {NUM_ENVS}"
-    yield Timing(what, "gymnasium's wrappers", *per_step, target=">= 1.4")
+    rivals: dict[str, tuple[Callable[[], None], int, str]] = {}
+    rivals["gymnasium's wrappers"] = partial(_play_single, single), 1, ">= 1.4"
+    if find_spec("envpool"):
+        rivals["envpool"] = partial(_play_vector, _envpool(NUM_ENVS)), NUM_ENVS, ">= 1"
+    else:
+        logger.info("envpool is not installed (pip install envpool, 0.8 GB): its row is left out")
+    for peer, (play, games, target) in rivals.items():
+        many, theirs = in_turn(partial(_play_vector, vector), play, repeats, torch.device("cpu"))
+        per_step = [ms / (STEPS * NUM_ENVS) for ms in many], [ms / (STEPS * games) for ms in theirs]
+        what = f"an agent step of ALE/Pong, vector environment of {NUM_ENVS}"
+        yield Timing(what, peer, *per_step, target=target)
 
 
 def _vector(num_envs: int) -> VectorEnv:
     from ale_py.vector_env import AtariVectorEnv
 
     return AtariVectorEnv("pong", num_envs, num_threads=1, noop_max=0, reward_clipping=False, use_fire_reset=False)
+
+
+def _envpool(num_envs: int) -> Any:
+    envs = import_module("envpool").make(
+        "Pong-v5", env_type="gymnasium", num_envs=num_envs, num_threads=1, noop_max=1, use_fire_reset=False, seed=0
+    )
+    envs.reset()
+    return envs
 
 
 def _single() -> gym.Env:
@@ -84,7 +109,7 @@ def _same_frames(vector: VectorEnv, single: gym.Env) -> None:
 
 
 def _play_vector(envs: VectorEnv) -> None:
-    for actions in np.random.default_rng(0).integers(6, size=(STEPS, NUM_ENVS)):
+    for actions in np.random.default_rng(0).integers(6, size=(STEPS, NUM_ENVS), dtype=np.int32):
         envs.step(actions)
 
 
@@ -99,53 +124,102 @@ def _play_single(env: gym.Env) -> None:
 
 
 def _training(fabric: Fabric, repeats: int) -> Iterator[Timing]:
-    """Environment steps of training, ours against a plain loop: one environment, an update per 4 steps."""
+    """Training a victim with the settings of its preset, beside stable-baselines3's DQN with the same ones."""
     on_minipong = partial(mlp, (2, 10, 10), 3, ENVIRONMENTS["minipong"].background)
-    games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[], gym.Env], str]]
-    games = [("MiniPong", PRESETS["minipong"].loop("victim"), on_minipong, partial(gym.make, "MiniPong-v0"), "")]
-    if fabric.device.type == "cuda":
-        loop = replace(PRESETS["pong"].loop("victim"), starts=20, capacity=20_000)
-        games.append(("ALE/Pong", loop, partial(nature_cnn, (4, 84, 84), 6), _single, ">= 10"))
-    for game, loop, network, make, target in games:
-        loop, steps = replace(loop, iterations=200), 1200
-        ours, plain = in_turn(
-            partial(_ours, loop, network, fabric),
-            partial(_plain, make, network, fabric.device, steps),
-            repeats,
-            fabric.device,
-        )
-        per_step = [ms / (loop.iterations * loop.num_envs) for ms in ours], [ms / steps for ms in plain]
-        yield Timing(f"DQN training, one environment step of {game}", "a plain loop", *per_step, target=target)
+    small = PRESETS["minipong"].loop("victim")
+    games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[int], VecEnv], str, dict]]
+    games = [("MiniPong", replace(small, iterations=200), on_minipong, _minipong, "MlpPolicy", {"net_arch": [96, 96]})]
+    pong = replace(PRESETS["pong"].loop("victim"), iterations=24, starts=16, capacity=5_000)
+    games.append(("ALE/Pong", pong, partial(nature_cnn, (4, 84, 84), 6), _pong, "CnnPolicy", {"net_arch": []}))
+    for game, loop, network, make, policy, options in games:
+        theirs = partial(_stable_baselines, make, policy, options, loop, fabric.device)
+        times = in_turn(partial(_ours, loop, network, fabric), theirs, repeats, fabric.device)
+        ours, peers = ([ms / (loop.iterations * loop.num_envs) for ms in each] for each in times)
+        what = f"DQN on {game} per environment step, {loop.num_envs} environments, batches of {loop.batch_size}"
+        yield Timing(what, "stable-baselines3", ours, peers, target=">= 1")
 
 
 def _ours(loop: Loop, network: Callable[[], nn.Module], fabric: Fabric) -> None:
     fit(QLearner(network(), loop, fabric), own_reward, loop, 0, fabric)
 
 
-def _plain(make: Callable[[], gym.Env], network: Callable[[], nn.Module], device: torch.device, steps: int) -> None:
-    """The loop as usually written: one environment, a replay in host memory, batches of 32."""
-    env, q, target = make(), network().to(device), network().to(device)
-    optimizer = torch.optim.Adam(q.parameters(), lr=1e-4)
-    memory: deque[tuple] = deque(maxlen=10_000)
-    rng = np.random.default_rng(0)
-    obs, _ = env.reset(seed=0)
-    for step in range(steps):
-        with torch.no_grad():
-            values = q(torch.as_tensor(np.array(obs), device=device).float()[None] / 255)
-        action = int(rng.integers(values.shape[1])) if rng.random() < 0.1 else int(values.argmax())
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        memory.append((np.array(obs), action, np.sign(float(reward)), np.array(next_obs), terminated))
-        obs = env.reset()[0] if terminated or truncated else next_obs
-        if step >= 64 and step % 4 == 0:
-            chosen = [memory[i] for i in rng.integers(len(memory), size=32)]
-            a, act, rew, b, end = (torch.as_tensor(np.array(part), device=device) for part in zip(*chosen, strict=True))
-            with torch.no_grad():
-                y = rew.float() + 0.99 * (~end).float() * target(b.float() / 255).amax(1)
-            loss = huber_loss(q(a.float() / 255).gather(1, act[:, None]).squeeze(1), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    env.close()
+def _stable_baselines(
+    make: Callable[[int], VecEnv], policy: str, options: dict, loop: Loop, device: torch.device
+) -> None:
+    """As many transitions, updates, samples and copies of the target as `_ours`, in a network of the same layers."""
+    from stable_baselines3 import DQN
+
+    envs = make(loop.num_envs)
+    first, last, share = loop.explore
+    model = DQN(
+        policy,
+        envs,
+        learning_rate=loop.lr,
+        buffer_size=loop.capacity,
+        learning_starts=loop.starts * loop.num_envs,
+        batch_size=loop.batch_size,
+        gamma=loop.gamma,
+        train_freq=1,
+        gradient_steps=loop.updates,
+        target_update_interval=loop.sync_every * loop.num_envs,
+        exploration_initial_eps=first,
+        exploration_final_eps=last,
+        exploration_fraction=share,
+        policy_kwargs=options,
+        seed=0,
+        device=device,
+    )
+    model.learn(loop.iterations * loop.num_envs)
+    envs.close()
+
+
+def _pong(num_envs: int) -> VecEnv:
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    return VecFrameStack(make_atari_env("PongNoFrameskip-v4", num_envs, seed=0), 4)
+
+
+def _minipong(num_envs: int) -> VecEnv:
+    """Our vector environment as stable-baselines3 wants it: an episode begins anew in the step that ends the last."""
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class Adapter(VecEnv):
+        def __init__(self) -> None:
+            self.game = MiniPongVec(num_envs)
+            super().__init__(num_envs, self.game.single_observation_space, self.game.single_action_space)
+
+        def reset(self) -> np.ndarray:
+            return self.game.reset(seed=0)[0]
+
+        def step_async(self, actions: np.ndarray) -> None:
+            self.actions = actions
+
+        def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+            obs, reward, terminated, truncated, _ = self.game.step(self.actions)
+            over = terminated | truncated
+            infos: list[dict] = [{} for _ in range(num_envs)]
+            for i in np.flatnonzero(over):
+                infos[i] = {"terminal_observation": obs[i], "TimeLimit.truncated": bool(truncated[i])}
+            self.game._restart(over)
+            return self.game.frames.copy(), reward, over, infos
+
+        def close(self) -> None:
+            self.game.close()
+
+        def get_attr(self, attr_name: str, indices: Any = None) -> list:
+            return [None] * num_envs
+
+        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+            return [False] * num_envs
+
+        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+            raise NotImplementedError
+
+        def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list:
+            raise NotImplementedError
+
+    return Adapter()
 
 
 # ---- attacks ------------------------------------------------------------

@@ -114,21 +114,32 @@ class Victim(nn.Module):
 
     @classmethod
     def from_cleanrl(cls, path: Path | str, obs_shape: tuple[int, int, int] = (4, 84, 84)) -> Victim:
-        """A DQN saved by CleanRL's `dqn_atari` (`--save-model`): state dict with keys network.0.weight and so on."""
-        weights = load_weights(Path(path))
+        """A network that CleanRL's `dqn_atari` or `c51_atari` saved (`--save-model`), on observations in [0, 1]."""
+        weights, atoms = cleanrl_weights(Path(path))
         try:
-            n_actions = len(weights["network.9.bias"])
-            module = nature_cnn(obs_shape, n_actions)
+            module = nature_cnn(obs_shape, len(weights["network.9.bias"]))
             module.load_state_dict({_cleanrl_key(name): value for name, value in weights.items()})
         except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path}: not the state dict of CleanRL's dqn_atari ({error})") from error
-        return cls(module)
+            raise ValueError(f"{path}: not the state dict of CleanRL's dqn_atari or c51_atari ({error})") from error
+        return cls(module if atoms is None else nn.Sequential(module, ExpectedReturn(atoms)))
 
     @classmethod
     def from_sb3(cls, path: Path | str) -> Victim:
         """A stable-baselines3 DQN, QR-DQN (values), PPO or A2C (logits); see `sb3.read_sb3` for what is refused."""
         module, scale, output = read_sb3(path)
         return cls(module, scale=scale, output=output)
+
+
+class ExpectedReturn(nn.Module):
+    """Logits of a return distribution (N, A * atoms) to values (N, A): the mean over its atoms (C51)."""
+
+    def __init__(self, atoms: Tensor):
+        super().__init__()
+        self.register_buffer("atoms", atoms)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        atoms = self.get_buffer("atoms")
+        return logits.unflatten(1, (-1, len(atoms))).softmax(2) @ atoms
 
 
 class Smoothed(nn.Module):
@@ -165,6 +176,20 @@ def to_unit(obs: Tensor) -> Tensor:
     if not obs.is_floating_point():
         raise TypeError(f"observations must be uint8 or floating point, got {obs.dtype}")
     return obs
+
+
+def cleanrl_weights(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The policy's weights in a file of CleanRL's, and the atoms of its return distribution where it is a C51.
+
+    FileNotFoundError, or ValueError where it cannot be read.
+    """
+    saved = load_weights(path)
+    if isinstance(saved, tuple | list) and saved:  # ddpg and td3: the actor, then its critics
+        saved = saved[0]
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: expected a state dict, got {type(saved).__name__}")
+    weights = dict(saved.get("model_weights", saved))  # c51 saves its arguments beside them
+    return weights, weights.pop("atoms", None)
 
 
 def _cleanrl_key(name: str) -> str:
