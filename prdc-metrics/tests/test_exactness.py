@@ -225,3 +225,51 @@ def test_the_callers_matmul_settings_do_not_matter(owner, value):
             backends.cudnn.conv.fp32_precision = convolution  # setting the parent has set it, too
         else:
             torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("stage", ("real", "fake", "balls"))
+def test_hours_of_distances_go_on_where_they_were_cut_off(tmp_path, monkeypatch, caplog, stage):
+    """Killed in each of the three passes; no tile is computed twice, and the numbers are those of one call."""
+    rng = np.random.default_rng(2)
+    real, fake = rng.standard_normal((300, 6)), rng.standard_normal((280, 6))
+    options = {"ks": (2, 5), "tile": 32, "masks": True}
+    tiles = [0]
+    usual = Frame.lower_bounds
+
+    def counted(self, a, rows, b, columns, out):
+        if tiles[0] == 0:
+            raise KeyboardInterrupt
+        tiles[0] -= 1
+        return usual(self, a, rows, b, columns, out)
+
+    monkeypatch.setattr(Frame, "lower_bounds", counted)
+    tiles[0] = 10**6
+    whole = prdc(real, fake, **options)
+    total = 10**6 - tiles[0]
+    assert total == 10 * 11 // 2 + 9 * 10 // 2 + 10 * 9
+    first = {"real": 20, "fake": 55 + 20, "balls": 55 + 45 + 20}[stage]
+    monkeypatch.setattr("prdc_metrics.schedule.SAVE_EVERY", -1.0)
+    tiles[0] = first
+    with pytest.raises(KeyboardInterrupt):
+        prdc(real, fake, checkpoint=tmp_path / "state", **options)
+    assert not tiles[0] and list((tmp_path / "state").iterdir())
+    tiles[0] = 10**6
+    prdc(real + 1, fake + 1, checkpoint=tmp_path / "state", **options)  # other data neither use nor remove it
+    tiles[0] = total - first
+    resumed = prdc(real, fake, checkpoint=tmp_path / "state", **options)
+    assert not tiles[0] and "going on at tile" in caplog.text
+    for name in ("values", "counts", "recheck_pairs"):
+        assert getattr(resumed, name) == getattr(whole, name)
+    for name in ("real_radii", "fake_radii", "fake_counts", "recall_mask", "coverage_mask"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name))
+    assert not list((tmp_path / "state").iterdir())
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((60, 3))
+    monkeypatch.setattr("prdc_metrics.schedule.Schedule.finished", lambda self: None)
+    prdc(x, x + 0.1, checkpoint=tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"\.pt: damaged .*name another checkpoint folder"):
+        prdc(x, x + 0.1, checkpoint=tmp_path)

@@ -58,7 +58,8 @@ def ball_membership(
     rows = schedule.blocks(len(brackets[0].real.bias), real.device)
     columns = schedule.blocks(len(brackets[0].fake.bias), real.device)
     out = {}
-    for i, j in schedule.share([(i, j) for i in rows for j in columns]):
+    identity = ("balls", real, fake, real_squared, fake_squared, precision, closed)
+    for i, j in schedule.share([(i, j) for i in rows for j in columns], balls, identity):
         for attempt in range(2):
             if attempt == len(brackets):
                 brackets.append(_Bracket(real, fake, real_squared, fake_squared, "float64"))
@@ -95,6 +96,8 @@ class _Finding:
 
 class _Balls:
     """Running membership of one set of balls."""
+
+    SAVED = ("counts", "held", "open", "waiting", "verified", "on_sphere")
 
     def __init__(self, centres: Tensor, members: Tensor, squared_radii: Tensor, closed: bool):
         self.centres, self.members, self.squared, self.closed = centres, members, squared_radii, closed

@@ -1,6 +1,6 @@
-"""Speed and memory against PyPI prdc and faiss: every contender in a fresh process on the same inputs, in turn.
+"""Speed and memory against the peers on the same inputs: on a CPU every contender in a fresh process, in turn.
 
-On CUDA: against plain PyTorch in chunks, in one process.
+PyPI's prdc is the authors' code; dgm-eval calls the same distances of scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from prdc_metrics.experiments import PACKAGES, PROJECT
 from prdc_metrics.metrics import knn_radii, prdc
+from prdc_metrics.single_samples import realism
 from shared_utils.benchmark import Timing, in_turn, report, share_of_peak
 
 N, LARGE = 10_000, 50_000
@@ -34,7 +36,8 @@ def run(repeats: int, threads: int) -> None:
     if torch.cuda.is_available():
         report("prdc-metrics", _on_cuda(repeats), PROJECT, PACKAGES, {"repeats": repeats})
         return
-    report("prdc-metrics", _timings(repeats, threads), PROJECT, (*PACKAGES, "prdc", "faiss-cpu"), {"repeats": repeats})
+    peers = ("prdc", "faiss-cpu", "torch-fidelity")
+    report("prdc-metrics", _timings(repeats, threads), PROJECT, (*PACKAGES, *peers), {"repeats": repeats})
 
 
 def _on_cuda(repeats: int) -> Iterator[Timing]:
@@ -72,14 +75,31 @@ def in_chunks(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 8192) -> dict
 
 
 def _timings(repeats: int, threads: int) -> Iterator[Timing]:
-    for dim, targets in ((64, {"cpu": ">= 5", "memory": ">= 10"}), (512, {"cpu": ">= 4"})):
-        what = f"four metrics, {N:,} x {N:,} x {dim}"
-        yield from _compare(what, "PyPI prdc", ("prdc", threads), ("pypi_prdc", threads), dim, repeats, targets)
-        what, targets = f"kNN radii + coverage, {N:,} x {N:,} x {dim}", {"cpu": ">= 1/1.3"}
-        ours, peer = ("radii_and_coverage", threads), ("faiss", threads)
-        yield from _compare(what, "faiss, flat index", ours, peer, dim, repeats, targets)
-    what = f"four metrics, {N:,} x {N:,} x 64, two threads"
-    yield from _compare(what, "one thread", ("prdc", 2), ("prdc", 1), 64, repeats, {"wall": ">= 1.6"})
+    one = threads
+    for dim in (64, 512, 1024, 2048):
+        size = f"{N:,} x {N:,} x {dim}"
+        compare = partial(_compare, dim=dim, repeats=repeats)
+        targets = {"cpu": ">= 5"} | ({"memory": ">= 10"} if dim == 64 else {})
+        yield from compare(f"four metrics, {size}", "PyPI prdc", ("prdc", one), ("pypi_prdc", one), targets=targets)
+        targets = {"cpu": ">= 1"}
+        yield from compare(f"four metrics, {size}", IN_CHUNKS, ("prdc", one), ("in_chunks", one), targets=targets)
+        what, sides = f"precision and recall, {size}", (("precision_recall", one), ("torch_fidelity", one))
+        yield from compare(what, "torch-fidelity", *sides, targets=targets)
+        what, sides = f"kNN radii + coverage, {size}", (("radii_and_coverage", one), ("faiss", one))
+        yield from compare(what, "faiss, flat index", *sides, targets={"cpu": ">= 1.3"})
+    compare = partial(_compare, dim=64, repeats=repeats)
+    size = f"{N:,} x {N:,} x 64"
+    yield from compare(
+        f"realism, {size}", "our four metrics", ("realism", one), ("prdc", one), targets={"cpu": ">= 1/1.5"}
+    )
+    for dim in (64, 1024):
+        what = f"four metrics, {N:,} x {N:,} x {dim}, two threads"
+        yield from _compare(what, "one thread", ("prdc", 2), ("prdc", 1), {"wall": ">= 1.7"}, dim, repeats)
+        what, sides = (
+            f"kNN radii + coverage, {N:,} x {N:,} x {dim}, two threads",
+            (("radii_and_coverage", 2), ("faiss", 2)),
+        )
+        yield from _compare(what, "faiss, flat index", *sides, {"wall": ">= 1.3"}, dim, repeats)
     used = _measure("prdc", LARGE, 64, 2)
     what = f"four metrics, {LARGE:,} x {LARGE:,} x 64, two threads"
     yield Timing(what, None, [used["wall"]], unit="s")
@@ -91,9 +111,9 @@ def _compare(
     name: str,
     ours: tuple[str, int],
     peer: tuple[str, int],
+    targets: dict[str, str],
     dim: int,
     repeats: int,
-    targets: dict[str, str],
 ) -> Iterator[Timing]:
     """A timing for each quantity that has a target; contenders are functions with their threads."""
     pairs = [[_measure(function, N, dim, threads) for function, threads in (ours, peer)] for _ in range(repeats)]
@@ -117,6 +137,10 @@ def _contender(name: str) -> Callable[[np.ndarray, np.ndarray], Any]:
     """A function of (real, fake) with its imports done."""
     if name == "prdc":
         return prdc
+    if name == "precision_recall":
+        return partial(prdc, ks=(3,), metrics=("precision", "recall"))
+    if name == "realism":
+        return realism
     if name == "radii_and_coverage":
 
         def radii_and_coverage(real: np.ndarray, fake: np.ndarray) -> Any:
@@ -128,6 +152,12 @@ def _contender(name: str) -> Callable[[np.ndarray, np.ndarray], Any]:
         from prdc import compute_prdc
 
         return lambda real, fake: compute_prdc(real, fake, nearest_k=5)
+    if name == "in_chunks":
+        return lambda real, fake: in_chunks(torch.from_numpy(real), torch.from_numpy(fake), chunk=1024)
+    if name == "torch_fidelity":
+        full = import_module("torch_fidelity.metric_prc").calculate_precision_recall_full
+
+        return lambda real, fake: full(torch.from_numpy(fake), torch.from_numpy(real))
     import faiss
 
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

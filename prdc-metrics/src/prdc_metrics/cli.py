@@ -62,14 +62,9 @@ class Run:
             needs = partial(experiments.needs, data_root=self.data_root)
             return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
         yours = experiments.run_tables(
-            chosen,
-            self.scale,
-            self.data_root,
-            rows=self.rows,
-            seeds=self.seeds,
-            force=self.force,
-            jobs=self.jobs,
-        )
+            chosen, self.scale, self.data_root, rows=self.rows,
+            seeds=self.seeds, force=self.force, jobs=self.jobs,
+        )  # fmt: skip
         for table in chosen:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
 
@@ -108,6 +103,8 @@ class Eval:
     """Of the filter: auto, float32, tf32, bf16, float64. The result does not depend on it."""
     closed_ball: bool = False
     """Count points on the sphere as inside."""
+    checkpoint: Path | None = None
+    """Folder where hours of distances are saved as they go; the same command goes on from there."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = max(1, (os.cpu_count() or 1) - 1)
@@ -126,13 +123,13 @@ class Eval:
         from prdc_metrics.scoring import explain, side
 
         device = _device(self.device)
-        options: dict[str, Any] = {"metrics": self.metrics, "precision": self.precision, "tile": self.tile}
-        options["closed_ball"] = self.closed_ball
+        names = ("metrics", "precision", "tile", "closed_ball", "checkpoint")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         manifold = RealManifold.load(self.real, device) if self.real.suffix == ".manifold" else None
         if manifold and self.nearest_k:
             manifold = manifold.at(self.nearest_k)
-        names = ("embedding", "weights", "seed", "num_samples", "batch_size", "workers", "cache", "skip_broken")
-        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        read = ("embedding", "weights", "seed", "num_samples", "batch_size", "workers", "cache", "skip_broken")
+        how: dict[str, Any] = {name: getattr(self, name) for name in read}
         how |= {"side_length": self.side, "device": device}
         fake, fake_origin = side(self.fake, **how)
         if manifold:

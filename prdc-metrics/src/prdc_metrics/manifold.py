@@ -75,9 +75,10 @@ class RealManifold:
         closed_ball: bool = False,
         masks: bool = False,
         group: ProcessGroup | None = None,
+        checkpoint: Path | str | None = None,
     ) -> core.PRDCResult:
-        """The metrics of fake features (M, D) against this manifold, for all its ks; the rest as `compute_prdc`."""
-        start, schedule = time.perf_counter(), Schedule(tile, group)
+        """The metrics of fake features (M, D) against this manifold, for all its ks; the rest as `prdc`."""
+        start, schedule = time.perf_counter(), Schedule(tile, group, None if checkpoint is None else Path(checkpoint))
         fake = core.as_features(fake, "fake", self.features.device)
         names = core.chosen_metrics(metrics)
         if fake.shape[1] != self.features.shape[1]:

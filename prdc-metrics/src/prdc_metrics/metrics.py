@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -135,13 +136,17 @@ def prdc(
     masks: bool = False,
     group: ProcessGroup | None = None,
     sharded: bool = False,
+    checkpoint: Path | str | None = None,
 ) -> PRDCResult:
     """The metrics for several k in one pass, with counts, expectations and (masks=True) per-sample decisions.
 
     Arguments and errors as `compute_prdc`. Per-sample results of sharded features have the rows of all ranks.
+    `checkpoint` is for hours of work, a million samples on each side: a folder in which the work is saved every five
+    minutes. The same call goes on from there, and the files are removed when the result is there.
     """
     start = time.perf_counter()
-    schedule, precision = Schedule(tile, group), chosen_precision(precision)
+    schedule = Schedule(tile, group, None if checkpoint is None else Path(checkpoint))
+    precision = chosen_precision(precision)
     if sharded and group is None:
         raise ValueError("sharded needs the group whose ranks hold the parts, such as torch.distributed.group.WORLD")
     real, fake = as_features(real, "real", device, sharded), as_features(fake, "fake", device, sharded)
@@ -202,6 +207,7 @@ def score(
             "what identical laws have here",
             stacklevel=3,
         )
+    schedule.finished()
     values, counts = _values(in_real, in_fake, ks, names)
     per_sample = {}
     if masks:

@@ -50,6 +50,8 @@ class Block:
         others: all points on the other side.
     """
 
+    SAVED = ("upper", "crowded", "found", "row", "column", "bound", "seen", "settled")
+
     def __init__(self, slack: Tensor, wanted: Tensor, k: int, others: Points):
         self.slack, self.k, self.others = slack, k, others
         self.upper = torch.full_like(slack, torch.finfo(slack.dtype).max)  # padding is at infinity and stays out
@@ -121,7 +123,7 @@ def _filtered(
     active = [bool(wanted[place].any()) for place in places]
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks)) if active[i] or active[j]]
     out = points.values.new_empty((places[0].stop - places[0].start) ** 2)
-    for i, j in schedule.share(pairs):
+    for i, j in schedule.share(pairs, blocks, ("nearest", x, ks, wanted, precision)):
         tile = frame.lower_bounds(points, places[i], points, places[j], out)
         if i == j:
             tile.fill_diagonal_(math.inf)

@@ -8,28 +8,44 @@ ranks. Threads are torch's own.
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from prdc_metrics.distances import GROUP
-from shared_utils.logging import progress
+from shared_utils.files import whole_file
+from shared_utils.logging import get_logger, progress
+
+logger = get_logger("prdc_metrics")
 
 Work = TypeVar("Work")
 LONG = 2_000  # tiles
+SAVE_EVERY = 300.0  # seconds
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tile side (a multiple of GROUP, None for the device's default) and the group that shares the work, if any."""
+    """How the tiles are worked through.
+
+    Args:
+        tile: their side (a multiple of GROUP), None for the device's default.
+        group: processes that share the work, if any.
+        checkpoint: folder where unfinished work is saved, and from which the same work goes on. None: no saving.
+    """
 
     tile: int | None = None
     group: dist.ProcessGroup | None = None
+    checkpoint: Path | None = None
+    saved: set[Path] = field(default_factory=set)  # files of this schedule in `checkpoint`
 
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 1:
@@ -44,18 +60,44 @@ class Schedule:
 
     def blocks(self, n: int, device: torch.device, at_least: int = 1) -> list[slice]:
         """Split 0..n (a multiple of GROUP) into blocks of the tile side, raised to `at_least`."""
-        side = max(self.tile or (8192 if device.type == "cuda" else 1024), at_least)
+        side = max(self.tile or (8192 if device.type == "cuda" else 1536), at_least)
         side = -(-side // GROUP) * GROUP
         return [slice(start, min(start + side, n)) for start in range(0, n, side)]
 
-    def share(self, work: Sequence[Work]) -> Iterator[Work]:
-        """This rank's part, with a progress bar in a terminal where it takes minutes."""
-        mine = work if self.group is None else work[dist.get_rank(self.group) :: self.ranks]
-        if len(mine) < LONG:
-            yield from mine
-            return
-        with progress() as bar:
-            yield from bar.track(mine, description="distances")
+    def share(self, work: Sequence[Work], state: Sequence[Any] = (), identity: Sequence[Any] = ()) -> Iterator[Work]:
+        """This rank's part, with a progress bar in a terminal where it takes minutes.
+
+        Args:
+            work: of all ranks.
+            state: objects that the caller's loop changes, with the attributes named in their SAVED; with a checkpoint
+                these are saved, and set to what was saved.
+            identity: tensors and values that decide what is computed; work of another identity is never gone on with.
+        """
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        mine, done, file = work[rank :: self.ranks], 0, None
+        if self.checkpoint is not None and state:
+            file = self.checkpoint / f"{_name(self.tile, rank, self.ranks, *identity)}.pt"
+            self.saved.add(file)
+            done = _restore(file, state)
+            if done:
+                logger.info("%s: going on at tile %d of %d", file, done, len(mine))
+        last = time.monotonic()
+        with progress() if len(mine) - done >= LONG else nullcontext() as bar:
+            rest: Sequence[Work] = mine[done:]
+            for item in bar.track(rest, len(mine), done, description="distances") if bar else rest:
+                yield item
+                done += 1
+                if file and time.monotonic() - last > SAVE_EVERY:
+                    _save(file, done, state)
+                    last = time.monotonic()
+        if file:
+            _save(file, done, state)
+
+    def finished(self) -> None:
+        """Remove what was saved: the result is there."""
+        for file in self.saved:
+            file.unlink(missing_ok=True)
+        self.saved.clear()
 
     def gather(self, x: Tensor) -> Tensor:
         """Put the (n, c) tensors of all ranks side by side: (n, c * ranks)."""
@@ -95,6 +137,38 @@ class Schedule:
                     f"{name}: ranks {', '.join(map(str, other))} of the group hold other features than rank 0; "
                     "pass equal features on every rank, or sharded=True where each rank holds its own part"
                 )
+
+
+def _name(*identity: Any) -> str:
+    """A file name for a piece of work, by everything that decides it."""
+    digest = hashlib.sha256()
+    for part in identity:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _save(file: Path, done: int, state: Sequence[Any]) -> None:
+    with whole_file(file) as temporary:
+        torch.save({"done": done, "state": [{name: getattr(s, name) for name in s.SAVED} for s in state]}, temporary)
+
+
+def _restore(file: Path, state: Sequence[Any]) -> int:
+    """Set the state to what was saved; the number of tiles done. ValueError where the file is damaged."""
+    if not file.is_file():
+        return 0
+    try:
+        content = torch.load(file, weights_only=True)
+        for each, values in zip(state, content["state"], strict=True):
+            for name in each.SAVED:
+                setattr(each, name, values[name])
+        return content["done"]
+    except Exception as error:  # zip, pickle and key errors of a damaged file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{file}: damaged ({reason}); name another checkpoint folder to start again") from error
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
