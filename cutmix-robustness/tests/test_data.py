@@ -391,3 +391,45 @@ def test_corrupting_files(tmp_path, save_picture):
 
 def test_the_order_of_corruptions_is_that_of_mce():
     assert list(CORRUPTIONS) == list(ALEXNET_ERROR)
+
+
+def test_localization_on_digits_without_a_download(tmp_path):
+    chosen = settings_of("twowave", dataset="digits", epochs=1, milestones=(), suites=("clean", "localization"))
+    metrics = execute(chosen, 0, data_root=tmp_path).metrics
+    assert 0 <= metrics["localization_accuracy"] <= metrics["gt_known_localization"] < 100
+    with pytest.raises(ValueError, match="suite ood needs unknown inputs, and digits comes without"):
+        Settings(**chosen | {"suites": ("ood",)})
+
+
+def test_digits_on_photographs_have_tight_boxes_and_parts_that_share_nothing(monkeypatch):
+    from cutmix_robustness.data import digits
+
+    data, boxes = digits.digits_on_photographs(40, 3, "train")
+    assert data.images.shape == (40, 3, 32, 32) and data.labels.tolist() == 4 * list(range(10))
+    same, other = digits.digits_on_photographs(40, 3, "train")[0], digits.digits_on_photographs(40, 3, "test")[0]
+    assert torch.equal(data.images, same.images) and not torch.equal(data.images, other.images)
+    monkeypatch.setattr(digits, "_photographs", lambda: 2 * [np.zeros((427, 640, 3), np.uint8)])
+    for part in ("train", "test"):  # on black, what is bright is the digit
+        data, boxes = digits.digits_on_photographs(40, 3, part)
+        for image, ((x0, y0, x1, y1),) in zip(data.images, boxes, strict=True):
+            rows, columns = np.nonzero(image[0].numpy() >= 128)
+            assert (x0, y0, x1, y1) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert 16 * 0.5 < y1 - y0 <= 24
+    written, seen = digits._digits(), {}
+    for part in ("train", "test"):
+        taken = []
+        monkeypatch.setattr(digits, "_digits", lambda: (np.arange(1797)[:, None, None] * np.ones((8, 8)), written[1]))
+        monkeypatch.setattr(
+            digits.Image, "fromarray", lambda digit, taken=taken: taken.append(int(digit[0, 0])) or _Ink()
+        )
+        digits.digits_on_photographs(300, 0, part)
+        seen[part] = set(taken)
+        assert [written[1][number] for number in taken] == 30 * list(range(10))
+    assert not seen["train"] & seen["test"]
+
+
+class _Ink:
+    """Any digit, after the resize."""
+
+    def resize(self, size, resample):
+        return np.full(size, 255, np.uint8)

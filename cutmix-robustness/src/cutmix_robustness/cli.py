@@ -36,7 +36,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-5; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, twowave, cifar10-jpeg-short, cifar10-jpeg or paper."""
+    """smoke, embedded, twowave, digits, cifar10-jpeg-short, cifar10-jpeg or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()

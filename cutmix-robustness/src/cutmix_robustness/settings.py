@@ -9,7 +9,7 @@ SUITES = (
     "mahalanobis", "in_between", "localization",
 )  # fmt: skip
 DETECTION = {"ood", "odin", "mahalanobis"}  # suites that need unknown inputs
-DATASETS = ("twowave", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
+DATASETS = ("twowave", "digits", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
 CHOICES = {
     "dataset": DATASETS,
     "mix": ("none", "cutmix", "mixup", "mixup+cutmix", "manifold-mixup", "feature-cutmix"),
@@ -31,7 +31,7 @@ class Settings:
     task: str = "classification"
     """classification; properties (Table 2) and detection (Table 10) measure something else; captioning is not built"""
     dataset: str = "cifar100"
-    """twowave, cifar10, cifar100, cifar10-jpeg, imagenet, cub or image-folder"""
+    """twowave, digits, cifar10, cifar100, cifar10-jpeg, imagenet, cub or image-folder"""
     network: str = "pyramidnet200-240"
     """one of `cutmix_robustness.networks.NETWORKS`"""
     mix: str = "none"
@@ -133,9 +133,9 @@ class Settings:
     def _check_suites(self) -> None:
         """A suite that the data set cannot serve is refused here, not after the training."""
         for suite in self.suites:
-            if suite in DETECTION and self.dataset in ("imagenet", "cub", "image-folder"):
+            if suite in DETECTION and self.dataset in ("digits", "imagenet", "cub", "image-folder"):
                 raise ValueError(f"suite {suite} needs unknown inputs, and {self.dataset} comes without; leave it out")
-            if suite == "localization" and self.dataset not in ("imagenet", "cub"):
+            if suite == "localization" and self.dataset not in ("digits", "imagenet", "cub"):
                 raise ValueError(f"suite localization needs boxes, and {self.dataset} comes without; leave it out")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutmix_robustness.data import cifar, imagenet, ood, twowave
+from cutmix_robustness.data import cifar, digits, imagenet, ood, twowave
 from cutmix_robustness.data.corrupted import corrupted_source
 from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, image_folder, stratified
 from cutmix_robustness.settings import Settings
@@ -33,7 +33,7 @@ class Benchmark:
         corruption_scale: "cifar" or "imagenet": which severities.
         stored_corruptions: folder of CIFAR-C or ImageNet-C, read where it is there; else corruptions are generated.
         unknown: opens the sets of unknown inputs, by name.
-        boxes: (n_i, 4) true boxes of every test image as (x0, y0, x1, y1) on the 224 x 224 crop.
+        boxes: (n_i, 4) true boxes of every test image as (x0, y0, x1, y1), in pixels of what the network sees.
     """
 
     train: Source
@@ -120,6 +120,8 @@ def folder_benchmark(
 def _open(settings: Settings, seed: int, data_root: Path, device: torch.device | str, skip_broken: bool) -> Benchmark:
     if settings.dataset == "twowave":
         return _twowave(seed, device)
+    if settings.dataset == "digits":
+        return _digits(seed, device)
     if settings.dataset in ("cifar10", "cifar100", "cifar10-jpeg"):
         return _cifar(settings, seed, data_root, device, skip_broken)
     if settings.dataset == "imagenet":
@@ -162,6 +164,13 @@ def _image_folder(settings: Settings, data_root: Path, device: torch.device | st
     train = ImageFiles(paths, labels, "image folder, train", settings.augment, device)
     test = ImageFiles(test_paths, test_labels, "image folder, test", "none", device)
     return Benchmark(train, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
+
+
+def _digits(seed: int, device: torch.device | str) -> Benchmark:
+    """1,000 training and 1,000 test images."""
+    (train, _), (test, boxes) = (digits.digits_on_photographs(1000, seed, part) for part in ("train", "test"))
+    train, test = train.to(device), test.to(device)
+    return Benchmark(train, test, digits.CLASSES, digits.MEAN, digits.STD, boxes=boxes)
 
 
 def _twowave(seed: int, device: torch.device | str) -> Benchmark:
