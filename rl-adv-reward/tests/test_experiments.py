@@ -70,6 +70,9 @@ def test_runs_share_what_they_train_and_a_weak_victim_is_refused(tmp_path, small
     second = execute(asdict(small(attack="fgsm")), 0, store=tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")} == stored and len(stored) == 1
     assert first.details["victim_hash"] == second.details["victim_hash"]
+    other = execute(asdict(small(attack="none")), 0, store=tmp_path, precision="bf16-mixed")
+    assert (first.precision, other.precision) == ("32-true", "bf16-mixed") and len(list(tmp_path.glob("*.pt"))) == 2
+    assert other.details["victim_hash"] != first.details["victim_hash"]
     attacked = execute(asdict(small(attack="atn", learner="frozen_q", goal="park", compare=True)), 0, store=tmp_path)
     assert {"lead_low", "gain", "success"} <= attacked.metrics.keys()
     assert len(attacked.details["curve"]) == 4 and attacked.metrics["linf"] <= 0.05 + 1e-6

@@ -41,6 +41,8 @@ class Run:
     """Instead of the table's seeds."""
     jobs: int = 0
     """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    precision: str = "auto"
+    """auto (bf16-mixed on CUDA from Ampere on, else 32-true), or one of Fabric's. On CUDA the losses are compiled."""
     force: bool = False
     """Run again what is there already."""
     dry_run: bool = False
@@ -62,8 +64,9 @@ class Run:
             runs = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             return print_missing(chosen, self.scale, self.rows, self.seeds, runs)
         yours = experiments.run_tables(
-            chosen, self.scale, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
-        )
+            chosen, self.scale, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs,
+            precision=self.precision,
+        )  # fmt: skip
         ours = RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl")
         for table in chosen:
             print_table(table, self.scale, ours, yours)

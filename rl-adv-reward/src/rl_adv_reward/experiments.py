@@ -58,22 +58,23 @@ def run_tables(
     seeds: Sequence[int] | None = None,
     force: bool = False,
     jobs: int = 0,
+    precision: str = "auto",
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    """Run what runs/<scale>.jsonl lacks of the tables; `make_fabric` has precision, `runlog.run_missing` jobs."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     store = runs_folder(PROJECT) / "artifacts"
     if force:
         shutil.rmtree(store, ignore_errors=True)
-    work = partial(execute, store=store)
+    work = partial(execute, store=store, precision=precision)
     run_missing("rl-adv-reward", runs, log, work, repository=PROJECT, packages=PACKAGES, force=force, jobs=jobs)
     return log
 
 
-def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
+def execute(settings: dict, seed: int, *, store: Path, precision: str = "auto") -> Outcome:
     """One run of a table; what it trains is kept in the store, shared by all runs that need the same."""
     s = Settings(**settings)
-    subject = Subject(s, seed, fabric(), store)
+    subject = Subject(s, seed, fabric(precision), store)
     found = subject.evaluate(s.attack, s.target)
     metrics = found.metrics()
     details = {
@@ -97,8 +98,7 @@ def execute(settings: dict, seed: int, *, store: Path) -> Outcome:
         fifth = max(1, len(rates) // 5)
         early, late = sum(rates[:fifth]) / fifth, sum(rates[-fifth:]) / fifth
         metrics |= {"early_rate": early, "late_rate": late, "gain": late - early}
-    precision = str(subject.fabric.strategy.precision.precision)
-    return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes}, precision=precision)
+    return Outcome(metrics, details, {"name": s.env, "episodes": s.episodes}, precision=subject.precision)
 
 
 class Subject:
@@ -114,6 +114,7 @@ class Subject:
 
     def __init__(self, settings: Settings, seed: int, fabric: Fabric, store: Path, victim: Victim | None = None):
         self.s, self.seed, self.fabric, self.store = settings, seed, fabric, store
+        self.precision = str(fabric.strategy.precision.precision)
         self.curve: list[dict] = []
         self.trained_steps = 0
         self.victim = victim.to(fabric.device) if victim else self.train_victim(seed)
@@ -244,6 +245,8 @@ class Subject:
     ) -> list[dict]:
         """Train into the store, go on from there, or take what is finished there; one process at a time."""
         identity: dict[str, Any] = {"settings": self.s.key(kind)}
+        if self.precision != "32-true":
+            identity["precision"] = self.precision
         if kind != "victim":
             identity |= {"victim": self.victim_hash, "goal": goal_code(self.s.goal)}
         path, identity = place(self.store, kind, seed, identity)
@@ -385,6 +388,6 @@ class Subject:
 
 
 @lru_cache(maxsize=1)
-def fabric() -> Fabric:
+def fabric(precision: str) -> Fabric:
     """This process's device."""
-    return make_fabric()
+    return make_fabric(precision=precision)
