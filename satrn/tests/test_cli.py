@@ -18,6 +18,7 @@ from satrn.experiments import tables
 from satrn.figures import draw_all
 from satrn.measure import load_model, sizes
 from satrn.models import SATRN
+from satrn.predict import load_images, read_images
 from satrn.pretrained import load_pretrained, read_checkpoint
 from satrn.settings import PRESETS, RENDERED, Settings
 from satrn.train import make_fabric
@@ -142,7 +143,7 @@ def test_another_charset_keeps_the_characters_that_it_shares(checkpoint):
 
 def test_onnx_reads_what_torch_reads(tmp_path, tiny):
     onnxruntime = pytest.importorskip("onnxruntime")
-    from satrn.export import export_onnx
+    from satrn.export import OnnxReader, export_onnx
 
     torch.manual_seed(0)
     model = SATRN(tiny(enc_layers=1)).eval()
@@ -163,6 +164,27 @@ def test_onnx_reads_what_torch_reads(tmp_path, tiny):
             previous = wanted.argmax(dim=-1)
     with pytest.raises(ValueError, match="export needs decoder='satrn', got 'lstm'"):
         export_onnx(SATRN(tiny(decoder="lstm")), tmp_path)
+    reader = OnnxReader(tmp_path)
+    assert reader.cfg == model.cfg
+    for size in ((16, 24), (32, 12)):  # other than that of the export, and of the training
+        images = torch.rand(5, 1, *size) - 0.5
+        ours, theirs = model.generate(images), reader.generate(images)
+        assert theirs.texts == ours.texts and any(ours.texts)
+        np.testing.assert_allclose(theirs.confidence, ours.confidence, rtol=1e-4)
+        for a, b in zip(theirs.char_confidence, ours.char_confidence, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4)
+    Image.new("L", (50, 20), 90).save(tmp_path / "word.png")
+    ((text, _),) = read_images([tmp_path / "word.png"], tmp_path)
+    pixels = load_images([tmp_path / "word.png"], model) / 255 - 0.5
+    assert [text] == model.generate(pixels).texts
+    with pytest.raises(ValueError, match="reads greedily and without attention maps"):
+        read_images([tmp_path / "word.png"], tmp_path, beam=2)
+    (tmp_path / "step.onnx").rename(tmp_path / "encoder.onnx")
+    with pytest.raises(FileNotFoundError, match="step.onnx: no such graph; `satrn export` writes it"):
+        OnnxReader(tmp_path)
+    (tmp_path / "step.onnx").write_bytes((tmp_path / "encoder.onnx").read_bytes())
+    with pytest.raises(ValueError, match="encoder.onnx: has no alphabet inside"):
+        OnnxReader(tmp_path)
 
 
 # ---- commands ------------------------------------------------------------

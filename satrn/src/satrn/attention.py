@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class MultiHeadAttention(nn.Module):
-    """softmax(scale * q k^T) v over heads, through PyTorch's fused kernel.
+    """softmax(scale * q k^T) v over heads, on CUDA through PyTorch's fused kernel.
 
     Args:
         d: channels of input, values and output.
@@ -35,9 +35,11 @@ class MultiHeadAttention(nn.Module):
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Tensor:
         """Attention of x [B, Q, d] on kept keys and values; causal only where Q and T are the same positions."""
-        out = F.scaled_dot_product_attention(
-            self._split(self.linear_q(x)), keys, values, is_causal=causal, scale=self.scale
-        )
+        q = self._split(self.linear_q(x))
+        if q.is_cuda or causal:
+            out = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, scale=self.scale)
+        else:  # a CPU has no fused kernel for d_k other than d_v, and the plain form is the faster one
+            out = (q * self.scale @ keys.transpose(2, 3)).softmax(dim=-1) @ values
         return self.fc(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -1,13 +1,18 @@
 """Speed of decoding and training on the same inputs; equal tokens are checked first.
 
-The peer decodes as MMOCR does: at every one of 25 steps the whole decoder runs on all 26 positions, keys and values of
-the encoder's tokens included. Only the decoding differs; encoder and weights are the same.
+The first peer decodes as MMOCR does: at every one of 25 steps the whole decoder runs on all 26 positions, keys and
+values of the encoder's tokens included. Only the decoding differs; encoder and weights are the same.
 """
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +21,7 @@ from satrn.charset import END
 from satrn.config import preset
 from satrn.decoding import greedy
 from satrn.experiments import PACKAGES, PROJECT
+from satrn.export import OnnxReader, export_onnx
 from satrn.models import SATRN
 from satrn.settings import PRESETS
 from satrn.train import build_model, make_fabric, text_loss
@@ -30,9 +36,12 @@ def run(repeats: int, threads: int) -> None:
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timings = chain(_decoding(device, "mmocr", repeats), _decoding(device, "paper", repeats))
+    packages: tuple[str, ...] = PACKAGES
     if device.type == "cuda":
         timings = chain(timings, _training_step(device, repeats))
-    report("satrn", timings, PROJECT, PACKAGES, {"repeats": repeats})
+    elif find_spec("onnx") and find_spec("onnxruntime"):
+        timings, packages = chain(timings, _engines(repeats, threads)), (*PACKAGES, "onnx", "onnxruntime")
+    report("satrn", timings, PROJECT, packages, {"repeats": repeats})
 
 
 @torch.no_grad()
@@ -87,6 +96,28 @@ def _decoding(device: torch.device, variant: str, repeats: int) -> Iterator[Timi
     for part, (work, other, target) in cases.items():
         times = in_turn(work, other, repeats, device)
         yield Timing(f"{part}, {what}", "recompute everything, as MMOCR", *times, target=target)
+
+
+def _engines(repeats: int, threads: int) -> Iterator[Timing]:
+    """SATRN-small end to end, words of six characters, against other ways to run the same network."""
+    torch.manual_seed(0)
+    model = SATRN(preset("small")).eval()
+    compiled = copy.deepcopy(model)
+    compiled.backbone.compile()
+    if compiled.encoder is not None:
+        compiled.encoder.compile()
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder))
+        peers: dict[str, SATRN | OnnxReader] = {"ONNX Runtime": OnnxReader(Path(folder), threads)}
+    peers["torch.compile of the encoder"] = compiled
+    for batch in (1, 32):
+        images = torch.rand(batch, 1, 32, 100) - 0.5
+        for name, peer in peers.items():
+            if model.generate(images, WORD_STEPS).texts != peer.generate(images, WORD_STEPS).texts:
+                raise RuntimeError(f"{name} reads differently")
+            ours, theirs = (partial(each.generate, images, WORD_STEPS) for each in (model, peer))
+            what = f"small, end to end, stopping after {WORD_STEPS} steps, batch {batch}, threads: {threads}"
+            yield Timing(what, name, *in_turn(ours, theirs, repeats, torch.device("cpu")))
 
 
 def _training_step(device: torch.device, repeats: int) -> Iterator[Timing]:

@@ -13,12 +13,13 @@ from satrn.data.render import random_words, render_words
 from satrn.data.streams import normalise
 from satrn.data.words_lmdb import LmdbWords, decode_image, write_lmdb
 from satrn.evaluate import aspect_ratios, evaluate_rotation
+from satrn.export import OnnxReader
 from satrn.measure import load_model
 from satrn.models import SATRN
 from satrn.train import make_fabric
 
 
-def load_images(paths: Sequence[Path], model: SATRN) -> Tensor:
+def load_images(paths: Sequence[Path], model: SATRN | OnnxReader) -> Tensor:
     """Image files as uint8 [N, C, H, W] in the model's size.
 
     Raises:
@@ -48,12 +49,18 @@ def read_images(
 
     Args:
         paths: image files.
-        checkpoint: of `satrn train`, or of MMOCR.
+        checkpoint: of `satrn train`, or of MMOCR; or a folder of `satrn export`, which ONNX Runtime reads on the CPU.
         beam: width of the beam.
         attention: PNG to write attention maps to.
         device: auto, cpu or cuda.
         dictionary: of an MMOCR checkpoint, where its size does not tell it.
     """
+    if checkpoint.is_dir():
+        if beam > 1 or attention is not None:
+            raise ValueError(f"{checkpoint}: an exported network reads greedily and without attention maps")
+        reader = OnnxReader(checkpoint)
+        read = reader.generate(normalise(load_images(paths, reader), reader.cfg))
+        return list(zip(read.texts, read.confidence, strict=True))
     fabric = make_fabric(device)
     model = load_model(checkpoint, fabric, dictionary)
     images = load_images(paths, model)

@@ -94,7 +94,7 @@ class Read:
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, one word each."""
     checkpoint: Path = Path("satrn.pt")
-    """Checkpoint of satrn or MMOCR."""
+    """Checkpoint of satrn or MMOCR, or a folder of `satrn export` (read by ONNX Runtime)."""
     dictionary: Path | None = None
     """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
     beam: int = 1
