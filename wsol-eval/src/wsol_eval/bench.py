@@ -56,6 +56,8 @@ def released_evaluator(folder: Path) -> ModuleType:
     if not (folder / "evaluation.py").is_file():
         raise FileNotFoundError(f"{folder}: a clone of clovaai/wsolevaluation was expected, it has no evaluation.py")
     sys.path.insert(0, str(folder))
+    if not hasattr(np, "float"):
+        np.float = float  # type: ignore[attr-defined]  # its name before NumPy 1.24, which that code uses
     try:
         return import_module("evaluation")
     except ImportError as error:
