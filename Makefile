@@ -1,4 +1,4 @@
-# PROJECT=<name> narrows every verb to one project; the list of projects is in workspace.toml.
+# PROJECT=<name> limits every target to one project; the list of projects is in workspace.toml.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 PROJECT  ?=
@@ -27,13 +27,13 @@ else
 endif
 	touch $@
 
-wheels: setup  ## for a machine without a network, FOR=cp312 INTO=folder HAVE=its-pip-freeze; there: make setup WHEELS=folder
+wheels: setup  ## wheels for a machine without a network: FOR=cp312 INTO=folder HAVE=its-pip-freeze; there: make setup WHEELS=folder
 	.venv/bin/python tools/wheels.py $(FOR) $(INTO) $(if $(HAVE),--have $(HAVE))
 
 demo: setup  ## run every built project at embedded scale into runs/, then print published | ours | yours
 	.venv/bin/python tools/demo.py $(PROJECT)
 
-keep: setup  ## keep the verdicts of your demo in results/machines/, beside other kinds of machine
+keep: setup  ## keep the verdicts of your demo in results/machines/, next to those of other kinds of machine
 	.venv/bin/python tools/machines.py
 
 tables: setup  ## regenerate every RESULTS.md and figure from the committed run logs
@@ -46,16 +46,16 @@ test: setup  ## run all tests
 site: setup  ## static results site in site/
 	PYTHONPATH=tools .venv/bin/python -m website.build
 
-rehearse: setup  ## every table at paper scale, end to end, on tiny archives in a temporary copy
+rehearse: setup  ## run every table at paper scale, end to end, on tiny archives in a temporary copy
 	printf '%s\n' $(EACH) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(MAKE) -s -C NAME rehearse
 
-campaign: setup  ## from the top of campaign.toml (or LIST=), what fits into MINUTES=; the next campaign goes on
+campaign: setup  ## run what fits into MINUTES=, from the top of campaign.toml (or LIST=); the next campaign continues
 	.venv/bin/python tools/campaign.py --minutes $(MINUTES) $(if $(LIST),--list $(LIST))
 
-gpucheck: setup  ## each training loop on CUDA in bf16 beside the CPU's float32, resuming, evaluation
+gpucheck: setup  ## compare each training loop on CUDA in bf16 with float32 on the CPU; also resuming and evaluation
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 8 -m gpu */tests/test_cuda.py
 
-bench: setup  ## speed against the peers, into each project's runs/bench.json (on a GPU bench-cuda.json); slow
+bench: setup  ## time us against the peers, into each project's runs/bench.json (on a GPU bench-cuda.json); slow
 	set -e; for name in $(EACH); do $(MAKE) -C $$name bench; done
 	.venv/bin/python -m shared_utils.benchmark $(addsuffix /runs/bench*.json,$(EACH))
 
@@ -64,13 +64,13 @@ record: setup  ## move finished runs, benchmarks and the drill into results/ (cl
 	if test -f runs/drill.jsonl; then mkdir -p results; cat runs/drill.jsonl >> results/drill.jsonl; rm runs/drill.jsonl; fi
 	.venv/bin/python tools/results.py
 
-doctor:  ## what this machine and .venv have, and the line that mends each problem
+doctor:  ## what this machine and .venv have, and a command that fixes each problem
 	@$(PYTHON3) tools/doctor.py
 
 drill: demo  ## SIGKILL every demo five times, restart it, compare the final metrics; into runs/drill.jsonl
 	.venv/bin/python tools/drill.py $(PROJECT)
 
-alone:   ## each project in an environment of its own: install, import, --help, smoke tables
+alone:   ## each project in a separate environment: install, import, --help, smoke tables
 	$(PYTHON3) tools/alone.py $(PROJECT)
 
 lint: setup  ## ruff and mypy, check only

@@ -69,7 +69,7 @@ def test_eval_prints_json_and_explains_on_stderr(sets):
     assert result["family"]["5"] == compute_family(
         np.load(sets / "real.npy"), np.load(sets / "fake.npz")["features"], 5
     )
-    assert "identical laws: density 1" in done.stderr and "100 reals and 80 fakes" in done.stderr
+    assert "identical distributions: density 1" in done.stderr and "100 reals and 80 fakes" in done.stderr
 
 
 def test_num_samples_of_feature_files(sets, prdc_metrics):

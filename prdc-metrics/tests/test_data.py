@@ -232,7 +232,7 @@ def test_a_zip_is_a_folder(tmp_path):
     with pytest.raises(BrokenFile, match=r"bad.zip/a.png: .*--skip-broken"):
         ImageFiles(tmp_path / "bad.zip")[0]
     (tmp_path / "cut.zip").write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match="cut.zip: is no whole zip archive"):
+    with pytest.raises(ValueError, match="cut.zip: is not a complete zip archive"):
         ImageFiles(tmp_path / "cut.zip")
 
 
@@ -261,7 +261,7 @@ def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         ImageFiles(tmp_path)
     (tmp_path / "file.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"file\.png: is a file, an image folder or a .zip was expected"):
+    with pytest.raises(ValueError, match=r"file\.png: is a file; expected an image folder or a .zip"):
         ImageFiles(tmp_path / "file.png")
 
 

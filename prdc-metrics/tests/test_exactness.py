@@ -257,7 +257,7 @@ def test_hours_of_distances_go_on_where_they_were_cut_off(tmp_path, monkeypatch,
     prdc(real + 1, fake + 1, checkpoint=tmp_path / "state", **options)  # other data neither use nor remove it
     tiles[0] = total - first
     resumed = prdc(real, fake, checkpoint=tmp_path / "state", **options)
-    assert not tiles[0] and "going on at tile" in caplog.text
+    assert not tiles[0] and "resuming at tile" in caplog.text
     for name in ("values", "counts", "recheck_pairs"):
         assert getattr(resumed, name) == getattr(whole, name)
     for name in ("real_radii", "fake_radii", "fake_counts", "recall_mask", "coverage_mask"):

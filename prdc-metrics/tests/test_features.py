@@ -115,7 +115,7 @@ def test_wrong_sources(source):
 
 @pytest.mark.parametrize("wrong", [lambda x: x, lambda x: x.flatten(), lambda x: x[:1].flatten(1)])
 def test_embedding_must_return_rows(wrong):
-    with pytest.raises(ValueError, match=r"returns \(B, D\) floating, for B = 3"):
+    with pytest.raises(ValueError, match=r"must return floating \(B, D\); for B = 3"):
         extract_features(torch.rand(3, 8, 8), wrong)
 
 
@@ -261,7 +261,7 @@ def test_flipped_bit_and_swapped_file_are_noticed(folder, tmp_path, log):
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert cached(folder, tmp_path)[1] and "not what it says" in log.text
+    assert cached(folder, tmp_path)[1] and "does not match its key" in log.text
     cached(folder, tmp_path, Pool("another"))
     (other,) = set((tmp_path / "cache").iterdir()) - {path}
     path.write_bytes(other.read_bytes())  # whole, but of another embedding

@@ -132,7 +132,7 @@ def test_arrays_as_they_come():
     assert compute_prdc(X[::-1], X + 0.1, 3) == values
     with pytest.raises(ValueError, match="real has masked entries"):
         compute_prdc(np.ma.masked_less(X, 0), X, 3)
-    with pytest.raises(ValueError, match="real holds something else than numbers"):
+    with pytest.raises(ValueError, match="real contains something other than numbers"):
         compute_prdc(frame.astype(object).replace(X[0, 0], "a"), X, 3)
     with pytest.raises(ValueError, match="real must hold numbers, got dtype <U1"):
         compute_prdc(np.full((5, 2), "a"), X, 3)
@@ -183,7 +183,7 @@ def test_realism_of_balls_without_radius():
 
 def test_a_k_that_is_too_small_is_said():
     """As the command line does: coverage cannot reach what the paper's rule asks for."""
-    with pytest.warns(UserWarning, match=r"nearest_k=1 expects a coverage of 0.508.*smallest_k"):
+    with pytest.warns(UserWarning, match=r"nearest_k=1 gives an expected coverage of 0.508.*smallest_k"):
         compute_prdc(X, X + 0.1, 1)
 
 

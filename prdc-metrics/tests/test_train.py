@@ -116,9 +116,9 @@ def test_checkpoint_of_another_run_is_refused(halves, tmp_path):
     path = tmp_path / "vae.pt"
     fit_vae(halves[0], checkpoint=path, **SMALL)
     for changed in ({"seed": 2}, {"epochs": 7}, {"hidden": (17,)}):
-        with pytest.raises(ValueError, match=rf"vae\.pt: checkpoint of another run \(other {list(changed)[0]}\)"):
+        with pytest.raises(ValueError, match=rf"vae\.pt: checkpoint of another run \(different {list(changed)[0]}\)"):
             fit_vae(halves[0], checkpoint=path, **SMALL | changed)
-    with pytest.raises(ValueError, match="other images"):
+    with pytest.raises(ValueError, match="different images"):
         fit_vae(halves[1], checkpoint=path, **SMALL)
 
 
@@ -128,7 +128,7 @@ def test_damaged_checkpoint_is_named(halves, tmp_path, share):
     fit_vae(halves[0], checkpoint=path, **SMALL)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match=r"vae\.pt: no checkpoint can be read"):
+    with pytest.raises(ValueError, match=r"vae\.pt: cannot be read as a checkpoint"):
         fit_vae(halves[0], checkpoint=path, **SMALL)
 
 

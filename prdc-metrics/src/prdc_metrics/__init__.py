@@ -1,6 +1,6 @@
 """Precision, recall, density and coverage for generative models (arXiv 2002.09797).
 
-Names are imported when they are first used, so that the command line's --help needs no torch.
+Names are imported on first use, so the command line's --help does not load torch.
 """
 
 from importlib import import_module
@@ -36,7 +36,7 @@ else:
     }
 
     def __getattr__(name):
-        """The public API, by name; unseen by type checkers, which would take any name for one of it."""
+        """Import a name of the public API; hidden from type checkers, which would accept any name otherwise."""
         if name not in _HOME:
             raise AttributeError(f"module 'prdc_metrics' has no attribute {name!r}")
         return getattr(import_module(f"prdc_metrics.{_HOME[name]}"), name)

@@ -11,13 +11,13 @@ import torch
 
 @contextmanager
 def full_float32(tf32: bool = False) -> Iterator[None]:
-    """float32 products and convolutions in full float32, or (tf32) CUDA products in tf32; the settings come back.
+    """float32 products and convolutions in full float32, or (tf32) CUDA products in tf32; restores the settings.
 
-    Since PyTorch 2.9 each backend has `fp32_precision`, read and set here; PyTorch raises where the older switches are
-    read after the newer were set. A switch that stands right is left alone, and one that only followed its parent
-    follows it again afterwards.
+    Since PyTorch 2.9 each backend has `fp32_precision`, read and set here; PyTorch raises if the older switches are
+    read after the newer were set. A switch that is already right is left alone, and one that only inherited its
+    parent's value inherits it again at the end.
     """
-    backends: Any = torch.backends  # its stubs lack what has fp32_precision
+    backends: Any = torch.backends  # its stubs lack fp32_precision
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         matmul, convolution = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")

@@ -16,7 +16,7 @@ from torch import Tensor
 from prdc_metrics.distances import Frame, Points, exact_squared_distances, group_minima, pairs_below
 from prdc_metrics.schedule import Schedule
 
-FLUSH = 2**20  # open pairs are verified when this many have gathered
+FLUSH = 2**20  # open pairs are verified once there are this many
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def ball_membership(
 
 @dataclass(frozen=True)
 class _Finding:
-    """What the bracket says of one tile: sure memberships, and the pairs left open."""
+    """What the bracket decides in one tile: sure memberships, and the pairs left open."""
 
     centres: slice
     members: slice

@@ -1,4 +1,4 @@
-"""Speed and memory against the peers on the same inputs: on a CPU every contender in a fresh process, in turn.
+"""Speed and memory against the peers on the same inputs: on a CPU every contender runs in a new process, in turn.
 
 PyPI's prdc is the authors' code; dgm-eval calls the same distances of scikit-learn.
 """
@@ -54,7 +54,7 @@ def _on_cuda(repeats: int) -> Iterator[Timing]:
 
 
 def in_chunks(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 8192) -> dict[str, float]:
-    """The four metrics in float32 by what PyTorch offers, without a second look at pairs that rounding decides."""
+    """The four metrics in float32 by plain PyTorch, without rechecking pairs that rounding decides."""
 
     def squares(x: Tensor, y: Tensor) -> Tensor:
         return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1)[:, None]).clamp_min_(0)
@@ -115,7 +115,7 @@ def _compare(
     dim: int,
     repeats: int,
 ) -> Iterator[Timing]:
-    """A timing for each quantity that has a target; contenders are functions with their threads."""
+    """One timing per quantity with a target; contenders are functions and their number of threads."""
     pairs = [[_measure(function, N, dim, threads) for function, threads in (ours, peer)] for _ in range(repeats)]
     for quantity, target in targets.items():
         mine, theirs = ([used[quantity] for used in side] for side in zip(*pairs, strict=True))
@@ -134,7 +134,7 @@ def _measure(contender: str, n: int, dim: int, threads: int) -> dict[str, float]
 
 
 def _contender(name: str) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """A function of (real, fake) with its imports done."""
+    """A function of (real, fake); its imports are already done."""
     if name == "prdc":
         return prdc
     if name == "precision_recall":

@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def default_data_root() -> Path:
 
 @dataclass
 class Run:
-    """Run what is missing of the paper's tables (into runs/) and print published | ours | yours."""
+    """Run the missing runs of the paper's tables (into runs/) and print published | ours | yours."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as figure-3; none means all that have the scale."""
+    """Table ids such as figure-3; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, mnist or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where MNIST and sample folders are."""
+    """Folder that holds MNIST and the sample folders."""
     jobs: int = 0
-    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """Only list the missing runs and their expected cost."""
 
     def __call__(self) -> None:
         from prdc_metrics import experiments
@@ -53,7 +53,7 @@ class Run:
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -77,42 +77,43 @@ class Eval:
     """Image folder or .zip, sample archive (.npz of uint8 images), features as .npy, .npz, .pt, .safetensors, .csv or
     .parquet, or a manifold written by `fit`."""
     fake: tyro.conf.Positional[Path]
-    """As real, but no manifold."""
+    """As for real, except a manifold."""
     nearest_k: tuple[int, ...] = ()
-    """k, or several as 3 5 10; none means 5, or all that a manifold was fitted for."""
+    """k, or several such as 3 5 10; default: 5, or all those of the manifold."""
     metrics: tuple[str, ...] = ("precision", "recall", "density", "coverage")
-    """Without recall the fake-fake distances are skipped."""
+    """Metrics to compute; without recall the fake-fake distances are skipped."""
     family: bool = False
-    """Also later metrics: symmetric, probabilistic, clipped, authenticity (open or closed as their authors have it)."""
+    """Also compute later metrics: symmetric, probabilistic, clipped, authenticity (balls open or closed as their
+    authors define them)."""
     embedding: str = "vgg16-fc2-relu"
-    """Of images: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, fid-inception, inception-pool3, or
-    timm:MODEL such as timm:vit_large_patch14_dinov2.lvd142m."""
+    """Embedding of images: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, fid-inception,
+    inception-pool3, or timm:MODEL such as timm:vit_large_patch14_dinov2.lvd142m."""
     weights: Path | None = None
     """State dict of a pretrained embedding."""
     side: int | None = None
-    """Images are resized to side x side; none means the network's own (VGG16 224, DINOv2 518: published with 224)."""
+    """Resize images to side x side; default: the network's size (VGG16 224, DINOv2 518, but published with 224)."""
     num_samples: int | None = None
-    """Seeded subset of each side (the paper takes 10,000); none means all. A manifold is taken whole."""
+    """Size of a random subset of each side (the paper takes 10,000); default: all. A manifold is always used whole."""
     seed: int = 0
-    """Of the subset and of a random embedding."""
+    """Seed of the subset and of a random embedding."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     tile: int | None = None
     """Side of a distance tile."""
     precision: str = "auto"
-    """Of the filter: auto, float32, tf32, bf16, float64. The result does not depend on it."""
+    """Precision of the filter: auto, float32, tf32, bf16, float64. The result does not depend on it."""
     closed_ball: bool = False
     """Count points on the sphere as inside."""
     checkpoint: Path | None = None
-    """Folder where hours of distances are saved as they go; the same command goes on from there."""
+    """Folder where long computations are saved as they go; the same command resumes from there."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = max(1, (os.cpu_count() or 1) - 1)
     """Processes that decode images."""
     cache: Path | None = None
-    """Folder for features."""
+    """Folder in which computed features are kept."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Skip broken images (they are counted and named)."""
     json: Path | None = None
     """Also write the JSON to this file."""
 
@@ -167,13 +168,13 @@ class Features:
     workers: int = max(1, (os.cpu_count() or 1) - 1)
     """Processes that decode images."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     num_samples: int | None = None
     """Seeded subset."""
     seed: int = 0
-    """Of the subset and of a random embedding."""
+    """Seed of the subset and of a random embedding."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Skip broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         import numpy as np
@@ -207,7 +208,7 @@ class Fit:
     output: tyro.conf.Positional[Path]
     """File to write, ending in .manifold."""
     nearest_k: tuple[int, ...] = (5,)
-    """k, or several as 3 5 10."""
+    """k, or several such as 3 5 10."""
 
     def __call__(self) -> None:
         from prdc_metrics.feature_files import load_features
@@ -220,14 +221,14 @@ class Fit:
 
 @dataclass
 class Expect:
-    """Closed forms for identical laws: expected coverage per k, and the smallest k above the target."""
+    """Closed forms for identical distributions: expected coverage per k, and the smallest k above the target."""
 
     n: int
     """Number of reals."""
     m: int
     """Number of fakes."""
     target: float = 0.95
-    """Of expected coverage."""
+    """Target of the expected coverage."""
 
     def __call__(self) -> None:
         from prdc_metrics.expectation import expected_coverage, smallest_k
@@ -239,16 +240,16 @@ class Expect:
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there."""
+    """List which data are needed, where they are looked for, and what is there."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
+    """Folder to search."""
     download: bool = False
-    """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
+    """Download what may be downloaded (MNIST, through torchvision, checked by hash)."""
     verify: bool = False
-    """Decode every image that is there to its end."""
+    """Decode every image that is there completely."""
     tiny: Path | None = None
-    """Write small sets in the layout of all that the tables read into this folder, and stop."""
+    """Only write small sets into this folder, in the layout of everything that the tables read."""
 
     def __call__(self) -> None:
         if self.tiny:
@@ -276,16 +277,16 @@ class Data:
 
 @dataclass
 class Train:
-    """Train the VAE of figure 7's embedded run on digits and write its weights; interrupted, it resumes."""
+    """Train the VAE of figure 7's embedded run on digits and write its weights; resumes after an interruption."""
 
     output: Path = Path("prdc-metrics.pt")
-    """File for the weights; the checkpoint lies beside it."""
+    """File for the weights; the checkpoint is written next to it."""
     seed: int = 0
     """Of everything."""
     epochs: int = 150
     """Passes over the digits."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
 
     def __call__(self) -> None:
         import torch
@@ -328,7 +329,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed and memory against PyPI prdc and faiss, one fresh process per measurement."""
+    """Speed and memory against PyPI prdc and faiss, one new process per measurement."""
 
     repeats: int = 5
     """Measurements per contender, taken in turn."""
@@ -365,7 +366,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments)
     except KeyboardInterrupt:
         print(
-            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept; the same command resumes", file=sys.stderr
         )
         sys.exit(130)
     except Exception as error:

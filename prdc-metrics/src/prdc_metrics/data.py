@@ -102,11 +102,11 @@ def _rgb_stack(images: Tensor) -> Tensor:
 class ImageFiles(Dataset):
     """The images of a folder or zip archive, sorted by relative POSIX path: (3, H, W) float32 in [0, 1].
 
-    What counts as an image, and how it becomes 8-bit RGB, is `shared_utils.images`' to say; files that are left out are
-    counted in the log.
+    `shared_utils.images` decides what counts as an image and how it becomes 8-bit RGB; the log counts files that are
+    left out.
 
     Args:
-        folder: searched through links, or a .zip; hidden files and folders are passed over.
+        folder: searched through links, or a .zip; hidden files and folders are skipped.
         resize: what to do while loading, so that images of different sizes batch; None keeps the size.
         skip_broken: an unreadable image comes back as the BrokenFile that names it instead of being raised,
             so that a loader's main process can count, log and leave it out.
@@ -122,7 +122,7 @@ class ImageFiles(Dataset):
         self.zipped = self.folder.is_file() and self.folder.suffix.lower() == ".zip"
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         if self.folder.is_file() and not self.zipped:
-            raise ValueError(f"{self.folder}: is a file, an image folder or a .zip was expected")
+            raise ValueError(f"{self.folder}: is a file; expected an image folder or a .zip")
         if self.zipped:
             names, left_out = _sorted_out(self._archive().namelist())
         else:
@@ -133,7 +133,7 @@ class ImageFiles(Dataset):
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
             logger.info("%s: %d images; left out: %s", self.folder, len(self.names), counts)
         if not self.names:
-            raise ValueError(f"{self.folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"{self.folder}: contains no images ({', '.join(sorted(SUFFIXES))})")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -157,7 +157,7 @@ class ImageFiles(Dataset):
             try:
                 self._opened = os.getpid(), zipfile.ZipFile(self.folder)
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{self.folder}: is no whole zip archive ({error}); copy it again") from None
+                raise ValueError(f"{self.folder}: is not a complete zip archive ({error}); copy it again") from None
         return self._opened[1]
 
     def _content(self, index: int) -> bytes:
@@ -179,7 +179,7 @@ class ImageFiles(Dataset):
 
 
 def _sorted_out(names: list[str]) -> tuple[list[str], Counter[str]]:
-    """Of an archive's entries the images, and how many others there are of each kind."""
+    """The images among an archive's entries, and the number of other entries of each kind."""
     images, left_out = [], Counter[str]()
     for path in map(PurePosixPath, (name for name in names if not name.endswith("/"))):
         if any(part.startswith((".", "__MACOSX")) for part in path.parts):
@@ -203,7 +203,7 @@ class ImageArray(Dataset):
 
     def __init__(self, images: Tensor | np.ndarray):
         self.images = as_tensor(images)
-        bounded = self.images.dtype == torch.uint8  # no range to check: one image shows all that can be wrong
+        bounded = self.images.dtype == torch.uint8  # no range to check: one image is enough to check shape and dtype
         _rgb_stack(self.images[:1] if bounded else self.images)
 
     def __len__(self) -> int:
@@ -245,7 +245,7 @@ def load_mnist(data_root: str | Path, train: bool) -> LabelledImages:
         raise FileNotFoundError(f"{raw}: MNIST lacks {', '.join(missing)}; fetch it with: {fetch}")
     try:
         mnist = MNIST(data_root, train=train, download=False)
-    except Exception as error:  # torchvision's parser asserts, or fails in reshaping
+    except Exception as error:  # torchvision's parser fails an assertion or a reshape
         raise ValueError(f"{raw}: MNIST is damaged ({error}); delete the folder and run: {fetch}") from error
     return LabelledImages(mnist.data, mnist.targets)
 
@@ -260,6 +260,6 @@ def load_digits() -> LabelledImages:
 
 
 def dataset_record(name: str, array: Tensor | np.ndarray) -> dict:
-    """What a run record says of its data: name, shape, and the first 16 hex digits of the bytes' sha256."""
+    """What a run record says about its data: name, shape, and the first 16 hex digits of the bytes' sha256."""
     array = np.ascontiguousarray(array.detach().cpu().numpy() if isinstance(array, Tensor) else array)
     return {"name": name, "shape": list(array.shape), "sha256": hashlib.sha256(array.data).hexdigest()[:16]}

@@ -105,9 +105,9 @@ class Frame:
             rounded = values[rows].double()
             norm2 = rounded.square().sum(1)
             norm = norm2.sqrt()
-            rho = centred.sub_(rounded).square_().sum(1).sqrt_() + norm * 2.0**-52  # centring rounds once itself
+            rho = centred.sub_(rounded).square_().sum(1).sqrt_() + norm * 2.0**-52  # centring rounds once
             error = relative * norm2 + 2 * rho * norm + (2 + 1 / rounding) * rho.square() + underflow
-            error *= 1.001  # the arithmetic of this very bound
+            error *= 1.001  # for the rounding in this bound itself
             bias[rows] = norm2 - error
             slack[rows] = 2 * error
         return Points(values, bias, slack)
@@ -136,7 +136,7 @@ def group_minima(tile: Tensor, side: int, at_least: int = 1) -> Tensor:
     Args:
         tile: (R, C), contiguous, both multiples of GROUP.
         side: 0 for minima of each row, 1 for minima of each column.
-        at_least: groups are made shorter until there are as many, where possible.
+        at_least: groups are made shorter until there are this many, if possible.
 
     Returns:
         (R, G) or (C, G); entry l * G + g of the other side belongs to group g.
@@ -157,10 +157,10 @@ def pairs_below(tile: Tensor, side: int, limit: Tensor, minima: Tensor) -> tuple
         tile: (R, C), contiguous.
         side: as `group_minima`.
         limit: (R,) or (C,).
-        minima: of `group_minima` with the same tile and side.
+        minima: the result of `group_minima` for the same tile and side.
 
     Returns:
-        For each of P entries its place on `side`, its place on the other side, and its value.
+        For each of P entries: its index on `side`, its index on the other side, and its value.
     """
     groups, width = minima.shape[1], tile.shape[1]
     found = true_places(minima <= limit[:, None])
@@ -176,7 +176,7 @@ def pairs_below(tile: Tensor, side: int, limit: Tensor, minima: Tensor) -> tuple
 
 
 def true_places(mask: Tensor) -> Tensor:
-    """Positions of True in a contiguous mask, counted through: (P,). NumPy's search is the faster one on a CPU."""
+    """Flat indices of True in a contiguous mask: (P,). On a CPU NumPy's search is faster."""
     if mask.is_cuda:
         return mask.view(-1).nonzero()[:, 0]
     return torch.from_numpy(np.flatnonzero(mask.numpy()))

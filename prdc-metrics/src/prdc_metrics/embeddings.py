@@ -1,7 +1,8 @@
 """Frozen feature networks: image in, feature row out. Those of the paper (arXiv 2002.09797), FID's, and all of timm's.
 
-T4096 is "vgg16-fc2-relu", R64 is "random-vgg16-64". The paper fixes neither the layer's side of its ReLU nor
-the random initialiser: what was used is in `.provenance` and belongs beside every number made from features.
+T4096 is "vgg16-fc2-relu", R64 is "random-vgg16-64". The paper does not say whether features are taken before
+or after the ReLU, nor how random weights are initialised: `.provenance` says what was used; report it with every
+number.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EMBEDDING_DIMS = {
     "inception-pool3": 2048,  # torchvision's InceptionV3, average pool; not FID's TensorFlow graph
 }
 TIMM = "timm:"
-WEIGHTS = {  # where a file of known contents is to be had; its name ends with the start of its sha256
+WEIGHTS = {  # where a known file can be downloaded; its name ends with the start of its sha256
     "vgg16-fc2-relu": VGG16_Weights.IMAGENET1K_V1.url,
     "vgg16-fc2": VGG16_Weights.IMAGENET1K_V1.url,
     "inception-pool3": Inception_V3_Weights.IMAGENET1K_V1.url,
@@ -61,7 +62,7 @@ def recipe(name: str, side: int | None = None) -> Recipe:
     if name not in ("fid-inception", "inception-pool3"):
         return Recipe(Resize((side or 224, side or 224)))
     if side not in (None, 299):
-        raise ValueError(f"{name} takes images of 299 x 299, side={side} was asked")
+        raise ValueError(f"{name} takes images of 299 x 299, got side={side}")
     if name == "inception-pool3":
         return Recipe(Resize((299, 299)), (0.5,) * 3, (0.5,) * 3)  # to [-1, 1], as the weights were trained
     return Recipe(Resize((299, 299), "tensorflow"), (128 / 255,) * 3, (128 / 255,) * 3)  # (byte - 128) / 128
@@ -71,7 +72,7 @@ class FrozenEmbedding(nn.Module):
     """A network in eval mode without gradients, its preprocessing inside.
 
     Attributes:
-        name: as of `load_embedding`.
+        name: as in `load_embedding`.
         resize: what happens to images of another size.
         provenance: name, weights (sha256 or "random"), seed, init, resize.
     """
@@ -84,7 +85,7 @@ class FrozenEmbedding(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FrozenEmbedding:
-        """Stays in eval mode whatever the caller's model does."""
+        """Stay in eval mode, whatever the caller's model does."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def embedding_provenance(
         sha256 = _checked_sha256(_weights_path(name, weights), WEIGHTS.get(name))
         return {"name": name, "weights": sha256, "seed": None, "init": "pretrained", "resize": resized}
     if weights is not None:
-        raise ValueError(f"embedding {name!r} is untrained and takes no weights ({weights})")
+        raise ValueError(f"embedding {name!r} is untrained and takes no weights, got {weights}")
     if init not in ("orthogonal", "torchvision"):
         raise ValueError(f"init {init!r} is neither 'orthogonal' nor 'torchvision'")
     return {"name": name, "weights": "random", "seed": seed, "init": init, "resize": resized}
@@ -182,13 +183,13 @@ def _random_vgg16(dim: int, seed: int, init: str) -> nn.Module:
 
 
 def _vgg16_trunk(net: VGG, head: nn.Linear) -> nn.Sequential:
-    """VGG16 up to `head` in the place of fc2, without dropout: (B, 3, 224, 224) -> (B, head.out_features)."""
+    """VGG16 with `head` in place of fc2, without dropout: (B, 3, 224, 224) -> (B, head.out_features)."""
     return nn.Sequential(*net.features, net.avgpool, nn.Flatten(), net.classifier[0], net.classifier[1], head)
 
 
 @torch.no_grad()
 def _init_orthogonal(trunk: nn.Sequential, generator: torch.Generator) -> None:
-    """Orthogonal weights and zero biases, the variance kept from layer to layer.
+    """Orthogonal weights and zero biases; the variance is preserved from layer to layer.
 
     fc1 (4096 x 25088) is drawn He-normal, of the same scale: its QR takes 20 s, and Gaussian rows of that
     length are orthogonal to within a cosine of about 0.006 already.
@@ -224,13 +225,13 @@ def _pretrained_inception(path: Path) -> nn.Module:
 
 
 def _load_weights(net: nn.Module, path: Path, architecture: str) -> None:
-    """Fill a network built on the meta device; ValueError says in short what does not fit."""
+    """Fill a network built on the meta device; ValueError says briefly what does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: tuple(value.shape) for key, value in state.items()}
     except Exception as error:  # zip, pickle and tensor errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: no state dict can be read ({type(error).__name__}: {reason})") from error
+        raise ValueError(f"{path}: cannot be read as a state dict ({type(error).__name__}: {reason})") from error
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     optional = {key for key in expected if key.endswith("num_batches_tracked")}  # absent before PyTorch 0.4.1
     problems = {
@@ -240,7 +241,7 @@ def _load_weights(net: nn.Module, path: Path, architecture: str) -> None:
     }
     if any(problems.values()):
         lines = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:2])})" for what, keys in problems.items() if keys]
-        raise ValueError(f"{path}: is not {architecture}: {'; '.join(lines)}")
+        raise ValueError(f"{path}: these are not weights of {architecture}: {'; '.join(lines)}")
     net.load_state_dict(state, assign=True)
     net.float()
 
@@ -249,7 +250,7 @@ def _weights_path(name: str, weights: str | Path | None) -> Path:
     if weights is not None:
         return Path(weights)
     if name not in WEIGHTS:
-        raise FileNotFoundError(f"embedding {name!r} needs the file of its weights: pass weights (--weights FILE)")
+        raise FileNotFoundError(f"embedding {name!r} needs its weights: pass weights (--weights FILE)")
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS[name]).name
 
 
@@ -269,11 +270,13 @@ def _checked_sha256(path: Path, url: str | None) -> str:
     prefix = official.removesuffix(".pth").rpartition("-")[2]
     if not path.is_file():
         remedy = f" (sha256 {prefix}...); fetch them with: {_fetch(path, url)}" if url else ""
-        raise FileNotFoundError(f"{path}: no such weights{remedy}")
+        raise FileNotFoundError(f"{path}: weights not found{remedy}")
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if url and path.name == official and not sha256.startswith(prefix):
-        raise ValueError(f"{path}: damaged, its sha256 is {sha256[:8]}..., not {prefix}...; again: {_fetch(path, url)}")
+        raise ValueError(
+            f"{path}: damaged, sha256 is {sha256[:8]}..., not {prefix}...; fetch again: {_fetch(path, url)}"
+        )
     return sha256
 
 
@@ -314,5 +317,5 @@ def _timm_model(name: str, path: Path, side: int | None) -> nn.Module:
             for what, found in (("missing", keys.missing_keys), ("unexpected", foreign))
             if found
         ]
-        raise ValueError(f"{path}: is not timm's {name.removeprefix(TIMM)}: {'; '.join(wrong)}")
+        raise ValueError(f"{path}: these are not weights of timm's {name.removeprefix(TIMM)}: {'; '.join(wrong)}")
     return net

@@ -1,8 +1,8 @@
-"""Closed forms for real and fake samples of one continuous law, whichever it is (paper, Lemmas 1 and 2).
+"""Closed forms for real and fake samples of the same continuous distribution, any (paper, Lemmas 1 and 2).
 
-Where distances tie they do not: two sets of 1,000 rows of 60 bits, each set with probability .2, give density .59 and
-coverage .88 for k = 5, not 1 and .97, since a ball is open and leaves out what lies on its sphere. For such features
-`resampling.relabelled_intervals` has the expectations.
+They do not hold if distances tie: two sets of 1,000 rows of 60 bits (each bit is 1 with probability .2) give density
+.59 and coverage .88 for k = 5, not 1 and .97, since a ball is open and excludes the points on its sphere. For such
+features `resampling.relabelled_intervals` gives the expectations.
 """
 
 from __future__ import annotations

@@ -64,15 +64,15 @@ class Settings:
     dropping: str = "simultaneous"
     """sequential or simultaneous (modes)"""
     redistribute: str = "equal"
-    """who gets the mass of dropped modes: equal or first (modes)"""
+    """which modes get the mass of dropped modes: equal or first (modes)"""
     share: float = 0.1
-    """of the first mode or of class 0 among the fakes (modes, class0)"""
+    """share of the first mode or of class 0 among the fakes (modes, class0)"""
     psi: float = 1.0
-    """truncation (truncation, truncated_folders)"""
+    """truncation psi (truncation, truncated_folders)"""
     ratio: float = 0.0
     """outliers added to the fakes, as a share of the inliers (outliers)"""
     panel: str = "precision_vs_density"
-    """of figure 1 (points)"""
+    """which panel of figure 1 (points)"""
     dataset: str = "digits"
     """digits or mnist (class0), or a folder of the data root with real/ and fake/ (folders, outliers)"""
     embedding: str = "random-vgg16-64"
@@ -129,7 +129,7 @@ def needs(settings: dict, data_root: Path) -> Iterator[Need]:
 
 
 def same_samples(run: Run) -> Hashable:
-    """What runs share that differ in k alone: they are scored in one pass. Figure 5's fakes depend on k."""
+    """The settings shared by runs that differ only in k: they are scored in one pass. Figure 5's fakes depend on k."""
     if run.settings.get("experiment") == "outliers":
         return run.key
     return json.dumps(run.settings | {"nearest_k": None}, sort_keys=True), run.seed
@@ -157,11 +157,11 @@ def execute(settings: Sequence[dict], seeds: Sequence[int], data_root: Path) -> 
 
 
 def _caveats(s: Settings, real: Tensor | np.ndarray, fake: Tensor | np.ndarray) -> tuple[str, ...]:
-    """A folder that holds fewer images than the row asks for makes another experiment."""
+    """Caveats of the run: with fewer images than the row asks for, it is a different experiment."""
     if s.experiment not in _FOLDERS:
         return ()
     pairs = (("real", len(real), s.num_real), ("fake", len(fake), s.num_fake))
-    return tuple(f"{found:,} {name} images of the {asked:,} asked" for name, found, asked in pairs if found < asked)
+    return tuple(f"{found:,} {name} images of the {asked:,} asked for" for name, found, asked in pairs if found < asked)
 
 
 def _weights(s: Settings, seed: int) -> dict[str, str]:
@@ -172,7 +172,7 @@ def _weights(s: Settings, seed: int) -> dict[str, str]:
 
 
 def _expected_coverage(s: Settings, n: int, m: int) -> float:
-    """Closed form for identical laws; for dropped modes the mean over modes, which have no neighbours in common."""
+    """Closed form for identical distributions; for dropped modes the mean over modes, which share no neighbours."""
     if s.experiment != "modes":
         return expected_coverage(n, m, s.nearest_k)
     counts = toy.mode_counts(s.dropping, s.share, s.num_fake, s.redistribute)
@@ -212,13 +212,13 @@ _IMAGES = ("class0", "truncation", *_FOLDERS)
 
 
 def _class0(s: Settings, seed: int, data_root: Path) -> tuple[Tensor, Tensor]:
-    """Figure 6: real images against others of which `share` are of class 0, the other nine classes equal.
+    """Figure 6: real images against others with a share of class 0; the other nine classes are equally frequent.
 
     Reals and fakes come from disjoint halves; a class that runs out of images bounds the number of fakes.
     """
     features, labels = _labelled_features(s.dataset, s.embedding, s.side, s.num_real, s.num_fake, seed, data_root)
     real, pool, labels = features[: s.num_real], features[s.num_real :], labels[s.num_real :]
-    m = int((labels == 0).sum())  # so that s = 1 is possible without repeating an image
+    m = int((labels == 0).sum())  # so that share 1 is possible without repeating an image
     wanted = [round(s.share * m), *[round((1 - s.share) * m / 9)] * 9]
     chosen = [(labels == digit).nonzero()[:count, 0] for digit, count in enumerate(wanted)]
     return real, pool[torch.cat(chosen)]
@@ -228,7 +228,7 @@ def _class0(s: Settings, seed: int, data_root: Path) -> tuple[Tensor, Tensor]:
 def _labelled_features(
     dataset: str, embedding: str, side: int, num_real: int, num_fake: int, seed: int, data_root: Path
 ) -> tuple[Tensor, Tensor]:
-    """Random reals, then `num_fake` zeros and as many of the other digits together, embedded."""
+    """Embed random reals, then `num_fake` zeros and equally many other digits."""
     images, labels = load_digits() if dataset == "digits" else load_mnist(data_root, train=True)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
     real, rest = order[:num_real], order[num_real:]
@@ -269,7 +269,7 @@ def _inliers(total: int, ratio: float) -> int:
 
 
 def _with_outliers(fake: Tensor, k: int, ratio: float) -> Tensor:
-    """Figure 5: fakes split 10 to 1 by their own k-th neighbour distance; the outliers join step by step."""
+    """Figure 5: fakes split 10 to 1 by their own k-th neighbour distance; the outliers are added step by step."""
     order = knn_radii(fake, k).argsort()
     inliers = round(len(fake) * 10 / 11)
     return fake[order[: inliers + round(ratio * inliers)]]

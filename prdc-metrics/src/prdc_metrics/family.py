@@ -1,7 +1,7 @@
 """Later metrics on the same distances: symmetric, probabilistic and clipped, and authenticity.
 
-Each takes its decisions on exact float64 distances, as the four metrics do. Where a paper leaves room (open or closed
-balls, the foot of a scale), its authors' code decides, so that values compare with published ones.
+Each decides on exact float64 distances, as the four metrics do. If a paper leaves something open (open or closed balls,
+the zero of a scale), we follow its authors' code, so values are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def compute_family(
 
     - symmetric_precision, symmetric_recall (Khayatkhoei & AbdAlmageed, ICML 2023): the smaller of precision and the
       share of fake balls that hold a real; the smaller of recall and coverage. Open balls.
-    - p_precision, p_recall (Park & Kim, ICCV 2023): chance to lie in the union of random balls, one radius per set.
-      Their paper takes k = 4.
+    - p_precision, p_recall (Park & Kim, ICCV 2023): probability of lying in the union of random balls, one radius per
+      set. Their paper takes k = 4.
     - clipped_density, clipped_coverage (Salvy, Talbot & Thirion 2025, arXiv 2507.01761): no sample counts more than
-      once and no ball is wider than the median one; calibrated, so that a value reads as a share of good samples.
-    - authenticity (Alaa et al., ICML 2022): share of fakes that are no near-copies of a real, see `authenticity`.
+      once and no ball is wider than the median one; calibrated, so a value is a share of good samples.
+    - authenticity (Alaa et al., ICML 2022): share of fakes that are not near-copies of a real, see `authenticity`.
 
     Args:
         real_features: (N, D), as `compute_prdc` takes them.
         fake_features: (M, D).
         nearest_k: k, 1 <= k <= min(N, M) - 1.
-        device: where to compute, default where the features are.
+        device: where to compute; default: the features' device.
         tile: side of a distance tile; the result does not depend on it.
 
     Returns:
@@ -94,17 +94,17 @@ def _clipped_density(real: Tensor, fake: Tensor, real_squared: Tensor, k: int, s
 
 
 def _clipped_coverage(held: Tensor, num_fake: int, k: int) -> float:
-    """Fakes in each real ball (N,), at most k of them, read off the scale of `good_share_scores`. Open balls."""
+    """Fakes in each real ball (N,), at most k of them, calibrated by `good_share_scores`. Open balls."""
     score = int(held.clamp(max=k).sum()) / (k * len(held))
     scale = good_share_scores(len(held), num_fake, k)
     return int(np.searchsorted(scale, score)) / len(scale)
 
 
 def good_share_scores(num_real: int, num_fake: int, k: int) -> np.ndarray:
-    """Expected uncalibrated clipped coverage where m of M fakes follow the reals' law and the rest lie far away.
+    """Expected uncalibrated clipped coverage if m of M fakes follow the reals' distribution and the rest are far away.
 
-    A real ball has content Beta(k, N - k), whatever the law, so the number of good fakes in it is beta-binomial:
-    E[min(number, k)] / k. Below m = k the authors take 0.
+    A real ball has content Beta(k, N - k), whatever the distribution, so the number of good fakes in it is
+    beta-binomial: E[min(number, k)] / k. Below m = k the authors take 0.
 
     Returns:
         (M + 1,) for m = 0..M, rising.
@@ -125,10 +125,10 @@ def _p_precision_and_recall(
     """
     frame = Frame(real, fake, precision=PRECISION)
     centres, members = frame.points(real), frame.points(fake)
-    outside_real = torch.ones(len(fake), dtype=torch.float64, device=real.device)  # chance to be in no real ball
+    outside_real = torch.ones(len(fake), dtype=torch.float64, device=real.device)  # probability of being outside
     outside_fake = torch.ones(len(real), dtype=torch.float64, device=real.device)
     reach = torch.tensor(max(radii), dtype=torch.float64, device=real.device)
-    limit = frame.threshold(reach.square() * (1 + 2**-50), torch.inf)  # the square rounds
+    limit = frame.threshold(reach.square() * (1 + 2**-50), torch.inf)  # the square was rounded
     rows, columns = (schedule.blocks(len(points.bias), real.device) for points in (centres, members))
     out = centres.values.new_empty(rows[0].stop * columns[0].stop)
     for i in rows:

@@ -1,4 +1,4 @@
-"""Rows from files: features in every format that users have, sample archives, seeded subsets. No pickle is loaded."""
+"""Rows from files: features in the usual formats, sample archives, seeded subsets. No pickle is loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def load_features(path: str | Path) -> Tensor:
     """Read an (n, D) feature matrix, dtype as stored, on the CPU.
 
     Args:
-        path: .npy, .pt (a tensor, loaded with weights_only), .npz or .safetensors, where of several arrays the one
-            called "features" or "reps" is taken and a single one may have any name; .csv (with a header or without) or
+        path: .npy, .pt (a tensor, loaded with weights_only), .npz or .safetensors, of whose arrays the one
+            called "features" or "reps" is taken, or a single one of any name; .csv (with a header or without) or
             .parquet, all of whose columns are numbers.
 
     Raises:
@@ -31,14 +31,14 @@ def load_features(path: str | Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such feature file")
     if path.suffix.lower() not in FEATURE_SUFFIXES:
-        raise ValueError(f"{path}: a feature file ends in one of {', '.join(FEATURE_SUFFIXES)}")
+        raise ValueError(f"{path}: a feature file must end in one of {', '.join(FEATURE_SUFFIXES)}")
     try:
         features = as_tensor(_only_array(_parse_features(path)))
     except Exception as error:  # four parsers, each with its own exceptions for a damaged file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as features ({type(error).__name__}: {reason})") from error
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"{path}: features are (n, D) with n, D >= 1, this is {tuple(features.shape)}")
+        raise ValueError(f"{path}: features must be (n, D) with n, D >= 1, got {tuple(features.shape)}")
     return features
 
 
@@ -71,7 +71,7 @@ def _parse_frame(path: Path) -> np.ndarray:
         frame = pd.read_csv(path, header=None if headless else "infer")
     words = frame.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]
     if len(words):
-        raise ValueError(f"column {words[0]!r} holds no numbers; leave it out")
+        raise ValueError(f"column {words[0]!r} is not numeric; remove it")
     return frame.to_numpy()
 
 
@@ -102,9 +102,9 @@ def as_tensor(array: object) -> Tensor:
 
 
 def load_sample_archive(path: str | Path) -> np.ndarray | None:
-    """Images (n, H, W, 3) uint8 of a sample archive as guided-diffusion writes them; None for any other file.
+    """Images (n, H, W, 3) uint8 of a sample archive written by guided-diffusion; None for any other file.
 
-    There the images are the first array of an .npz, named arr_0, and labels may follow.
+    The images are the first array of the .npz, named arr_0; labels may follow.
     """
     path = Path(path)
     if path.suffix.lower() != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
@@ -122,7 +122,7 @@ def subset(n_items: int, num_samples: int | None, seed: int) -> Tensor:
     Args:
         n_items: size of the set.
         num_samples: how many to keep; None, or at least n_items, keeps all.
-        seed: of the draw without replacement.
+        seed: seed of the draw without replacement.
 
     Raises:
         ValueError: num_samples < 1.

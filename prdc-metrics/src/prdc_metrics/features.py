@@ -1,6 +1,6 @@
-"""From images to an (n, D) feature matrix, with a cache that is checked before it is believed.
+"""From images to an (n, D) feature matrix, with a cache that is verified before use.
 
-The numbers that decide a metric start here, so features are float32 with tf32 off unless bf16 is asked for.
+Every metric starts from these numbers, so features are float32 with tf32 off unless bf16 is asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class MapStyle(Protocol):
-    """What a map-style Dataset has; torch's Dataset promises no length."""
+    """A map-style Dataset with a length; torch's type does not promise one."""
 
     def __len__(self) -> int: ...
 
@@ -67,19 +67,19 @@ def extract_features(
             floating in [0, 1]; or a map-style Dataset of such images, PIL images, or (image, label).
         embedding: a name as in `load_embedding`, or a callable (B, 3, H, W) float32 in [0, 1] -> (B, D); an nn.Module
             is moved to `device`. Its `.size` (H, W), if any, is what images of different sizes are resized to.
-        weights: of a named pretrained embedding, see `load_embedding`.
-        seed: of a named random embedding.
-        init: of a named random embedding.
-        side: of the images that a named embedding sees, see `load_embedding`.
+        weights: weights of a named pretrained embedding, see `load_embedding`.
+        seed: seed of a named random embedding.
+        init: initialisation of a named random embedding.
+        side: image size that a named embedding sees, see `load_embedding`.
         num_samples: keep a random subset of this many images; None, or more than there are, keeps all.
-        sample_seed: of that subset.
+        sample_seed: seed of that subset.
         batch_size: images per forward pass.
         num_workers: processes that decode images; 0 decodes in this one.
-        device: None takes the one an nn.Module is on if not the CPU, else CUDA where present, else the CPU.
+        device: None: the nn.Module's device if it is not the CPU, else CUDA if available, else the CPU.
         precision: "float32" (tf32 off), or "bf16" autocast, which changes the features.
         cache: folder of stored features, keyed by the images' bytes, the embedding and the precision. Not for
             a Dataset, nor for a callable without a `.provenance` dict: these are computed each time.
-        skip_broken: leave out unreadable files of a folder, each named in the log, instead of failing.
+        skip_broken: skip unreadable files of a folder, naming each in the log, instead of failing.
 
     Returns:
         (n, D) float32 on the CPU, rows in the order of the source.
@@ -117,7 +117,7 @@ def extract_features(
         num_workers=num_workers,
         collate_fn=Collate(resize),
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global generator
     )
     features, skipped = _embed(loader, len(indices), embedding, device, precision, skip_broken)
     if entry is not None:
@@ -158,7 +158,7 @@ def _embed(
 def _checked_rows(features: Tensor, batch: int) -> Tensor:
     if features.ndim != 2 or len(features) != batch or not features.is_floating_point():
         found = f"{tuple(features.shape)} {features.dtype}"
-        raise ValueError(f"an embedding returns (B, D) floating, for B = {batch} this one returned {found}")
+        raise ValueError(f"an embedding must return floating (B, D); for B = {batch} this one returned {found}")
     return features.float()
 
 
@@ -234,18 +234,18 @@ def _can_cache(
     if not isinstance(provenance, dict):
         logger.info("features are not cached: the embedding has no .provenance dict")
     elif isinstance(images, DatasetImages):
-        logger.info("features are not cached: what a Dataset holds is known only by reading all of it")
+        logger.info("features are not cached: the contents of a Dataset are known only after reading all of it")
     else:
         return True
     return False
 
 
 class CacheEntry:
-    """One safetensors file: (n, D) float32 features, and what tells that they are whole and the right ones.
+    """One safetensors file: (n, D) float32 features, and what proves that they are complete and the right ones.
 
     Args:
-        folder: of the cache; made when first written to.
-        settings: JSON-able; all that decides the features besides the images.
+        folder: the cache; created on first write.
+        settings: JSON-able; everything besides the images that determines the features.
         content: digest of the images.
     """
 
@@ -255,25 +255,25 @@ class CacheEntry:
         self.path = folder / f"{self.key}.safetensors"
 
     def read(self) -> Tensor | None:
-        """The features, or None where there are none or the file is not whole, which is logged."""
+        """The features, or None if there are none or the file is incomplete, which is logged."""
         if not self.path.exists():
             return None
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 metadata, features = file.metadata() or {}, file.get_tensor("features")
             skipped = json.loads(metadata.pop("skipped", "[]"))
-        except Exception as error:  # whatever a parser makes of damaged bytes, the answer is to compute again
+        except Exception as error:  # whatever a parser raises for damaged bytes, compute again
             logger.warning("%s: cache file is damaged (%s), computing the features again", self.path, error)
             return None
         if metadata != self._metadata(features):
-            logger.warning("%s: cache file is not what it says, computing the features again", self.path)
+            logger.warning("%s: cache file does not match its key, computing the features again", self.path)
             return None
         for line in skipped:
             logger.warning("skipped %s", line)
         return features
 
     def write(self, features: Tensor, skipped: list[str]) -> None:
-        """Other processes see the whole file or none."""
+        """Other processes see the complete file or none."""
         metadata = self._metadata(features) | {"skipped": json.dumps(skipped)}
         with whole_file(self.path) as temporary:
             safetensors.torch.save_file({"features": features}, temporary, metadata=metadata)

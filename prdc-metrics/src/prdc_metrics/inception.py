@@ -1,6 +1,6 @@
-"""The Inception network behind FID, in PyTorch: what published FID and precision numbers on Inception features used.
+"""The Inception network behind FID, in PyTorch: used by published FID and precision numbers.
 
-It is Inception v3 as the TensorFlow graph of 2015 has it: average pools that leave padding out of the mean, a maximum
+It is Inception v3 as in the TensorFlow graph of 2015: average pools that leave padding out of the mean, a maximum
 in the last block's pool, 1,008 classes, and TensorFlow 1's resize. pytorch-fid converted its weights to torchvision's
 names, and torch-fidelity reads the same file.
 """
@@ -31,11 +31,11 @@ def pool_as_tensorflow(net: Inception3) -> nn.Module:
 
 
 class _Pooled(nn.Module):
-    """One of torchvision's blocks with another pool before the last of its branches."""
+    """A torchvision block with a different pool before its last branch."""
 
     def __init__(self, block: nn.Module, pool: nn.Module):
         super().__init__()
-        self.block: Any = block  # its branches are not typed
+        self.block: Any = block  # torchvision does not type its branches
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the experiments read, where it is looked for, and what to do where it is missing."""
+"""What the experiments read, where it is looked for, and what to do if it is missing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def verify(data_root: Path) -> None:
-    """Decode every image of the sets that are there; BrokenFile, naming each, if some cannot be read."""
+    """Decode every image of the sets that are there; raises BrokenFile, naming each that cannot be read."""
     from prdc_metrics.data import load_mnist
     from shared_utils.images import BrokenFile, image_files, read_image
     from shared_utils.logging import get_logger, progress

@@ -101,7 +101,7 @@ class RealManifold:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write features, radii, ks and a checksum as one safetensors file, whole or not at all."""
+        """Write features, radii, ks and a checksum as one safetensors file, completely or not at all."""
         tensors = {"features": self.features.cpu().contiguous(), "squared_radii": self.squared.cpu().contiguous()}
         meta = {"format": FORMAT, "ks": json.dumps(self.ks), "sha256": _checksum(tensors)}
         path = Path(path)
@@ -120,7 +120,7 @@ class RealManifold:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: cut off, altered, or no manifold.
+            ValueError: the file is truncated, altered, or not a manifold.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no manifold at {path}")
@@ -129,9 +129,9 @@ class RealManifold:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         if meta.get("format") != FORMAT or set(tensors) != {"features", "squared_radii"}:
-            raise ValueError(f"{path} is no manifold of format {FORMAT}")
+            raise ValueError(f"{path} is not a manifold of format {FORMAT}")
         if meta.get("sha256") != _checksum(tensors):
             raise ValueError(f"{path}: contents do not match their checksum; fit the manifold again")
         return cls(

@@ -28,7 +28,7 @@ from prdc_metrics.schedule import Schedule, gather_rows
 
 Features = Tensor | ArrayLike
 METRICS = ("precision", "recall", "density", "coverage")
-TIES = 0.01  # of all memberships; more of them on the sphere, and the closed forms are off by as much
+TIES = 0.01  # share of memberships on the sphere above which we warn: the closed forms are off by as much
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PRDCResult:
         """Everything but the per-sample tensors, as one JSON object, with the version of this package.
 
         Args:
-            **origin: what else a reader needs to cite the numbers: embedding, weights, seed.
+            **origin: what else is needed to report the numbers: embedding, weights, seed.
         """
         names = ["num_real", "num_fake", "ks", "values", "counts", "expected_density", "expected_coverage"]
         names += ["recheck_pairs", "device", "seconds"]
@@ -85,12 +85,14 @@ def compute_prdc(
         fake_features: (M, D).
         nearest_k: k, 1 <= k <= N - 1, and <= M - 1 when recall is asked.
         metrics: names to compute, default all four; leaving recall out saves the fake-fake distances.
-        device: where to compute, default where the features are.
-        precision: of the filter ("auto", "float32", "tf32", "bf16", "float64"); the result does not depend on it.
+        device: where to compute; default: the features' device.
+        precision: precision of the filter ("auto", "float32", "tf32", "bf16", "float64"); the result does not depend on
+            it.
         tile: side of a distance tile; the result does not depend on it.
         closed_ball: count points on the sphere as inside (the paper's balls are open).
-        group: processes of torch.distributed that share the work, each calling with equal features, or with its own
-            part of them (`sharded`); all get the same result. None: this process alone, distributed or not.
+        group: processes of torch.distributed that share the work, each calling with the same features, or with its
+            part of them (`sharded`); all get the same result. None: this process alone, even if torch.distributed is
+            up.
         sharded: each rank of the group holds a part of the rows; the parts are gathered first.
 
     Returns:
@@ -99,7 +101,7 @@ def compute_prdc(
     Raises:
         ValueError: not 2-D, D differs, NaN or infinite values, empty sets, k out of range, unknown metric; ranks of
             the group that hold different features.
-        TypeError: nearest_k is no integer.
+        TypeError: nearest_k is not an integer.
     """
     k = _integer(nearest_k)
     result = prdc(
@@ -116,8 +118,8 @@ def compute_prdc(
     )
     if "coverage" in result.values[k] and result.expected_coverage[k] < 0.95:
         warnings.warn(
-            f"nearest_k={k} expects a coverage of {result.expected_coverage[k]:.3f} even for identical laws of "
-            f"{result.num_real} reals and {result.num_fake} fakes; smallest_k gives a k for .95",
+            f"nearest_k={k} gives an expected coverage of {result.expected_coverage[k]:.3f} even for identical "
+            f"distributions with {result.num_real} reals and {result.num_fake} fakes; smallest_k returns a k for .95",
             stacklevel=2,
         )
     return result.values[k]
@@ -142,13 +144,13 @@ def prdc(
 
     Arguments and errors as `compute_prdc`. Per-sample results of sharded features have the rows of all ranks.
     `checkpoint` is for hours of work, a million samples on each side: a folder in which the work is saved every five
-    minutes. The same call goes on from there, and the files are removed when the result is there.
+    minutes. The same call resumes from there; the files are removed once the result is complete.
     """
     start = time.perf_counter()
     schedule = Schedule(tile, group, None if checkpoint is None else Path(checkpoint))
     precision = chosen_precision(precision)
     if sharded and group is None:
-        raise ValueError("sharded needs the group whose ranks hold the parts, such as torch.distributed.group.WORLD")
+        raise ValueError("sharded needs a group, whose ranks hold the parts, such as torch.distributed.group.WORLD")
     real, fake = as_features(real, "real", device, sharded), as_features(fake, "fake", device, sharded)
     if sharded:
         real, fake = (torch.cat(gather_rows(x, group)) for x in (real, fake))
@@ -203,8 +205,8 @@ def score(
     if in_real.on_sphere > TIES * int(in_real.counts[:, -1].sum()):
         warnings.warn(
             f"{in_real.on_sphere} fakes lie exactly on the sphere of a real: discrete features, or copies of reals. "
-            "Density 1 and the expected coverage hold for identical laws without ties only; relabelled_intervals gives "
-            "what identical laws have here",
+            "Density 1 and the expected coverage hold only for identical distributions without ties; "
+            "relabelled_intervals gives the expectations for this data",
             stacklevel=3,
         )
     schedule.finished()
@@ -302,7 +304,7 @@ def _as_numbers(x: ArrayLike, name: str) -> np.ndarray:
         try:
             array = array.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} holds something else than numbers ({error}): pass a numeric array") from None
+            raise ValueError(f"{name} contains something other than numbers ({error}): pass a numeric array") from None
     if array.dtype.kind not in "biufc":
         raise ValueError(f"{name} must hold numbers, got dtype {array.dtype}")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
@@ -313,7 +315,7 @@ def _as_numbers(x: ArrayLike, name: str) -> np.ndarray:
 def checked_ks(ks: Sequence[int], x: Tensor, name: str) -> tuple[int, ...]:
     """Each k an integer in 1..n-1; returned ascending without repeats."""
     if not isinstance(ks, Iterable):
-        raise TypeError(f"ks must be several k such as ({ks!r},), got {ks!r}; for one k there is compute_prdc")
+        raise TypeError(f"ks must be several k such as ({ks!r},), got {ks!r}; for one k use compute_prdc")
     ks = tuple(sorted({_integer(k) for k in ks}))
     if not ks:
         raise ValueError("ks is empty")
@@ -331,7 +333,7 @@ def _integer(k: SupportsIndex) -> int:
 
 
 def chosen_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
-    """The asked names in the paper's order; raises ValueError for unknown ones."""
+    """The requested names in the paper's order; raises ValueError for unknown ones."""
     if metrics is None:
         return METRICS
     asked = {metrics} if isinstance(metrics, str) else set(metrics)
@@ -351,7 +353,7 @@ def chosen_precision(precision: str) -> str:
 
 @contextlib.contextmanager
 def exact_arithmetic(precision: str, x: Tensor) -> Iterator[None]:
-    """The matrix product as the error bound assumes it: no autograd, no autocast, tf32 only where asked."""
+    """The matrix product as the error bound assumes it: no autograd, no autocast, tf32 only if asked for."""
     tf32 = precision == "tf32" and x.is_cuda
     with full_float32(tf32), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         yield

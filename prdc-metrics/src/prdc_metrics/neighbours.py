@@ -45,8 +45,8 @@ class Block:
 
     Args:
         slack: (R,) of these rows.
-        wanted: (R,) bool; other rows are passed over.
-        k: the largest asked.
+        wanted: (R,) bool; other rows are skipped.
+        k: the largest k asked for.
         others: all points on the other side.
     """
 
@@ -66,7 +66,7 @@ class Block:
     def take(self, tile: Tensor, side: int, start: int) -> None:
         """Take in a tile of lower bounds whose rows (side 0) or columns (side 1) are this block's.
 
-        The other side begins with point number `start`.
+        The other side begins at point `start`.
         """
         width = tile.shape[1 - side]
         minima = group_minima(tile, side, self.k)  # (R, G)
@@ -82,7 +82,7 @@ class Block:
         self.seen += width
         if not self.settled:
             self.settled = width
-        elif self.seen >= 2 * self.settled:  # the better bound of twice as many columns is worth a sort
+        elif self.seen >= 2 * self.settled:  # a better bound from twice as many columns is worth a sort
             self.settle()
 
     def settle(self) -> None:
@@ -94,7 +94,7 @@ class Block:
         self.settled = self.seen
 
     def smallest(self, values: Tensor) -> Tensor:
-        """Of a value per pair the k smallest of each row, ascending: (R, k), +inf where a row has fewer."""
+        """The k smallest values of each row, from one value per pair, ascending: (R, k), +inf where a row has fewer."""
         return smallest_per_row(self.row, values, len(self.upper), self.k)
 
     def pair_upper(self) -> Tensor:
@@ -167,7 +167,7 @@ def _kth(
 
 
 def smallest_per_row(row: Tensor, values: Tensor, rows: int, k: int) -> Tensor:
-    """Of a list of (row, value) the k smallest values of each row, ascending: (rows, k), +inf where a row has fewer."""
+    """The k smallest values of each row in a list of (row, value), ascending: (rows, k), +inf where a row has fewer."""
     order = row.argsort()
     row, count = row[order], torch.bincount(row, minlength=rows)
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
@@ -177,7 +177,7 @@ def smallest_per_row(row: Tensor, values: Tensor, rows: int, k: int) -> Tensor:
 
 
 def _crowded_rows(x: Tensor, rows: Tensor, ks: tuple[int, ...], schedule: Schedule) -> tuple[Tensor, int]:
-    """Rows whose k-th neighbour is tied with hundreds: zero where k copies exist, else by plain exact distances."""
+    """Rows whose k-th neighbour is tied with hundreds: zero if k copies exist, else by plain exact distances."""
     nearest = torch.zeros(len(rows), len(ks), dtype=torch.float64, device=x.device)
     _, label, copies = torch.unique(x.double(), dim=0, return_inverse=True, return_counts=True)
     rest = (copies[label[rows]] <= ks[-1]).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Intervals without a model of the data: from subsamples, and from the two sets with their labels drawn anew."""
+"""Intervals without a model of the data: from subsamples, and from random relabellings of the two sets."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def subsample_intervals(
         k: nearest_k.
         n: number of subsets, at least 2.
         fraction: share of each set in a subset, in (0, 1). Values depend on sample size: they describe sets of this
-            size, and the spread of halves is close to that of full sets drawn anew.
-        seed: of the subsets.
+            size, and the spread of halves is close to that of new full sets.
+        seed: seed of the subsets.
 
     Returns:
         One row per metric with columns mean, std, low, high (2.5 and 97.5 % quantiles) and the n of subsets.
@@ -41,16 +41,16 @@ def subsample_intervals(
 
 
 def relabelled_intervals(real: Features, fake: Features, k: int = 5, *, n: int = 20, seed: int = 0) -> pd.DataFrame:
-    """What identical laws give on these very points: pooled, and split at random into N reals and M fakes, n times.
+    """What identical distributions give on these points: pooled, then split at random into N reals and M fakes.
 
-    Where distances tie the closed forms do not hold, and precision and recall have none; these means stand in for both.
+    If distances tie, the closed forms do not hold, and precision and recall have none; use these means instead.
 
     Args:
         real: (N, D).
         fake: (M, D).
         k: nearest_k.
-        n: number of splits, at least 2.
-        seed: of the splits.
+        n: number of random splits, at least 2.
+        seed: seed of the splits.
 
     Returns:
         As `subsample_intervals`.

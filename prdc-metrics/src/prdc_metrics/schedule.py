@@ -1,6 +1,6 @@
 """Who works on which tile: the tile size, and the split of the tiles over the ranks of a process group.
 
-Only a group that the caller names is used: an initialised torch.distributed alone changes nothing. Every rank of the
+Only a group that the caller passes is used: an initialised torch.distributed alone changes nothing. Every rank of the
 group holds all features and takes every world-th tile; what ranks exchange is O(N + M). Partial results are merged by
 operations that do not depend on the split (k smallest, any, integer sum), so results are the same for any number of
 ranks. Threads are torch's own.
@@ -34,12 +34,12 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the tiles are worked through.
+    """How the tiles are processed.
 
     Args:
-        tile: their side (a multiple of GROUP), None for the device's default.
+        tile: side of a tile (a multiple of GROUP), None for the device's default.
         group: processes that share the work, if any.
-        checkpoint: folder where unfinished work is saved, and from which the same work goes on. None: no saving.
+        checkpoint: folder where unfinished work is saved and from which the same work resumes. None: no saving.
     """
 
     tile: int | None = None
@@ -65,13 +65,13 @@ class Schedule:
         return [slice(start, min(start + side, n)) for start in range(0, n, side)]
 
     def share(self, work: Sequence[Work], state: Sequence[Any] = (), identity: Sequence[Any] = ()) -> Iterator[Work]:
-        """This rank's part, with a progress bar in a terminal where it takes minutes.
+        """This rank's part, with a progress bar in a terminal if it takes minutes.
 
         Args:
-            work: of all ranks.
-            state: objects that the caller's loop changes, with the attributes named in their SAVED; with a checkpoint
-                these are saved, and set to what was saved.
-            identity: tensors and values that decide what is computed; work of another identity is never gone on with.
+            work: the tiles of all ranks.
+            state: objects that the caller's loop changes; with a checkpoint the attributes named in their SAVED
+                are saved and restored.
+            identity: tensors and values that determine what is computed; work with another identity is never resumed.
         """
         rank = 0 if self.group is None else dist.get_rank(self.group)
         mine, done, file = work[rank :: self.ranks], 0, None
@@ -80,7 +80,7 @@ class Schedule:
             self.saved.add(file)
             done = _restore(file, state)
             if done:
-                logger.info("%s: going on at tile %d of %d", file, done, len(mine))
+                logger.info("%s: resuming at tile %d of %d", file, done, len(mine))
         last = time.monotonic()
         with progress() if len(mine) - done >= LONG else nullcontext() as bar:
             rest: Sequence[Work] = mine[done:]
@@ -94,7 +94,7 @@ class Schedule:
             _save(file, done, state)
 
     def finished(self) -> None:
-        """Remove what was saved: the result is there."""
+        """Remove what was saved once the result is complete."""
         for file in self.saved:
             file.unlink(missing_ok=True)
         self.saved.clear()
@@ -134,13 +134,13 @@ class Schedule:
             other = (marks != marks[0]).any(1).nonzero()[:, 0].tolist()
             if other:
                 raise ValueError(
-                    f"{name}: ranks {', '.join(map(str, other))} of the group hold other features than rank 0; "
-                    "pass equal features on every rank, or sharded=True where each rank holds its own part"
+                    f"{name}: ranks {', '.join(map(str, other))} of the group hold different features from rank 0;  "
+                    "pass the same features on every rank, or sharded=True if each rank holds a part"
                 )
 
 
 def _name(*identity: Any) -> str:
-    """A file name for a piece of work, by everything that decides it."""
+    """A file name for a piece of work, from everything that determines it."""
     digest = hashlib.sha256()
     for part in identity:
         if isinstance(part, Tensor):
@@ -157,7 +157,7 @@ def _save(file: Path, done: int, state: Sequence[Any]) -> None:
 
 
 def _restore(file: Path, state: Sequence[Any]) -> int:
-    """Set the state to what was saved; the number of tiles done. ValueError where the file is damaged."""
+    """Restore the saved state; returns the number of finished tiles. ValueError if the file is damaged."""
     if not file.is_file():
         return 0
     try:
@@ -175,7 +175,7 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tenso
     """The (n_r, D) tensors of all ranks, in their order; a rank without rows may pass an empty tensor of any shape.
 
     Raises:
-        ValueError: on every rank, where D or the dtype differs between ranks that have rows.
+        ValueError: on every rank, if D or the dtype differs between ranks that have rows.
     """
     ranks = dist.get_world_size(group)
     width, kind = (x.shape[1], DTYPES.index(x.dtype)) if x.numel() else (0, 0)
@@ -185,7 +185,7 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tenso
     held = {(int(width), int(kind)) for rows, width, kind in sizes if rows}
     if len(held) > 1:
         shown = " and ".join(f"{width} dimensions of {DTYPES[kind]}" for width, kind in sorted(held))
-        raise ValueError(f"ranks hold features of {shown}; they must be alike")
+        raise ValueError(f"ranks hold features of {shown}; these must agree")
     width, kind = held.pop() if held else (0, 0)
     padded = torch.zeros(max(int(rows) for rows, *_ in sizes), width, dtype=DTYPES[kind], device=x.device)
     if x.numel():

@@ -1,4 +1,4 @@
-"""What `eval` reads and says: the features of one side from any kind of file, and remarks on a result."""
+"""What `eval` reads and reports: the features of one side from any kind of file, and remarks on a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prdc_metrics.metrics import PRDCResult
 from shared_utils.logging import get_logger
 
 logger = get_logger("prdc_metrics")
-"""the library's: its own lines, such as files left out, belong to the console"""
+"""the library's logger: its lines, such as skipped files, also go to the console"""
 
 
 def side(
@@ -29,20 +29,20 @@ def side(
     cache: Path | None,
     skip_broken: bool,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Features (N, D) of one side, and what a reader must know of their origin.
+    """Features (N, D) of one side, and what a reader must know about their origin.
 
     Args:
         path: features, an archive of samples, a folder or .zip of images; only features are not embedded.
-        embedding: name, as of `extract_features`; so are the other arguments.
+        embedding: name, as in `extract_features`; likewise the other arguments.
         weights: state dict of a pretrained embedding.
-        seed: of the subset and of a random embedding.
-        side_length: of the images that the embedding sees; None takes its own.
+        seed: seed of the subset and of a random embedding.
+        side_length: size of the images that the embedding sees; None: its default.
         num_samples: size of the subset; None takes all.
         batch_size: images per forward pass.
         workers: processes that decode images.
-        device: of the embedding.
+        device: device of the embedding.
         cache: folder for features.
-        skip_broken: go on without broken images.
+        skip_broken: skip broken images.
     """
     archive = load_sample_archive(path)
     if archive is None and path.suffix.lower() in FEATURE_SUFFIXES:
@@ -73,14 +73,16 @@ def side(
 
 
 def explain(result: PRDCResult) -> None:
-    """Expectations beside the values, and what to be careful about, on stderr."""
+    """Print the expectations next to the values, and warnings, to stderr."""
     for k in result.ks:
         expected = result.expected_coverage[k]
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result.values[k].items())
-        logger.info("k=%d: %s (identical laws: density 1, coverage %.4f)", k, shown, expected)
+        logger.info("k=%d: %s (identical distributions: density 1, coverage %.4f)", k, shown, expected)
         if expected < 0.95:
             logger.warning(
-                "k=%d expects a coverage of %.3f even for identical laws; see prdc-metrics expect", k, expected
+                "k=%d gives an expected coverage of %.3f even for identical distributions; see prdc-metrics expect",
+                k,
+                expected,
             )
     if result.num_real != result.num_fake:
         logger.warning("%d reals and %d fakes: compare only with runs of these sizes", result.num_real, result.num_fake)

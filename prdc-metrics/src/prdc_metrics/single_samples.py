@@ -1,4 +1,4 @@
-"""Single samples, filtered and verified as the four metrics are: their nearest reals, authenticity, realism."""
+"""Single samples, filtered and verified like the four metrics: their nearest reals, authenticity, realism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nearest_reals(
         real: (N, D) features.
         y: (M, D) samples.
         k: number of neighbours, 1 <= k <= N.
-        device: where to compute, default where the features are.
+        device: where to compute; default: the features' device.
         tile: side of a distance tile; the result does not depend on it.
 
     Raises:
@@ -43,10 +43,10 @@ def nearest_reals(
 def authenticity(
     real: Features, y: Features, *, device: str | torch.device | None = None, tile: int | None = None
 ) -> Tensor:
-    """Which samples are no near-copies of a real (Alaa et al., ICML 2022, section 3).
+    """Which samples are not near-copies of a real (Alaa et al., ICML 2022, section 3).
 
-    A sample is authentic where its nearest real has another real strictly nearer than the sample. The share of
-    authentic samples is their authenticity score, in percent dgm-eval's AuthPct.
+    A sample is authentic if its nearest real has another real strictly nearer than the sample. The share of authentic
+    samples is the authenticity score; in percent it is dgm-eval's AuthPct.
 
     Args:
         real: (N, D) features of the training set, N >= 2.
@@ -144,7 +144,7 @@ def _filtered(
 
 
 def _first_of_each_row(row: Tensor, value: Tensor, column: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of a list of (row, value, column) the k with the smallest value, then column, of each row: places, ranks."""
+    """For each row in a list of (row, value, column), the k entries of smallest value, then column: places, ranks."""
     order = column.argsort()
     for key in (value, row):
         order = order[key[order].argsort(stable=True)]
@@ -172,7 +172,7 @@ def _smallest_ratios(centres: Tensor, squared_radii: Tensor, y: Tensor) -> Tenso
                 tile = frame.lower_bounds(fake, block, real, column, out)
                 ends = tile + real.slack[column]
                 ends = ends.add_(fake.slack[block, None]).mul_(weight[column]).amin(1)
-                upper = torch.minimum(upper, ends * (1 + 2**-20))  # the roundings of these very lines
+                upper = torch.minimum(upper, ends * (1 + 2**-20))  # for the rounding in these lines
                 row, place, low = pairs_below(tile.mul_(weight[column]), 0, upper, group_minima(tile, 0))
                 pairs.append((row, place + column.start, low))
             row, centre, low = (torch.cat(parts) for parts in zip(*pairs, strict=True))

@@ -18,7 +18,8 @@ class PRDCMetric(Metric):
 
     A torchmetrics `Metric`: under an initialised torch.distributed `compute` is called by every rank, gathers what all
     ranks have collected (a sampler's repeated samples included) and lets them share the work. To score on one rank
-    alone pass `sync_on_compute=False`. As there, `metric(...)` also scores the batch itself: use `update`.
+    alone pass `sync_on_compute=False`. As always in torchmetrics, `metric(...)` also scores the batch itself: use
+    `update`.
 
     Args:
         ks: nearest_k values.
@@ -26,7 +27,7 @@ class PRDCMetric(Metric):
         precision: as `prdc`.
         tile: as `prdc`.
         closed_ball: as `prdc`.
-        **kwargs: torchmetrics' own: sync_on_compute, process_group, compute_on_cpu, ...
+        **kwargs: those of torchmetrics: sync_on_compute, process_group, compute_on_cpu, ...
 
     Example:
         >>> metric = PRDCMetric(ks=(5,)).to(device)

@@ -1,4 +1,4 @@
-"""Small sets in the layout of everything that the tables read: what must my folder look like?"""
+"""Small sets in the layout of everything that the tables read, to show what a folder must look like."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES, PER_DIGIT = 40, 60
 
 
 def write_tiny(root: Path) -> None:
-    """Write every set below `root` in seconds, with what real archives hold: grey and CMYK JPEG, hidden files."""
+    """Write every set below `root` in seconds, with what occurs in real archives: grey and CMYK JPEG, hidden files."""
     rng = np.random.default_rng(0)
     for name, parts in FOLDERS.items():
         for part in parts:
@@ -42,7 +42,7 @@ def _write_image(stem: Path, number: int, rng: np.random.Generator) -> None:
             exif[0x0112] = 6  # turned by 90 degrees
             image.save(stem.with_suffix(".jpg"), exif=exif)
         case 3:
-            image.save(stem.with_suffix(".jpg"), format="PNG")  # a PNG by another name
+            image.save(stem.with_suffix(".jpg"), format="PNG")  # a PNG named as another format
         case _:
             image.save(stem.with_suffix(".png"))
 

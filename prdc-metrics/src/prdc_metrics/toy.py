@@ -1,4 +1,4 @@
-"""The paper's toy data (sections 3 and 4.1.1): seeded samplers, float64 arrays in and out of nothing else."""
+"""The paper's toy data (sections 3 and 4.1.1): seeded samplers of float64 arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MODES = 10
 
 
 def identical(law: str, num_real: int, num_fake: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real (N, D) and fake (M, D) of one law: "normal", "uniform" or "cauchy" (heavy-tailed)."""
+    """Real (N, D) and fake (M, D) of the same distribution: "normal", "uniform" or "cauchy" (heavy-tailed)."""
     rng = np.random.default_rng(seed)
     draws: dict[str, Callable[[tuple[int, int]], np.ndarray]]
     draws = {"normal": rng.standard_normal, "uniform": rng.random, "cauchy": rng.standard_cauchy}
@@ -20,7 +20,7 @@ def identical(law: str, num_real: int, num_fake: int, dim: int, seed: int) -> tu
 def shift(
     mu: float, outlier: str, num_real: int, num_fake: int, dim: int, seed: int, outlier_value: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Figure 3: X ~ N(0, I), Y ~ N(mu 1, I), one outlier joined to the "real" or the "fake" set, or to "none".
+    """Figure 3: X ~ N(0, I), Y ~ N(mu 1, I), one outlier added to the "real" or the "fake" set, or to "none".
 
     The text puts the outlier at the all-ones vector, the caption at 3; only 1.0 gives the drawn curves.
     """

@@ -60,7 +60,7 @@ def fit_vae(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 25,
 ) -> VAE:
-    """Train the VAE with Adam; the same arguments give the same weights, killed and started again or not.
+    """Train the VAE with Adam; the same arguments give the same weights, even if it was killed and restarted.
 
     Reseeds the global random state with `seed`. All float32: at this size half precision gains nothing.
 
@@ -71,16 +71,16 @@ def fit_vae(
         epochs: passes over the images.
         batch_size: images per step; the last batch of an epoch may be smaller.
         lr: learning rate.
-        seed: of weights, order and noise.
+        seed: seed of weights, order and noise.
         device: "cpu", "cuda" or "cuda:<index>".
-        checkpoint: file to resume from and to save to; of other settings or other images it is refused.
+        checkpoint: file to resume from and to save to; refused if its settings or images differ.
         checkpoint_every: epochs between saves.
 
     Returns:
         The trained model in eval mode, on `device`.
 
     Raises:
-        ValueError: images not (n, D) floating in [0, 1]; a checkpoint that is damaged or of another run.
+        ValueError: images not (n, D) floating in [0, 1]; a checkpoint that is damaged or from another run.
     """
     _check_images(images)
     fabric = _fabric(torch.device(device))
@@ -109,7 +109,7 @@ def fit_vae(
 
 @torch.inference_mode()
 def sample(model: VAE, psi: float, n: int, seed: int) -> Tensor:
-    """Decode n draws of psi * N(0, I): (n, D) float32 on the CPU; one seed, the same normals at any psi."""
+    """Decode n draws of psi * N(0, I): (n, D) float32 on the CPU; one seed gives the same normals at any psi."""
     z = torch.randn(n, model.latent, generator=torch.Generator().manual_seed(seed))  # (n, L)
     return model.decode(psi * z.to(next(model.parameters()).device)).cpu()
 
@@ -117,10 +117,10 @@ def sample(model: VAE, psi: float, n: int, seed: int) -> Tensor:
 def _check_images(images: Tensor) -> None:
     if images.ndim != 2 or 0 in images.shape or not images.is_floating_point():
         found = f"{tuple(images.shape)} {images.dtype}"
-        raise ValueError(f"images: (n, D) floating was expected, these are {found}")
+        raise ValueError(f"images: expected floating (n, D), got {found}")
     low, high = images.min().item(), images.max().item()
     if not (low >= 0 and high <= 1):  # NaN fails as well
-        raise ValueError(f"images: values in [0, 1] were expected, these lie in [{low:g}, {high:g}]")
+        raise ValueError(f"images: expected values in [0, 1], got [{low:g}, {high:g}]")
 
 
 def _fabric(device: torch.device) -> Fabric:
@@ -141,10 +141,10 @@ def _resume(path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Opti
         stored = state["run"]
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: no checkpoint can be read ({reason}); delete it to start again") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
     if stored != run:
         differing = ", ".join(key for key in run if run[key] != stored.get(key))
-        raise ValueError(f"{path}: checkpoint of another run (other {differing}); delete it or name another")
+        raise ValueError(f"{path}: checkpoint of another run (different {differing}); delete it or name another")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     restore_rng_state(state["rng"])
