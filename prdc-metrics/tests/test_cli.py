@@ -104,6 +104,15 @@ def test_folder_to_a_number_that_can_be_cited(tmp_path, prdc_metrics):
     assert result["real"]["embedding"]["resize"] == "32x32 bilinear antialias"
     assert result["real"]["embedding"]["seed"] == 4 and result["real"]["embedding"]["weights"] == "random"
     assert "20 of 40 images, drawn with seed 4" in done.stderr
+    how = [*words[3:], "--skip-broken", "--num-samples", 20, "--seed", 4]
+    assert prdc_metrics("features", tmp_path / "ffhq/real", tmp_path / "real.npy", *how).returncode == 0
+    assert prdc_metrics("fit", tmp_path / "real.npy", tmp_path / "a.manifold", "--nearest-k", 3).returncode == 0
+    assert prdc_metrics("fit", tmp_path / "ffhq/real", tmp_path / "b.manifold", "--nearest-k", 3, *how).returncode == 0
+    for real in ("real.npy", "a.manifold", "b.manifold"):  # the origin survives features and radii kept in files
+        again = json.loads(prdc_metrics("eval", tmp_path / real, tmp_path / "ffhq/fake", "--nearest-k", 3, *how).stdout)
+        assert again["values"] == result["values"]
+        origin = again["real"].get("fitted_on", again["real"])
+        assert origin["embedding"] == result["real"]["embedding"]
     verified = prdc_metrics("data", "--verify", "--data-root", tmp_path)
     assert verified.returncode == 1 and "1 images cannot be read" in verified.stderr
 

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from shared_utils.folders import results_folder, runs_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROGRAM = "prdc-metrics"
 
@@ -69,8 +72,43 @@ class Run:
             print_table(table, self.scale, RunLog(experiments.PROJECT / "results" / f"{self.scale}.jsonl"), yours)
 
 
-@dataclass
-class Eval:
+@dataclass(kw_only=True)
+class Samples:
+    """How samples become features."""
+
+    embedding: str = "vgg16-fc2-relu"
+    """Embedding of images: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, fid-inception,
+    inception-pool3, or timm:MODEL such as timm:vit_large_patch14_dinov2.lvd142m."""
+    weights: Path | None = None
+    """State dict of a pretrained embedding."""
+    side: int | None = None
+    """Resize images to side x side; default: the network's size (VGG16 224, DINOv2 518, but published with 224)."""
+    num_samples: int | None = None
+    """Size of a random subset of each side (the paper takes 10,000); default: all. A manifold is always used whole."""
+    seed: int = 0
+    """Seed of the subset and of a random embedding."""
+    device: str = "auto"
+    """Where to compute: auto, cpu or cuda."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = max(1, (os.cpu_count() or 1) - 1)
+    """Processes that decode images."""
+    cache: Path | None = None
+    """Folder in which computed features are kept."""
+    skip_broken: bool = False
+    """Skip broken images (they are counted and named)."""
+
+    def read(self, path: Path) -> tuple[Tensor, dict[str, Any]]:
+        """Features and their origin."""
+        from prdc_metrics.scoring import side
+
+        names = ("embedding", "weights", "seed", "num_samples", "batch_size", "workers", "cache", "skip_broken")
+        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return side(path, side_length=self.side, device=_device(self.device), **how)
+
+
+@dataclass(kw_only=True)
+class Eval(Samples):
     """Score generated against real samples: JSON on stdout, everything else on stderr."""
 
     real: tyro.conf.Positional[Path]
@@ -85,19 +123,6 @@ class Eval:
     family: bool = False
     """Also compute later metrics: symmetric, probabilistic, clipped, authenticity (balls open or closed as their
     authors define them)."""
-    embedding: str = "vgg16-fc2-relu"
-    """Embedding of images: vgg16-fc2-relu, vgg16-fc2, random-vgg16-64, random-vgg16-4096, fid-inception,
-    inception-pool3, or timm:MODEL such as timm:vit_large_patch14_dinov2.lvd142m."""
-    weights: Path | None = None
-    """State dict of a pretrained embedding."""
-    side: int | None = None
-    """Resize images to side x side; default: the network's size (VGG16 224, DINOv2 518, but published with 224)."""
-    num_samples: int | None = None
-    """Size of a random subset of each side (the paper takes 10,000); default: all. A manifold is always used whole."""
-    seed: int = 0
-    """Seed of the subset and of a random embedding."""
-    device: str = "auto"
-    """Where to compute: auto, cpu or cuda."""
     tile: int | None = None
     """Side of a distance tile."""
     precision: str = "auto"
@@ -106,14 +131,6 @@ class Eval:
     """Count points on the sphere as inside."""
     checkpoint: Path | None = None
     """Folder where long computations are saved as they go; the same command resumes from there."""
-    batch_size: int = 64
-    """Images per forward pass."""
-    workers: int = max(1, (os.cpu_count() or 1) - 1)
-    """Processes that decode images."""
-    cache: Path | None = None
-    """Folder in which computed features are kept."""
-    skip_broken: bool = False
-    """Skip broken images (they are counted and named)."""
     json: Path | None = None
     """Also write the JSON to this file."""
 
@@ -121,7 +138,7 @@ class Eval:
         from prdc_metrics.family import compute_family
         from prdc_metrics.manifold import RealManifold
         from prdc_metrics.metrics import prdc
-        from prdc_metrics.scoring import explain, side
+        from prdc_metrics.scoring import explain
 
         device = _device(self.device)
         names = ("metrics", "precision", "tile", "closed_ball", "checkpoint")
@@ -129,15 +146,12 @@ class Eval:
         manifold = RealManifold.load(self.real, device) if self.real.suffix == ".manifold" else None
         if manifold and self.nearest_k:
             manifold = manifold.at(self.nearest_k)
-        read = ("embedding", "weights", "seed", "num_samples", "batch_size", "workers", "cache", "skip_broken")
-        how: dict[str, Any] = {name: getattr(self, name) for name in read}
-        how |= {"side_length": self.side, "device": device}
-        fake, fake_origin = side(self.fake, **how)
+        fake, fake_origin = self.read(self.fake)
         if manifold:
-            real, real_origin = manifold.features, {"path": str(self.real)}
+            real, real_origin = manifold.features, {"path": str(self.real), "fitted_on": manifold.origin}
             result = manifold.score(fake.to(device), **options)
         else:
-            real, real_origin = side(self.real, **how)
+            real, real_origin = self.read(self.real)
             result = prdc(real.to(device), fake.to(device), self.nearest_k or (5,), **options)
         explain(result)
         origin = {"real": real_origin, "fake": fake_origin, "sample_seed": self.seed}
@@ -149,74 +163,49 @@ class Eval:
             self.json.write_text(text + "\n")
 
 
-@dataclass
-class Features:
-    """Embed an image folder or .zip and write the features as .npy."""
+@dataclass(kw_only=True)
+class Features(Samples):
+    """Embed images and write the features as .npy, with their origin in a .json file next to it."""
 
     folder: tyro.conf.Positional[Path]
-    """Images."""
+    """Image folder or .zip, or sample archive."""
     output: tyro.conf.Positional[Path]
-    """File to write."""
-    embedding: str = "vgg16-fc2-relu"
-    """See eval."""
-    weights: Path | None = None
-    """State dict of a pretrained embedding."""
-    side: int | None = None
-    """See eval."""
-    batch_size: int = 64
-    """Images per forward pass."""
-    workers: int = max(1, (os.cpu_count() or 1) - 1)
-    """Processes that decode images."""
-    device: str = "auto"
-    """Where to compute: auto, cpu or cuda."""
-    num_samples: int | None = None
-    """Seeded subset."""
-    seed: int = 0
-    """Seed of the subset and of a random embedding."""
-    skip_broken: bool = False
-    """Skip broken images (they are counted and named)."""
+    """File to write, ending in .npy."""
 
     def __call__(self) -> None:
         import numpy as np
 
-        from prdc_metrics.features import extract_features
+        from prdc_metrics.scoring import origin_file
         from shared_utils.logging import get_logger
 
-        features = extract_features(
-            self.folder,
-            self.embedding,
-            weights=self.weights,
-            seed=self.seed,
-            side=self.side,
-            num_samples=self.num_samples,
-            sample_seed=self.seed,
-            batch_size=self.batch_size,
-            num_workers=self.workers,
-            device=_device(self.device),
-            skip_broken=self.skip_broken,
-        )
+        if self.output.suffix != ".npy":
+            raise ValueError(f"a feature file ends in .npy, got {self.output}")
+        features, origin = self.read(self.folder)
         np.save(self.output, features.numpy())
+        origin_file(self.output).write_text(json.dumps(origin, indent=2) + "\n")
         get_logger(PROGRAM).info("%d features of %d dimensions in %s", *features.shape, self.output)
 
 
-@dataclass
-class Fit:
-    """Compute the radii of real features once; score against the file with `eval FILE.manifold FAKE`."""
+@dataclass(kw_only=True)
+class Fit(Samples):
+    """Compute the radii of real samples once; score against the file with `eval FILE.manifold FAKE`."""
 
     real: tyro.conf.Positional[Path]
-    """Features."""
+    """As for eval."""
     output: tyro.conf.Positional[Path]
     """File to write, ending in .manifold."""
     nearest_k: tuple[int, ...] = (5,)
     """k, or several such as 3 5 10."""
 
     def __call__(self) -> None:
-        from prdc_metrics.feature_files import load_features
         from prdc_metrics.manifold import RealManifold
 
         if self.output.suffix != ".manifold":
             raise ValueError(f"a manifold file ends in .manifold, got {self.output}")
-        RealManifold.fit(load_features(self.real), self.nearest_k).save(self.output)
+        features, origin = self.read(self.real)
+        manifold = RealManifold.fit(features, self.nearest_k, device=_device(self.device))
+        manifold.origin = origin
+        manifold.save(self.output)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ FORMAT = "1"
 
 
 class RealManifold:
-    """Real features with their squared radii.
+    """Real features with their squared radii; `origin`, JSON of your own, is saved with them.
 
     Example:
         >>> manifold = RealManifold.fit(real, ks=(3, 5))
@@ -32,6 +33,7 @@ class RealManifold:
 
     def __init__(self, features: Tensor, ks: tuple[int, ...], squared: Tensor):
         self.features, self.ks, self.squared = features, ks, squared
+        self.origin: dict[str, Any] = {}
 
     @classmethod
     def fit(
@@ -63,7 +65,9 @@ class RealManifold:
         if missing:
             held = ", ".join(map(str, self.ks))
             raise ValueError(f"the manifold holds k = {held}, not {missing[0]}: fit it for that k")
-        return RealManifold(self.features, ks, self.squared[:, [self.ks.index(k) for k in ks]])
+        part = RealManifold(self.features, ks, self.squared[:, [self.ks.index(k) for k in ks]])
+        part.origin = self.origin
+        return part
 
     def score(
         self,
@@ -104,6 +108,7 @@ class RealManifold:
         """Write features, radii, ks and a checksum as one safetensors file, completely or not at all."""
         tensors = {"features": self.features.cpu().contiguous(), "squared_radii": self.squared.cpu().contiguous()}
         meta = {"format": FORMAT, "ks": json.dumps(self.ks), "sha256": _checksum(tensors)}
+        meta["origin"] = json.dumps(self.origin)
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
@@ -134,11 +139,10 @@ class RealManifold:
             raise ValueError(f"{path} is not a manifold of format {FORMAT}")
         if meta.get("sha256") != _checksum(tensors):
             raise ValueError(f"{path}: contents do not match their checksum; fit the manifold again")
-        return cls(
-            core.as_features(tensors["features"], "real", device),
-            tuple(json.loads(meta["ks"])),
-            tensors["squared_radii"].to(device),
-        )
+        features = core.as_features(tensors["features"], "real", device)
+        manifold = cls(features, tuple(json.loads(meta["ks"])), tensors["squared_radii"].to(device))
+        manifold.origin = json.loads(meta.get("origin", "{}"))
+        return manifold
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def side(
         chosen = subset(len(features), num_samples, seed)
         if len(chosen) < len(features):
             logger.info("%s: %d of %d rows, drawn with seed %d", path, len(chosen), len(features), seed)
-        return features[chosen], {"path": str(path), "rows": len(features), "embedding": "as in the file"}
+        origin = {"path": str(path), "rows": len(features), "embedding": "as in the file"}
+        about = origin_file(path)
+        return features[chosen], origin | (json.loads(about.read_text()) if about.is_file() else {})
     from prdc_metrics.embeddings import embedding_provenance  # torchvision takes seconds; features need none of it
     from prdc_metrics.features import extract_features
 
@@ -70,6 +73,11 @@ def side(
     )
     provenance = embedding_provenance(embedding, weights=weights, seed=seed, side=side_length)
     return features, {"path": str(path), "embedding": provenance}
+
+
+def origin_file(features: Path) -> Path:
+    """Where `features` says what a feature file was made of and how."""
+    return features.with_name(features.name + ".json")
 
 
 def explain(result: PRDCResult) -> None:
