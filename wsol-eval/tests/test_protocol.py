@@ -54,7 +54,7 @@ def test_search_chooses_on_train_fullsup_and_counts_its_uses(digits, fabric):
     assert found.best == int(np.argmax(found.values)) and len(networks) == 3
     assert ledger.counts() == {"uses_of_full_supervision": 3, "images_of_full_supervision": 48, "looks_at_test": 0}
     report, entry = report_once("cam", networks[found.best], digits["test"], fabric, ledger, 0.1)
-    assert entry["metrics"] == report.metrics() and ledger.counts()["looks_at_test"] == 1
+    assert entry["metrics"] == report.metrics() | report.intervals() and ledger.counts()["looks_at_test"] == 1
     with pytest.raises(RuntimeError, match="a second look breaks the protocol"):
         report_once("cam", networks[0], digits["test"], fabric, ledger, 0.1)
 
@@ -105,7 +105,12 @@ def test_a_folder_used_again_answers_for_its_own_data_and_schedule(digits, fabri
 
 def test_search_on_the_proxy_is_retrained_on_everything(digits, fabric, tmp_path, monkeypatch):
     seen, judged, evaluate = [], [], protocol.evaluate
-    monkeypatch.setattr(protocol, "evaluate", lambda n, source, *o: judged.append(source) or evaluate(n, source, *o))
+
+    def judge(network, source, *options, **more):
+        judged.append(source)
+        return evaluate(network, source, *options, **more)
+
+    monkeypatch.setattr(protocol, "evaluate", judge)
     monkeypatch.setattr(protocol, "fit", lambda r, source, *o, **n: seen.append(len(source)) or fit(r, source, *o, **n))
     sources = dict(digits, proxy=digits["train"].subset(np.arange(16)))
     protocol.run_in_folder(replace(RECIPE, epochs=1), "photographs", 2, 0, sources, fabric, tmp_path, "auto", 0.1)
