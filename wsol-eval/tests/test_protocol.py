@@ -12,6 +12,7 @@ from test_train import RECIPE, run
 from wsol_eval import conformance, experiments, protocol
 from wsol_eval.cutouts import make_split
 from wsol_eval.experiments import Settings, execute
+from wsol_eval.intervals import bootstrap
 from wsol_eval.protocol import Ledger, draw, report_once, search, search_fsl, split_fullsup
 from wsol_eval.recipe import OnData
 from wsol_eval.sources import MemorySource
@@ -55,6 +56,13 @@ def test_search_chooses_on_train_fullsup_and_counts_its_uses(digits, fabric):
     assert ledger.counts() == {"uses_of_full_supervision": 3, "images_of_full_supervision": 48, "looks_at_test": 0}
     report, entry = report_once("cam", networks[found.best], digits["test"], fabric, ledger, 0.1)
     assert entry["metrics"] == report.metrics() | report.intervals() and ledger.counts()["looks_at_test"] == 1
+    measured = {
+        "max_box_acc_v2": (report.all, "v2"),
+        "max_box_acc": (report.largest, "0.5"),
+        "pxap": (report.pixels, "pxap"),
+    }
+    for name, (result, key) in measured.items():
+        assert entry["metrics"][f"{name}_low"] == bootstrap(result)[key].low < bootstrap(result)[key].high
     with pytest.raises(RuntimeError, match="a second look breaks the protocol"):
         report_once("cam", networks[0], digits["test"], fabric, ledger, 0.1)
 

@@ -28,7 +28,7 @@ class RunOn:
     """Where the tables' data are."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where CUB, ILSVRC, OpenImages, metadata/ and weights/ are (scale paper), and CIFAR-10 and MNIST."""
+    """Where CUB, ILSVRC, OpenImages, metadata/ and weights/ are (scale paper), CIFAR-10, MNIST, and the clones."""
     workers: int = OnData.workers
     """Processes that decode images."""
     cache: Path | None = None
