@@ -12,6 +12,7 @@ from test_train import RECIPE, run
 from wsol_eval import conformance, experiments, protocol
 from wsol_eval.cutouts import make_split
 from wsol_eval.experiments import Settings, execute
+from wsol_eval.intervals import bootstrap
 from wsol_eval.protocol import Ledger, draw, report_once, search, search_fsl, split_fullsup
 from wsol_eval.recipe import OnData
 from wsol_eval.sources import MemorySource
@@ -54,7 +55,14 @@ def test_search_chooses_on_train_fullsup_and_counts_its_uses(digits, fabric):
     assert found.best == int(np.argmax(found.values)) and len(networks) == 3
     assert ledger.counts() == {"uses_of_full_supervision": 3, "images_of_full_supervision": 48, "looks_at_test": 0}
     report, entry = report_once("cam", networks[found.best], digits["test"], fabric, ledger, 0.1)
-    assert entry["metrics"] == report.metrics() and ledger.counts()["looks_at_test"] == 1
+    assert entry["metrics"] == report.metrics() | report.intervals() and ledger.counts()["looks_at_test"] == 1
+    measured = {
+        "max_box_acc_v2": (report.all, "v2"),
+        "max_box_acc": (report.largest, "0.5"),
+        "pxap": (report.pixels, "pxap"),
+    }
+    for name, (result, key) in measured.items():
+        assert entry["metrics"][f"{name}_low"] == bootstrap(result)[key].low < bootstrap(result)[key].high
     with pytest.raises(RuntimeError, match="a second look breaks the protocol"):
         report_once("cam", networks[0], digits["test"], fabric, ledger, 0.1)
 
@@ -105,7 +113,12 @@ def test_a_folder_used_again_answers_for_its_own_data_and_schedule(digits, fabri
 
 def test_search_on_the_proxy_is_retrained_on_everything(digits, fabric, tmp_path, monkeypatch):
     seen, judged, evaluate = [], [], protocol.evaluate
-    monkeypatch.setattr(protocol, "evaluate", lambda n, source, *o: judged.append(source) or evaluate(n, source, *o))
+
+    def judge(network, source, *options, **more):
+        judged.append(source)
+        return evaluate(network, source, *options, **more)
+
+    monkeypatch.setattr(protocol, "evaluate", judge)
     monkeypatch.setattr(protocol, "fit", lambda r, source, *o, **n: seen.append(len(source)) or fit(r, source, *o, **n))
     sources = dict(digits, proxy=digits["train"].subset(np.arange(16)))
     protocol.run_in_folder(replace(RECIPE, epochs=1), "photographs", 2, 0, sources, fabric, tmp_path, "auto", 0.1)

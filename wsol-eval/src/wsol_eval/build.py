@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from shared_utils.images import image_files, read_image
+from shared_utils.images import BrokenFile, image_files
 from wsol_eval.boxes import check_boxes
+from wsol_eval.data import read_annotated
 from wsol_eval.metadata import Metadata, read_localization, rows_of, whole_number
 
+logger = logging.getLogger("wsol-eval")
 SPLITS = ("train", "val", "test")
 Boxes = dict[str, np.ndarray]
 Masks = dict[str, tuple[list[str], str]]
+Sizes = dict[str, tuple[int, int]]
 
 
 def build_metadata(
-    data_root: str | Path, annotations: str | Path, box_format: str = "xyxy", classes: list[str] | None = None
+    data_root: str | Path,
+    annotations: str | Path,
+    box_format: str = "xyxy",
+    classes: list[str] | None = None,
+    skip_broken: bool = False,
 ) -> dict[str, Metadata]:
     """Metadata of a user's own set, with image sizes read from the files, by split ("" where there are none).
 
@@ -28,14 +36,15 @@ def build_metadata(
     Args:
         data_root: folder with one folder of images per class, or folders train, val and test with these in them.
         annotations: CSV without header, id,x0,y0,x1,y1 or id,mask,ignore; a .json of COCO; a folder of VOC's .xml.
-            COCO and VOC name images by file name or path.
+            COCO names images by file name or path; VOC's XML is named as its image is, or names it inside.
         box_format: of a CSV: "xyxy" (both ends inside), or "xywh", whose last pixel is x + width - 1.
         classes: names of the classes in order, where the set lacks some.
+        skip_broken: leave images out that cannot be read, with a warning.
 
     Raises:
         FileNotFoundError: no image.
         BrokenFile: an image that cannot be read.
-        ValueError: a malformed line, an annotation of no image, another box format.
+        ValueError: a malformed line, an annotation of no image or of one of another size, another box format.
     """
     if box_format not in ("xyxy", "xywh"):
         raise ValueError(f"box_format: 'xyxy' or 'xywh' was expected, got {box_format!r}")
@@ -44,7 +53,7 @@ def build_metadata(
     by_file: dict[str, list[str]] = {}
     for name in names:
         by_file.setdefault(name.split("/")[-1], []).append(name)
-    boxes, masks = _annotations(Path(annotations), box_format, by_file)
+    boxes, masks, stated = _annotations(Path(annotations), box_format, by_file)
     mask_files = {path for paths, ignore in masks.values() for path in [*paths, ignore]}
     names = [name for name in names if name not in mask_files]
     split_of = {name: name.split("/")[0] if name.split("/")[0] in SPLITS else "" for name in names}
@@ -66,19 +75,38 @@ def build_metadata(
     found = {}
     for split in sorted(set(split_of.values())):
         ids = [name for name in class_of if split_of[name] == split]
-        sizes = {name: read_image(root / name).size for name in ids}
+        sizes = {}
+        for name in ids:
+            try:
+                sizes[name] = _size(root / name, stated.get(name))
+            except BrokenFile as error:
+                if not skip_broken:
+                    raise
+                logger.warning("left out: %s", error)
+        ids = [name for name in ids if name in sizes]
         parts = ({name: known_[name] for name in ids if name in known_} for known_ in (boxes, masks))
         labels = {name: known.index(class_of[name]) for name in ids}
         found[split] = Metadata(ids, labels, sizes, *parts)  # type: ignore[arg-type]
     return found
 
 
-def _annotations(path: Path, box_format: str, by_file: dict[str, list[str]]) -> tuple[Boxes, Masks]:
+def _size(path: Path, stated: tuple[int, int] | None) -> tuple[int, int]:
+    size = read_annotated(path, stated).size
+    if stated not in (None, (0, 0), size):
+        raise ValueError(
+            f"{path}: its annotation says {stated}, the image has {size}; its boxes may not fit, mend both"
+        )
+    return size
+
+
+def _annotations(path: Path, box_format: str, by_file: dict[str, list[str]]) -> tuple[Boxes, Masks, Sizes]:
+    """Boxes, masks, and the sizes of images that the annotations state."""
     if path.is_dir():
-        return _from_voc(path, by_file), {}
+        boxes, sizes = _from_voc(path, by_file)
+        return boxes, {}, sizes
     if path.suffix.lower() == ".json":
-        return _from_coco(path, by_file), {}
-    return read_localization(path) if box_format == "xyxy" else (_from_xywh(path), {})
+        return _from_coco(path, by_file), {}, {}
+    return (*read_localization(path), {}) if box_format == "xyxy" else (_from_xywh(path), {}, {})
 
 
 def _from_xywh(path: Path) -> Boxes:
@@ -104,21 +132,33 @@ def _from_coco(path: Path, by_file: dict[str, list[str]]) -> Boxes:
     return _checked(boxes, path)
 
 
-def _from_voc(folder: Path, by_file: dict[str, list[str]]) -> Boxes:
-    """xmin, ymin, xmax and ymax count from 1, both ends inside."""
+def _from_voc(folder: Path, by_file: dict[str, list[str]]) -> tuple[Boxes, Sizes]:
+    """xmin, ymin, xmax and ymax count from 1, both ends inside.
+
+    An XML belongs to the image of its own name, as in VOC: what it holds as `filename` often lacks the suffix or is
+    that of an older copy. That decides only where no image, or more than one, has the name.
+    """
     boxes: dict[str, list] = {}
+    sizes: Sizes = {}
+    by_stem: dict[str, list[str]] = {}
+    for names in by_file.values():
+        for name in names:
+            by_stem.setdefault(Path(name).stem, []).append(name)
     for path in sorted(folder.rglob("*.xml")):
         try:
             tree = ElementTree.parse(path).getroot()
         except ElementTree.ParseError as error:
             raise ValueError(f"{path}: VOC's XML was expected ({error})") from error
+        same = by_stem.get(path.stem, [])
+        name = same[0] if len(same) == 1 else _id_of(tree.findtext("filename", ""), by_file, path)
+        width, height = (whole_number(tree.findtext(f"size/{side}", "0"), str(path)) for side in ("width", "height"))
+        sizes[name] = width, height
         for box in tree.iterfind("object/bndbox"):
             ends = [float(box.findtext(name, "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not np.isfinite(ends).all():
                 raise ValueError(f"{path}: xmin, ymin, xmax and ymax of each object were expected")
-            name = _id_of(tree.findtext("filename", ""), by_file, path)
             boxes.setdefault(name, []).append([max(0, int(value) - 1) for value in ends])
-    return _checked(boxes, folder)
+    return _checked(boxes, folder), sizes
 
 
 def _id_of(file: str, by_file: dict[str, list[str]], where: Path) -> str:

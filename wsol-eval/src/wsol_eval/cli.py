@@ -28,7 +28,7 @@ class RunOn:
     """Where the tables' data are."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where CUB, ILSVRC, OpenImages, metadata/ and weights/ are (scale paper), and CIFAR-10 and MNIST."""
+    """Where CUB, ILSVRC, OpenImages, metadata/ and weights/ are (scale paper), CIFAR-10, MNIST, and the clones."""
     workers: int = OnData.workers
     """Processes that decode images."""
     cache: Path | None = None
@@ -44,7 +44,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-8; none means all that have the scale."""
     scale: str = "embedded"
-    """smoke, embedded, cifar10-jpeg or paper."""
+    """smoke, embedded, cifar10-jpeg, kangaroo-raccoon or paper."""
     rows: tuple[str, ...] = ()
     """Only these rows."""
     seeds: tuple[int, ...] = ()
@@ -255,7 +255,7 @@ class Search:
     device: tyro.conf.OmitArgPrefixes[OnDevice] = field(default_factory=OnDevice)
     trials: int = 30
     """Equal for all methods that are to be compared."""
-    space: Literal["paper", "photographs"] = "paper"
+    space: Literal["paper", "fine-tuning", "photographs"] = "paper"
     """Ranges of the hyperparameters."""
     criterion: Literal["auto", "max_box_acc_v2", "pxap"] = "auto"
     """What a trial is judged by; auto: V2 on boxes, PxAP on masks."""

@@ -81,12 +81,15 @@ class BuildMetadata:
     """Of a CSV; xyxy: both ends inside the object."""
     classes: tuple[str, ...] = ()
     """Names of the classes in order, where this split lacks some."""
+    skip_broken: bool = False
+    """Leave images out that cannot be read; each is named."""
 
     def __call__(self) -> None:
         from wsol_eval.build import build_metadata
         from wsol_eval.metadata import write_metadata
 
-        built = build_metadata(self.data_root, self.annotations, self.box_format, list(self.classes) or None)
+        options = (self.box_format, list(self.classes) or None, self.skip_broken)
+        built = build_metadata(self.data_root, self.annotations, *options)
         for split, metadata in built.items():
             folder = self.output / split if split else self.output
             write_metadata(metadata, folder)

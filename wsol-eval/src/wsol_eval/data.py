@@ -92,7 +92,7 @@ class WSOLDataset(Dataset):
 
     Args:
         data_root: folder that the image ids are relative to.
-        metadata_root: folder with one folder of metadata per split.
+        metadata_root: folder with one folder of metadata per split; or the metadata of this split.
         split: train (train-weaksup), val (train-fullsup) or test.
         full_supervision_per_class: of val, only so many images per class.
         sample_seed: of that choice alone; it does not follow the training seed.
@@ -109,7 +109,7 @@ class WSOLDataset(Dataset):
     def __init__(
         self,
         data_root: str | Path,
-        metadata_root: str | Path,
+        metadata_root: str | Path | Metadata,
         split: str,
         *,
         full_supervision_per_class: int | None = None,
@@ -122,12 +122,15 @@ class WSOLDataset(Dataset):
             raise ValueError(f"split: train, val or test was expected, got {split!r}")
         self.data_root, self.split, self.skip_broken, self.skipped = Path(data_root), split, skip_broken, set()
         self._checksum = ""
-        self.metadata: Metadata = read_metadata(Path(metadata_root) / split)
+        if not isinstance(metadata_root, Metadata):
+            metadata_root = read_metadata(Path(metadata_root) / split)
+        self.metadata = metadata_root
         self.image_ids = self.metadata.image_ids
         if proxy and split == "train":
             if not self.metadata.proxy_ids:
-                place = Path(metadata_root) / split / "image_ids_proxy.txt"
-                raise FileNotFoundError(f"{place}: no such file, so there is no proxy set; leave --proxy out")
+                raise FileNotFoundError(
+                    f"{data_root}, {split}: no image_ids_proxy.txt, so no proxy set; leave --proxy out"
+                )
             self.image_ids = self.metadata.proxy_ids
         if full_supervision_per_class and split == "val":
             self.image_ids = self.metadata.sample(full_supervision_per_class, sample_seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.backends import cudnn
 
 from wsol_eval.data import Batch, Source
+from wsol_eval.intervals import bootstrap
 from wsol_eval.localization import BoxLocalization, BoxResult
 from wsol_eval.pixels import PixelAP, PixelResult
 from wsol_eval.scoremaps import ScoreMaps, center_gaussian, resize_normalize
@@ -57,6 +58,23 @@ class Report:
         if self.largest is not None and self.largest.top1_loc is not None and self.largest.top5_loc is not None:
             at_half = {"top1_loc": self.largest.top1_loc.get(0.5), "top5_loc": self.largest.top5_loc.get(0.5)}
             found |= {name: value for name, value in at_half.items() if value is not None}
+        return found
+
+    def intervals(self) -> dict[str, float]:
+        """Ends of the 95 % bootstrap intervals over images of `max_box_acc_v2`, `max_box_acc` and `pxap`.
+
+        The images must have been kept.
+        """
+        measured = (
+            ("max_box_acc_v2", self.all, "v2"),
+            ("max_box_acc", self.largest, "0.5"),
+            ("pxap", self.pixels, "pxap"),
+        )
+        found: dict[str, float] = {}
+        for name, result, key in measured:
+            if result is not None:
+                interval = bootstrap(result)[key]
+                found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         return found
 
     def details(self, curve_step: float = 0.05) -> dict[str, Any]:

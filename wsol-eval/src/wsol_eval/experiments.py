@@ -14,15 +14,15 @@ import torch
 from lightning.fabric import Fabric
 
 from shared_utils.folders import project_folder, runs_folder
-from shared_utils.preflight import Need, disk_space
+from shared_utils.preflight import Need, disk_space, package
 from shared_utils.preflight import file as need_file
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.tables import Run, Table, load_tables, settings_hash
-from wsol_eval import protocol
+from wsol_eval import kangaroo_raccoon, protocol
 from wsol_eval.center import center_outcome, file_checksum
 from wsol_eval.cutouts import DATASETS, SIDE
 from wsol_eval.evaluate import evaluate_center
-from wsol_eval.models import Network
+from wsol_eval.models import Network, efficientnet
 from wsol_eval.models.build import PRETRAINED
 from wsol_eval.recipe import OnData, OnDevice, Recipe
 from wsol_eval.scoremaps import resize_normalize
@@ -58,9 +58,9 @@ class Settings:
     method: str = "cam"
     """cam, has, acol, spg, adl, cutmix, fsl or center"""
     arch: str = "small"
-    """vgg16, inception_v3, resnet50 or small"""
+    """vgg16, inception_v3, resnet50, efficientnet_lite0 or small"""
     space: str = "photographs"
-    """hyperparameters searched: photographs, paper, or fixed (as set below)"""
+    """hyperparameters searched: photographs, paper, fine-tuning, or fixed (as set below)"""
     trials: int = 30
     """of the random search, equal for all methods"""
     per_class: int = 0
@@ -181,7 +181,7 @@ def needs(settings: dict, on: OnData) -> Iterator[Need]:
         return
     s = Settings.of(settings)
     on = replace(on, dataset=s.dataset, per_class=s.per_class)
-    if s.experiment == "center" or (s.method == "center" and s.dataset not in DATASETS):
+    if s.experiment == "center" or (s.method == "center" and s.dataset not in (*DATASETS, kangaroo_raccoon.DATASET)):
         folder = on.data_root / "metadata" / s.dataset / s.split
         yield need_file(folder / "localization.txt", f"metadata of {s.dataset}, {s.split}", METADATA_REMEDY)
         if s.dataset == "OpenImages":
@@ -194,6 +194,8 @@ def needs(settings: dict, on: OnData) -> Iterator[Need]:
     if s.arch in PRETRAINED:
         weights = on.data_root / "weights" / f"{s.arch}.pth"
         yield need_file(weights, f"ImageNet weights of {s.arch}", WEIGHTS_REMEDY)
+    if s.arch == "efficientnet_lite0":
+        yield from (package(name, efficientnet.REMEDY) for name in efficientnet.PACKAGES)
 
 
 @lru_cache(maxsize=64)
@@ -240,7 +242,7 @@ def protocol_of(s: Settings, on: OnData, device: OnDevice) -> Outcome:
     """Metrics of the one report on test; details hold the criterion of every trial on train-fullsup."""
     if s.dataset in DATASETS:
         return in_memory(s, on)
-    if s.method == "center" and s.dataset != "OpenImages":
+    if s.method == "center" and s.dataset not in ("OpenImages", kangaroo_raccoon.DATASET):
         return center_outcome(s.dataset, "test", on.data_root, s.sigma, s.interval)
     return on_disk(s, on, device)
 
@@ -352,11 +354,16 @@ def on_disk(s: Settings, on: OnData, device: OnDevice) -> Outcome:
     counts = {split: len(source) for split, source in sources.items()}
     caveats = smaller_than_the_papers(s.dataset, counts)
     dataset = {"name": s.dataset, "images": counts, "checksum": sources["test"].checksum()}
+    if s.dataset == kangaroo_raccoon.DATASET:
+        dataset["files"] = kangaroo_raccoon.checksums(on.data_root)
+        caveats += kangaroo_raccoon.other_files(on.data_root)
     if s.method == "center":
-        report = evaluate_center(sources["test"], fabric, s.interval)
-        return Outcome(report.metrics(), report.details(), dataset, caveats=caveats)
+        report = evaluate_center(sources["test"], fabric, s.interval, keep_images=True)
+        return Outcome(report.metrics() | report.intervals(), report.details(), dataset, caveats=caveats)
     weights = on.data_root / "weights" / f"{s.arch}.pth"
     pretrained = str(weights) if s.arch in PRETRAINED else None
+    if s.arch == "efficientnet_lite0":
+        weights, pretrained = efficientnet.weights_file(), "imagenet"
     if pretrained is None:
         caveats.append("random weights in place of pretrained ones")
     recipe = replace(s.recipe(), pretrained=pretrained)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from wsol_eval import cutouts
+from wsol_eval.kangaroo_raccoon import CLONES
 
 COPY = "copy metadata/ of clovaai/wsolevaluation"
+KANGAROOS, RACCOONS = CLONES
 SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("MNIST", "cifar10-jpeg", "53 MB", "", "MNIST/raw", cutouts.MNIST_REMEDY),
     ("CIFAR-10 as JPEG", "cifar10-jpeg", "62 MB", "", cutouts.ARCHIVE, cutouts.CIFAR_REMEDY),
+    ("kangaroos", "kangaroo-raccoon", "20 MB", "none stated", "kangaroo", KANGAROOS.remedy),
+    ("raccoons", "kangaroo-raccoon", "14 MB", "MIT", "raccoon_dataset", RACCOONS.remedy),
     ("CUB images", "paper", "1.2 GB", "see its publisher", "CUB", "its publisher, by hand"),
     ("CUB metadata", "paper", "2 MB", "CC-BY-2.0 (boxes)", "metadata/CUB", COPY),
     ("ImageNet and ImageNetV2 images", "paper", "150 GB", "see its publisher", "ILSVRC", "image-net.org, by hand"),

@@ -38,7 +38,8 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     Learning rate and map size of a trial number are the same for every method; the rest is the method's own.
 
     Args:
-        space: "paper" (appendix table 5; drop area: share of the image that a hidden patch has), or "photographs".
+        space: "paper" (appendix table 5; drop area: share of the image that a hidden patch has); "fine-tuning", the
+            same with smaller learning rates and maps of 7 x 7 or 14 x 14; or "photographs".
         method: see `build_model`, or a plug-in, whose own class says what is drawn.
         seed: of the search.
         trial: number, from 0.
@@ -47,13 +48,15 @@ def draw(space: str, method: str, seed: int, trial: int) -> Hyperparameters:
     own = np.random.default_rng([seed, trial, zlib.crc32(name_of(method).encode())])
     if space == "paper":
         found = {"lr": _log_uniform(shared, 1e-5, 1.0), "feature_map": int(shared.choice([14, 28]))}
+    elif space == "fine-tuning":
+        found = {"lr": _log_uniform(shared, 1e-4, 1e-2), "feature_map": int(shared.choice([7, 14]))}
     else:
         found = {"lr": _log_uniform(shared, 0.01, 0.05), "feature_map": int(shared.choice([4, 8]))}
     if plugin.is_plugin(method):
         return found | {
             "own": tuple((n, own.uniform(*ends)) for n, ends in plugin.load(method).hyperparameters.items())
         }
-    return found | (_paper_space if space == "paper" else _photographs_space)(method, own)
+    return found | (_photographs_space if space == "photographs" else _paper_space)(method, own)
 
 
 def name_of(method: str) -> str:
@@ -283,9 +286,9 @@ def report_once(
         raise RuntimeError(
             f"test was reported already for {name}: {known[0]['metrics']}; a second look breaks the protocol"
         )
-    report = evaluate(network, test, fabric, interval)
+    report = evaluate(network, test, fabric, interval, keep_images=True)
     skipped += len(test.skipped)
-    facts = {"images": report.n, "metrics": report.metrics(), "details": report.details()}
+    facts = {"images": report.n, "metrics": report.metrics() | report.intervals(), "details": report.details()}
     return report, ledger.add(
         "test", name=name, precision=fabric.strategy.precision.precision, skipped=skipped, **facts
     )

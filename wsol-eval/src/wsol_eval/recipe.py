@@ -23,11 +23,11 @@ class Recipe:
     """
 
     arch: str = "vgg16"
-    """vgg16, inception_v3, resnet50 or small"""
+    """vgg16, inception_v3, resnet50, efficientnet_lite0 or small"""
     method: str = "cam"
     """cam, has, acol, spg, adl, cutmix or fsl; or your own: package.module:Class or file.py:Class (arch is not read)"""
     feature_map: int = 14
-    """side of the score map before resizing: 14 or 28 (small: 4 or 8)"""
+    """side of the score map before resizing: 14 or 28 (small: 4 or 8, efficientnet_lite0: also 7)"""
     lr: float = 1e-3
     """learning rate of the pretrained layers"""
     lr_classifier_ratio: float = 10.0
@@ -61,7 +61,7 @@ class Recipe:
     own: tuple[tuple[str, float], ...] = ()
     """your own method: names and values of its hyperparameters; `search` draws them"""
     pretrained: str | None = None
-    """"imagenet", or a file with torchvision's state dict"""
+    """"imagenet", or a file with the state dict of torchvision's (efficientnet_lite0: of the package of its weights)"""
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Recipe:
@@ -80,7 +80,7 @@ class OnData:
 
     dataset: str = "photographs"
     """photographs or photographs-telling (digits on photographs, built in), cifar10-jpeg or cifar10-jpeg-telling (on
-    CIFAR-10's); or a folder of the data root: CUB, ILSVRC, OpenImages, or your own."""
+    CIFAR-10's); kangaroo-raccoon (two clones); or a folder of the data root: CUB, ILSVRC, OpenImages, or your own."""
     data_root: Path = field(default_factory=default_data_root)
     """Holds <dataset>/ and metadata/<dataset>/{train,val,test}/."""
     per_class: int = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared_utils.preflight import Need
-from wsol_eval import cutouts
+from wsol_eval import cutouts, kangaroo_raccoon
 from wsol_eval.cutouts import CLASSES, DATASETS, SIDE, Cutouts, make_split
 from wsol_eval.data import Batch, FolderSource, Source, WSOLDataset, epoch_batches
 from wsol_eval.recipe import OnData
@@ -40,9 +40,10 @@ def source_of(on: OnData, split: str, proxy: bool = False) -> Source:
         kind = DATASETS[on.dataset]
         count = {"train": kind.train, "val": (per_class or 1) * CLASSES, "test": kind.test}[split]
         return MemorySource(make_split(split, count, on.seed, on.dataset, on.data_root), split)
+    ours = on.dataset == kangaroo_raccoon.DATASET
     dataset = WSOLDataset(
-        on.data_root / on.dataset,
-        on.data_root / "metadata" / on.dataset,
+        on.data_root if ours else on.data_root / on.dataset,
+        kangaroo_raccoon.split_metadata(on.data_root)[split] if ours else on.data_root / "metadata" / on.dataset,
         split,
         full_supervision_per_class=per_class,
         proxy=proxy,
@@ -78,6 +79,9 @@ def needs_of(on: OnData, splits: tuple[str, ...] = SPLITS) -> Iterator[Need]:
             yield Need(f"MNIST ({root / 'MNIST' / 'raw'})", cutouts.MNIST_REMEDY, (root / "MNIST" / "raw").is_dir())
             archive = root / cutouts.ARCHIVE
             yield Need(f"CIFAR-10 as JPEG ({archive})", cutouts.CIFAR_REMEDY, archive.is_file())
+        return
+    if on.dataset == kangaroo_raccoon.DATASET:
+        yield kangaroo_raccoon.clones_needed(on.data_root)
         return
     for split in splits:
         folder = on.data_root / "metadata" / on.dataset / split

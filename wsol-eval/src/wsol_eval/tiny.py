@@ -1,4 +1,4 @@
-"""Small archives in the layout, names and quirks of the real ones: CUB, ImageNet, OpenImages, MNIST, CIFAR-10.
+"""Small archives in the layout, names and quirks of the real ones: CUB, ImageNet, OpenImages, MNIST, CIFAR-10, clones.
 
 Images are grey noise with a bright rectangle, which boxes and masks frame. Among them are a grey JPEG, a CMYK one, one
 that EXIF turns, and a PNG named .jpg; hidden files lie about; a class of CUBV2 has three images, as in the real set.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from wsol_eval.kangaroo_raccoon import CLONES
 
 CUB_CLASSES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
 WNIDS = ("n01440764", "n01443537", "n02105855")
@@ -27,6 +29,8 @@ TREE = """
   OpenImages/{{train,val,test}}/01226z/7af766bd43da900b.jpg              OpenImages30k, masks and ignored regions beside
   metadata/{{CUB,ILSVRC,OpenImages}}/{{train,val,test}}/*.txt              of clovaai/wsolevaluation
   weights/{{vgg16,inception_v3,resnet50}}.pth                            not written here: `wsol-eval data weights`
+  kangaroo/{{images/00001.jpg,annots/00001.xml}}                        scale kangaroo-raccoon: two clones
+  raccoon_dataset/{{images/raccoon-1.jpg,annotations/raccoon-1.xml}}
   MNIST/raw/*-ubyte                                                    scale cifar10-jpeg
   cifar10-imagefolder.zip                                              scale cifar10-jpeg
 """
@@ -40,7 +44,7 @@ def write(root: Path) -> str:
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root}: a new or empty folder was expected")
     rng = np.random.default_rng(0)
-    for write_set in (_cub, _ilsvrc, _openimages, _mnist, _cifar):
+    for write_set in (_cub, _ilsvrc, _openimages, _kangaroo_raccoon, _mnist, _cifar):
         write_set(root, rng)
     return TREE.format(root=root)
 
@@ -155,6 +159,38 @@ def _masks(root: Path, name: str, shape: tuple[int, int], box: tuple[int, int, i
     ignored[y0 : y1 + 1, x1 - 2 : x1 + 6] = 255
     Image.fromarray(ignored).save(root / f"{stem}_ignore.png")
     return lines
+
+
+def _kangaroo_raccoon(root: Path, rng: np.random.Generator) -> None:
+    """Seventeen of each. The third XML names its image without suffix, the fourth an older copy; the fifth has no size.
+
+    The last kangaroo is cut off, as one is in the repository.
+    """
+    for label, clone in enumerate(CLONES):
+        folder = root / clone.folder
+        (folder / clone.annotations).mkdir(parents=True)
+        for number in range(1, 18):
+            stem = f"raccoon-{number}" if label else f"{number:05d}"
+            width, height = (int(side) for side in rng.integers(90, 140, 2))
+            x0, y0 = (int(value) for value in rng.integers(5, 30, 2))
+            pixels = rng.integers(90, 130, (height, width, 3), dtype=np.uint8)
+            pixels[y0 : y0 + 50, x0 : x0 + 50, label] = 250
+            _save(folder / "images" / f"{stem}.jpg", pixels, KINDS[number % len(KINDS)])
+            named = {3: stem, 4: "older copy.jpg"}.get(number, f"{stem}.jpg")
+            size = (
+                "" if number == 5 else f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+            )
+            corners = [(x0 + shift, y0 + shift) for shift in ((0, 3) if number % 2 else (0,))]
+            objects = "".join(
+                f"<object><name>{clone.folder}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
+                f"<xmax>{x + 50}</xmax><ymax>{y + 50}</ymax></bndbox></object>"
+                for x, y in corners
+            )
+            if not label and number == 17:
+                path = folder / "images" / f"{stem}.jpg"
+                path.write_bytes(path.read_bytes()[:-200])
+            text = f"<annotation><filename>{named}</filename>{size}{objects}</annotation>"
+            (folder / clone.annotations / f"{stem}.xml").write_text(text)
 
 
 def _mnist(root: Path, rng: np.random.Generator) -> None:

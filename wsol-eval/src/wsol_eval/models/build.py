@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from shared_utils.files import whole_file
-from wsol_eval.models import inception, resnet, small, vgg
+from wsol_eval.models import efficientnet, inception, resnet, small, vgg
 from wsol_eval.models.network import WSOLNetwork
 
-ARCHITECTURES = ("vgg16", "inception_v3", "resnet50", "small")
+ARCHITECTURES = ("vgg16", "inception_v3", "resnet50", "efficientnet_lite0", "small")
 METHODS = ("cam", "has", "acol", "spg", "adl", "cutmix", "fsl")  # has and cutmix train the network of cam
-MAP_SIZES = {"small": (4, 8, 14, 28)}
+MAP_SIZES = {"small": (4, 8, 14, 28), "efficientnet_lite0": (7, 14, 28)}
 DEFAULTS = {
     "acol_threshold": 0.7,
     "adl_drop_rate": 0.75,
@@ -30,12 +30,13 @@ def build_model(
     """A classifier with score maps.
 
     Args:
-        arch: vgg16, inception_v3, resnet50 (224 x 224 images), or small (32 x 32 images, or 224 x 224).
+        arch: vgg16, inception_v3, resnet50, efficientnet_lite0 (224 x 224 images), or small (32 x 32, or 224 x 224).
         method: cam, has, acol, spg, adl, cutmix or fsl.
         num_classes: of the logits; fsl has none.
-        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); also 4 or 8 for small.
-        pretrained: None; "imagenet" for torchvision's ImageNet weights (downloaded, checked by hash); or a file with
-            such a state dict.
+        feature_map: side of the score map: 14 or 28 (the reference's large_feature_map); also 4 or 8 for small, 7 for
+            efficientnet_lite0.
+        pretrained: None; "imagenet" for torchvision's ImageNet weights (downloaded, checked by hash), or those of an
+            installed package (efficientnet_lite0); or a file with such a state dict.
         hp: acol_threshold, adl_drop_rate, adl_threshold, spg ((high, low) of B2, B1 and C).
 
     Raises:
@@ -51,7 +52,8 @@ def build_model(
         if value not in valid:
             raise ValueError(f"{what}: one of {', '.join(map(str, valid))} was expected, got {value!r}")
     builder = {"vgg16": vgg.vgg16, "inception_v3": inception.inception_v3, "resnet50": resnet.resnet50}
-    network = builder.get(arch, small.small)(method, num_classes, feature_map, DEFAULTS | hp)
+    builder |= {"efficientnet_lite0": efficientnet.efficientnet_lite0, "small": small.small}
+    network = builder[arch](method, num_classes, feature_map, DEFAULTS | hp)
     he = arch == "small" or (arch == "vgg16" and method != "acol" and method != "spg")
     for module in network.modules():
         _initialize(module, he)
@@ -74,23 +76,25 @@ def _initialize(module: nn.Module, he: bool) -> None:
 
 
 def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
-    if arch not in PRETRAINED:
+    renames = {"vgg16": vgg.rename, "inception_v3": inception.rename, "resnet50": resnet.rename}
+    renames |= {"efficientnet_lite0": efficientnet.rename}
+    if arch not in renames:
         raise ValueError(f"pretrained: {arch} has no pretrained weights")
-    if pretrained == "imagenet":
+    if pretrained == "imagenet" and arch in PRETRAINED:
         state = _downloaded(arch)
-    elif not Path(pretrained).is_file():
-        raise FileNotFoundError(f"{pretrained}: no such file; torchvision's {PRETRAINED[arch]} state dict is expected")
     else:
-        state = torch.load(pretrained, map_location="cpu", weights_only=True)
-    rename = {"vgg16": vgg.rename, "inception_v3": inception.rename, "resnet50": resnet.rename}[arch]
+        file = efficientnet.weights_file() if pretrained == "imagenet" else Path(pretrained)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; a state dict of {arch} with ImageNet weights is expected")
+        state = torch.load(file, map_location="cpu", weights_only=True)
     try:
-        renamed = rename(state, network)
+        renamed = renames[arch](state, network)
         unexpected = network.load_state_dict(renamed, strict=False).unexpected_keys
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({error})") from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{pretrained}: no weights of {arch} ({error})") from error
     if unexpected or not renamed:
         reason = f"unexpected {unexpected[0]}" if unexpected else "none of its names"
-        raise ValueError(f"{pretrained}: no weights of torchvision's {arch} ({reason})")
+        raise ValueError(f"{pretrained}: no weights of {arch} ({reason})")
 
 
 def _downloaded(arch: str) -> dict:
