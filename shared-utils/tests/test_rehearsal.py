@@ -122,3 +122,14 @@ def test_the_command_ends_with_1_where_a_table_fails(project):
     (project / "rehearsal.toml").write_text("[counts]\nepochs = 3\n")
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 1 and "wrong data or counts" in " ".join(done.stdout.split())
+
+
+def test_a_table_is_rehearsed_at_the_scale_that_is_named_for_it(project):
+    for file in ("tables/table-1.toml", "src/toy/cli.py"):
+        path = project / file
+        path.write_text(path.read_text().replace("scale.paper", "scale.own").replace('"paper', '"own'))
+    assert rehearse(project) == []
+    with open(project / "rehearsal.toml", "a") as file:
+        file.write('[scales]\ntable-1 = "own"\n')
+    (found,) = rehearse(project)
+    assert found.passed, found.problem

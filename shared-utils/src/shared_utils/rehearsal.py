@@ -1,5 +1,7 @@
 """`make rehearse`: each table of a project at its paper scale, end to end, on tiny archives in a temporary copy.
 
+A table without that scale is rehearsed at the one that rehearsal.toml names under [scales].
+
 The copy is a git repository of its own in which rehearsal.toml has made the counts of the table files small. There the
 project's own command line writes the archives, runs the tables, and records the runs, which draws the pages.
 """
@@ -53,25 +55,26 @@ class Rehearsed:
 
 
 def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> list[Rehearsed]:
-    """Run a project's tables at scale paper on tiny archives; nothing in the project itself is touched.
+    """Run a project's tables at scale paper, or as named, on tiny archives; nothing in the project itself is touched.
 
     Args:
         project: its folder, with rehearsal.toml.
-        tables: ids; none means all that have the scale.
+        tables: ids; none means all that have such a scale.
         debug: show tracebacks and everything that the commands print.
     """
     project = Path(project).resolve()
     plan = tomllib.loads((project / "rehearsal.toml").read_text())
+    scales = plan.get("scales", {})
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / project.name
         ignored = shutil.ignore_patterns(".venv", "runs", "results", "tests", "__pycache__", ".*_cache")
         shutil.copytree(project, copy, ignore=ignored)
         for path in (copy / "tables").glob("*.toml"):
-            raw = tomllib.loads(path.read_text())
-            if SCALE in raw["scale"]:
+            raw, scale = tomllib.loads(path.read_text()), scales.get(path.stem, SCALE)
+            if scale in raw["scale"]:
                 own = plan.get("table", {}).get(path.stem, {})
                 smaller = plan.get("counts", {}) | plan.get("networks", {}) | own
-                path.write_text(tomli_w.dumps(shrunk(raw, smaller, plan.get("rows", {}), plan.get("seeds", 1))))
+                path.write_text(tomli_w.dumps(shrunk(raw, smaller, plan.get("rows", {}), plan.get("seeds", 1), scale)))
         (copy / ".gitignore").write_text("runs/\n__pycache__/\n")
         author = ["-c", "user.name=rehearsal", "-c", "user.email=rehearsal@localhost"]
         for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "rehearsal"]):
@@ -83,6 +86,7 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
         }
         figures = sorted(path.stem for path in (project / "results" / "figures").glob("*.png"))
         orders = {"tables": list(tables), "impossible": plan.get("impossible", {}), "figures": figures, "debug": debug}
+        orders["scales"] = scales
         words = [sys.executable, "-m", "shared_utils.rehearsal", "--inside", json.dumps(orders), str(copy)]
         done = subprocess.run(words, env=environment, cwd=copy, stdout=subprocess.PIPE, text=True)
         if done.returncode:
@@ -90,8 +94,10 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
         return [Rehearsed(**each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
-def shrunk(raw: dict[str, Any], smaller: dict[str, Any], in_rows: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """A table file with the first seeds only, and each named setting replaced at scale paper where it is larger.
+def shrunk(
+    raw: dict[str, Any], smaller: dict[str, Any], in_rows: dict[str, Any], seeds: int, scale: str = SCALE
+) -> dict[str, Any]:
+    """A table file with the first seeds only, and each named setting replaced at one scale where it is larger.
 
     Settings of in_rows are replaced where a row names them; rows that do not have them stay without.
     """
@@ -104,17 +110,17 @@ def shrunk(raw: dict[str, Any], smaller: dict[str, Any], in_rows: dict[str, Any]
             return {key: replaced(each, new, key) for key, each in value.items()}
         return [replaced(each, new) for each in value] if isinstance(value, list) else value
 
-    paper = smaller | replaced(raw["scale"][SCALE], smaller)
+    whole = smaller | replaced(raw["scale"][scale], smaller)
     rows = [
         row
         | {
             part: replaced(row[part], smaller | in_rows)
-            for part in ("run", SCALE)
+            for part in ("run", scale)
             if part in row and "runs_of" not in row
         }
         for row in raw["row"]
     ]
-    return raw | {"row": rows, "scale": raw["scale"] | {SCALE: paper | {"seeds": paper["seeds"][:seeds]}}}
+    return raw | {"row": rows, "scale": raw["scale"] | {scale: whole | {"seeds": whole["seeds"][:seeds]}}}
 
 
 def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
@@ -147,42 +153,43 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
     root = Path(os.environ["DATA_ROOT"])
     for path in (root, *root.rglob("*")):  # archives often lie where their user cannot write
         path.chmod(path.stat().st_mode & ~0o222)
-    known = [table for table in load_tables(copy / "tables") if SCALE in table.scales]
+    scale_of = {table.id: orders["scales"].get(table.id, SCALE) for table in load_tables(copy / "tables")}
+    known = [table for table in load_tables(copy / "tables") if scale_of[table.id] in table.scales]
     chosen = [table for table in known if not orders["tables"] or table.id in orders["tables"]]
     jobs = ["--jobs", "1"] if "jobs" in cli.Run.__dataclass_fields__ else []
     seconds, problems = {}, {}
     for table in chosen:
         begin = time.perf_counter()
         if table.id not in orders["impossible"]:
-            problems[table.id] = call("run", table.id, "--scale", SCALE, *jobs)
+            problems[table.id] = call("run", table.id, "--scale", scale_of[table.id], *jobs)
         seconds[table.id] = round(time.perf_counter() - begin, 1)
         told = problems.get(table.id) or "ran"
         print(f"{copy.name} {table.id}: {told}, {duration(seconds[table.id])}", file=sys.stderr, flush=True)
     closing = call("record")  # draws the tables as well
     drawn = set(getattr(importlib.import_module(f"{package}.figures"), "DRAW", ())) | set(orders["figures"])
-    log = RunLog(copy / "results" / f"{SCALE}.jsonl")
     found = []
     for table in chosen:
         if table.id in orders["impossible"]:
             found.append(Rehearsed(table.id, 0.0, impossible=orders["impossible"][table.id]))
             continue
-        problem = problems[table.id] or closing or _lacking(table, log)
+        problem = problems[table.id] or closing or _lacking(table, scale_of[table.id], copy / "results")
         if not problem and table.id in drawn and not (copy / "results" / "figures" / f"{table.id}.png").exists():
             problem = "its figure was not drawn"
         found.append(Rehearsed(table.id, seconds[table.id], problem))
     return found
 
 
-def _lacking(table: Any, log: RunLog) -> str:
+def _lacking(table: Any, scale: str, results: Path) -> str:
     """The first figure or verdict that is missing."""
-    measured = values(table, SCALE, log)
-    for row in table.rows_at(SCALE):
+    log = RunLog(results / f"{scale}.jsonl")
+    measured = values(table, scale, log)
+    for row in table.rows_at(scale):
         if row.name not in measured:
             return f"row {row.name!r} has no record"
         for metric in set(table.metrics) & set((row.home or table).metrics):
             if not all(math.isfinite(metrics.get(metric, math.nan)) for metrics in measured[row.name].values()):
                 return f"row {row.name!r} has no finite {metric}"
-    without = [verdict.claim.text for verdict in judge(table, SCALE, log) if verdict.verdict == NOT_MEASURED]
+    without = [verdict.claim.text for verdict in judge(table, scale, log) if verdict.verdict == NOT_MEASURED]
     return f"no verdict on {without[0]!r}" if without else ""
 
 
