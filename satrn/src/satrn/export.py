@@ -139,6 +139,7 @@ class OnnxReader:
             raise RuntimeError("reading ONNX graphs needs onnxruntime: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads do not slow other work
         for name in GRAPHS:
             if not (Path(folder) / name).is_file():
                 raise FileNotFoundError(f"{Path(folder) / name}: no such graph; `satrn export` writes it")

@@ -65,6 +65,7 @@ class OnnxRecognizer(Recognizer):
         self.config, self.tokenizer = model.config, model.tokenizer
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads do not slow other work
         with tempfile.TemporaryDirectory() as folder:
             export_onnx(model, Path(folder) / "model.onnx")
             network = (Path(folder) / "model.onnx").read_bytes()
