@@ -259,7 +259,7 @@ def test_everything_a_run_needs_is_asked_for_before_it_starts(tmp_path, save_pic
     (tmp_path / "CIFAR-100-C").mkdir()
     (tmp_path / "CIFAR-100-C" / "fog.npy").write_bytes(b"")
     missing = unmet(needs(Settings(**chosen), tmp_path))
-    assert len(missing) == 15 and missing[0].startswith("unknown inputs isun") and "snow.npy" in str(missing)
+    assert len(missing) == 15 and missing[0].startswith("out-of-distribution set isun") and "snow.npy" in str(missing)
     (line,) = unmet(needs(Settings(task="captioning"), tmp_path))
     assert "captioning" in line
     lines = unmet(needs(Settings(outliers="svhn", dataset="imagenet", suites=("localization",)), tmp_path))

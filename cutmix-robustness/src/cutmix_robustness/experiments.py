@@ -149,7 +149,7 @@ def train_and_evaluate(
     checkpoint_every: int = 1000,
     compile: bool = False,
 ) -> tuple[Classifier, Outcome]:
-    """Train from scratch (or on from the checkpoint) and evaluate the last epoch.
+    """Train from scratch (or from the checkpoint) and evaluate the last epoch.
 
     Also reports the error of the best epoch on the test set, as the papers do, and, if images are held out, of the
     epoch that these choose.

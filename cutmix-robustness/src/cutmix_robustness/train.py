@@ -91,7 +91,7 @@ def fit(
 
     Args:
         model: on the CPU or on the fabric's device.
-        settings: of the run.
+        settings: settings of the run.
         data: training set.
         seed: seed of order, augmentation and mixing.
         fabric: device, precision and processes.
