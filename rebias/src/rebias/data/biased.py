@@ -1,4 +1,4 @@
-"""Biased MNIST (section 4.2): digits whose background colour correlates with the label; also from scikit-learn's digits.
+"""Biased MNIST (section 4.2): digits on a colour that correlates with the label; also from scikit-learn's digits.
 
 Images are coloured on demand: a set keeps its digits as masks and one colour index per image on the training
 device, and colours whole batches by indexing.
