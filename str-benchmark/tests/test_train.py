@@ -299,7 +299,7 @@ def test_reading_one_s_own_images(tmp_path):
     assert len(beam.beams) == 5 and beam.text == beam.beams[0][0] and beam.confidence <= 1
     with pytest.raises(ValueError, match="beam search is for CTC models"):
         predict(build_model("None-VGG-None-Attn", output_channel=16), files, beam=2)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="file not found"):
         find_images([tmp_path / "none"])
     (tmp_path / "x.png").write_text("broken")
     with pytest.raises(BrokenFile, match="x.png: this is not an image"):
