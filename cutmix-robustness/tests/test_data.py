@@ -76,14 +76,14 @@ def test_cifar10_and_its_recompressed_copy(tmp_path):
 def test_missing_or_damaged_sets_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="data --download cifar100"):
         cifar.load("cifar100", tmp_path, "none", "cpu")
-    with pytest.raises(FileNotFoundError, match=r"cifar10-imagefolder.zip: no such archive"):
+    with pytest.raises(FileNotFoundError, match=r"cifar10-imagefolder.zip: archive not found"):
         cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
     write_jpeg_archive(tmp_path / cifar.JPEG_ARCHIVE, 2, side=30)
     with pytest.raises(BrokenFile, match="train/airplane/0000.jpg: 30 x 30 pixels, expected 32 x 32"):
         cifar.load("cifar10-jpeg", tmp_path, "none", "cpu")
     with pytest.raises(FileNotFoundError, match="data --download svhn"):
         ood.outliers("svhn", tmp_path, 32, 0, "cpu")
-    with pytest.raises(FileNotFoundError, match="gan-samples: holds no image"):
+    with pytest.raises(FileNotFoundError, match="gan-samples: contains no images"):
         ood.outliers("gan", tmp_path, 32, 0, "cpu")
     with pytest.raises(FileNotFoundError, match="lacks Pascal VOC"):
         voc.VocImages(tmp_path, voc.TEST)
@@ -106,7 +106,7 @@ def test_a_broken_image_is_named(tmp_path, write_image_folder):
     paths[2].unlink()
     with pytest.raises(FileNotFoundError, match="1 of 4 images of x are missing, first .*ILSVRC_1_0"):
         sources.ImageFiles(paths, labels, "x")
-    with pytest.raises(ValueError, match="x holds no image"):
+    with pytest.raises(ValueError, match="x contains no images"):
         sources.ImageFiles([], labels, "x")
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(BrokenFile, match="broken.png: this is not an image"):
@@ -259,7 +259,7 @@ def test_everything_a_run_needs_is_asked_for_before_it_starts(tmp_path, save_pic
     (tmp_path / "CIFAR-100-C").mkdir()
     (tmp_path / "CIFAR-100-C" / "fog.npy").write_bytes(b"")
     missing = unmet(needs(Settings(**chosen), tmp_path))
-    assert len(missing) == 15 and missing[0].startswith("unknown inputs isun") and "snow.npy" in str(missing)
+    assert len(missing) == 15 and missing[0].startswith("out-of-distribution set isun") and "snow.npy" in str(missing)
     (line,) = unmet(needs(Settings(task="captioning"), tmp_path))
     assert "captioning" in line
     lines = unmet(needs(Settings(outliers="svhn", dataset="imagenet", suites=("localization",)), tmp_path))
@@ -276,7 +276,7 @@ def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, save_picture
     with pytest.raises(ValueError, match="emu: a class without an image"):
         open_benchmark(Settings(dataset="image-folder", suites=("clean",)), 0, tmp_path)
     save_picture(tmp_path / "test" / "emu" / "deeper" / "e.png")
-    with pytest.raises(ValueError, match="train and test have other class folders"):
+    with pytest.raises(ValueError, match="train and test have different class folders"):
         open_benchmark(Settings(dataset="image-folder", suites=("clean",)), 0, tmp_path)
 
 
@@ -397,7 +397,7 @@ def test_localization_on_digits_without_a_download(tmp_path):
     chosen = settings_of("twowave", dataset="digits", epochs=1, milestones=(), suites=("clean", "localization"))
     metrics = execute(chosen, 0, data_root=tmp_path).metrics
     assert 0 <= metrics["localization_accuracy"] <= metrics["gt_known_localization"] < 100
-    with pytest.raises(ValueError, match="suite ood needs unknown inputs, and digits comes without"):
+    with pytest.raises(ValueError, match="suite ood needs out-of-distribution inputs, digits has none"):
         Settings(**chosen | {"suites": ("ood",)})
 
 

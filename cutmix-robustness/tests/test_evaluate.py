@@ -353,7 +353,7 @@ def test_mean_average_precision_by_hand():
     doubled = [found((box, 0.9), (box, 0.85)), found((box, 0.8)), nothing]  # the second hit is a false one
     assert mean_average_precision(doubled, true) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
     assert mean_average_precision([found((far, 0.9)), nothing, nothing], true) == 0
-    with pytest.raises(ValueError, match="found holds 1 images, true 3"):
+    with pytest.raises(ValueError, match="found has 1 images, true has 3"):
         mean_average_precision([nothing], true)
     with pytest.raises(ValueError, match="no object that is not difficult"):
         mean_average_precision([nothing], true[2:])
@@ -387,7 +387,7 @@ def test_properties_of_table_2():
         (lambda: calibration_error([], []), r"conf and correct must be \(N,\), N > 0"),
         (lambda: calibration_error([0.5], [1], norm="l3"), "norm must be l1, l2 or max"),
         (lambda: mean_corruption_error(np.zeros((19, 5))), r"errors must be \(15, 5\)"),
-        (lambda: mean_corruption_error(np.zeros((15, 5)), "alexnet", "cifar"), "exists for ImageNet-C alone"),
+        (lambda: mean_corruption_error(np.zeros((15, 5)), "alexnet", "cifar"), "exists only for ImageNet-C"),
         (lambda: mean_corruption_error(np.zeros((15, 5)), "resnet"), "normalize must be None or 'alexnet'"),
     ],
 )  # fmt: skip

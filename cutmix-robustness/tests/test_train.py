@@ -259,7 +259,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
     first, again = index_batches(100, 8, 3, 1), index_batches(100, 8, 3, 1)
     assert len(first) == 12 and all(map(torch.equal, first, again)) and len(torch.cat(first).unique()) == 96
     assert not torch.equal(first[0], index_batches(100, 8, 3, 2)[0])
-    with pytest.raises(ValueError, match="7 training images hold no full batch of 8"):
+    with pytest.raises(ValueError, match="7 training images do not fill a batch of 8"):
         index_batches(7, 8, 0, 0)
     with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
         fabric = type("Fabric", (), {"global_rank": 0, "world_size": 3})()
@@ -293,12 +293,12 @@ def test_crops_and_flips_are_those_of_the_padded_image():
 def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path):
     path = tmp_path / "c.pt"
     trained(SHORT, checkpoint=path)
-    with pytest.raises(ValueError, match=r"checkpoint of another run \(other mix, seed, data\)"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run \(different mix, seed, data\)"):
         trained(replace(SHORT, mix="cutmix"), seed=2, checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match="checkpoint not found"):
         load_checkpoint(tmp_path / "none.pt")
 
 
@@ -380,8 +380,8 @@ def test_deeper_networks_have_the_printed_sizes():
         ({"severities": (6,)}, "severities must be among 1 .. 5"),
         ({"suites": ("clean", "fog")}, "suites must be among clean, .* got 'fog'"),
         ({"mix": "manifold-mixup", "adversarial": "training"}, "cannot be combined"),
-        ({"dataset": "cub", "suites": ("ood",)}, "suite ood needs unknown inputs, and cub comes without"),
-        ({"suites": ("localization",)}, "suite localization needs boxes, and cifar100 comes without"),
+        ({"dataset": "cub", "suites": ("ood",)}, "suite ood needs out-of-distribution inputs, cub has none"),
+        ({"suites": ("localization",)}, "suite localization needs boxes, which cifar100 lacks"),
         ({"epochs": 0}, "epochs and batch_size must be at least 1"),
     ],
 )

@@ -105,7 +105,7 @@ def test_index_batches_share_a_global_batch():
     for batch, a, b in zip(whole, *halves, strict=True):
         assert sorted(torch.cat([a, b]).tolist()) == sorted(batch.tolist()) and len(a) == len(b) == 4
     assert not torch.equal(whole[0], index_batches(100, 8, 3, 2, 0, 1)[0])
-    with pytest.raises(ValueError, match="7 training images hold no full batch of 8"):
+    with pytest.raises(ValueError, match="7 training images do not fill a batch of 8"):
         index_batches(7, 8, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
         index_batches(100, 8, 0, 0, 0, 3)
@@ -119,10 +119,10 @@ def small_task(**changes):
 def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path):
     path = tmp_path / "c.pt"
     train_and_evaluate(small_task(method="vanilla"), path)
-    with pytest.raises(ValueError, match=r"checkpoint of another run \(other rho\)"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run \(different rho\)"):
         task = small_task(method="vanilla", rho=0.8)
         fit(build_method(task), small_task(method="vanilla").train, 1, checkpoint=path)
-    with pytest.raises(ValueError, match=r"another run \(other rho, data\)"):
+    with pytest.raises(ValueError, match=r"another run \(different rho, data\)"):
         train_and_evaluate(small_task(method="vanilla", rho=0.8), path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
@@ -139,7 +139,7 @@ def test_eval_repeats_what_train_printed(tmp_path):
     content = load_checkpoint(tmp_path / "c.pt")
     del content["modules"]["f"]["fc.bias"]
     torch.save(content, tmp_path / "d.pt")
-    with pytest.raises(ValueError, match="holds no weights for f of rebias"):
+    with pytest.raises(ValueError, match="has no weights for f of rebias"):
         evaluate_checkpoint(tmp_path / "d.pt", Path("."), "cpu", Reading())
 
 
@@ -344,7 +344,7 @@ def test_train_then_eval_from_the_command_line(tmp_path):
             2,
             "MNIST (nowhere/MNIST/raw/train-images-idx3-ubyte): rebias data --download",
         ),
-        (("eval", "none.pt"), 2, "none.pt: no such checkpoint"),
+        (("eval", "none.pt"), 2, "none.pt: checkpoint not found"),
     ],
 )
 def test_mistakes_end_with_one_line(words, code, message):

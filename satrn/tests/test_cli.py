@@ -227,20 +227,20 @@ def test_the_other_verbs(tmp_path, checkpoint, capsys):
 @pytest.mark.parametrize(
     "verb, message",
     [
-        (lambda p, c: cli.Read((p / "none.png",), c), "none.png: no such image"),
+        (lambda p, c: cli.Read((p / "none.png",), c), "none.png: image not found"),
         (lambda p, c: cli.Read((), c), "no image given"),
         (lambda p, c: cli.Read((p / "text.png",), c), "text.png: this is not an image"),
-        (lambda p, c: cli.Read((p / "text.png",), p / "none.pt"), "none.pt: no such checkpoint"),
+        (lambda p, c: cli.Read((p / "text.png",), p / "none.pt"), "none.pt: checkpoint not found"),
         (lambda p, c: cli.Read((p / "text.png",), c, p / "empty.txt"), "empty.txt: expected different characters"),
         (lambda p, c: cli.Eval(p / "text.png"), "text.png: cannot be read as a checkpoint"),
-        (lambda p, c: cli.Eval(c, ("SVT",), protocol="loose", data_root=p), "no LMDB here"),
+        (lambda p, c: cli.Eval(c, ("SVT",), protocol="loose", data_root=p), "is not an LMDB"),
         (lambda p, c: cli.Render(p / "y", words=p / "spaced.txt", warp="curve"), "'two words' has a space"),
         (lambda p, c: cli.Render(p / "z", charset="a日b"), "lacks '日'"),
         (lambda p, c: cli.Data(p / "nothing", verify=True), "nothing: no LMDB below this folder"),
         (lambda p, c: cli.Data(tiny=p), "is not empty; name a new folder"),
-        (lambda p, c: cli.RotateCurve(c, p), "no LMDB here"),
-        (lambda p, c: cli.Render(p / "x", words=p / "empty.txt"), "empty.txt: holds no word"),
-        (lambda p, c: cli.Export(p / "none.pt"), "none.pt: no such checkpoint"),
+        (lambda p, c: cli.RotateCurve(c, p), "is not an LMDB"),
+        (lambda p, c: cli.Render(p / "x", words=p / "empty.txt"), "empty.txt: contains no words"),
+        (lambda p, c: cli.Export(p / "none.pt"), "none.pt: checkpoint not found"),
     ],
 )
 def test_wrong_input_is_named(tmp_path, checkpoint, verb, message):
@@ -256,7 +256,7 @@ def test_wrong_input_is_named(tmp_path, checkpoint, verb, message):
     [
         (("run", "table-9"), 2, "satrn: unknown table 'table-9'; there are"),
         (("run", "--scale", "huge"), 2, "satrn: no table has a scale 'huge'"),
-        (("read", "none.png", "--checkpoint", "none.pt"), 2, "satrn: none.pt: no such checkpoint"),
+        (("read", "none.png", "--checkpoint", "none.pt"), 2, "satrn: none.pt: checkpoint not found"),
         (("train", "--frobnicate"), 2, "frobnicate"),
     ],
 )

@@ -135,12 +135,12 @@ def test_lmdb_gives_back_what_was_written(tmp_path, write_words):
     (first, labels), (second, rest) = data.batches(8)
     assert first.shape == (8, 1, 16, 24) and first.dtype == torch.uint8 and labels + rest == words
     assert LmdbWords(tmp_path / "set", (16, 24), channels=3)[0][0].shape == (3, 16, 24)
-    with pytest.raises(ValueError, match="holds an LMDB already"):
+    with pytest.raises(ValueError, match="already holds an LMDB"):
         write_lmdb(tmp_path / "set", [])
 
 
 def test_faulty_lmdbs(tmp_path, write_words):
-    with pytest.raises(FileNotFoundError, match="no LMDB here"):
+    with pytest.raises(FileNotFoundError, match="is not an LMDB"):
         LmdbWords(tmp_path / "none", (16, 24))
     write_words(tmp_path / "cut")
     file = tmp_path / "cut" / "data.mdb"
@@ -212,7 +212,7 @@ def test_unusable_words_are_counted_and_an_unusable_set_is_refused(tmp_path, wri
     usable = words.usable("abc123", 4)
     assert [labels[i] for i in usable] == [label for label in labels if len(label) < 4]
     assert np.array_equal(usable, words.usable("abc123", 4))  # the kept list
-    with pytest.raises(ValueError, match="no usable word; do the labels fit"):
+    with pytest.raises(ValueError, match="no usable words; do the labels fit"):
         LmdbMixture([tmp_path / "set"], settings_for(charset="xyz", train_sets=("set",), mix=(1.0,)), workers=0)
 
 

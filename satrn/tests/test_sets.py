@@ -73,7 +73,7 @@ def test_sets_are_found_in_every_released_layout(tmp_path, write_words, kind, na
     write_words(tmp_path / folder, count=2)
     find = inventory.training_folder if kind == "train" else inventory.test_folder
     assert len(LmdbWords(find(tmp_path, name), (8, 16))) == 2
-    with pytest.raises(FileNotFoundError, match="no LMDB here"):
+    with pytest.raises(FileNotFoundError, match="is not an LMDB"):
         LmdbWords(find(tmp_path, "another"), (8, 16))
 
 

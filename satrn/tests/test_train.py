@@ -105,9 +105,9 @@ def test_checkpoints_that_are_refused(tmp_path, checkpoint, small_settings):
     other = replace(small_settings, lr=1e-4)
     copy = tmp_path / "copy.pt"
     copy.write_bytes(checkpoint.read_bytes())
-    with pytest.raises(ValueError, match=r"another run \(other lr\); give another --output"):
+    with pytest.raises(ValueError, match=r"another run \(different lr\); give another --output"):
         train_and_evaluate(other, 3, NOWHERE, FABRIC, copy)
-    with pytest.raises(ValueError, match=r"another run \(other seed, data\)"):
+    with pytest.raises(ValueError, match=r"another run \(different seed, data\)"):
         train_and_evaluate(small_settings, 4, NOWHERE, FABRIC, copy)
     content = read_checkpoint(checkpoint)
     content["run"]["settings"]["ffn"] = 32
@@ -117,7 +117,7 @@ def test_checkpoints_that_are_refused(tmp_path, checkpoint, small_settings):
     copy.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         read_checkpoint(copy)
-    with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match="none.pt: checkpoint not found"):
         read_checkpoint(tmp_path / "none.pt")
 
 
@@ -259,7 +259,7 @@ def test_paper_scale_on_small_lmdbs(tmp_path, write_words, monkeypatch):
     assert "4 of the paper's 3,000 words of IIIT5K" in outcome.caveats and outcome.precision == "32-true"
     assert outcome.details["words"]["all"] == 28
     assert not list((tmp_path / "runs" / "checkpoints").iterdir())
-    with pytest.raises(FileNotFoundError, match="no LMDB here"):
+    with pytest.raises(FileNotFoundError, match="is not an LMDB"):
         execute(s | {"test_sets": ["MULTI_LINE"]}, 0, data_root=tmp_path)
 
 

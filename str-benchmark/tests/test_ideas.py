@@ -190,7 +190,7 @@ def test_two_models_are_compared_on_the_same_words():
     ]  # the 857 are among the 1015
     assert found.loc["all words", "first"] == pytest.approx(100 * 13 / 16)
     with pytest.raises(
-        ValueError, match="not evaluated on the same words: 1 words are in one file only, such as SVT_647"
+        ValueError, match="not evaluated on the same words: 1 words are only in one file, such as SVT_647"
     ):
         compare_words(first, second.iloc[:-1])
     with pytest.raises(ValueError, match="other labels"):

@@ -174,12 +174,12 @@ def test_checkpoints_of_another_run_or_damaged_are_refused(tmp_path, monkeypatch
     assert settings == TINY
     again = experiments.evaluate_checkpoint(model, settings, source)
     assert {**again.metrics, "time_ms": 0} == {**outcome.metrics, "time_ms": 0}
-    with pytest.raises(ValueError, match=r"checkpoint of another run \(other lr, seed\)"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run \(different lr, seed\)"):
         train_and_evaluate(replace(TINY, lr=0.1), 1, source, FABRIC, path)
     content = load_checkpoint(path)
     del content["model"]["Prediction.bias"]
     torch.save(content, tmp_path / "d.pt")
-    with pytest.raises(ValueError, match="holds no weights of None-VGG-None-CTC"):
+    with pytest.raises(ValueError, match="has no weights for None-VGG-None-CTC"):
         load_trained(tmp_path / "d.pt", "cpu")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a training checkpoint"):
@@ -299,7 +299,7 @@ def test_reading_one_s_own_images(tmp_path):
     assert len(beam.beams) == 5 and beam.text == beam.beams[0][0] and beam.confidence <= 1
     with pytest.raises(ValueError, match="beam search is for CTC models"):
         predict(build_model("None-VGG-None-Attn", output_channel=16), files, beam=2)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="file not found"):
         find_images([tmp_path / "none"])
     (tmp_path / "x.png").write_text("broken")
     with pytest.raises(BrokenFile, match="x.png: this is not an image"):
@@ -397,7 +397,7 @@ def test_aggregates_by_hand(project):
     failures = failures_of_runs(behind(1), [log])
     assert list(failures.details["sets"]) == [*REGULAR, *IRREGULAR]  # each word once
     assert failures.metrics["missed_by_all"] == 25 and failures.details["sets"]["SVT_647"]["missed"] == [12, 13, 14, 15]
-    with pytest.raises(ValueError, match="seed 2 was not run yet: run table-8 at scale paper first"):
+    with pytest.raises(ValueError, match="seed 2 is still missing: run table-8 at scale paper first"):
         mean_of_runs(behind(2, "trans=TPS"), [log])
     with pytest.raises(ValueError, match="expected a stage's choice such as trans=TPS"):
         behind(1, "trans=STN")
@@ -432,7 +432,7 @@ def test_help_is_quick_because_torch_stays_out():
 def test_from_a_list_of_images_to_a_reading(tmp_path, program):
     assert program("render", tmp_path / "r", "--n", 40, "--alphabet", "0123456789", "--fonts", "sans")[0] == 0
     code, _, errors = program("render", tmp_path / "r", "--n", 1, "--fonts", "sans")
-    assert code == 2 and "exists already" in errors
+    assert code == 2 and "already exists" in errors
     data = LMDBDataset(tmp_path / "r", filter="off")
     assert len(data) == 40
     lines = []
@@ -477,7 +477,7 @@ def test_from_a_list_of_images_to_a_reading(tmp_path, program):
         (("data", "inspect", "nowhere"), 2, "neither a set"),
         (("predict", "none.pt", "x.png"), 2, "x.png: no such"),
         (("predict", "english_g2"), 2, "expected one or more files"),
-        (("eval", "str.pt", "--height", "64"), 2, "say which network it is with --model"),
+        (("eval", "str.pt", "--height", "64"), 2, "name its network with --model"),
         (("run", "modules", "--scale", "smoke", "--no-such-flag"), 2, "no-such-flag"),
     ],
 )
@@ -489,7 +489,7 @@ def test_mistakes_end_with_one_line(program, project, words, code, message):
 def test_the_program_as_a_process(tmp_path):
     command = [sys.executable, "-m", "str_benchmark", "eval", str(tmp_path / "none.pt")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"str-benchmark: {tmp_path / 'none.pt'}: no such checkpoint\n"
+    assert done.returncode == 2 and done.stderr == f"str-benchmark: {tmp_path / 'none.pt'}: checkpoint not found\n"
 
 
 def test_verbs_that_print(project, capsys, tmp_path):

@@ -1,6 +1,6 @@
-"""CutMix and its rivals, judged by clean error, robustness and uncertainty (arXiv 1905.04899 and 2003.03879).
+"""CutMix and competing methods, judged by clean error, robustness and uncertainty (arXiv 1905.04899 and 2003.03879).
 
-The public names are loaded on first use, so that `from cutmix_robustness import CutMix` costs no more than torch.
+The public names are loaded on first use, so `from cutmix_robustness import CutMix` loads little more than torch.
 """
 
 from importlib import import_module

@@ -18,15 +18,15 @@ def input_gradient(
 
     The logits are divided by the temperature first.
 
-    The sum over the batch is differentiated, so that no sample's gradient shrinks with the batch's size. Dtypes below
-    float32 are refused: a softmax saturated in half precision gives zero gradients and pretends robustness.
+    The sum over the batch is differentiated, so no sample's gradient shrinks with the batch size. Dtypes below float32
+    are refused: a softmax saturated in half precision gives zero gradients, which looks like robustness.
 
     Raises:
         ValueError: a model in training mode.
         TypeError: logits in half precision.
     """
     if getattr(model, "training", False):
-        raise ValueError("the model is in training mode: batch norm would learn from the attack; call model.eval()")
+        raise ValueError("the model is in training mode: attacks would change its batch norm; call model.eval()")
     images = images.detach().requires_grad_(True)
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         logits = model(images)
@@ -57,7 +57,7 @@ def fgsm(
 
 
 def fgsm_step(images: Tensor, gradient: Tensor, epsilon: float = EPSILON, clip: bool = True) -> Tensor:
-    """`fgsm` from a gradient that is there already."""
+    """`fgsm` from a precomputed gradient."""
     attacked = images + epsilon * gradient.sign()
     return attacked.clamp(0, 1) if clip else attacked
 
@@ -80,9 +80,9 @@ def pgd(
         labels: (N,) int64.
         epsilon: radius of the ball in pixel units.
         steps: number of steps.
-        step_size: of each, in pixel units.
-        random_start: start at a uniform point of the ball, clipped to [0, 1], instead of the image.
-        generator: of the start, on the CPU, one draw per pixel.
+        step_size: size of each step, in pixel units.
+        random_start: start at a uniformly random point of the ball, clipped to [0, 1], instead of the image.
+        generator: CPU generator of the start, one draw per pixel.
 
     Raises:
         ValueError: images outside [0, 1].
@@ -122,10 +122,10 @@ def autoattack(model: nn.Module, images: Tensor, labels: Tensor, num_classes: in
 
 
 def in_range(images: Tensor) -> Tensor:
-    """The images clipped to [0, 1]; resizing and normalising to and fro leave values a little outside.
+    """The images clipped to [0, 1]; resizing and undoing a normalisation leave values slightly outside.
 
     Raises:
-        ValueError: values further out than 1e-4, or that are not numbers.
+        ValueError: values outside by more than 1e-4, or NaN.
     """
     low, high = images.aminmax()
     if not (low >= -SLACK and high <= 1 + SLACK):

@@ -43,7 +43,7 @@ def _who_wins(timing: Timing) -> Timing:
 
 
 def _mixing(repeats: int) -> Iterator[Timing]:
-    """CutMix on the CPU against the peers; ours is checked to give each label the weight of its pixels."""
+    """CutMix on the CPU against the peers; checks that ours weights each label by its pixels."""
     import timm.data.mixup
     from torchvision.transforms import v2
 

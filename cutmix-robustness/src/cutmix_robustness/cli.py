@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def default_data_root() -> Path:
 
 @dataclass
 class Run:
-    """Run what is missing of the papers' tables (into runs/) and print published | ours | yours."""
+    """Run the missing runs of the papers' tables (into runs/) and print published | ours | yours."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as table-5; none means all that have the scale."""
+    """Table ids such as table-5; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, twowave, digits, cifar10-jpeg-short, cifar10-jpeg or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data sets are."""
+    """Folder that holds the data sets."""
     jobs: int = 0
-    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     workers: int | None = None
     """Processes per run that read image files; none: one per core, eight at most."""
     skip_broken: bool = False
-    """Leave out image files that cannot be decoded, and say so in the record, instead of ending."""
+    """Skip image files that cannot be decoded, and say so in the record, instead of stopping."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's; detection stays in float32."""
     compile: bool = False
     """torch.compile the network."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """Only list the missing runs and their expected cost."""
 
     def __call__(self) -> None:
         from cutmix_robustness import experiments
@@ -66,7 +66,7 @@ class Run:
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or experiments.built(known.values(), self.scale)
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -92,18 +92,18 @@ class Run:
 
 @dataclass
 class Train:
-    """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
+    """Train one model, print its evaluation as JSON and keep a checkpoint, from which the same command resumes."""
 
     settings: Preset
-    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    """A preset; flags after it change its settings, flags of `train` come before it."""
     output: Path = Path("cutmix-robustness.pt")
-    """Checkpoint; `cutmix-robustness eval` reads it. With --validation-images the best epoch is kept beside it."""
+    """Checkpoint; `cutmix-robustness eval` reads it. With --validation-images the best epoch is kept next to it."""
     seed: int = 0
-    """Of weights, order, augmentation and mixing."""
+    """Seed of weights, order, augmentation and mixing."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
+    """Folder that holds the data set."""
     device: str = "auto"
-    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    """Where to compute: auto, cpu or cuda; use torchrun or Slurm for several processes."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     checkpoint_every: int = 1000
@@ -111,9 +111,9 @@ class Train:
     compile: bool = False
     """torch.compile the network."""
     workers: int | None = None
-    """Processes that read image files; none: one per core, eight at most."""
+    """Processes that read image files; default: one per core, at most eight."""
     skip_broken: bool = False
-    """Leave out image files that cannot be decoded instead of ending."""
+    """Skip image files that cannot be decoded instead of stopping."""
 
     def __call__(self) -> None:
         from cutmix_robustness.data.benchmark import open_benchmark
@@ -143,28 +143,29 @@ class Train:
 
 @dataclass
 class Eval:
-    """Judge a model of `train`, or any other one on --data, clean, robust and uncertain: one JSON object on stdout."""
+    """Evaluate a checkpoint of `train`, or any model on --data: accuracy, robustness and uncertainty as JSON."""
 
     model: tyro.conf.Positional[str]
     """Checkpoint of `train`; or torchvision:<name>, timm:<name>, package.module:function, TorchScript, ONNX, or a
     checkpoint in the layout of the authors of CutMix."""
     data: str = ""
-    """cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class; none: `train`'s."""
+    """cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class; default: the
+    training data of `train`."""
     weights: Path | None = None
     """State dict for torchvision:<name> or timm:<name>, instead of the pretrained one."""
     suites: tuple[str, ...] = ()
-    """Among clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, odin, mahalanobis,
-    in_between, localization; none: those of `train`, or the six that need nothing further."""
+    """Suites to run, from clean, calibration, temperature, occlusion, fgsm, pgd, autoattack, corruption, ood, odin,
+    mahalanobis, in_between, localization; default: those of `train`, or the six that need nothing else."""
     probe_images: int = 0
-    """Of any other model: so many test images for occlusion, attacks, corruptions and pairs; 0: all."""
+    """For any other model: number of test images for occlusion, attacks, corruptions and pairs; 0: all."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where a named data set is."""
+    """Folder that holds a named data set."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     workers: int | None = None
-    """Processes that read image files; none: one per core, eight at most."""
+    """Processes that read image files; default: one per core, at most eight."""
     skip_broken: bool = False
-    """Leave out image files that cannot be decoded instead of ending."""
+    """Skip image files that cannot be decoded instead of stopping."""
 
     def __call__(self) -> None:
         from cutmix_robustness.experiments import Reading, evaluate_checkpoint, evaluate_model
@@ -172,7 +173,7 @@ class Eval:
 
         for suite in self.suites:
             if suite not in SUITES:
-                raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+                raise ValueError(f"unknown suite {suite!r}; the suites are {', '.join(SUITES)}")
         if self.data:
             reading = Reading(self.workers, self.skip_broken)
             words = (self.model, self.data, self.data_root, self.device, self.suites, self.weights, self.probe_images)
@@ -191,17 +192,17 @@ class Corrupt:
     output: tyro.conf.Positional[Path]
     """Folder to write to."""
     names: tuple[str, ...] = ()
-    """Corruptions; none: all 19."""
+    """Corruptions to apply; default: all 19."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Severities of image files, 1 .. 5; a CIFAR set always gets all five."""
+    """Severities for image files, 1 .. 5; a CIFAR set always gets all five."""
     scale: Literal["cifar", "imagenet"] = "imagenet"
-    """Severity table of image files."""
+    """Which constants to use for image files."""
     seed: int = 0
-    """Of all draws."""
+    """Seed of all random draws."""
     skip_broken: bool = False
-    """Leave out files that cannot be decoded instead of ending."""
+    """Skip files that cannot be decoded instead of stopping."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where a CIFAR test set is."""
+    """Folder that holds the CIFAR test set."""
 
     def __call__(self) -> None:
         from cutmix_robustness.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
@@ -219,18 +220,18 @@ class Corrupt:
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there."""
+    """List which data are needed, where they are looked for, and what is there."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
+    """Folder to search."""
     download: Literal["mnist", "cifar10", "cifar100", "svhn", "voc"] | None = None
-    """Fetch this one through torchvision, which checks its hash."""
+    """Download this data set through torchvision, which checks its hash."""
     tiny: Path | None = None
     """Write small archives in the layout of the real ones into this new folder."""
     verify: bool = False
-    """Decode every image that is there to its end."""
+    """Decode every image that is there completely."""
     workers: int | None = None
-    """Processes of --verify; none: one per core, eight at most."""
+    """Processes of --verify; default: one per core, at most eight."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
@@ -318,7 +319,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
         print(
-            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept; the same command resumes", file=sys.stderr
         )
         sys.exit(130)
     except Exception as error:

@@ -4,8 +4,8 @@
     y~ = lam * y_A + (1 - lam) * y_B    lam ~ Beta(alpha, alpha), then 1 - area / (W * H) of the clipped box
     r_w = W * sqrt(1 - lam), r_h = H * sqrt(1 - lam), centre uniform over the image (equation 2)
 
-Every decision takes one row of four uniform numbers from the generator, so that a sample's box does not depend on how
-the stream of samples is cut into batches.
+Every decision takes one row of four uniform numbers from the generator, so a sample's box does not depend on how the
+stream of samples is divided into batches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MixedBatch:
         target_b: the same of their partners.
         lam: (N,) float32, weight of target_a.
         boxes: (N, 4) int64 as (y1, x1, y2, x2), end exclusive; empty where nothing was pasted.
-        perm: (N,) int64, index of each partner.
+        perm: (N,) int64, index of each image's partner.
     """
 
     images: Tensor
@@ -63,7 +63,7 @@ class MixedBatch:
 
 
 def unmixed(images: Tensor, labels: Tensor) -> MixedBatch:
-    """The batch as it is, in the form of a mixed one."""
+    """The unchanged batch in the form of a mixed one."""
     n, device = len(images), images.device
     boxes = torch.zeros(n, 4, dtype=torch.int64, device=device)
     return MixedBatch(images, labels, labels, torch.ones(n, device=device), boxes, torch.arange(n, device=device))
@@ -75,7 +75,7 @@ def mixed_cross_entropy(logits: Tensor, batch: MixedBatch, label_smoothing: floa
     Args:
         logits: (N, K).
         batch: the mixed batch.
-        label_smoothing: eps; each target becomes (1 - eps) * y + eps / K, after mixing as well as before.
+        label_smoothing: eps; each target becomes (1 - eps) * y + eps / K (the same before or after mixing).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     lam = batch.lam.to(logits.dtype)
@@ -90,11 +90,11 @@ def cutmix_box(height: int, width: int, lam: Tensor, center: Tensor, rounding: s
     """Clipped box of equation 2 for a mixing ratio and a centre.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image.
-        lam: (n,) float64 in [0, 1], share of the image that is to stay.
+        height: height of the image, in pixels.
+        width: width of the image.
+        lam: (n,) float64 in [0, 1], share of the image to keep.
         center: (n, 2) as (y, x): pixel indices for "reference", positions in [0, size] for "exact".
-        rounding: "reference" truncates the side and halves it (sides are even), as the authors' code; "exact" rounds
+        rounding: "reference" truncates the side and halves it (sides are even), like the authors' code; "exact" rounds
             the clipped edges.
 
     Returns:
@@ -141,7 +141,7 @@ def sample_boxes(
         Boxes (n, 4) int64 as (y1, x1, y2, x2), and lam (n,) float64, the exact share outside of each.
 
     Raises:
-        ValueError: alpha not above 0, or an unknown rounding.
+        ValueError: alpha is not above 0, or an unknown rounding.
     """
     mix = CutMix(alpha, rounding=rounding, generator=generator)
     boxes = mix.boxes(mix.draw(n), height, width)
@@ -149,24 +149,24 @@ def sample_boxes(
 
 
 class CutMix:
-    """Mix a batch; call it on normalised or on unnormalised images, in training only.
+    """Mix a batch; works on normalised or unnormalised images, in training only.
 
     Args:
-        alpha: of Beta(alpha, alpha).
-        prob: probability to mix: of the whole batch, or of each sample.
+        alpha: parameter of Beta(alpha, alpha).
+        prob: probability of mixing the whole batch, or each sample.
         mode: "batch" (one lam, one box, as the paper) or "sample" (one of each per image).
         partner: "permute" (random permutation), "roll" (the previous image) or "flip" (the batch backwards).
         rounding: see `cutmix_box`.
-        correct_lam: label weight from the clipped box, else the drawn lam.
-        variant: of Table 8. "center_gaussian" draws the centre around the middle (sigma a quarter of the side, ours),
-            "fixed" keeps the box at fixed_size, "scheduled" multiplies prob by `progress`, "one_hot" gives the label
-            of the larger part, "complete" half of both labels.
+        correct_lam: take the label weight from the clipped box, else the drawn lam.
+        variant: variant of Table 8. "center_gaussian" draws the centre around the middle (sigma a quarter of the side,
+            ours), "fixed" keeps the box at fixed_size, "scheduled" multiplies prob by `progress`, "one_hot" gives the
+            label of the larger part, "complete" half of both labels.
         fixed_size: side of the box of "fixed", in pixels.
-        generator: CPU generator of all draws; None: torch's default. In a DataLoader's workers each has its own stream,
+        generator: CPU generator of all draws; None: torch's default. Each worker of a DataLoader has its own stream,
             see `own_stream`.
 
     Attributes:
-        progress: share of the training done, 0 .. 1; read by "scheduled" alone.
+        progress: share of the training done, 0 .. 1; read only by "scheduled".
 
     Raises:
         ValueError: a value out of its range.
@@ -194,7 +194,7 @@ class CutMix:
         self.generator, self.progress = generator, 0.0
 
     def __call__(self, images: Tensor, labels: Tensor) -> MixedBatch:
-        """Mix (N, C, H, W) images of any dtype and (N,) int64 or (N, K) float labels; the input is left as it is.
+        """Mix (N, C, H, W) images of any dtype and (N,) int64 or (N, K) float labels; the input is not modified.
 
         Raises:
             ValueError: images that are not 4-D, an empty batch, labels of another length.
@@ -219,7 +219,7 @@ class CutMix:
         return torch.rand(n, 4, dtype=torch.float64, generator=own_stream(self.generator))
 
     def boxes(self, draws: Tensor, height: int, width: int) -> Tensor:
-        """Boxes (n, 4) of (n, 4) draws, whether or not their sample is to be mixed."""
+        """Boxes (n, 4) from (n, 4) draws, whether or not their sample will be mixed."""
         size = torch.tensor([height, width], dtype=torch.float64)
         center = draws[:, 2:]
         if self.variant == "center_gaussian":
@@ -242,7 +242,7 @@ class CutMix:
         return torch.full_like(lam, 0.5) if self.variant == "complete" else lam
 
 
-SMALL_IMAGE = 64 * 64  # pixels up to which one masked copy of the batch is quicker than a copy per box
+SMALL_IMAGE = 64 * 64  # up to this many pixels one masked copy of the batch is faster than a copy per box
 
 
 def _paste(images: Tensor, perm: Tensor, boxes: Tensor, mixes: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def check_mixing(alpha: float, prob: float, mode: str, partner: str) -> None:
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:
-    """ValueError for images that are no batch, or labels of another length."""
+    """ValueError for images that are not a batch, or labels of another length."""
     if images.ndim != 4:
         raise ValueError(f"images must be 4-D (N, C, H, W), got shape {tuple(images.shape)}")
     if len(images) == 0:

@@ -31,7 +31,7 @@ from shared_utils.seeding import seed_everything
 class SsdBackbone(nn.Module):
     """ResNet-50 up to layer3 with four more layers: maps of side 38, 19, 10, 5, 3 and 1 at 300 x 300.
 
-    The first is layer2, which stands where SSD300 has conv4_3.
+    The first is layer2, in place of SSD300's conv4_3.
 
     Args:
         resnet: trained classifier.
@@ -69,7 +69,7 @@ def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **opt
     Args:
         kind: "faster-rcnn" (feature pyramid on layers 1 to 4) or "ssd" (300 x 300).
         resnet: ResNet of this package for ImageNet.
-        min_size: of Faster R-CNN's images, in pixels.
+        min_size: shorter side of Faster R-CNN's images, in pixels.
         options: further arguments of torchvision's FasterRCNN.
     """
     if kind == "ssd":
@@ -86,7 +86,7 @@ def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **opt
 def train_and_measure(
     settings: Settings, seed: int, data_root: Path, fabric: Fabric, checkpoint: Path, every: int = 1000
 ) -> Outcome:
-    """Train a detector for `settings.steps` steps, go on from the checkpoint if there is one, and measure its mAP.
+    """Train a detector for `settings.steps` steps, resuming from the checkpoint if there is one, and measure its mAP.
 
     Raises:
         FileNotFoundError: VOC or the backbone's checkpoint is missing.
@@ -111,7 +111,7 @@ def fit_detector(
     checkpoint: Path,
     every: int = 1000,
 ) -> None:
-    """SGD with momentum; batch norm keeps the backbone's statistics; the checkpoint is written every so many steps."""
+    """SGD with momentum; batch norm keeps the backbone's statistics; the checkpoint is written at regular intervals."""
     detector.to(fabric.device)
     optimizer = torch.optim.SGD(detector.parameters(), settings.lr, 0.9, weight_decay=settings.weight_decay)
     run, step = {"seed": seed, "settings": repr(settings)}, 0
@@ -164,7 +164,7 @@ def _workers() -> int:
 
 
 def measure(detector: nn.Module, data: VocImages, fabric: Fabric) -> float:
-    """Mean average precision in % on a VOC part, computed by every process alone on all of it."""
+    """Mean average precision in % on a VOC part; every process computes it on all of the part."""
     detector.eval()
     found, true = [], []
     for images, targets in DataLoader(data, batch_size=4, num_workers=_workers(), collate_fn=_lists):

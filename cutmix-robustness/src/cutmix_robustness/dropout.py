@@ -1,4 +1,4 @@
-"""Regularizers that drop: regions of the image (Cutout) or parts of the network (DropBlock, StochDepth, ShakeDrop)."""
+"""Regularizers that drop regions of the image (Cutout) or parts of the network (DropBlock, StochDepth, ShakeDrop)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Cutout:
 
     Args:
         size: side of the square in pixels: 16 on CIFAR, 112 on ImageNet.
-        fill: value, or one per channel; the paper's 0 after normalisation is the mean colour before.
-        generator: of the centres, one row of two per image; as in `CutMix`.
+        fill: value, or one per channel; the paper's 0 after normalisation is the mean colour before it.
+        generator: generator of the centres, one row of two numbers per image; as in `CutMix`.
 
     Raises:
         ValueError: size below 1; on calling, images that are not 4-D.
@@ -51,11 +51,11 @@ def dropblock_gamma(keep_prob: float, block_size: int, height: int, width: int) 
 class DropBlock2d(nn.Module):
     """Drop contiguous squares of a feature map in training and rescale what is left.
 
-    torchvision's takes odd sizes only; the paper's on CIFAR is 4.
+    torchvision's version takes only odd sizes; the paper uses 4 on CIFAR.
 
     Args:
         keep_prob: share of units kept, 0.9 in the paper.
-        block_size: side of a square, 4 on CIFAR; cut to the feature map where that is smaller.
+        block_size: side of a square, 4 on CIFAR; reduced to the feature map's size if that is smaller.
     """
 
     def __init__(self, keep_prob: float = 0.9, block_size: int = 4):

@@ -1,7 +1,7 @@
-"""One model, every column: clean, occluded, attacked, corrupted, between classes, from outside, and where it looks.
+"""One model, every column: clean, occluded, attacked, corrupted, in between, out of distribution, and localization.
 
-Everything is computed in float32 (confidences in float64) on a model in evaluation mode, except that on CUDA suites
-which ask for the predicted class alone run in bfloat16. Under several processes each takes its share of the batches
+Everything is computed in float32 (confidences in float64) on a model in evaluation mode, except that suites
+which need only the predicted class run in bfloat16 on CUDA. With several processes each takes its share of the batches,
 and every image counts once.
 """
 
@@ -51,10 +51,10 @@ class Evaluation:
 def collect(
     source: Batches, measure: Callable[[Tensor, Tensor, int], dict[str, Tensor]], fabric: Fabric
 ) -> dict[str, Tensor]:
-    """Map batches and concatenate what comes back, in the order of the source, over all processes.
+    """Map batches and concatenate the results, in the order of the source, over all processes.
 
     Args:
-        source: of uint8 images.
+        source: source of uint8 images.
         measure: images (B, 3, H, W) in [0, 1], labels (B,) and the batch's number to tensors of leading dimension B.
         fabric: processes.
 
@@ -82,7 +82,7 @@ def logits_of(model: nn.Module, source: Batches, fabric: Fabric) -> tuple[Tensor
 
 
 def top1_error(model: nn.Module, source: Batches, fabric: Fabric) -> float:
-    """In %; leaves the model in training mode."""
+    """Error in %; leaves the model in training mode."""
     logits, labels = logits_of(model.eval(), source, fabric)
     model.train()
     return _error(logits.argmax(1) == labels)
@@ -99,11 +99,11 @@ class Evaluator:
         model: any module, images in [0, 1] to logits.
         benchmark: test set, corruptions, unknown inputs, boxes.
         fabric: device and processes.
-        severities: of the corruptions.
-        probe_images: so many test images, drawn by the seed with every class's share kept, for occlusion, PGD,
+        severities: severities of the corruptions.
+        probe_images: number of test images, drawn by the seed with class shares kept, for occlusion, PGD,
             corruptions and pairs; 0, or more than there are: all.
-        seed: of probes, pairs, random starts and corruptions that are generated here.
-        fast: bfloat16 where only the predicted class counts (occlusion, corruptions, pairs); None: on CUDA.
+        seed: seed of probes, pairs, random starts and generated corruptions.
+        fast: bfloat16 if only the predicted class counts (occlusion, corruptions, pairs); None: on CUDA.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Evaluator:
         self.logits, self.labels = logits_of(model, test, fabric)
 
     def run(self, suites: Sequence[str]) -> Evaluation:
-        """Metrics and details of the suites, in the order given."""
+        """Metrics and details of the suites, in the given order."""
         total = Evaluation()
         for name in suites:
             part = getattr(self, name)()
@@ -154,7 +154,7 @@ class Evaluator:
         return Evaluation({"temperature": t, "ece_before_scaling": before, "ece_after_scaling": after})
 
     def occlusion(self) -> Evaluation:
-        """Error under a centred hole and under its complement, at eleven sizes (figure 5a)."""
+        """Error with a centred hole and with its complement, at eleven sizes (figure 5a)."""
         side = self._side()
         sizes = [round(tenth * side) for tenth in TENTHS]
         mean = torch.tensor(self.benchmark.mean)
@@ -243,9 +243,9 @@ class Evaluator:
         return _error(logits.argmax(1) == labels)
 
     def ood(self) -> Evaluation:
-        """Detection of unknown inputs by the maximum softmax probability: per set, and their mean (Table 12, A2).
+        """Out-of-distribution detection by the maximum softmax probability: per set, and the mean (Tables 12, A2).
 
-        Beside it the mean AUROC of two later scores, the energy and the largest logit.
+        Also the mean AUROC of two later scores, the energy and the largest logit.
         """
         known = ood_scores(self.logits)
         found: dict[str, dict[str, float]] = {}
@@ -265,7 +265,7 @@ class Evaluator:
         return Evaluation(metrics)
 
     def odin(self) -> Evaluation:
-        """Mean AUROC over the unknown sets of ODIN's score."""
+        """Mean AUROC of ODIN's score over the out-of-distribution sets."""
 
         def measure(images: Tensor, _labels: Tensor, _number: int) -> dict[str, Tensor]:
             return {"score": odin_scores(self.model, images)}
@@ -273,16 +273,16 @@ class Evaluator:
         return self._mean_auroc("odin", lambda source: collect(source, measure, self.fabric)["score"].numpy())
 
     def mahalanobis(self) -> Evaluation:
-        """Mean AUROC over the unknown sets of the Mahalanobis distance between inputs of the last linear layer."""
+        """Mean AUROC of the Mahalanobis distance between inputs of the last linear layer."""
         if self.benchmark.train is self.benchmark.test:
-            raise ValueError("the suite mahalanobis needs training images, which a benchmark of test images lacks")
+            raise ValueError("the suite mahalanobis needs training images; this benchmark has test images only")
         train, labels = self._features(self.benchmark.train)
         return self._mean_auroc(
             "mahalanobis", lambda source: mahalanobis_scores(train, labels, self._features(source)[0])
         )
 
     def _features(self, source: Batches) -> tuple[np.ndarray, np.ndarray]:
-        """What enters the last linear layer, (N, D), and the labels (N,)."""
+        """The inputs of the last linear layer, (N, D), and the labels (N,)."""
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise ValueError("the suite mahalanobis needs a model with a torch.nn.Linear layer")
@@ -301,7 +301,7 @@ class Evaluator:
         sets = self.benchmark.unknown()
         if not sets:
             raise ValueError(
-                f"{self.benchmark.test.name} comes without unknown inputs; leave out ood, odin, mahalanobis"
+                f"{self.benchmark.test.name} has no out-of-distribution inputs; leave out ood, odin, mahalanobis"
             )
         return sets
 
@@ -338,7 +338,7 @@ class Evaluator:
         """Boxes around the class activation map of the predicted class (Table 9)."""
 
         def measure(images: Tensor, labels: Tensor, _: int) -> dict[str, Tensor]:
-            model: Any = self.model  # its network has features and fc, as all here do
+            model: Any = self.model  # like all networks here, it has features and fc
             network = model.network
             features = network.features((images - model.mean) / model.std)
             predicted = network.fc(features.mean((2, 3))).argmax(1)
@@ -347,7 +347,7 @@ class Evaluator:
             return {"cam": cam.half(), "right": predicted == labels}
 
         if self.benchmark.boxes is None:
-            raise ValueError(f"{self.benchmark.test.name} has no boxes, the suite localization needs them")
+            raise ValueError(f"{self.benchmark.test.name} has no boxes, which the suite localization needs")
         with torch.no_grad():
             found = collect(self.benchmark.test, measure, self.fabric)
         cams = found["cam"].float().numpy()
@@ -364,8 +364,9 @@ def evaluate(
     """One row per model with every column of the suites.
 
     Args:
-        models: name to any module (images in [0, 1] to logits), on the fabric's device; put into evaluation mode.
-        suites: among `SUITES`; localization needs a `Classifier`.
+        models: name to any module (images in [0, 1] to logits), on the fabric's device; they are put into evaluation
+            mode.
+        suites: some of `SUITES`; localization needs a `Classifier`.
         benchmark: from `benchmark_of` (tensors), `folder_benchmark` or `open_benchmark`.
         fabric: device and processes; None: one process on the CPU.
         options: further arguments of `Evaluator`.

@@ -35,7 +35,7 @@ logger = get_logger("cutmix-robustness")
 PROJECT = project_folder(__file__)
 PACKAGES = ("torchvision", "lightning", "numpy", "scipy")
 PAPER_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "cub": 5_994}
-GENERAL = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption")  # what any model can be judged by
+GENERAL = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption")  # suites that work for any model
 AVERAGED = (  # Table 4 of 2003.03879
     "top1_error", "fgsm_error", "center_occlusion_error", "noise_ce", "blur_ce", "weather_ce", "digital_ce",
 )  # fmt: skip
@@ -63,12 +63,12 @@ def _read_tables(folder: Path) -> tuple[Table, ...]:
 
 
 def built(known: Iterable[Table], scale: str) -> list[Table]:
-    """Tables that can be run at a scale; those that this project lacks (captioning) are named in the log."""
+    """Tables that can be run at a scale; the log names those that are not implemented (captioning)."""
     chosen = []
     for table in known:
         if scale in table.scales:
             if table.scales[scale].settings.get("task") == "captioning":
-                logger.info("%s is not built: image captioning on COCO is not part of this project", table.id)
+                logger.info("%s is skipped: image captioning on COCO is not part of this project", table.id)
             else:
                 chosen.append(table)
     return chosen
@@ -87,7 +87,7 @@ def run_tables(
     precision: str = "auto",
     compile: bool = False,
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    """Run what runs/<scale>.jsonl lacks for the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
@@ -105,7 +105,7 @@ def run_tables(
 
 
 def needs_of(settings: dict, *, data_root: Path) -> list[Need]:
-    """All that a run of a table reads."""
+    """Everything that a run of a table reads."""
     return list(needs(Settings(**settings), data_root))
 
 
@@ -118,7 +118,7 @@ def execute(
     precision: str = "auto",
     compile: bool = False,
 ) -> Outcome:
-    """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+    """One run of a table; a killed run resumes from runs/checkpoints."""
     resolved = Settings(**settings)
     if resolved.task == "properties":
         return measure_properties(resolved, seed)
@@ -149,10 +149,10 @@ def train_and_evaluate(
     checkpoint_every: int = 1000,
     compile: bool = False,
 ) -> tuple[Classifier, Outcome]:
-    """Train from scratch (or on from the checkpoint) and evaluate the last epoch.
+    """Train from scratch (or from the checkpoint) and evaluate the last epoch.
 
-    Beside it stand the error of the best epoch on the test set, as the papers report it, and, where images are held
-    out, of the epoch that these choose.
+    Also reports the error of the best epoch on the test set, as the papers do, and, if images are held out, of the
+    epoch that these choose.
     """
     model = build_classifier(settings, benchmark, seed)
     if settings.initial_weights:
@@ -211,7 +211,7 @@ def _skipped(part: Batches) -> str:
 
 
 def _other_size(settings: Settings, benchmark: Benchmark) -> list[str]:
-    """What tells a set that is not the paper's by its size from the paper's."""
+    """Caveats of the run: a training set smaller than the paper's."""
     expected = PAPER_IMAGES.get(settings.dataset, len(benchmark.train))
     own = len(benchmark.train) != expected and not settings.train_images
     return [f"{len(benchmark.train):,} of the paper's {expected:,} training images"] if own else []
@@ -223,7 +223,7 @@ def _digest(path: Path) -> str:
 
 
 def build_classifier(settings: Settings, benchmark: Benchmark, seed: int) -> Classifier:
-    """Fresh weights from the seed.
+    """New weights from the seed.
 
     Raises:
         ValueError: an unknown network, or a branch regularizer on a network without residual branches.
@@ -245,7 +245,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def evaluate_checkpoint(path: Path, data_root: Path, device: str, suites: Sequence[str]) -> dict[str, float]:
-    """Metrics of a checkpoint that `train` wrote. ValueError where it is damaged or of another network."""
+    """Metrics of a checkpoint that `train` wrote. ValueError if it is damaged or from another network."""
     content = load_checkpoint(path)
     settings = Settings(**content["run"]["settings"])
     fabric = make_fabric(device)
@@ -271,14 +271,14 @@ def evaluate_model(
     """Metrics of any model that `load_model` knows.
 
     Args:
-        where: of the model.
+        where: the model, see `load_model`.
         data: cifar10, cifar100, cifar10-jpeg, imagenet, or a folder with one folder of images per class.
-        data_root: of a named data set.
+        data_root: folder that holds a named data set.
         device: auto, cpu or cuda.
-        suites: none means clean, calibration, occlusion, fgsm, pgd and corruption.
+        suites: default: clean, calibration, occlusion, fgsm, pgd and corruption.
         weights: see `load_model`.
         probe_images: see `Evaluator`.
-        reading: of image files.
+        reading: how image files are read.
     """
     suites, fabric = suites or GENERAL, make_fabric(device)
     if data in PAPER_IMAGES or data == "cifar10-jpeg":
@@ -290,12 +290,12 @@ def evaluate_model(
     model = load_model(where, benchmark.num_classes, benchmark.mean, benchmark.std, weights).to(fabric.device)
     logits, _ = logits_of(model, benchmark.test.select(torch.arange(1)), fabric)
     if logits.shape[1] < benchmark.num_classes:
-        raise ValueError(f"{where} tells {logits.shape[1]} classes apart, {data} has {benchmark.num_classes}")
+        raise ValueError(f"{where} has {logits.shape[1]} classes, {data} has {benchmark.num_classes}")
     return Evaluator(model, benchmark, fabric, probe_images=probe_images).run(suites).metrics
 
 
 def measure_properties(settings: Settings, seed: int) -> Outcome:
-    """Table 2 by measurement: image i holds i + 1 everywhere, so that every pixel shows where it came from."""
+    """Table 2, measured: image i is i + 1 everywhere, so every pixel shows where it came from."""
     n, side = 64, 32
     model = Classifier(torch.nn.Identity(), (0.0,) * 3, (1.0,) * 3)
     recipe = Recipe(settings, model, torch.nn.Identity())

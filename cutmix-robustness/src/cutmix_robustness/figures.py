@@ -1,4 +1,4 @@
-"""The papers' figures from the run logs alone, and two sheets that show what is done to images."""
+"""The papers' figures from the run logs alone, and two sheets that show what the methods do to images."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _alpha_and_layer(table: Table, scale: str | None, results: Path) -> plt.Figu
 
 
 def _probe_curves(table: Table, scale: str | None, results: Path) -> plt.Figure:
-    """Figure 5: occluded images, and images between two: published curves above, ours below."""
+    """Figure 5: occluded and in-between images: published curves above, ours below."""
     with open(Path(__file__).parents[2] / "tables" / "figure-5.csv", newline="") as file:
         published = list(csv.DictReader(file))
     found = _details(table, scale, results) if scale else {}
@@ -185,7 +185,7 @@ def photographs(side: int = 224) -> Tensor:
 
 
 def _picture(image: Tensor) -> np.ndarray:
-    """(3, H, W) tensor to what matplotlib shows."""
+    """(3, H, W) tensor in matplotlib's layout."""
     return image.permute(1, 2, 0).numpy()
 
 

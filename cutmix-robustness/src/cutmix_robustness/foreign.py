@@ -27,13 +27,13 @@ def load_model(
     """A model in evaluation mode, images (N, 3, H, W) in [0, 1] to logits (N, num_classes).
 
     Args:
-        where: torchvision:<name> or timm:<name> (pretrained there unless `weights` are given);
-            package.module:function (called without arguments, gives a module for images in [0, 1]: nothing is put
-            before it); a TorchScript or ONNX file; a checkpoint in the layout that the authors of CutMix released
-            (`arch`, `depth` and `alpha` are read from its tensors).
+        where: torchvision:<name> or timm:<name> (pretrained unless `weights` are given);
+            package.module:function (called without arguments, returns a module for images in [0, 1], to which no
+            normalisation is added); a TorchScript or ONNX file; a checkpoint in the layout that the authors of CutMix
+            released (`arch`, `depth` and `alpha` are read from its tensors).
         num_classes: K.
-        mean: of the normalisation put before all others.
-        std: likewise.
+        mean: mean of the normalisation that is put before all other models.
+        std: its standard deviation.
         weights: state dict for a named architecture, alone or under "state_dict", "model" or "network".
 
     Raises:
@@ -52,7 +52,7 @@ def load_model(
         return _from_code(source, name)
     path = Path(where)
     if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such file; a model is {FORMS}")
+        raise FileNotFoundError(f"{where}: file not found; a model is {FORMS}")
     if path.suffix == ".onnx":
         return Classifier(OnnxNetwork(path), mean, std).eval()
     content = _read(path)
@@ -88,9 +88,9 @@ def _from_code(module: str, function: str) -> nn.Module:
 
 
 def _read(path: Path) -> Any:
-    """A TorchScript module, or what a checkpoint holds; pickled code is not run."""
+    """A TorchScript module, or the contents of a checkpoint; pickled code is not run."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: file not found")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as not_weights:
@@ -98,25 +98,25 @@ def _read(path: Path) -> Any:
             return torch.jit.load(path, map_location="cpu")
         except RuntimeError:
             reason = str(not_weights).splitlines()[0]
-            raise ValueError(f"{path}: neither weights nor TorchScript ({reason})") from not_weights
+            raise ValueError(f"{path}: is neither weights nor TorchScript ({reason})") from not_weights
 
 
 def state_dict_of(content: Any, where: str) -> dict[str, Tensor]:
-    """Names to tensors, from a bare state dict or from below its usual keys; `module.` in front is dropped.
+    """Names to tensors, from a bare state dict or one under its usual keys; a leading `module.` is dropped.
 
     Raises:
-        ValueError: no tensors are there.
+        ValueError: there are no tensors.
     """
     for key in ("state_dict", "model", "network"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{where}: holds no state dict, alone or under state_dict, model or network")
+        raise ValueError(f"{where}: has no state dict, neither at the top nor under state_dict, model or network")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def released(weights: dict[str, Tensor], where: str) -> nn.Module:
-    """The network whose released weights these are: PyramidNet or ResNet for CIFAR, ResNet-50 or -101 for ImageNet.
+    """The network of these released weights: PyramidNet or ResNet for CIFAR, ResNet-50 or -101 for ImageNet.
 
     Depth, widening and classes are read from the shapes.
 
@@ -124,7 +124,7 @@ def released(weights: dict[str, Tensor], where: str) -> nn.Module:
         ValueError: weights of another network.
     """
     if "fc.weight" not in weights or "conv1.weight" not in weights:
-        raise ValueError(f"{where}: no network of the released checkpoints (no conv1 and fc); name it, with --weights")
+        raise ValueError(f"{where}: unknown network (no conv1 and fc); name it and pass this file to --weights")
     classes = len(weights["fc.weight"])
     blocks = {name.rsplit(".", 2)[0] for name in weights if name.startswith("layer")}
     blocks = {name for name in blocks if name.count(".") == 1}  # without those of shortcuts
@@ -143,7 +143,7 @@ def released(weights: dict[str, Tensor], where: str) -> nn.Module:
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file run by onnxruntime on the CPU; it has no gradients, so that FGSM, PGD and ODIN cannot judge it."""
+    """An ONNX file run by onnxruntime on the CPU; it has no gradients, so FGSM, PGD and ODIN do not work."""
 
     def __init__(self, path: Path):
         super().__init__()

@@ -12,11 +12,11 @@ CONNECTIVITY = {4: ndimage.generate_binary_structure(2, 1), 8: ndimage.generate_
 
 
 def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """Weighted sum of the last feature maps, cut off at 0.
+    """Weighted sum of the last feature maps, clipped at 0.
 
     Args:
         features: (N, C, h, w).
-        weight: (K, C) of the linear layer behind the global average.
+        weight: (K, C), of the linear layer after the global average.
         classes: (N,) int64.
 
     Returns:
@@ -34,7 +34,7 @@ def cam_box(cam: np.ndarray, sigma: float = SIGMA, connectivity: int = 8) -> tup
         connectivity: 4 or 8 neighbours. Among equal components the first in raster order is taken.
 
     Returns:
-        (x0, y0, x1, y1), end exclusive; all zeros where nothing is above the threshold.
+        (x0, y0, x1, y1), end exclusive; all zeros if nothing is above the threshold.
     """
     components, count = ndimage.label(cam > sigma * cam.max(), CONNECTIVITY[connectivity])
     if count == 0:
@@ -57,7 +57,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def localization_accuracy(
     cams: np.ndarray, correct: np.ndarray, boxes: list[np.ndarray], sigma: float = SIGMA
 ) -> dict[str, float]:
-    """Share of images, in %, whose class is right and whose box overlaps a true one by more than one half.
+    """Share of images, in %, whose class is right and whose box has an IoU above one half with a true one.
 
     Args:
         cams: (N, H, W) maps at the resolution of the boxes.
@@ -66,7 +66,7 @@ def localization_accuracy(
         sigma: see `cam_box`.
 
     Returns:
-        `localization_accuracy` as above and `gt_known_localization`, the box alone.
+        `localization_accuracy` as above and `gt_known_localization`, which counts the box alone.
     """
     overlap = np.array([box_iou(np.array(cam_box(cam, sigma)), b).max() for cam, b in zip(cams, boxes, strict=True)])
     hit = overlap > 0.5

@@ -1,4 +1,4 @@
-"""Mixup, and mixing inside the network: Manifold Mixup and Feature CutMix (rivals in 1905.04899, section 4.1)."""
+"""Mixup, and mixing inside the network: Manifold Mixup and Feature CutMix (baselines in 1905.04899, section 4.1)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Mixup:
     """x~ = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha), the same for the labels.
 
     Args:
-        alpha: of the Beta distribution.
-        prob: probability to mix: of the whole batch, or of each sample.
+        alpha: parameter of the Beta distribution.
+        prob: probability of mixing the whole batch, or each sample.
         mode: "batch" (one lam) or "sample".
         partner: "permute", "roll" or "flip", as in `CutMix`.
-        generator: of all draws, as in `CutMix`.
+        generator: generator of all draws, as in `CutMix`.
 
     Raises:
         ValueError: a value out of its range; on calling, integer images.
@@ -37,7 +37,7 @@ class Mixup:
         self.alpha, self.prob, self.mode, self.partner, self.generator = alpha, prob, mode, partner, generator
 
     def __call__(self, images: Tensor, labels: Tensor) -> MixedBatch:
-        """Mix (N, C, H, W) float images and (N,) or (N, K) labels; the input is left as it is."""
+        """Mix (N, C, H, W) float images and (N,) or (N, K) labels; the input is not modified."""
         check_batch(images, labels)
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point to be averaged, got {images.dtype}")
@@ -53,21 +53,21 @@ class Mixup:
 
 
 class ManifoldMix:
-    """Mix the batch at one point of the network, drawn anew for every batch among the input and the given modules.
+    """Mix the batch at one point of the network, drawn for every batch from the input and the given modules.
 
     Point 0 is the image; the others are the outputs of submodules, for the networks of this package those named by
     `network.points` (after the first convolution, layer1, layer2 and layer3). Feature CutMix draws its box at that
     point's resolution.
 
     Args:
-        network: its submodules' outputs are mixed.
+        network: the network whose submodules' outputs are mixed.
         points: names of submodules; `only` counts them from 1.
         mix: a `Mixup` (Manifold Mixup) or a `CutMix` (Feature CutMix); its generator draws the point as well.
-        only: mix always at this point instead of a random one (figure 3 of the paper).
-        forward: images to logits, where the network is called through a wrapper; None: the network itself.
+        only: always mix at this point instead of a random one (figure 3 of the paper).
+        forward: images to logits, if the network is called through a wrapper; None: the network itself.
 
     Raises:
-        ValueError: a point that the network lacks.
+        ValueError: the network has no such point.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ManifoldMix:
         return replace_output
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, MixedBatch]:
-        """Logits (N, K) of the mixed pass, and the mixed batch, whose `images` are those of the point."""
+        """Logits (N, K) of the mixed pass, and the mixed batch; its `images` are the values at that point."""
         if self.only is None:
             self._point = int(torch.randint(self.n_points, (), generator=own_stream(self.mix.generator)))
         else:
@@ -113,18 +113,18 @@ class ManifoldMix:
         try:
             logits = self.forward(images)
             if self._mixed is None:
-                raise RuntimeError(f"the network was run without its submodule of point {self._point}")
+                raise RuntimeError(f"the network ran without the submodule of point {self._point}")
             return logits, self._mixed
         finally:
             self._labels = self._mixed = None
 
 
 class MixupCutMix:
-    """One of the two for each batch.
+    """Mixup or CutMix, chosen for each batch.
 
     Args:
         mixup: used with probability 1 - switch_prob.
-        cutmix: used with probability switch_prob; its generator decides.
+        cutmix: used with probability switch_prob; its generator makes the choice.
         switch_prob: see above.
     """
 

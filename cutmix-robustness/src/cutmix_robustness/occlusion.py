@@ -1,4 +1,4 @@
-"""Occluded images and images between two (section 4.3 and appendix D of 1905.04899)."""
+"""Occluded images and in-between images (section 4.3 and appendix D of 1905.04899)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def hole(height: int, width: int, size: int) -> tuple[slice, slice]:
-    """Rows and columns of the centred square, starting at floor((H - size) / 2); ValueError where it does not fit."""
+    """Rows and columns of the centred square, starting at floor((H - size) / 2); ValueError if it does not fit."""
     if not 0 <= size <= min(height, width):
         raise ValueError(f"size must lie in 0 .. {min(height, width)}, got {size}")
     top, left = (height - size) // 2, (width - size) // 2
@@ -15,16 +15,16 @@ def hole(height: int, width: int, size: int) -> tuple[slice, slice]:
 
 
 def occlude(images: Tensor, size: int, where: str = "center", fill: float | Tensor = 0.0) -> Tensor:
-    """Cover the centred square of a side ("center") or all but it ("boundary").
+    """Cover a centred square ("center") or everything else ("boundary").
 
     Args:
         images: (N, C, H, W).
         size: side in pixels.
         where: "center" or "boundary".
-        fill: value or (C,) values; 0 after normalisation, the mean colour before.
+        fill: value or (C,) values; 0 after normalisation; before it, the mean colour.
 
     Raises:
-        ValueError: images that are not 4-D, a size that does not fit, an unknown place.
+        ValueError: images that are not 4-D, a size that does not fit, an unknown `where`.
     """
     if images.ndim != 4:
         raise ValueError(f"images must be 4-D (N, C, H, W), got shape {tuple(images.shape)}")
@@ -43,7 +43,7 @@ def occlude(images: Tensor, size: int, where: str = "center", fill: float | Tens
 
 
 def in_between(images_a: Tensor, images_b: Tensor, ratio: float, kind: str) -> Tensor:
-    """Images between two.
+    """Images in between two images.
 
     Args:
         images_a: (N, C, H, W).

@@ -1,7 +1,7 @@
 """From a batch of training images to a loss: every regularizer of both papers, and their combinations.
 
 Order (section 4.1): noise, Cutout, mixing, then label smoothing of the mixed target; adversarial images and outliers
-stand beside the batch, 1:1, in the same forward pass.
+are appended to the batch, 1:1, in the same forward pass.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Recipe:
     """Loss of one step.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         model: the classifier itself.
-        forward: images to logits through whatever wraps the classifier (precision, DDP).
-        outliers: images that are to get the uniform label, where the settings ask for them.
+        forward: images to logits, through any wrapper of the classifier (precision, DDP).
+        outliers: images for the uniform label, if the settings ask for them.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Recipe:
 
     @property
     def graphed(self) -> bool:
-        """Whether `mixed_loss` on the batch from `mixed` is the whole step, without a draw: it can be replayed."""
+        """Whether the whole step is `mixed_loss` on the batch from `mixed`: without draws it can be replayed."""
         s = self.settings
         return self.in_network is None and s.branch == s.adversarial == s.outliers == "none"
 
     def mixed(self, images: Tensor, labels: Tensor, draw: tuple[int, ...], progress: float = 0.0) -> MixedBatch:
-        """The batch that the network sees, mixed if the settings ask for it; arguments as for `loss`."""
+        """The batch that the network sees, mixed if the settings ask for it; arguments as in `loss`."""
         self.generator.manual_seed(generator_for(*draw, 2).initial_seed())
         images = _unit(images)
         if self.settings.gaussian_noise:
@@ -100,9 +100,10 @@ class Recipe:
         Args:
             images: (B, 3, H, W) uint8.
             labels: (B,) int64.
-            draw: seed, epoch and number of the batch (and the rank, of a batch of its own), which decide every draw.
+            draw: seed, epoch and number of the batch (and the rank, if the batch is its own), which determine every
+                draw.
             progress: share of the training done, for scheduled CutMix.
-            share: rank and world size, where the batch is the global one and this rank is to train on its share.
+            share: rank and world size, if the batch is the global one and this rank trains on its share.
 
         Returns:
             A scalar, and `loss` and `mixed_accuracy` (lam * acc_A + (1 - lam) * acc_B) detached.
@@ -140,7 +141,7 @@ class Recipe:
         return (images + sigma[:, None, None, None] * noise).clamp(0, 1)
 
     def _attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """FGSM images of the model as it would be evaluated."""
+        """FGSM images of the model in evaluation mode."""
         self.model.eval()
         attacked = fgsm(self.model, images, labels)
         self.model.train()
@@ -148,9 +149,7 @@ class Recipe:
 
     def _draw_outliers(self, n: int) -> Tensor:
         if self.outliers is None:
-            raise ValueError(
-                f"outliers {self.settings.outliers!r} need images that are to get the uniform label, got none"
-            )
+            raise ValueError(f"outliers {self.settings.outliers!r} need images for the uniform label, got none")
         index = torch.randint(len(self.outliers), (n,), generator=self.generator)
         images = self.outliers.images[index.to(self.outliers.images.device)]
         return _unit(images)

@@ -1,4 +1,4 @@
-"""Everything a run may set, and the settings of the two papers by data set."""
+"""Everything that a run may set, and the two papers' settings for each data set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SUITES = (
     "clean", "calibration", "temperature", "occlusion", "fgsm", "pgd", "autoattack", "corruption", "ood", "odin",
     "mahalanobis", "in_between", "localization",
 )  # fmt: skip
-DETECTION = {"ood", "odin", "mahalanobis"}  # suites that need unknown inputs
+DETECTION = {"ood", "odin", "mahalanobis"}  # suites that need out-of-distribution inputs
 DATASETS = ("twowave", "digits", "cifar10", "cifar100", "cifar10-jpeg", "imagenet", "cub", "image-folder")
 CHOICES = {
     "dataset": DATASETS,
@@ -29,7 +29,7 @@ class Settings:
     """One run; the defaults are the paper's baseline on CIFAR-100."""
 
     task: str = "classification"
-    """classification; properties (Table 2) and detection (Table 10) measure something else; captioning is not built"""
+    """classification; properties (Table 2) and detection (Table 10) measure something else; no captioning"""
     dataset: str = "cifar100"
     """twowave, digits, cifar10, cifar100, cifar10-jpeg, imagenet, cub or image-folder"""
     network: str = "pyramidnet200-240"
@@ -39,27 +39,27 @@ class Settings:
     alpha: float = 1.0
     """lam ~ Beta(alpha, alpha)"""
     prob: float = 1.0
-    """probability to mix"""
+    """probability of mixing"""
     mode: str = "batch"
     """one lam and box per batch, or per sample"""
     partner: str = "permute"
     """permute, roll or flip"""
     rounding: str = "reference"
-    """of the box: reference or exact"""
+    """rounding of the box: reference or exact"""
     correct_lam: bool = True
-    """label weight from the clipped box"""
+    """take the label weight from the clipped box"""
     variant: str = "standard"
-    """of CutMix (Table 8): standard, center_gaussian, fixed, scheduled, one_hot or complete"""
+    """variant of CutMix (Table 8): standard, center_gaussian, fixed, scheduled, one_hot or complete"""
     fixed_size: int = 16
-    """pixels, side of the box of variant fixed"""
+    """side of the box of variant fixed, in pixels"""
     mix_point: int = -1
-    """manifold-mixup, feature-cutmix: always at this point (0: image); -1: drawn per batch"""
+    """manifold-mixup, feature-cutmix: always mix at this point (0: image); -1: a random one per batch"""
     cutout: int = 0
-    """pixels, side of Cutout's square; 0: none"""
+    """side of Cutout's square in pixels; 0: none"""
     label_smoothing: float = 0.0
     """eps: each target becomes (1 - eps) y + eps / K"""
     branch: str = "none"
-    """on residual branches: none, stochdepth, shakedrop or dropblock"""
+    """regularizer of residual branches: none, stochdepth, shakedrop or dropblock"""
     branch_rate: float = 0.25
     """drop rate of the last branch (linear decay); dropblock: share of units dropped"""
     adversarial: str = "none"
@@ -69,11 +69,11 @@ class Settings:
     gaussian_noise: bool = False
     """add CIFAR-C's Gaussian noise to training images, severity 1 .. 5 at random"""
     outliers: str = "none"
-    """none, svhn, gan or uniform images 1:1 beside the batch, with the uniform label"""
+    """none, svhn, gan or uniform: such images are added to the batch 1:1, with the uniform label"""
     train_images: int = 0
-    """so many training images, drawn by the seed, the same number of each class (CIFAR); 0: all"""
+    """number of training images, drawn by the seed, equally many of each class (CIFAR); 0: all"""
     validation_images: int = 0
-    """so many training images, drawn by the seed with class shares kept, held out to choose an epoch by; 0: none"""
+    """number of training images, drawn by the seed with class shares kept, held out to choose an epoch; 0: none"""
     augment: str = "crop-flip"
     """none, crop-flip (pad 4), imagenet (resized crop, flip, colour) or wsol (resize 256, crop 224, flip)"""
     epochs: int = 300
@@ -85,25 +85,25 @@ class Settings:
     lr: float = 0.25
     """learning rate, x 0.1 at the milestones"""
     head_lr: float = 0.0
-    """learning rate of the linear layer where it differs; 0: the same"""
+    """learning rate of the linear layer if it differs; 0: the same"""
     weight_decay: float = 1e-4
-    """of all parameters"""
+    """weight decay of all parameters"""
     milestones: tuple[int, ...] = (150, 225)
-    """epochs; of detection: steps"""
+    """epochs (task detection: steps) at which the learning rate drops"""
     eval_every: int = 1
-    """epochs between test errors, of which the best is reported beside the last; 0: the last alone"""
+    """epochs between test errors; the best is reported as well as the last; 0: only the last"""
     initial_weights: str = ""
     """checkpoint of `train` below the data root to start the network from (localization, detection)"""
     suites: tuple[str, ...] = ("clean", "calibration", "occlusion", "fgsm", "pgd", "corruption", "ood", "in_between")
-    """what is evaluated after the last epoch"""
+    """suites that are run after the last epoch"""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """of the corruptions"""
+    """severities of the corruptions"""
     probe_images: int = 0
-    """so many test images, drawn by the seed, for occlusion, PGD, corruptions and pairs in between; 0: all"""
+    """number of test images, drawn by the seed, for occlusion, PGD, corruptions and in-between pairs; 0: all"""
     detector: str = "faster-rcnn"
     """task detection: faster-rcnn or ssd"""
     detector_side: int = 600
-    """pixels, shorter side of Faster R-CNN's images"""
+    """shorter side of Faster R-CNN's images, in pixels"""
     steps: int = 120_000
     """task detection: iterations"""
 
@@ -131,12 +131,14 @@ class Settings:
             raise ValueError(f"mix {self.mix} cannot be combined with adversarial training or outliers")
 
     def _check_suites(self) -> None:
-        """A suite that the data set cannot serve is refused here, not after the training."""
+        """Refuse a suite that the data set cannot serve before the training, not after it."""
         for suite in self.suites:
             if suite in DETECTION and self.dataset in ("digits", "imagenet", "cub", "image-folder"):
-                raise ValueError(f"suite {suite} needs unknown inputs, and {self.dataset} comes without; leave it out")
+                raise ValueError(
+                    f"suite {suite} needs out-of-distribution inputs, {self.dataset} has none; leave it out"
+                )
             if suite == "localization" and self.dataset not in ("digits", "imagenet", "cub"):
-                raise ValueError(f"suite localization needs boxes, and {self.dataset} comes without; leave it out")
+                raise ValueError(f"suite localization needs boxes, which {self.dataset} lacks; leave it out")
 
 
 _CIFAR100 = Settings()

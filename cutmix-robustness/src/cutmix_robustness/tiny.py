@@ -1,6 +1,6 @@
-"""Small archives in the layout of the real ones: what a data root must look like, and what the rehearsal runs on.
+"""Small archives in the layout of the real ones: they show what a data root looks like, and the rehearsal runs on them.
 
-Images are of smooth noise and their labels mean nothing. The quirks are those of the real archives: grey, CMYK and
+Images are smooth noise and their labels mean nothing. The quirks are those of the real archives: grey, CMYK and
 turned JPEGs, a PNG named .JPEG, classes with few images, hidden files, images of other sizes.
 """
 
@@ -60,7 +60,7 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
 
 
 def save(path: Path, image: Image.Image, kind: str | None = None) -> None:
-    """Write an image, with `kind` in another format than its name says."""
+    """Write an image; with `kind` in a format that differs from its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, kind)
 
@@ -116,7 +116,7 @@ def write_mnist(root: Path) -> None:
 
 
 def write_imagenet(root: Path) -> None:
-    """train/<wnid>/, val/<wnid>/ and val_boxes/, and ImageNet-C beside it; real names, odd encodings, hidden files."""
+    """train/<wnid>/, val/<wnid>/ and val_boxes/, and ImageNet-C next to it; real names, odd encodings, hidden files."""
     rng = np.random.default_rng(5)
     val: list = []
     for wnid in WNIDS:

@@ -1,4 +1,4 @@
-"""The training loop: any recipe, any data set, one or many processes, killed at any instant and continued."""
+"""The training loop: any recipe, any data set, one or many processes; it can be killed at any time and resumed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = get_logger("cutmix-robustness")
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
-    """Fabric on one process, or on all that torchrun or Slurm started (DDP, batch statistics per GPU as the paper).
+    """Fabric on one process, or on all that torchrun or Slurm started (DDP, batch statistics per GPU as in the paper).
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA, fp16 with a scaler before Ampere, 32-true on CPU) or one of Fabric's.
     """
     if device == "auto":
@@ -40,7 +40,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         precision = "32-true"
         if device == "cuda":
             precision = "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolution is found once
+    torch.backends.cudnn.benchmark = True  # shapes do not change: search for the fastest convolution once
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
@@ -87,27 +87,28 @@ def fit(
     compile: bool = False,
     before_step: Callable[[int], None] = lambda step: None,
 ) -> list[dict]:
-    """Train in place; the same arguments give the same weights on a CPU, killed and started again or not.
+    """Train in place; the same arguments give the same weights on a CPU, even if it was killed and restarted.
 
     Args:
         model: on the CPU or on the fabric's device.
-        settings: of the run.
+        settings: settings of the run.
         data: training set.
-        seed: of order, augmentation and mixing.
+        seed: seed of order, augmentation and mixing.
         fabric: device, precision and processes.
         outliers: see `Recipe`.
-        measure: what to add to the curve, called every `settings.eval_every` epochs and after the last.
-        checkpoint: file to resume from and to save to; of another run it is refused. Where `measure` gives a
-            `validation_error`, the epoch of the lowest one is kept in `best_of(checkpoint)`.
+        measure: returns values to add to the curve; called every `settings.eval_every` epochs and after the last.
+        checkpoint: file to resume from and to save to; refused if it is from another run. If `measure` gives a
+            `validation_error`, the epoch with the lowest one is kept in `best_of(checkpoint)`.
         checkpoint_every: steps between saves; the end of training saves as well.
         compile: torch.compile the classifier.
         before_step: called with the number of steps done.
 
     Returns:
-        The training curve: per epoch the means of `loss` and `mixed_accuracy`, and what `measure` gave.
+        The training curve: per epoch the means of `loss` and `mixed_accuracy`, and what `measure` returned.
 
     Raises:
-        ValueError: no full batch, a batch that the ranks cannot share, a checkpoint that is damaged or of another run.
+        ValueError: no full batch, a batch that the ranks cannot share, a checkpoint that is damaged or from another
+            run.
         RuntimeError: the loss became NaN or infinite.
     """
     s, rank, world = settings, fabric.global_rank, fabric.world_size
@@ -121,7 +122,7 @@ def fit(
     state: dict[str, Any] = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, fabric)
-        logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
+        logger.info("resuming at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
     wrapped, optimizer = fabric.setup(model, optimizer)
     recipe = Recipe(s, model, wrapped, outliers)
 
@@ -137,7 +138,7 @@ def fit(
 
     graphed = recipe.graphed and fabric.device.type == "cuda" and world == 1 and _scaler(fabric) is None
     graph = StepGraph(learn) if graphed else None
-    share, own = ((rank, world), ()) if data.whole_batches else ((0, 1), (rank,))  # own: mixed within the rank
+    share, own = ((rank, world), ()) if data.whole_batches else ((0, 1), (rank,))  # own: each rank mixes its share
     steps = len(data) // s.batch_size
 
     with progress() as bar:
@@ -214,7 +215,7 @@ def _resume(path: Path, run: dict, model: Classifier, optimizer: torch.optim.Opt
         theirs = content["run"]
         differing = [name for name in run["settings"] if run["settings"][name] != theirs["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != theirs[name]]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); name another file")
+        raise ValueError(f"{path}: checkpoint of another run (different {', '.join(differing)}); name another file")
     model.network.load_state_dict(content["network"])
     load_optimizer(optimizer, content["optimizer"])
     scaler = _scaler(fabric)
@@ -230,13 +231,13 @@ def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint written by `fit`, on the CPU and with weights_only. ValueError where it is damaged."""
+    """Read a checkpoint written by `fit`, on the CPU and with weights_only. ValueError if it is damaged."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["run"]["settings"], content["network"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({reason}); another kind of model needs `eval --data`"
@@ -245,16 +246,16 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_network(model: Classifier, weights: dict[str, Tensor], where: str, keep_head: bool = True) -> None:
-    """Load a network's state dict; a `module.` in front of its names is dropped.
+    """Load a network's state dict; a leading `module.` in its names is dropped.
 
     Args:
-        model: whose network is filled.
+        model: the model whose network is filled.
         weights: names to tensors.
         where: file name for the message.
         keep_head: also load the linear layer; else it stays as initialised.
 
     Raises:
-        ValueError: names or shapes of another network, with the first one that differs.
+        ValueError: names or shapes of another network; names the first that differs.
     """
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     own = model.network.state_dict()

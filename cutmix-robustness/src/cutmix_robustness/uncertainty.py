@@ -1,4 +1,4 @@
-"""Calibration of the confidence, and detection of inputs from outside the training distribution."""
+"""Calibration of the confidence, and out-of-distribution detection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from cutmix_robustness.attacks import input_gradient
 
 TPR = 0.95
-ROUNDING = 1e-5  # by which a mean of float32 probabilities may leave [0, 1]
+ROUNDING = 1e-5  # how far a mean of float32 probabilities may leave [0, 1]
 ODIN_TEMPERATURE, ODIN_STEP = 1000.0, 0.0014
 
 
@@ -40,7 +40,7 @@ def calibration_error(conf: np.ndarray, correct: np.ndarray, bins: int = 15, nor
         norm: how the gaps between confidence and accuracy are summed.
 
     Raises:
-        ValueError: empty input, NaN or confidences outside [0, 1], other lengths, an unknown norm.
+        ValueError: empty input, NaN or confidences outside [0, 1], different lengths, an unknown norm.
     """
     conf, correct = _checked(conf, correct)
     index = confidence_bins(conf, bins)
@@ -96,7 +96,7 @@ def ood_scores(logits: Tensor) -> dict[str, np.ndarray]:
 def odin_scores(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """ODIN (Liang et al. 2018): largest softmax probability at temperature 1000 after a step of 0.0014 towards it.
 
-    Temperature and step are those of its authors for CIFAR and are not tuned: that would take unknown inputs.
+    Temperature and step are its authors' for CIFAR and are not tuned: tuning would need out-of-distribution inputs.
 
     Args:
         model: images in [0, 1] to logits, in evaluation mode.
@@ -119,7 +119,7 @@ def mahalanobis_scores(train: np.ndarray, labels: np.ndarray, features: np.ndarr
     Args:
         train: (N, D) features of training images.
         labels: (N,) their classes, any integers.
-        features: (M, D) of images to judge.
+        features: (M, D) features of the images to score.
 
     Returns:
         (M,) float64, higher for known inputs.
@@ -131,7 +131,7 @@ def mahalanobis_scores(train: np.ndarray, labels: np.ndarray, features: np.ndarr
 
 
 def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]:
-    """How well a score tells known inputs (positive, higher) from unknown ones (appendix E of 1905.04899).
+    """How well a score separates known inputs (positive, higher) from unknown ones (appendix E of 1905.04899).
 
     Args:
         score_in: (N,) scores of known inputs.
@@ -149,7 +149,7 @@ def ood_metrics(score_in: np.ndarray, score_out: np.ndarray) -> dict[str, float]
         if len(score) == 0 or np.isnan(score).any():
             raise ValueError(f"{name} must hold at least one score and no NaN, got {len(score)} scores")
     scores = np.concatenate([score_in, score_out])
-    ranks = np.unique(scores, return_inverse=True)[1]  # metrics of order alone: infinite scores are as good as others
+    ranks = np.unique(scores, return_inverse=True)[1]  # the metrics depend on order alone: infinite scores are fine
     known = np.arange(len(scores)) < len(score_in)
     fpr, tpr, _ = roc_curve(known, ranks, drop_intermediate=False)
     return {
@@ -166,7 +166,7 @@ def _checked(conf: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndar
     if conf.ndim != 1 or conf.shape != correct.shape or len(conf) == 0:
         raise ValueError(f"conf and correct must be (N,), N > 0, got shapes {conf.shape} and {correct.shape}")
     if not ((conf >= -ROUNDING) & (conf <= 1 + ROUNDING)).all():
-        raise ValueError("conf must lie in [0, 1] and hold no NaN")
+        raise ValueError("conf must lie in [0, 1] and contain no NaN")
     return conf.clip(0, 1), correct
 
 

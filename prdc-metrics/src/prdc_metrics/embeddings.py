@@ -229,7 +229,7 @@ def _load_weights(net: nn.Module, path: Path, architecture: str) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: tuple(value.shape) for key, value in state.items()}
-    except Exception as error:  # zip, pickle and tensor errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and tensor errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as a state dict ({type(error).__name__}: {reason})") from error
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
@@ -306,7 +306,7 @@ def _timm_model(name: str, path: Path, side: int | None) -> nn.Module:
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)  # positions of another size
     try:
         keys = load_checkpoint(net, str(path), strict=False, filter_fn=convert)
-    except Exception as error:  # zip, pickle, shape and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle, shape and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as {name} ({type(error).__name__}: {reason})") from error
     heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())

@@ -139,7 +139,7 @@ def _resume(path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Opti
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["run"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to start again") from error
     if stored != run:

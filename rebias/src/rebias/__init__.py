@@ -1,6 +1,6 @@
 """ReBias: de-biased representations by independence from biased ones (arXiv 1910.02806).
 
-Names are imported when they are first used, so that the command line's --help needs no torch.
+Names are imported on first use, so the command line's --help does not load torch.
 """
 
 from importlib import import_module

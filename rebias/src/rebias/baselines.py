@@ -1,4 +1,4 @@
-"""The methods that ReBias is compared with, a class each; every step is held against its released code.
+"""The methods that ReBias is compared with, one class each; every step is tested against its released code.
 
 RUBi (Cadene et al. 2019) and LearnedMixin (Clark et al. 2019) as the authors of ReBias released them, HEX (Wang et al.
 2019), LfF (Nam et al. 2020) and JTT (Liu et al. 2021) as their own authors did. None sees a bias label.
@@ -28,7 +28,7 @@ from rebias.settings import Settings
 
 
 class RUBi(Method):
-    """f behind the mask of a head on g; g is trained at the same time by its own cross-entropy."""
+    """f masked by a head on g; g is trained at the same time by its own cross-entropy."""
 
     graphed = True
 
@@ -47,7 +47,7 @@ class RUBi(Method):
 
 
 class LearnedMixin(Method):
-    """f beside a g that was trained before and is frozen."""
+    """f with a g that was trained before and is frozen."""
 
     graphed = True
 
@@ -71,9 +71,9 @@ class LearnedMixin(Method):
 
 
 class HEX(Method):
-    """Logits projected away from what the grey-level co-occurrence branch alone can say."""
+    """Logits from which everything that the grey-level co-occurrence branch can predict is projected out."""
 
-    f: Any  # HexNet as Fabric wraps it, which forwards `both`
+    f: Any  # HexNet wrapped by Fabric, which forwards `both`
 
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
@@ -87,7 +87,7 @@ class HEX(Method):
 
 
 class LfF(Method):
-    """Learning from failure: a twin of f is trained to be biased, f on the samples that the twin finds hard."""
+    """Learning from failure: a twin of f is trained to be biased; f learns the samples that the twin finds hard."""
 
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
@@ -111,10 +111,10 @@ class LfF(Method):
 
 
 class JTT(Method):
-    """Just train twice: what a first network of a few epochs gets wrong counts more for f.
+    """Just train twice: samples that a first, briefly trained network gets wrong count more for f.
 
-    The released code repeats those samples in the training set; here they weigh as much more in the batch they are in,
-    so an epoch stays as long as it is.
+    The released code repeats those samples in the training set; here they have a larger weight in their batch,
+    so an epoch keeps its length.
     """
 
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
@@ -137,7 +137,7 @@ class JTT(Method):
 
 
 def _with_head(method: Method, f: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """Put f and its loss's head under one optimizer; or a head that stays random, as the released code leaves it."""
+    """Put f and its loss's head under one optimizer; or leave the head random, as the released code does."""
     if method.settings.head == "trained":
         return method.add("f", f, head)
     head.requires_grad_(False)

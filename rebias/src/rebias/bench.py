@@ -93,9 +93,9 @@ def _steps(device: torch.device, repeats: int) -> Iterator[Timing]:
 
 
 class ReferenceStep:
-    """A step as the trainer of clovaai/rebias takes it, g first, in its terms.
+    """A step of clovaai/rebias's trainer, g first.
 
-    Both updates run both networks with gradient, though each steps one of them, and HSIC is in matrix products.
+    Both updates run both networks with gradient, although each updates only one, and HSIC uses matrix products.
     """
 
     def __init__(self, f: nn.Module, g: nn.Module, settings: Settings, dtype: torch.dtype = torch.float32):
@@ -106,7 +106,7 @@ class ReferenceStep:
         )
 
     def __call__(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Parts of f's loss, as `ReBias.step` names them."""
+        """Parts of f's loss, named as in `ReBias.step`."""
         (g_logits, g_feat), (_, f_feat) = self._both(images)
         loss = F.cross_entropy(g_logits, targets) - cubic_hsic(g_feat, f_feat, 1.0)
         self.g_adam.zero_grad()
@@ -126,7 +126,7 @@ class ReferenceStep:
 
 
 def _reference(device: torch.device, repeats: int) -> Iterator[Timing]:
-    """The released loop as released, in float32 without channels-last, and on CUDA at its best; ours as in training."""
+    """The unchanged released loop (float32, no channels-last) and, on CUDA, its fastest form; ours as in training."""
     batch = 256 if device.type == "cuda" else 32
     images = torch.rand(batch, 3, 28, 28, device=device)
     targets, index = torch.randint(10, (batch,), device=device), torch.arange(batch)
@@ -148,7 +148,7 @@ def _reference(device: torch.device, repeats: int) -> Iterator[Timing]:
 
 
 def _reference_step(method: Method, device: torch.device, dtype: torch.dtype) -> ReferenceStep:
-    """From the weights that a method has now."""
+    """Start from the present weights of a method."""
     f, g = SimpleConvNet(kernel_size=7).to(device), SimpleConvNet(kernel_size=1).to(device)
     for network, name in ((f, "f"), (g, "g0")):
         network.load_state_dict(method.modules[name].state_dict())
@@ -195,7 +195,7 @@ def _colouring(device: torch.device, repeats: int) -> Iterator[Timing]:
     yield Timing("2,560 coloured images in batches of 256", "a PIL image per sample", *times, target=">= 10")
     workers = DataLoader(loader.dataset, batch_size=256, num_workers=2, persistent_workers=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # so that wall time is taken, in which the workers' work counts
+    torch.set_num_threads(2)  # wall time, which includes the workers' work
     times = in_turn(ours, lambda: [images.to(device) for images, _ in workers], repeats, device)
     torch.set_num_threads(threads)
     yield Timing("the same", "a loader with two workers", *times, target=">= 10", note="wall time, two threads")

@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ def _reading(verb: Run | Train | Eval) -> Reading:
 
 @dataclass
 class Run:
-    """Run what is missing of the paper's tables (into runs/) and print published | ours | yours."""
+    """Run the missing runs of the paper's tables (into runs/) and print published | ours | yours."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as table-1; none means all that have the scale."""
+    """Table ids such as table-1; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, mnist, mnist-k7-short, paper-25 or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where MNIST, ImageNet and videos are."""
+    """Folder that holds MNIST, ImageNet and videos."""
     jobs: int = 0
-    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     workers: int = -1
-    """Processes that read files; -1: one per core, 8 at most."""
+    """Processes that read files; -1: one per core, at most 8."""
     skip_missing: bool = False
-    """Go on without the videos that are missing (they are counted and named)."""
+    """Skip videos that are missing (they are counted and named)."""
     skip_broken: bool = False
-    """Go on without files that cannot be decoded (they are counted and named)."""
+    """Skip files that cannot be decoded (they are counted and named)."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA, float32 on a CPU), or one of Fabric's such as bf16-mixed."""
     compile: bool = False
     """torch.compile the networks."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """Only list the missing runs and their expected cost."""
 
     def __call__(self) -> None:
         from rebias import experiments
@@ -75,7 +75,7 @@ class Run:
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -92,18 +92,18 @@ class Run:
 
 @dataclass
 class Train:
-    """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
+    """Train one model, print its evaluation as JSON and keep a checkpoint, from which the same command resumes."""
 
     settings: Preset
-    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    """A preset; flags after it change its settings, flags of this command come before it."""
     output: Path = Path("rebias.pt")
     """Checkpoint; `rebias eval` reads it."""
     seed: int = 0
-    """Of the colours, weights and order."""
+    """Seed of colours, weights and order."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
+    """Folder that holds the data set."""
     device: str = "auto"
-    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    """Where to compute: auto, cpu or cuda; use torchrun or Slurm for several processes."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA, float32 on a CPU), or one of Fabric's such as bf16-mixed."""
     checkpoint_every: int = 500
@@ -111,11 +111,11 @@ class Train:
     compile: bool = False
     """torch.compile the networks."""
     workers: int = -1
-    """Processes that read files; -1: one per core, 8 at most."""
+    """Processes that read files; -1: one per core, at most 8."""
     skip_missing: bool = False
-    """Go on without the videos that are missing (they are counted and named)."""
+    """Skip videos that are missing (they are counted and named)."""
     skip_broken: bool = False
-    """Go on without files that cannot be decoded (they are counted and named)."""
+    """Skip files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
         from rebias.data.inventory import needs
@@ -139,15 +139,15 @@ class Eval:
     file: tyro.conf.Positional[Path]
     """Checkpoint written by `rebias train`, or a CSV file with the columns prediction, label, bias."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data set is."""
+    """Folder that holds the data set."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     workers: int = -1
-    """Processes that read files; -1: one per core, 8 at most."""
+    """Processes that read files; -1: one per core, at most 8."""
     skip_missing: bool = False
-    """Go on without the videos that are missing (they are counted and named)."""
+    """Skip videos that are missing (they are counted and named)."""
     skip_broken: bool = False
-    """Go on without files that cannot be decoded (they are counted and named)."""
+    """Skip files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
         from rebias.evaluate import group_report, read_predictions
@@ -163,20 +163,20 @@ class Eval:
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there."""
+    """List which data are needed, where they are looked for, and what is there."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
+    """Folder to search."""
     download: bool = False
-    """Fetch what may be fetched (MNIST, through torchvision, checked by hash)."""
+    """Download what may be downloaded (MNIST, through torchvision, checked by hash)."""
     preview: Path | None = None
     """Write a PNG of biased digits to this file."""
     tiny: Path | None = None
-    """Write tiny archives in the layout of the real ones into this folder: what a data root must look like."""
+    """Write tiny archives in the layout of the real ones into this folder, to show what a data root looks like."""
     verify: bool = False
-    """Decode every file to its end and name those that are broken."""
+    """Decode every file completely and name the broken ones."""
     workers: int = -1
-    """Processes or threads that read files; -1: one per core, 8 at most."""
+    """Processes or threads that read files; -1: one per core, at most 8."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
@@ -217,7 +217,7 @@ class Clusters:
     images: tyro.conf.Positional[Path]
     """Folder with one folder per WordNet id, such as imagenet/val."""
     output: tyro.conf.Positional[Path]
-    """CSV to write."""
+    """CSV file to write."""
     weights: Path
     """State dict of torchvision's vgg16 with ImageNet weights."""
     layer: str = "relu1_2"
@@ -227,11 +227,11 @@ class Clusters:
     seed: int = 0
     """Of k-means."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     workers: int = -1
-    """Processes that read files; -1: one per core, 8 at most."""
+    """Processes that read files; -1: one per core, at most 8."""
     skip_broken: bool = False
-    """Go on without files that cannot be decoded (they are counted and named)."""
+    """Skip files that cannot be decoded (they are counted and named)."""
 
     def __call__(self) -> None:
         from rebias.data.dataset import Reading
@@ -304,7 +304,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
         print(
-            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept; the same command resumes", file=sys.stderr
         )
         sys.exit(130)
     except Exception as error:

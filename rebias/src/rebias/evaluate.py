@@ -21,9 +21,9 @@ def predict(model: nn.Module, data: Dataset, fabric: Fabric, batch_size: int = 1
     """Run a network over a whole set in eval mode; under DDP the ranks share it and all get everything.
 
     Args:
-        model: `forward(x) -> (logits, features)`; put back into its mode afterwards.
+        model: `forward(x) -> (logits, features)`; its mode is restored.
         data: a set of this package.
-        fabric: whose ranks share the work.
+        fabric: its ranks share the work.
         batch_size: images per step and rank.
 
     Returns:
@@ -123,7 +123,7 @@ def read_predictions(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     import pandas as pd
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: file not found")
     table, names = pd.read_csv(path), ("prediction", "label", "bias")
     if not set(names) <= set(table.columns):
         raise ValueError(f"{path}: needs the columns {', '.join(names)}, has {', '.join(map(str, table.columns))}")
@@ -135,9 +135,9 @@ def read_predictions(path: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def group_report(predictions: Tensor, labels: Tensor, bias: Tensor) -> tuple[dict[str, float], dict]:
-    """Percentages over all samples, over the mean of the groups and in the worst one; and accuracy and size of each.
+    """Percentages over all samples, as the mean over groups, and in the worst one; accuracy and size of each group.
 
-    The mean over groups is what is usually meant by unbiased accuracy; groups without a sample do not count.
+    The mean over groups is usually called unbiased accuracy; empty groups do not count.
     """
     n_labels, n_bias = int(labels.max()) + 1, int(bias.max()) + 1
     accuracy, counts = group_accuracy(predictions, labels, bias, n_labels, n_bias)

@@ -54,7 +54,7 @@ def tables() -> list[Table]:
 
 @dataclass(frozen=True)
 class Execution:
-    """How runs are carried out; nothing of it belongs to their settings."""
+    """How runs are carried out; not part of their settings."""
 
     data_root: Path
     reading: Reading = Reading()
@@ -62,11 +62,11 @@ class Execution:
     compile: bool = False
 
     def needs(self, settings: dict) -> Iterator[Need]:
-        """What a run of a table's settings reads and writes."""
+        """Everything that a run of a table's settings reads and writes."""
         return needs(Settings(**settings), self.data_root, runs_folder(PROJECT))
 
     def __call__(self, settings: dict, seed: int) -> Outcome:
-        """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+        """One run of a table; a killed run resumes from runs/checkpoints."""
         resolved = Settings(**settings)
         if resolved.network:
             return _describe(resolved.network)
@@ -88,7 +88,7 @@ def run_tables(
     force: bool = False,
     jobs: int = 0,
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    """Run what runs/<scale>.jsonl lacks for the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
@@ -108,10 +108,10 @@ def run_tables(
 def train_and_evaluate(
     task: Task, checkpoint: Path | None, checkpoint_every: int = 500, compile: bool = False, watch: bool = False
 ) -> tuple[Method, Outcome]:
-    """Train from scratch (or on from the checkpoint) and evaluate the last epoch, never a chosen one.
+    """Train from scratch (or from the checkpoint) and evaluate the last epoch, never a chosen one.
 
     Args:
-        task: what is learned.
+        task: the task to learn.
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves.
         compile: torch.compile the networks.
@@ -152,7 +152,7 @@ def train_and_evaluate(
 
 
 def build_method(task: Task, compile: bool = False) -> Method:
-    """Fresh networks from the task's seed under the task's method."""
+    """New networks from the task's seed, for the task's method."""
     seed_everything(task.seed)
     f, gs = task.networks()
     for network in (f, *gs):
@@ -165,7 +165,7 @@ def build_method(task: Task, compile: bool = False) -> Method:
 def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Reading) -> tuple[dict[str, float], dict]:
     """Metrics of a checkpoint that `rebias train` wrote, and details such as groups.
 
-    ValueError where it is damaged or of other networks.
+    ValueError if it is damaged or from other networks.
     """
     content = load_checkpoint(path)
     settings = Settings(**content["run"]["settings"])
@@ -175,7 +175,7 @@ def evaluate_checkpoint(path: Path, data_root: Path, device: str, reading: Readi
         try:
             module.load_state_dict(content["modules"][name])
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{path}: holds no weights for {name} of {settings.method} ({error})") from error
+            raise ValueError(f"{path}: has no weights for {name} of {settings.method} ({error})") from error
     return task.evaluate(method)
 
 

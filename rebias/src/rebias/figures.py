@@ -61,7 +61,7 @@ def _group_matrices(table: Table, scale: str, found: dict[str, list[dict]]) -> p
 
 
 def _curves(table: Table, scale: str, found: dict[str, list[dict]]) -> plt.Figure:
-    """Figure 4: unbiased accuracy and HSIC by epoch; and what could explain them, norm, bandwidth, training loss."""
+    """Figure 4: unbiased accuracy and HSIC by epoch; and possible explanations: norm, bandwidth, training loss."""
     panels = {
         "unbiased_accuracy": "unbiased accuracy (%)",
         "hsic": "HSIC(f, g), median bandwidths",
@@ -107,7 +107,7 @@ def _toy_boundaries(table: Table, scale: str, found: dict[str, list[dict]]) -> p
 
 
 def _cluster_matrices(table: Table, scale: str, found: dict[str, list[dict]]) -> plt.Figure:
-    """Figure A4: accuracy by class and texture cluster, published above, ours (where measured) below."""
+    """Figure A4: accuracy by class and texture cluster, published above, ours (if measured) below."""
     lines = _published("figure-A4")
     classes = list(dict.fromkeys(line["class"] for line in lines))
     clusters = list(dict.fromkeys(line["texture_cluster"] for line in lines))
@@ -169,7 +169,7 @@ def draw_preview(path: Path) -> None:
 
 
 def _published(name: str) -> list[dict]:
-    """Lines of a figure's published values, beside its table file."""
+    """Lines of a figure's published values, stored next to its table file."""
     path = Path(__file__).parents[2] / "tables" / f"{name}.csv"
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

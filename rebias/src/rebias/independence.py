@@ -1,6 +1,6 @@
 """Hilbert-Schmidt independence criterion between two sets of features, in O(m^2) (section 3.2 of the paper).
 
-All of it is computed in float32 or float64, whatever autocast says: HSIC is a small difference of large sums.
+Everything is computed in float32 or float64, whatever autocast says: HSIC is a small difference of large sums.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rbf_gram(x: Tensor, sigma: float | Tensor) -> Tensor:
         sigma: bandwidth, > 0.
 
     Returns:
-        (m, m) float32, or float64 where x is float64; the diagonal is exactly 1.
+        (m, m) float32, or float64 if x is float64; the diagonal is exactly 1.
 
     Raises:
         ValueError: sigma <= 0, m = 0, or (on the CPU, where the check costs no synchronisation) NaN or infinity in x.
@@ -39,7 +39,7 @@ def squared_distances(x: Tensor) -> Tensor:
     """|a - b|^2 of all pairs of rows: (m, ...) -> (m, m), zero on the diagonal, never negative."""
     x = _as_matrix(x)
     with torch.autocast(x.device.type, enabled=False):
-        x = x - x.mean(0)  # distances stay, and the squares below get no larger than they must
+        x = x - x.mean(0)  # keeps distances, and keeps the squares below small
         norms = x.square().sum(1)
         distances = norms[:, None] + norms - 2 * x @ x.T
     return distances.clamp_min(0).masked_fill(_diagonal(x), 0)
@@ -94,14 +94,14 @@ def hsic(
         x: (m, ...) floating features, flattened to (m, d).
         y: (m, ...) floating features of the same samples; d may differ.
         sigma_x: bandwidth of x.
-        sigma_y: bandwidth of y; that of x where left out.
+        sigma_y: bandwidth of y; default: that of x.
         estimator: "unbiased" (m >= 4) or "biased" (m >= 2).
 
     Returns:
-        0-d float32 (float64 where x or y is), differentiable in both.
+        0-d float32 (float64 if x or y is), differentiable in both.
 
     Raises:
-        ValueError: other batch sizes, too few samples, sigma <= 0, an unknown estimator, NaN on the CPU.
+        ValueError: different batch sizes, too few samples, sigma <= 0, an unknown estimator, NaN on the CPU.
         TypeError: integer features.
     """
     return gram_hsic(rbf_gram(x, sigma_x), rbf_gram(y, sigma_x if sigma_y is None else sigma_y), estimator)
@@ -160,7 +160,7 @@ def median_sigma(
         raise ValueError("a median distance needs batches of at least 2 samples")
     distances = []
     for batch in map(_as_matrix, batches):
-        pairs = pdist(batch).square()  # each pair once, by differences: exact for near-copies too
+        pairs = pdist(batch).square()  # each pair once, by differences: also exact for near-copies
         distances += [batch.new_zeros(len(batch)), pairs, pairs] if include_diagonal else [pairs]
     return torch.cat(distances).quantile(0.5).sqrt().clamp_min(floor)
 
@@ -183,7 +183,7 @@ def _as_matrix(x: Tensor) -> Tensor:
     if x.ndim < 1 or len(x) == 0:
         raise ValueError(f"features are (m, ...) with m >= 1, got {tuple(x.shape)}")
     if x.device.type == "cpu" and not x.isfinite().all():
-        raise ValueError("features hold NaN or infinity")
+        raise ValueError("features contain NaN or infinity")
     x = x.reshape(len(x), -1)
     return x if x.dtype == torch.float64 else x.float()
 

@@ -1,6 +1,6 @@
-"""What every method has, the vanilla network, and ReBias: networks, optimizers, steps that read like the equations.
+"""The base class of methods, the vanilla network, and ReBias: networks, optimizers, steps that read like the equations.
 
-A step sees images, targets and the numbers of the samples; bias labels never get here.
+A step sees images, targets and sample indices; bias labels never reach it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Parts = dict[str, Tensor]
 
 
 class Method(ABC):
-    """What every method has.
+    """Base class of methods.
 
     Attributes:
         modules: everything with weights, by name; "f" is the network that is evaluated.
-        optimizers: by name, as Fabric wraps them.
-        loss: where its bandwidths belong into a checkpoint.
+        optimizers: by name, wrapped by Fabric.
+        loss: set if its bandwidths belong in a checkpoint.
     """
 
     loss: ReBiasLoss | None = None
@@ -45,7 +45,7 @@ class Method(ABC):
         self.optimizers: dict[str, Any] = {}
 
     def add(self, name: str, *modules: nn.Module) -> list[nn.Module]:
-        """Put modules under one Adam; returns them as Fabric wraps them."""
+        """Put modules under one Adam; returns them wrapped by Fabric."""
         wrapped: list[nn.Module] = [self.fabric.setup_module(module) for module in modules]
         weights = itertools.chain(*(module.parameters() for module in modules))
         s = self.settings
@@ -71,7 +71,7 @@ class Method(ABC):
         raise ValueError(f"{self.settings.method} has nothing to pre-train; set pretrain_epochs to 0")
 
     def finish(self) -> None:  # noqa: B027  most methods need none
-        """Called after the last epoch; called twice, it changes nothing more."""
+        """Called after the last epoch; a second call changes nothing."""
 
     @abstractmethod
     def step(self, images: Tensor, targets: Tensor, index: Tensor) -> Parts:
@@ -80,12 +80,12 @@ class Method(ABC):
         Args:
             images: (B, ...).
             targets: (B,) int64.
-            index: (B,) the samples' numbers in the training set, on any device.
+            index: (B,) indices of the samples in the training set, on any device.
         """
 
 
 class Vanilla(Method):
-    """Cross-entropy alone; with `monitor_g` a biased network is trained beside it that f never sees."""
+    """Cross-entropy alone; with `monitor_g` a biased network, which f never sees, is trained alongside."""
 
     graphed = True
 
@@ -111,8 +111,8 @@ class Vanilla(Method):
 class ReBias(Method):
     """Alternating minimax of section 3.2, Algorithm 1.
 
-    g-first shares f's one forward between both steps; f-first (the paper's order) needs a second one of f, without
-    gradient. Forwards without gradient leave batch norm's running statistics alone.
+    g-first uses one forward pass of f for both steps; f-first (the paper's order) needs a second one of f, without
+    gradient. Forward passes without gradient do not change batch norm's running statistics.
     """
 
     loss: ReBiasLoss
@@ -166,7 +166,7 @@ class ReBias(Method):
 
     @torch.no_grad()
     def start_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Renew the bandwidths where they are the median over a share of the training set, or the dimension."""
+        """Recompute bandwidths that are the median over a share of the training set, or the dimension."""
         s = self.settings
         if s.sigma == "fixed" or (s.sigma == "median" and s.sigma_every == "batch"):
             return
@@ -187,7 +187,7 @@ class ReBias(Method):
 
 @contextmanager
 def frozen_statistics(*networks: nn.Module) -> Iterator[None]:
-    """Inside, batch norm in train mode leaves its running mean and variance bit for bit as they are."""
+    """Inside, batch norm in train mode does not change its running mean and variance, bit for bit."""
     norms = [m for network in networks for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -211,6 +211,6 @@ def gather_with_gradient(x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    from torch.distributed.nn.functional import all_gather  # not there in a build without distributed
+    from torch.distributed.nn.functional import all_gather  # missing in a build without distributed
 
     return torch.cat(all_gather(x.contiguous()))

@@ -29,9 +29,9 @@ class ReBiasLoss:
         g_lambda: lambda_g, weight of the cross-entropy in g's loss; with 0, g only follows f.
         sigma_f: bandwidth of f's features: a number, "median" (of each batch, without the diagonal) or "dimension".
         sigma_g: the same for g.
-        estimator: of HSIC: "unbiased" (the paper's) or "biased".
+        estimator: estimator of HSIC: "unbiased" (the paper's) or "biased".
         conditional: HSIC within classes instead of over the batch.
-        gather: applied to features and targets before HSIC: under DDP, the gathering of all ranks' with gradient.
+        gather: applied to features and targets before HSIC: under DDP, gathers those of all ranks, with gradient.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class ReBiasLoss:
         return total, {"g_cross_entropy": classification.detach(), "g_hsic": dependence.detach()}
 
     def dependence(self, f_feat: Tensor, g_feat: Tensor, targets: Tensor) -> Tensor:
-        """HSIC of the (gathered) features, 0-d; 0 where it is not defined.
+        """HSIC of the (gathered) features, 0-d; 0 if it is not defined.
 
-        That is for a batch with fewer samples than the estimator needs (4, the biased one 2), such as the last one of
-        an epoch, and within classes where no class has as many.
+        It is undefined for a batch with fewer samples than the estimator needs (4, or 2 for the biased one), such as
+        the last one of an epoch, and within classes if no class has that many.
         """
         f_feat, g_feat, targets = self.gather(f_feat), self.gather(g_feat), self.gather(targets)
         largest = int(targets.bincount().max()) if self.conditional else len(targets)
@@ -100,9 +100,9 @@ class ReBiasLoss:
 
 
 def bandwidth(sigma: Sigma, features: Tensor) -> float | Tensor:
-    """A number as it is; "median" and "dimension" from the features. ValueError for another word.
+    """A number unchanged; "median" and "dimension" computed from the features. ValueError for other words.
 
-    Where more than half of a batch are near-copies, their median distance says nothing of the others and the gradient
+    If more than half of a batch are near-copies, their median distance says nothing about the others and the gradient
     of HSIC would explode: the median is at least DEGENERATE times the root mean square distance.
     """
     if sigma == "median":
@@ -123,7 +123,7 @@ class RUBiLoss(nn.Module):
     Args:
         feat_dim: dimension of g's features.
         num_classes: C.
-        question_weight: weight of the head's own cross-entropy.
+        question_weight: weight of the head's cross-entropy.
     """
 
     def __init__(self, feat_dim: int, num_classes: int, question_weight: float = 1.0):
@@ -139,7 +139,7 @@ class RUBiLoss(nn.Module):
 
 
 class LearnedMixinLoss(nn.Module):
-    """LearnedMixin+H (Clark et al. 2019): f learns what a pre-trained, frozen g leaves over.
+    """LearnedMixin+H (Clark et al. 2019): f learns what a pre-trained, frozen g leaves unexplained.
 
     loss = CE(f_logits + s g_logits, y) + w mean entropy(softmax(s g_logits)) with s = softplus(w'f_feat + b).
 
@@ -174,7 +174,7 @@ def hex_project(f_a: Tensor, f_g: Tensor) -> Tensor:
         f_g: (B, C) logits from the superficial branch alone, B >= C.
 
     Raises:
-        ValueError: other shapes, or fewer samples than classes.
+        ValueError: wrong shapes, or fewer samples than classes.
     """
     if f_a.shape != f_g.shape or f_a.ndim != 2 or len(f_a) < f_a.shape[1]:
         raise ValueError(f"f_a and f_g must be (B, C) with B >= C, got {tuple(f_a.shape)} and {tuple(f_g.shape)}")
@@ -187,17 +187,18 @@ def hex_project(f_a: Tensor, f_g: Tensor) -> Tensor:
 def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float = 0.7) -> Tensor:
     """Mean of 1 - p_y^q, 0-d: LfF's biased network trusts what is easy.
 
-    Zhang & Sabuncu (2018) divide by q; LfF's released gradient, q p_y^q times that of the cross-entropy, is this one's.
+    Zhang & Sabuncu (2018) divide by q; LfF's released gradient, q p_y^q times that of the cross-entropy, is the
+    gradient of this loss.
     """
     p = logits.softmax(1).gather(1, targets[:, None])
     return (1 - p**q).mean()
 
 
 class SampleLosses(nn.Module):
-    """What LfF (Nam et al. 2020) remembers of a network: a moving average of every training sample's loss.
+    """What LfF (Nam et al. 2020) remembers about a network: a moving average of every training sample's loss.
 
     Args:
-        n_samples: in the training set.
+        n_samples: size of the training set.
         num_classes: C.
         alpha: weight of the past in the average.
     """
@@ -214,7 +215,7 @@ class SampleLosses(nn.Module):
         self.register_buffer("seen", torch.zeros(n_samples, dtype=torch.bool))
 
     def update(self, losses: Tensor, targets: Tensor, index: Tensor) -> None:
-        """Take in (B,) losses of the samples `index` (B,); a sample's first loss is its average."""
+        """Add (B,) losses of the samples `index` (B,); the average starts at a sample's first loss."""
         old = torch.where(self.seen[index], self.average[index], losses)
         self.average[index] = self.alpha * old + (1 - self.alpha) * losses
         self.label[index], self.seen[index] = targets, True
@@ -243,16 +244,16 @@ def balanced_cross_entropy(logits: Tensor, targets: Tensor, prior: Tensor) -> Te
 
 
 def bias_contrastive(features: Tensor, targets: Tensor, bias: Tensor, temperature: float = 0.07) -> Tensor:
-    """Bias-contrastive loss (Hong & Yang 2021), 0-d: a sample's positives share its class and have another bias.
+    """Bias-contrastive loss (Hong & Yang 2021), 0-d: a sample's positives share its class and have a different bias.
 
-    The mean over samples of -log softmax over all others of the positives' cosine similarities; 0 for one without a
-    positive. Computed in float32 or float64.
+    The mean over samples of -log softmax, over all other samples, of the positives' cosine similarities; 0 for a sample
+    without positives. Computed in float32 or float64.
 
     Args:
         features: (B, d).
         targets: (B,) int64.
         bias: (B,) int64.
-        temperature: of the softmax.
+        temperature: temperature of the softmax.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)

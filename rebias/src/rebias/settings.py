@@ -1,4 +1,4 @@
-"""Everything a run may set, and the settings of the paper and of its released code by data set."""
+"""Everything that a run may set, and the settings of the paper and of its released code for each data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICES = {
     "networks": ("paper", "small"),
 }
 
-EFFECTIVE = {  # settings that mean something for some methods or data sets alone: default, which, what they are for
+EFFECTIVE = {  # settings that matter only for some methods or data sets: default, which field, its values
     "head": ("trained", "method", ("rubi", "learnedmixin")),
     "pretrain_epochs": (0, "method", ("learnedmixin", "jtt")),
     "upweight": (50, "method", ("jtt",)),
@@ -48,11 +48,11 @@ class Settings:
     rho: float = 0.997
     """share of training images whose bias agrees with the label (digits, mnist)"""
     n_confusing: int = 9
-    """other colours a class may take, 1 to 9 (digits, mnist)"""
+    """number of other colours that a class may take, 1 to 9 (digits, mnist)"""
     side: int = 28
     """pixels of an MNIST image: 28, or 14 for CPUs"""
     train_images: int = 0
-    """only the first so many MNIST training images; 0: all"""
+    """use only this many MNIST training images, from the start; 0: all"""
     stylised: bool = False
     """imagenet9: train on the stylised copy as well"""
     f_kernel: int = 7
@@ -88,31 +88,31 @@ class Settings:
     feature: str = "pooled"
     """what HSIC compares: pooled features or logits"""
     sigma: str = "fixed"
-    """bandwidths: fixed, median of distances, or dimension (square root of)"""
+    """bandwidths: fixed, median (of the distances) or dimension (its square root)"""
     sigma_value: float = 1.0
-    """the fixed bandwidth; otherwise a factor"""
+    """the fixed bandwidth; otherwise a factor on it"""
     sigma_every: str = "epoch"
-    """median of a share of the training set before every epoch, or of each batch"""
+    """take the median over a share of the training set before every epoch, or over each batch"""
     sigma_sampling: float = 0.25
     """that share"""
     estimator: str = "unbiased"
-    """of HSIC: unbiased or biased"""
+    """estimator of HSIC: unbiased or biased"""
     conditional: bool = False
-    """HSIC within classes"""
+    """compute HSIC within classes"""
     penalty: str = "hsic"
-    """hsic; as controls hsic-shuffled (g of other images) or feature-norm (mean square of f's features)"""
+    """hsic, or the controls hsic-shuffled (g of other images) or feature-norm (mean square of f's features)"""
     head: str = "trained"
     """RUBi's and LearnedMixin's heads: trained, or frozen at random as in the released code"""
     pretrain_epochs: int = 0
-    """LearnedMixin: epochs of g alone before; JTT: of the first network"""
+    """epochs before the training proper: of g (LearnedMixin) or of the first network (JTT)"""
     upweight: int = 50
-    """JTT: how many times more a sample counts that the first network gets wrong (released: 50 or 100)"""
+    """JTT: weight of samples that the first network gets wrong (released: 50 or 100)"""
     monitor_g: bool = False
-    """vanilla: train a g beside f, only to measure their dependence"""
+    """vanilla: also train a g, only to measure its dependence with f"""
     eval_every: int = 0
     """epochs between points of the training curve; 0: none"""
     networks: str = "paper"
-    """paper, or small: a few layers in place of those for images and videos (for rehearsals)"""
+    """paper, or small: tiny networks for images and videos (for rehearsals)"""
     network: str = ""
     """measure a network instead of training one: mnist-f, mnist-g, imagenet9-f, imagenet9-g, kinetics10-f or -g"""
 
@@ -140,9 +140,9 @@ class Settings:
         if self.sigma == "median" and self.sigma_every == "batch" and self.sigma_value != 1:
             raise ValueError(f"sigma_value has no effect on the median of each batch, got {self.sigma_value}")
         if self.method in SEES_BIAS and self.dataset in ("imagenet9", "kinetics10"):
-            raise ValueError(f"{self.method} needs a bias label for every training image, {self.dataset} has none")
+            raise ValueError(f"{self.method} needs a bias label for every training image; {self.dataset} has none")
         if self.method in ("hex", "biascon", "dfr") and self.dataset not in ("digits", "mnist"):
-            raise ValueError(f"{self.method} is built for coloured digits, digits or mnist, not {self.dataset}")
+            raise ValueError(f"{self.method} works only on coloured digits (digits or mnist), not on {self.dataset}")
         if self.method == "rebias" and self.batch_size < 4:
             raise ValueError(f"HSIC needs batches of 4 or more, batch_size is {self.batch_size}")
 

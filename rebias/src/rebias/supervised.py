@@ -1,4 +1,4 @@
-"""Methods that see the bias label of every training image: what ReBias does without, as an upper mark.
+"""Methods that see the bias label of every training image: ReBias does without; an upper bound.
 
 The balanced and the contrastive loss (Hong & Yang 2021) and DFR (Kirichenko et al. 2022), as their authors released
 them.
@@ -21,8 +21,8 @@ from rebias.models import Network
 from rebias.objectives import balanced_cross_entropy, bias_contrastive
 from rebias.settings import Settings
 
-CLASSIFICATION_WEIGHT = 0.01  # beside the contrastive loss
-LARGEST_RATIO = 10  # of the rarest image's chance to be drawn to the commonest one's
+CLASSIFICATION_WEIGHT = 0.01  # added to the contrastive loss
+LARGEST_RATIO = 10  # ratio of the largest to the smallest probability of being drawn
 
 
 class Balanced(Method):
@@ -46,8 +46,8 @@ class Balanced(Method):
 class BiasContrastive(Method):
     """BiasCon: features of one class and different biases attract each other.
 
-    Beside the batch, which is classified, a second one of half its size is drawn in which rare biases are common; two
-    random views of it are contrasted.
+    Besides the batch, which is classified, a second one of half its size, in which rare biases are common, is drawn;
+    two random views of it are contrasted.
     """
 
     views = v2.Compose([v2.RandomRotation(20), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)])
@@ -55,7 +55,7 @@ class BiasContrastive(Method):
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric)
         if fabric.world_size > 1:
-            raise ValueError(f"biascon draws its second batch on one process, got {fabric.world_size}")
+            raise ValueError(f"biascon draws its second batch on one process, got {fabric.world_size} processes")
         (self.f,) = self.add("f", f)
         self.data = cast(BiasedDataset, data)
         self.chances = rarity(self.data.labels, self.data.bias)
@@ -72,7 +72,7 @@ class BiasContrastive(Method):
 
 
 class DFR(Vanilla):
-    """Deep feature reweighting: vanilla, whose last layer is fitted anew on groups of equal size."""
+    """Deep feature reweighting: vanilla with its last layer refitted on groups of equal size."""
 
     def __init__(self, settings: Settings, fabric: Fabric, f: Network, gs: list[Network], data: Dataset):
         super().__init__(settings, fabric, f, gs, data)
@@ -87,7 +87,7 @@ class DFR(Vanilla):
 
 
 def rarity(labels: Tensor, bias: Tensor) -> Tensor:
-    """(n,) relative chances of samples to be drawn: 1 / p(bias | label), at most LARGEST_RATIO times the smallest."""
+    """(n,) relative odds of drawing each sample: 1 / p(bias | label), at most LARGEST_RATIO times the smallest."""
     counts = torch.zeros(int(labels.max()) + 1, int(bias.max()) + 1, device=labels.device)
     counts.index_put_((labels, bias), torch.ones((), device=labels.device), accumulate=True)
     chances = (counts.sum(1, keepdim=True) / counts)[labels, bias]
@@ -97,15 +97,15 @@ def rarity(labels: Tensor, bias: Tensor) -> Tensor:
 def last_layer(features: Tensor, labels: Tensor, bias: Tensor, c: float = 1.0, fits: int = 10) -> tuple[Tensor, Tensor]:
     """DFR's weight (C, d) and offset (C,): a mean of L1-penalised logistic regressions, each class against the rest.
 
-    Each is fitted on its own random subset with as many samples of every group as the smallest has. The released code
+    Each is fitted on a random subset in which every group has the size of the smallest. The released code
     chooses c by the worst group of a validation set; here it is the first of its options.
 
     Args:
-        features: (n, d) of the training set.
+        features: (n, d), of the training set.
         labels: (n,) int64.
         bias: (n,) int64; groups without a sample do not count.
         c: inverse weight of the penalty.
-        fits: how many.
+        fits: number of regressions.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier

@@ -39,12 +39,12 @@ TWINS = ("lff", "jtt")  # their second network is another f
 
 
 class Task(ABC):
-    """What every task has: `train`, `tests` (for the run record), `f()`, `g()` and `evaluate(method)`.
+    """Base class of tasks: `train`, `tests` (for the run record), `f()`, `g()` and `evaluate(method)`.
 
     Args:
-        settings: of the run.
-        seed: of colours, weights and order.
-        data_root: where data sets are.
+        settings: settings of the run.
+        seed: seed of colours, weights and order.
+        data_root: folder that holds the data sets.
         fabric: device and ranks.
         reading: how files are read.
     """
@@ -54,7 +54,7 @@ class Task(ABC):
     memory_format = torch.channels_last
 
     paper_sizes: dict[int, int] = {}
-    """samples in the paper's sets where they are known, by position: 0 for training, 1 .. for `tests`"""
+    """sizes of the paper's sets if known, by position: 0 for training, 1 .. for `tests`"""
 
     def __init__(
         self,
@@ -70,13 +70,13 @@ class Task(ABC):
 
     @property
     def caveats(self) -> list[str]:
-        """Why figures of this task must not stand beside the paper's: files that were left out, smaller sets."""
+        """Why figures of this task cannot be compared with the paper's: skipped files, smaller sets."""
         sets = (self.train, *self.tests)
         skipped = sum(len(getattr(data, "skipped", ())) for data in sets)
         found = [f"{skipped} files skipped"] if skipped else []
         for position, full in self.paper_sizes.items():
             if position == 0 and self.settings.train_images:
-                continue  # the settings say so
+                continue  # the settings ask for it
             size = len(sets[position]) // getattr(sets[position], "views", 1)
             if size != full:
                 found.append(f"{size:,} of the paper's {full:,} in {sets[position].name}")
@@ -88,18 +88,18 @@ class Task(ABC):
 
     @abstractmethod
     def f(self) -> Network:
-        """A fresh target network."""
+        """A new target network."""
 
     @abstractmethod
     def g(self) -> Network:
-        """A fresh biased network."""
+        """A new biased network."""
 
     @abstractmethod
     def evaluate(self, method: Method) -> Result:
         """Metrics of a trained method, and details for the run record."""
 
     def networks(self) -> tuple[Network, list[Network]]:
-        """Fresh f and gs; f's weights depend on the seed alone, whatever the method trains beside it."""
+        """New f and gs; f's weights depend on the seed alone, whatever else the method trains."""
         method, make_g = self.settings.method, self.f if self.settings.method in TWINS else self.g
         torch.manual_seed(self.seed)
         f = self.g() if method == "biased" else self.f()
@@ -111,10 +111,10 @@ class Task(ABC):
 
     @abstractmethod
     def accuracies(self, method: Method) -> dict[str, float]:
-        """Biased and unbiased accuracy in percent, as cheaply as they come."""
+        """Biased and unbiased accuracy in percent, computed cheaply."""
 
     def point(self, method: Method) -> dict[str, float]:
-        """What the training curve holds of an epoch beyond the losses."""
+        """What the training curve holds for an epoch besides the losses."""
         return {}
 
 
@@ -141,7 +141,7 @@ class SmallTask(Task):
         return point | self._training_cross_entropy(method)
 
     def evaluate(self, method: Method) -> Result:
-        """Percentages over the test sets, HSIC between f and g where there is a g, and the group matrix."""
+        """Percentages over the test sets, HSIC between f and g if there is a g, and the group matrix."""
         metrics, (_, features) = self._accuracies(method)
         if "g0" in method.modules and self.settings.method not in TWINS:
             metrics["hsic"] = dependence(features, self._features(method, "g0"))
@@ -202,7 +202,7 @@ class Toy(SmallTask):
 
 
 class Digits(SmallTask):
-    """scikit-learn's digits; every test digit in all ten colours, its own colour being the biased test."""
+    """scikit-learn's digits; every test digit in all ten colours; its class's colour is the biased test."""
 
     n_biases = NUM_CLASSES
 
@@ -221,7 +221,7 @@ class Digits(SmallTask):
 
 
 class Mnist(Digits):
-    """Biased MNIST: the paper's test sets (rho 1, 0.1 and 0), drawn once and for all, and all ten colours."""
+    """Biased MNIST: the paper's test sets (rho 1, 0.1 and 0), drawn once with a fixed seed, and all ten colours."""
 
     paper_sizes = {0: 60_000, 1: 10_000}
 

@@ -1,4 +1,4 @@
-"""The training loop: any method, any data set, one or many processes, killed at any instant and continued."""
+"""The training loop: any method, any data set, one or many processes, it can be killed at any time and resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one process, or on all that torchrun or Slurm started (DDP).
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA, fp16 with a scaler before Ampere, 32-true on CPU) or one of Fabric's.
     """
     if device == "auto":
@@ -39,7 +39,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         precision = "32-true"
         if device == "cuda":
             precision = "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolution is found once
+    torch.backends.cudnn.benchmark = True  # shapes do not change: search for the fastest convolution once
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world)))
     strategy = "ddp" if world > 1 else "auto"
@@ -55,7 +55,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def learning_rate(settings: Settings, epoch: int) -> float:
-    """Of an epoch of training proper, counted from 0; pre-training (negative epochs) keeps the first one."""
+    """Learning rate of an epoch, counted from 0; pre-training (negative epochs) keeps the first one."""
     epoch = max(epoch, 0)
     if settings.schedule == "step":
         return settings.lr * 0.1 ** (epoch // settings.step_epochs)
@@ -65,13 +65,13 @@ def learning_rate(settings: Settings, epoch: int) -> float:
 
 
 def index_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int, world: int) -> list[Tensor]:
-    """This rank's share of every full global batch of an epoch, in an order that seed and epoch decide.
+    """This rank's share of every full global batch of an epoch, in an order given by seed and epoch.
 
     Raises:
         ValueError: no full batch, or a global batch that the ranks cannot share evenly.
     """
     if n < batch_size:
-        raise ValueError(f"{n} training images hold no full batch of {batch_size}")
+        raise ValueError(f"{n} training images do not fill a batch of {batch_size}")
     if batch_size % world:
         raise ValueError(f"a global batch of {batch_size} cannot be shared by {world} ranks")
     order = torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch))
@@ -88,15 +88,15 @@ def fit(
     checkpoint_every: int = 500,
     before_step: Callable[[int], None] = lambda step: None,
 ) -> list[dict]:
-    """Train; the same arguments give the same weights on a CPU, killed and started again or not.
+    """Train; the same arguments give the same weights on a CPU, even if it was killed and restarted.
 
     Args:
         method: networks, optimizers and step.
         data: a training set of this package, on the method's device.
-        seed: of the order of the images.
+        seed: seed of the order of the images.
         on_epoch: called after every epoch with its number from 1 and the means of the losses' parts; what it returns
-            joins the curve's point.
-        checkpoint: file to resume from and to save to; of other settings it is refused.
+            is added to the curve's point.
+        checkpoint: file to resume from and to save to; refused if its settings differ.
         checkpoint_every: steps between saves; the end of training saves as well.
         before_step: called with the number of steps done.
 
@@ -104,7 +104,7 @@ def fit(
         The training curve: one point per epoch with the means of the losses' parts.
 
     Raises:
-        ValueError: no full batch; a checkpoint that is damaged or of another run.
+        ValueError: no full batch; a checkpoint that is damaged or from another run.
         RuntimeError: a loss became NaN or infinite.
     """
     s, fabric = method.settings, method.fabric
@@ -112,7 +112,7 @@ def fit(
     state: dict[str, Any] = {"epoch": 0, "step": 0, "total": 0, "curve": [], "sums": {}}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, method)
-        logger.info("continuing at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
+        logger.info("resuming at epoch %d, step %d from %s", state["epoch"], state["step"], checkpoint.name)
 
     graphed = method.graphed and fabric.device.type == "cuda" and fabric.world_size == 1
     pretrain_step, step_proper = (StepGraph(f) if graphed else f for f in (method.pretrain_step, method.step))
@@ -168,8 +168,8 @@ def _resume(path: Path, run: dict, method: Method) -> dict:
         differing = [name for name in run["settings"] if run["settings"][name] != content["run"]["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != content["run"][name]]
         raise ValueError(
-            f"{path}: checkpoint of another run (other {', '.join(differing)}); "
-            "name another file, or use the settings it was made with"
+            f"{path}: checkpoint of another run (different {', '.join(differing)}); "
+            "name another file, or use its settings"
         )
     for name, module in method.modules.items():
         module.load_state_dict(content["modules"][name])
@@ -182,13 +182,13 @@ def _resume(path: Path, run: dict, method: Method) -> dict:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint written by `fit`, on the CPU and with weights_only. ValueError where it is damaged."""
+    """Read a checkpoint written by `fit`, on the CPU and with weights_only. ValueError if it is damaged."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["run"]["settings"], content["modules"]["f"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); name another file") from error
     return content

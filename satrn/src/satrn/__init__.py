@@ -1,6 +1,6 @@
 """SATRN: recognition of text of arbitrary shape with two-dimensional self-attention (arXiv 1910.04396).
 
-Names are imported when they are first used, so that the command line's --help needs no torch.
+Names are imported on first use, so the command line's --help does not load torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Multi-head attention (equations 1 and 2) with narrow queries and keys; keys and values can be kept and used again."""
+"""Multi-head attention (equations 1 and 2) with narrow queries and keys; keys and values can be cached."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class MultiHeadAttention(nn.Module):
 
     Args:
         d: channels of input, values and output.
-        heads: that share q, k and v.
+        heads: number of heads.
         qk_width: channels of q and of k over all heads.
         scale: factor on q k^T.
-        bias: of the four projections.
+        bias: whether the four projections have biases.
     """
 
     def __init__(self, d: int, heads: int, qk_width: int, scale: float, bias: bool = True):

@@ -86,7 +86,7 @@ def _decoding(device: torch.device, variant: str, repeats: int) -> Iterator[Timi
     cases = {
         "decoder": (decoder_only, lambda: recompute_everything(model, encoded.tokens, encoded.hw), ">= 5"),
         "end to end": (lambda: ours(STEPS), peer, ">= 3" if device.type == "cpu" else ""),
-        # random weights never end a word: a stop after seven steps stands for words of six characters
+        # random weights never end a word: a stop after seven steps simulates words of six characters
         f"end to end, stopping after {WORD_STEPS} steps": (
             lambda: ours(WORD_STEPS),
             peer,

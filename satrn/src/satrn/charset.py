@@ -12,7 +12,7 @@ IGNORED = -100
 
 
 class Tokenizer:
-    """Text to targets and back; no character has a meaning of its own (a label may hold "[s]" or any metacharacter).
+    """Text to targets and back; no character has a special meaning (a label may contain "[s]" or any metacharacter).
 
     Args:
         charset: different characters.
@@ -27,7 +27,7 @@ class Tokenizer:
 
         Args:
             labels: words.
-            max_length: most targets of a word, its end included.
+            max_length: maximal number of targets of a word, including its end.
             unknown: error, or "class" to map characters outside the charset to class 1.
 
         Raises:
@@ -47,7 +47,7 @@ class Tokenizer:
         return targets
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Texts of class numbers [B, L] up to the first end; an unknown character reads U+FFFD."""
+        """Texts of class numbers [B, L] up to the first end; an unknown character becomes U+FFFD."""
         names = ["", "\ufffd", *self.charset]
         texts = []
         for row in ids.tolist():

@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ else:
 
 @dataclass
 class Run:
-    """Run what is missing of the paper's tables (into runs/), print published | ours | yours, draw the figures."""
+    """Run the missing runs of the paper's tables (into runs/), print published | ours | yours, draw the figures."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as table-3a; none means all that have the scale."""
+    """Table ids such as table-3a; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, rendered or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where training/ and evaluation/ are."""
+    """Folder that holds training/ and evaluation/."""
     jobs: int = 0
-    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     workers: int = -1
-    """Loader processes of a run; -1: one per core, eight at most."""
+    """Loader processes of a run; -1: one per core, at most eight."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     compile: bool = False
     """torch.compile the training step."""
     skip_broken: bool = False
-    """Go on without broken words (they are counted and named)."""
+    """Skip broken words (they are counted and named)."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """Only list the missing runs and their expected cost."""
 
     def __call__(self) -> None:
         from functools import partial
@@ -74,7 +74,7 @@ class Run:
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -105,32 +105,32 @@ class Run:
 
 @dataclass
 class Train:
-    """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
+    """Train one model, print its evaluation as JSON and keep a checkpoint, from which the same command resumes."""
 
     settings: Preset
-    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    """A preset; flags after it change its settings, flags of this command come before it."""
     output: Path = Path("satrn.pt")
     """Checkpoint; `satrn eval` and `satrn read` take it."""
     seed: int = 0
-    """Of weights, order, rotations and dropout."""
+    """Seed of weights, order, rotations and dropout."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where training/ and evaluation/ are."""
+    """Folder that holds training/ and evaluation/."""
     device: str = "auto"
-    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    """Where to compute: auto, cpu or cuda; use torchrun or Slurm for several processes."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     start: Path | None = None
-    """Checkpoint of satrn or MMOCR to fine-tune: its network, with rows carried over to the settings' charset."""
+    """Checkpoint of satrn or MMOCR to fine-tune: takes its network and keeps the rows of known characters."""
     dictionary: Path | None = None
-    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+    """File with an MMOCR checkpoint's characters, one per line; needed if their number does not identify them."""
     checkpoint_every: int = 1000
     """Steps between saves."""
     compile: bool = False
     """torch.compile the training step."""
     workers: int = -1
-    """Loader processes; -1: one per core, eight at most."""
+    """Loader processes; -1: one per core, at most eight."""
     skip_broken: bool = False
-    """Go on without broken words (they are counted and named)."""
+    """Skip broken words (they are counted and named)."""
 
     def __call__(self) -> None:
         from satrn.experiments import needs, train_and_evaluate
@@ -150,14 +150,14 @@ class Train:
 
 @dataclass
 class Check:
-    """Self-check: a preset must learn one batch of rendered words by heart; exit code 1 if it does not."""
+    """Self-check: a preset must overfit one batch of rendered words; exit code 1 if it does not."""
 
     settings: Preset
-    """A preset; flags behind it change its settings."""
+    """A preset; flags after it change its settings."""
     batch_steps: int = 300
     """Training steps on that batch."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
 
     def __call__(self) -> None:
         from satrn.experiments import overfit_one_batch
@@ -230,7 +230,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
         print(
-            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept; the same command resumes", file=sys.stderr
         )
         sys.exit(130)
     except Exception as error:

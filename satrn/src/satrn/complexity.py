@@ -1,8 +1,8 @@
 """Parameters and FLOPs of a network by the rule that reproduces the paper's figures (tables 2 and 3b, figures 5 and 8).
 
 FLOPs are 2 x multiply-adds of convolutions, dense layers and LSTMs for one image and `max_length` decoding steps,
-without the two attention-matrix products. The Transformer decoder computes keys and values of the encoder's tokens
-anew at every step unless they are kept.
+without the two attention-matrix products. The Transformer decoder recomputes keys and values of the encoder's tokens
+at every step unless they are cached.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from satrn.models import SATRN
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one network; FLOPs of reading one image."""
+    """Cost of one network; FLOPs are those of reading one image."""
 
     parameters: int
     flops: int
-    """keys and values of the map anew at every step, as the official code (and as the printed figures need)"""
+    """with keys and values of the map recomputed at every step, as in the official code (and in the printed figures)"""
     flops_kept: int
-    """keys and values of the map once, as `generate`"""
+    """with keys and values of the map computed once, as in `generate`"""
 
 
 @lru_cache(maxsize=32)
 def costs(cfg: SATRNConfig) -> Costs:
-    """Count a network without computing anything (on torch's meta device). SAR's keys are always kept."""
+    """Count a network without computing anything (on torch's meta device). SAR's keys are always cached."""
     with torch.device("meta"):
         model = SATRN(cfg).eval()
         image = torch.empty(1, cfg.in_channels, *cfg.img_size)

@@ -1,4 +1,4 @@
-"""What a network is made of: the paper's equations by default, the two public codes as variants."""
+"""The configuration of a network: the paper's equations by default, the two public codes as variants."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CHOICES = {
 class SATRNConfig:
     """A recognizer; the defaults are the paper's model ("big").
 
-    `variant` decides what is not set explicitly:
+    `variant` determines what is not set explicitly:
 
     - paper: the printed equations; q and k of width d/4 with scale 1/sqrt(d_k), biased projections, pre-norm,
       separate bias-free A2DPE perceptrons, interleaved sinusoids, output tied to the embedding.
     - official (clovaai/SATRN): the same widths with scale 1/sqrt(d/heads), A2DPE perceptrons that share a biased
-      hidden layer, sinusoids in halves, the encoder's second LayerNorm discarded, ReLU behind the decoder's second
+      hidden layer, sinusoids in halves, the encoder's second LayerNorm discarded, ReLU after the decoder's second
       dense layer, a zero vector as start, batch norm with TensorFlow's epsilon and momentum.
     - mmocr (open-mmlab/mmocr): full-width q and k without biases, biased A2DPE perceptrons of hidden width d, GELU
-      in the decoder, a classifier of its own, colour planes in the order blue, green, red.
+      in the decoder, a separate classifier, colour planes in the order blue, green, red.
     """
 
     d_model: int = 512
@@ -71,7 +71,7 @@ class SATRNConfig:
     charset: str = CHARSET_94
     """characters that can be read"""
     max_length: int = 25
-    """most decoding steps, the end token included"""
+    """maximal number of decoding steps, including the end token"""
     ctc: bool = False
     """an auxiliary CTC head on the columns of the encoder's map (training only)"""
 
@@ -93,7 +93,7 @@ class SATRNConfig:
                 raise ValueError(f"image {name} must be divisible by the downsampling {factor}, got {size}")
         repeated = sorted({c for c in self.charset if self.charset.count(c) > 1})
         if repeated or not self.charset:
-            raise ValueError(f"charset must hold different characters, got {''.join(repeated)!r} twice or none at all")
+            raise ValueError(f"charset must hold different characters, got {''.join(repeated)!r} twice or none")
         if self.max_length < 1 or self.in_channels not in (1, 3) or not 0 <= self.dropout < 1:
             raise ValueError("max_length must be at least 1, in_channels 1 or 3, dropout in [0, 1)")
 
@@ -104,13 +104,13 @@ class SATRNConfig:
 
     @property
     def attention_scale(self) -> float:
-        """Factor on q k^T: 1/sqrt(d_k), but for the official code's 1/sqrt(d/heads)."""
+        """Factor on q k^T: 1/sqrt(d_k), except the official code's 1/sqrt(d/heads)."""
         width = self.d_model if self.variant == "official" else self.qk
         return (width / self.heads) ** -0.5
 
     @property
     def layout(self) -> str:
-        """Of the sinusoids."""
+        """Layout of the sinusoids."""
         return self.pos_layout or ("halves" if self.variant == "official" else "interleaved")
 
     @property

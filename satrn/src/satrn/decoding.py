@@ -1,4 +1,4 @@
-"""Reading: greedy and beam search over a decoder that keeps keys and values and stops when every word has ended."""
+"""Reading: greedy and beam search over a decoder that caches keys and values and stops when every word has ended."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class StepDecoder(Protocol):
 
 @dataclass
 class Recognition:
-    """What was read."""
+    """The readings of a batch."""
 
     texts: list[str]
     """one per image"""
     char_confidence: list[list[float]]
     """probability of each character"""
     confidence: list[float]
-    """exp of the mean log probability over the characters and the end token, as the official code"""
+    """exp of the mean log probability over the characters and the end token, as in the official code"""
     attention: Tensor | None = None
-    """weights on the map [B, steps, H', W'], where asked for"""
+    """weights on the map [B, steps, H', W'], if requested"""
 
     @classmethod
     def from_ids(
@@ -70,14 +70,14 @@ def greedy(
     Args:
         decoder: with start and step (and forward, for cache=False).
         encoded: encoder's output of a batch.
-        steps: most steps.
+        steps: maximal number of steps.
         cache: False runs the decoder on all earlier characters at every step.
         early_stop: end when every word has.
         attention: also collect the weights on the map.
 
     Returns:
-        Class numbers and probabilities [B, L], L <= steps, and the weights [B, L, H', W'] or None. Behind a word's
-        end stand END and probability 1.
+        Class numbers and probabilities [B, L], L <= steps, and the weights [B, L, H', W'] or None. After a word's
+        end come END and probability 1.
     """
     memory, hw = encoded.tokens, encoded.hw
     state: Any = decoder.start(memory, hw) if cache else None
@@ -105,12 +105,12 @@ def greedy(
 def beam_search(
     decoder: StepDecoder, encoded: EncodedMap, steps: int, width: int, early_stop: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The word of the highest total log probability among those that a beam keeps.
+    """The word with the highest total log probability in the beam.
 
     Args:
         decoder: with start and step.
         encoded: encoder's output of a batch.
-        steps: most steps.
+        steps: maximal number of steps.
         width: words kept per image.
         early_stop: end when every kept word has.
 
@@ -123,7 +123,7 @@ def beam_search(
     )
     previous = torch.full((batch * width,), decoder.cfg.classes, device=device)
     scores = torch.full((batch, width), -torch.inf, device=device)
-    scores[:, 0] = 0.0  # all beams start alike: only the first may branch
+    scores[:, 0] = 0.0  # all beams start equal: only the first may branch
     ids = torch.empty(batch, width, 0, dtype=torch.long, device=device)
     probabilities = torch.empty(batch, width, 0, device=device)
     ended = torch.zeros(batch, width, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""Word accuracy as the field counts it, over test sets, angles and lines; A2DPE's gates as a report."""
+"""Word accuracy in the field's usual sense, over test sets, angles and lines; A2DPE's gates as a report."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PROTOCOLS = ("case-insensitive", "case-sensitive", "exact")
 
 
 def comparable(text: str, protocol: str = "case-insensitive") -> str:
-    """What counts of a word.
+    """The part of a word that is compared.
 
     Args:
-        text: as read, or a label.
+        text: a reading or a label.
         protocol: case-insensitive (the paper's and the field's: lower-cased letters and digits), case-sensitive
             (letters and digits) or exact (every character).
 
@@ -40,7 +40,7 @@ def comparable(text: str, protocol: str = "case-insensitive") -> str:
 def read_all(
     model: SATRN, data: RenderedWords | LmdbWords, batch_size: int = 500, degrees: float = 0.0
 ) -> tuple[list[str], list[str]]:
-    """Readings and labels of a data set, optionally rotated; the model is left as it was (training or not)."""
+    """Readings and labels of a data set, optionally rotated; the model's mode is restored."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     readings, labels = [], []
@@ -75,7 +75,7 @@ def correct(
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Words that only one of two models read, and the exact two-sided p that both are as good.
+    """Words that only one of two models read, and the exact two-sided p-value of equal accuracy.
 
     Args:
         first: whether each word was read, bool [N].
@@ -97,10 +97,10 @@ def evaluate_rotation(
     """Word accuracy by angle.
 
     Args:
-        model: to evaluate.
+        model: the model to evaluate.
         data: upright words.
         angles: degrees by which all words are rotated (anticlockwise), edges repeated.
-        batch_size: of reading.
+        batch_size: words per batch.
 
     Returns:
         Columns angle, n, accuracy (0 .. 1).
@@ -129,14 +129,14 @@ def aspect_ratios(model: SATRN, images: Tensor, batch_size: int = 500) -> Tensor
 
 
 def group_by_ratio(ratios: Sequence[float]) -> dict[str, int]:
-    """How many images lie in the paper's three groups."""
+    """The number of images in each of the paper's three groups."""
     r = np.asarray(ratios)
     return {"r < 0.6": int((r < 0.6).sum()), "0.6 .. 0.8": int(((r >= 0.6) & (r <= 0.8)).sum()),
             "r > 0.8": int((r > 0.8).sum())}  # fmt: skip
 
 
 def line_jumps(attention: Tensor, steps: int) -> int:
-    """How often the row that one word's attention (steps, H', W') looks at most moves down, over its characters.
+    """How often the strongest row of one word's attention (steps, H', W') moves down, over its characters.
 
     A reader of two lines moves down once.
     """

@@ -47,20 +47,20 @@ def run_tables(
     jobs: int = 0,
     **options: Any,
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables, and what it has of other data than this root's.
+    """Run what runs/<scale>.jsonl lacks of the tables, and what it has from other data than this root's.
 
     Args:
         chosen: tables.
         scale: such as "paper".
-        data_root: with the sets.
-        rows: only these.
+        data_root: folder that holds the sets.
+        rows: run only these.
         seeds: instead of the tables'.
-        force: run again what is there.
+        force: repeat runs that are there.
         jobs: see `shared_utils.runlog.run_missing`.
         options: workers, skip_broken, precision and compile, as for `execute`.
 
     Raises:
-        Missing: what the runs need and is not there, all of it.
+        Missing: lists everything that the runs need and that is missing.
     """
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
@@ -69,14 +69,14 @@ def run_tables(
     common: dict[str, Any] = dict(repository=PROJECT, packages=PACKAGES, jobs=jobs, needs=needed)
     other = [] if force else on_other_data(runs, log, data_root)
     if other:
-        logger.info("%d finished runs were on other data than that in %s: they run again", len(other), data_root)
+        logger.info("%d finished runs used other data than that in %s: they are repeated", len(other), data_root)
         run_missing("satrn", other, log, execute_here, force=True, **common)
     run_missing("satrn", runs, log, execute_here, force=force, **common)
     return log
 
 
 def needs(settings: dict[str, Any], data_root: Path, output: Path) -> Iterator[Need]:
-    """All that a run needs: its sets, those of the evaluation too, and room for two checkpoints."""
+    """Everything that a run needs: its sets, including those of the evaluation, and room for two checkpoints."""
     s = Settings(**settings)
     yield from inventory.needs(s, data_root)
     if s.dataset == "lmdb":  # weights and Adam's two averages, in float32, old and new
@@ -84,7 +84,7 @@ def needs(settings: dict[str, Any], data_root: Path, output: Path) -> Iterator[N
 
 
 def on_other_data(runs: Sequence[Run], log: RunLog, data_root: Path) -> list[Run]:
-    """Runs whose records in a log are of other words than a data root has now."""
+    """Runs whose records in a log used other words than the data root has now."""
     records = {key_of(record): record for record in log.records()}
     found, checksums = [], dict[Path, str]()
     for run in runs:
@@ -112,7 +112,7 @@ def execute(
     precision: str = "auto",
     compile: bool = False,
 ) -> Outcome:
-    """One run of a table; killed and started again, it goes on from runs/checkpoints."""
+    """One run of a table; a killed run resumes from runs/checkpoints."""
     s = Settings(**settings)
     if s.dataset == "none":
         return Outcome(sizes(s))
@@ -146,21 +146,21 @@ def train_and_evaluate(
     dictionary: str | None = None,
     on_point: Callable[[dict], None] = lambda point: None,
 ) -> tuple[SATRN, Outcome]:
-    """Train (on from the checkpoint where there is one) and evaluate the last step, never a chosen one.
+    """Train (resuming from the checkpoint if there is one) and evaluate the last step, never a chosen one.
 
     Args:
         s: settings.
-        seed: of weights, words and order.
-        data_root: with training/ and evaluation/.
+        seed: seed of weights, words and order.
+        data_root: folder that holds training/ and evaluation/.
         fabric: device, precision, ranks.
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves.
         compile: through torch.compile.
         workers: loader processes.
-        skip_broken: go on without broken images.
-        start: checkpoint (of this package or MMOCR) to begin with; its network replaces the settings', its rows are
-            carried over to the settings' charset; None: a fresh network.
-        dictionary: of an MMOCR checkpoint, where its size does not tell it.
+        skip_broken: skip broken images.
+        start: checkpoint (of this package or MMOCR) to start from; its network replaces the settings', and rows of
+            known characters are kept; None: a new network.
+        dictionary: characters of an MMOCR checkpoint, if their number does not identify them.
         on_point: called with every point of the training curve.
     """
     begun = None if start is None else load_pretrained(start, s.charset, dictionary)
@@ -169,7 +169,7 @@ def train_and_evaluate(
     options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "compile": compile, "on_point": on_point}
     model = build_model(s, seed, fabric)
     if begun is not None:
-        weights = model.state_dict()  # an auxiliary head may be on one side only
+        weights = model.state_dict()  # only one of the two may have an auxiliary head
         model.load_state_dict(weights | {k: v for k, v in begun.state_dict().items() if k in weights})
     details = {"curve": fit(model, data, s, seed, fabric, checkpoint=checkpoint, **options)}
     control = None

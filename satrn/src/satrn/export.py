@@ -47,7 +47,7 @@ class EncoderGraph(nn.Module):
 class StepGraph(nn.Module):
     """One step: previous classes [B] at a position (int64 [1]), kept keys and values [layers, B, heads, P, width].
 
-    P is the position: nothing is kept at the first step. Gives logits [B, K] and the kept keys and values with P + 1.
+    P is the position: nothing is cached at the first step. Returns logits [B, K] and the cache of length P + 1.
     """
 
     table: Tensor  # positions [P, d]

@@ -217,13 +217,13 @@ def _aspect(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figur
 
 
 def _published(name: str) -> list[dict]:
-    """Lines of a figure's published values, beside its table file."""
+    """Lines of a figure's published values, stored next to its table file."""
     with open(Path(__file__).parents[2] / "tables" / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 Draw = Callable[[Table, dict[str, list[dict]], str], plt.Figure | None]
-PUBLISHED = ("table-1",)  # drawn from the published figures alone
+PUBLISHED = ("table-1",)  # drawn only from the published figures
 DRAW: dict[str, dict[str, Draw]] = {
     "table-1": {"table-1": _prior_art},
     "figure-5-costs": {"figure-5-costs": _sizes},
@@ -242,7 +242,7 @@ def draw_attention(images: Tensor, recognition: Recognition, path: Path) -> None
         ValueError: a reading without attention.
     """
     if recognition.attention is None:
-        raise ValueError("recognition: has no attention maps, read with attention=True")
+        raise ValueError("recognition: has no attention maps; read with attention=True")
     longest = max(1, max(map(len, recognition.texts)))
     figure, axes = plt.subplots(
         len(images), 1 + longest, figsize=(1.6 * (1 + longest), 1.2 * len(images)), layout="constrained", squeeze=False

@@ -1,4 +1,4 @@
-"""From a trained network to figures: on real words, on rendered ones, of a checkpoint, of two."""
+"""From a trained network to metrics: on real words, on rendered ones, of a checkpoint, of two."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHEET_WORDS = 8
 
 
 def sizes(s: Settings) -> dict[str, float]:
-    """Parameters (also in millions) and FLOPs (billions) by the paper's rule, and with keys and values kept."""
+    """Parameters (also in millions) and FLOPs (billions) by the paper's rule, and with cached keys and values."""
     counted = costs(s.network())
     return {
         "parameters": counted.parameters,
@@ -69,7 +69,7 @@ def evaluate(
 
 
 def checkpoint_settings(path: Path, model: SATRN, test_sets: Sequence[str]) -> tuple[Settings, int]:
-    """Settings and seed to evaluate a checkpoint with; MMOCR's have neither. Named test sets replace its own."""
+    """Settings and seed for evaluating a checkpoint; MMOCR's have neither. Named test sets replace its own."""
     content = read_checkpoint(path)
     own = "run" in content
     s = settings_of(content, path) if own else with_network(Settings(), model.cfg)
@@ -86,7 +86,7 @@ def evaluate_checkpoint(
     protocol: str = "case-insensitive",
     dictionary: str | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Metrics of a checkpoint and how many words each set has; other test sets than its own where they are named."""
+    """Metrics of a checkpoint and the number of words of each set, on its own test sets or on those named."""
     fabric = make_fabric(device)
     model = load_model(path, fabric, dictionary)
     s, seed = checkpoint_settings(path, model, test_sets)
@@ -148,7 +148,7 @@ def _evaluate_real(
             turned.setdefault(f"rotated_{angle:g}", []).append(correct(model, words, protocol=protocol, degrees=angle))
         records.append(words.record())
     metrics = {name: 100 * float(each.mean()) for name, each in hits.items()}
-    metrics["accuracy"] = 100 * float(np.concatenate(list(hits.values())).mean())  # of the union: every word once
+    metrics["accuracy"] = 100 * float(np.concatenate(list(hits.values())).mean())  # over the union: every word once
     metrics |= {name: 100 * float(np.concatenate(each).mean()) for name, each in turned.items()}
     if set(IRREGULAR) <= hits.keys():
         metrics["irregular_mean"] = float(np.mean([metrics[name] for name in IRREGULAR]))

@@ -1,6 +1,6 @@
 """Positional encodings of the encoder (section 3.2.2): adaptive 2-D (A2DPE), 1-D flattened, 2-D concatenated.
 
-Tables are computed on the fly, so that a map of any height and width has its positions.
+Tables are computed on the fly, so maps of any height and width work.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def sinusoid(n: int, d: int, layout: str = "interleaved", *, device: torch.devic
     Args:
         n: positions.
         d: channels, even.
-        layout: interleaved (sin and cos in turn, as printed) or halves (sin first, cos behind, as the official code).
-        device: of the table.
+        layout: interleaved (sin and cos in turn, as printed) or halves (sin first, then cos, as in the official code).
+        device: device of the table.
 
     Returns:
         Table [n, d], float32.
@@ -44,9 +44,9 @@ class AdaptivePositionalEncoding2D(nn.Module):
         d: channels.
         hidden: width of the gates' hidden layers; None: d/2.
         mlp: separate (one perceptron each, as printed) or shared (one hidden layer for both, as the official code).
-        bias: the paper prints none.
-        layout: of the sinusoids.
-        dropout: on the hidden vector (official code).
+        bias: whether the perceptrons have biases; the paper prints none.
+        layout: layout of the sinusoids.
+        dropout: rate on the hidden vector (official code).
     """
 
     def __init__(
@@ -90,11 +90,12 @@ def fixed_encoding(kind: str, d: int, height: int, width: int, layout: str, devi
     """The controls of table 3a: a table [d, H, W], zero for none.
 
     Args:
-        kind: none, 1d (positions of the flattened map) or 2d_concat (rows in the first d/2 channels, columns behind).
+        kind: none, 1d (positions of the flattened map) or 2d_concat (rows in the first d/2 channels, columns in the
+            rest).
         d: channels.
         height: rows of the map.
         width: columns of the map.
-        layout: of the sinusoids.
+        layout: layout of the sinusoids.
         device: of the table.
     """
     if kind == "none":

@@ -1,4 +1,4 @@
-"""What the command line does with one's own images: read them, turn them, measure their gates, render new ones."""
+"""What the command line does with your images: read them, rotate them, measure their gates, render new ones."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def load_images(paths: Sequence[Path], model: SATRN | OnnxReader) -> Tensor:
 
     Raises:
         FileNotFoundError: a missing file.
-        ValueError: none given.
-        BrokenFile: one that is no readable image.
+        ValueError: no file was given.
+        BrokenFile: a file is not a readable image.
     """
     if not paths:
         raise ValueError("no image given")
     images = []
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such image")
+            raise FileNotFoundError(f"{path}: image not found")
         images.append(decode_image(path, model.cfg.img_size, model.cfg.in_channels))
     return torch.stack(images)
 
@@ -49,11 +49,11 @@ def read_images(
 
     Args:
         paths: image files.
-        checkpoint: of `satrn train`, or of MMOCR; or a folder of `satrn export`, which ONNX Runtime reads on the CPU.
+        checkpoint: checkpoint of `satrn train` or of MMOCR, or a folder of `satrn export` (read by ONNX Runtime).
         beam: width of the beam.
         attention: PNG to write attention maps to.
         device: auto, cpu or cuda.
-        dictionary: of an MMOCR checkpoint, where its size does not tell it.
+        dictionary: characters of an MMOCR checkpoint, if their number does not identify them.
     """
     if checkpoint.is_dir():
         if beam > 1 or attention is not None:
@@ -97,7 +97,7 @@ def render_lmdb(
 ) -> int:
     """Write an LMDB of `count` rendered words: the lines of a file in turn, or random strings; returns the count.
 
-    A space in a line of the file is where multi_line may break it; the label has no spaces.
+    multi_line may break a line of the file at a space; the label has no spaces.
 
     Raises:
         ValueError: a file without words, or a line with a space for another warp.
@@ -107,7 +107,7 @@ def render_lmdb(
         spaced = [line for line in lines if " " in line] if warp != "multi_line" else []
         if not lines or spaced:
             what = f"{spaced[0]!r} has a space; write one word per line, or take --warp multi_line" if spaced else ""
-            raise ValueError(f"{words}: {what or 'holds no word'}")
+            raise ValueError(f"{words}: {what or 'contains no words'}")
         texts = [lines[i % len(lines)] for i in range(count)]
     else:
         texts = random_words(count, charset, lengths, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: `satrn train`'s or MMOCR's, under its own or another charset."""
+"""The network of a checkpoint of `satrn train` or MMOCR, with its own or another charset."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SYMBOLS = LOWER + "ABCDEFGHIJKLMNOPQRSTUVWXYZ!\"#$%&'()*+,-./:;<=>?@[\\]_`~"
 DICTIONARIES = {len(each): each for each in (LOWER, LOWER + " ", SYMBOLS, SYMBOLS + " ")}  # MMOCR's English ones
 DICTIONARY_FILES = {f"{name}{tail}.txt" for name in ("lower_english_digits", "english_digits_symbols")
                     for tail in ("", "_space")}  # fmt: skip
-SPECIALS = 3  # classes behind the characters
-# Their order. 0.x cannot predict padding: its classifier has a row less than its embedding, which tells the versions.
+SPECIALS = 3  # classes after the characters
+# Their order. 0.x cannot predict padding: its classifier has one row less than its embedding: this shows the version.
 UNKNOWN_0X, END_0X = 0, 1
 END_1X, UNKNOWN_1X = 0, 2
 BUFFERS = ("data_preprocessor.", "encoder.position_enc.h_position_encoder", "encoder.position_enc.w_position_encoder",
@@ -32,7 +32,7 @@ BUFFERS = ("data_preprocessor.", "encoder.position_enc.h_position_encoder", "enc
 
 
 class _Inert:
-    """Stands for every object in a checkpoint that is not a tensor or a plain value; it does nothing."""
+    """Replaces every object in a checkpoint that is not a tensor or a plain value; it does nothing."""
 
     def __init__(self, *args: Any):
         pass
@@ -44,38 +44,38 @@ class _Inert:
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint's content, on the CPU, loaded with weights_only.
 
-    MMEngine's runner stores its log and NumPy arrays beside the weights: foreign objects come back inert.
+    MMEngine's runner stores its log and NumPy arrays with the weights: other objects are loaded as inert ones.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint.
+        ValueError: not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle errors of a damaged or foreign file
+    except Exception as error:  # zip and pickle errors of a damaged or unknown file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no weights, expected a checkpoint of satrn or MMOCR")
+        raise ValueError(f"{path}: has no weights; expected a checkpoint of satrn or MMOCR")
     return content
 
 
 def load_pretrained(path: Path, charset: str | None = None, dictionary: str | None = None) -> SATRN:
-    """The network of a checkpoint of `satrn train` or of MMOCR; with another charset, rows are carried over.
+    """The network of a checkpoint of `satrn train` or MMOCR; another charset keeps the rows of known characters.
 
     Args:
-        path: of the checkpoint.
-        charset: of the new network; None: the checkpoint's. Characters that it lacks start afresh and are logged.
+        path: path of the checkpoint.
+        charset: of the new network; None: the checkpoint's. Characters that it lacks are newly initialised and logged.
         dictionary: characters of an MMOCR checkpoint in their order; see `load_mmocr_checkpoint`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint of the two, or one whose weights do not fit.
+        ValueError: neither kind of checkpoint, or weights that do not fit.
     """
     content = read_checkpoint(path)
     if "run" in content:
@@ -83,7 +83,7 @@ def load_pretrained(path: Path, charset: str | None = None, dictionary: str | No
         try:
             model.load_state_dict(content["model"])
         except RuntimeError as error:
-            raise ValueError(f"{path}: the weights do not fit the settings beside them ({_one_line(error)})") from error
+            raise ValueError(f"{path}: the weights do not fit the stored settings ({_one_line(error)})") from error
     else:
         model = _mmocr(content, path, dictionary)
     return (model if charset is None or charset == model.cfg.charset else _with_charset(model, charset, path)).eval()
@@ -94,14 +94,12 @@ def _one_line(error: Exception) -> str:
 
 
 def settings_of(content: dict, path: Path) -> Settings:
-    """Settings in a checkpoint of `satrn train`. ValueError where they are not."""
+    """Settings in a checkpoint of `satrn train`. ValueError if they are unknown."""
     try:
-        settings = {
-            k: v for k, v in content["run"]["settings"].items() if k != "count_only"
-        }  # once a setting, then off
+        settings = {k: v for k, v in content["run"]["settings"].items() if k != "count_only"}  # a former setting
         return Settings(**settings)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: holds no settings of this version of satrn ({error})") from error
+        raise ValueError(f"{path}: has no settings of this version of satrn ({error})") from error
 
 
 def weights_record(path: Path) -> dict[str, str]:
@@ -139,27 +137,27 @@ def _carry_over(old_rows: Tensor, new_rows: Tensor, old: str, new: str) -> Tenso
 
 
 def load_mmocr_checkpoint(path: Path, dictionary: str | None = None, heads: int | None = None) -> SATRN:
-    """A SATRN of MMOCR (variant "mmocr"), as its runner writes it; sizes and version are read off the weights.
+    """A SATRN of MMOCR (variant "mmocr"), as written by its runner; the weights tell sizes and version.
 
     Args:
         path: of the .pth file.
         dictionary: the characters in their order; None: MMOCR's own dictionary of that size (36, 37, 90 or 91
             characters).
-        heads: attention heads; None: as the stored configuration says, else eight as all of MMOCR's.
+        heads: attention heads; None: from the stored configuration, else eight as in all of MMOCR's.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no state dict; missing, unknown or misshapen parameters; a dictionary that does not fit, or none
-            given where the size does not tell it.
+            was given and the size does not identify it.
     """
     return _mmocr(read_checkpoint(path), path, dictionary, heads).eval()
 
 
 def read_dictionary(path: Path) -> str:
-    """Characters of an MMOCR dictionary file: one a line; a space is a character.
+    """Characters of an MMOCR dictionary file: one per line; a space is a character.
 
     Raises:
-        ValueError: a line of several characters, a repeated one, or none at all.
+        ValueError: a line of several characters, a repeated one, or no characters.
     """
     lines = [line.strip("\r") for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     for number, line in enumerate(lines, 1):
@@ -167,7 +165,7 @@ def read_dictionary(path: Path) -> str:
             raise ValueError(f"{path} line {number}: expected one character, got {line!r}")
     characters = "".join(lines)
     if not characters or len(set(characters)) < len(characters):
-        raise ValueError(f"{path}: expected different characters, one a line, got {len(characters)}")
+        raise ValueError(f"{path}: expected different characters, one per line, got {len(characters)}")
     return characters
 
 
@@ -178,7 +176,7 @@ def _mmocr(content: dict, path: Path, dictionary: str | None, heads: int | None 
     weights = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
     weights = {name: value for name, value in weights.items() if not name.startswith(BUFFERS)}
     if "decoder.trg_word_emb.weight" not in weights or "decoder.classifier.weight" not in weights:
-        raise ValueError(f"{path}: holds no weights of a SATRN of satrn or MMOCR")
+        raise ValueError(f"{path}: has no weights of a SATRN of satrn or MMOCR")
     embedding, classes = weights["decoder.trg_word_emb.weight"], len(weights["decoder.classifier.weight"])
     charset = _dictionary(path, len(embedding), classes, dictionary, config)
     n = len(charset)
@@ -192,15 +190,15 @@ def _mmocr(content: dict, path: Path, dictionary: str | None, heads: int | None 
         model = SATRN(_mmocr_config(weights, charset, heads or (int(stored[1]) if stored else 8)))
         model.load_state_dict({_our_name(name): _our_shape(name, value) for name, value in weights.items()})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: these weights are no SATRN of MMOCR ({_one_line(error)})") from error
+        raise ValueError(f"{path}: these are not weights of MMOCR's SATRN ({_one_line(error)})") from error
     return model
 
 
 def _dictionary(path: Path, embeddings: int, classes: int, given: str | None, config: str) -> str:
-    """Characters of a checkpoint, as given or by their number. ValueError where there is any doubt."""
+    """Characters of a checkpoint, as given or by their number. ValueError if there is any doubt."""
     characters = embeddings - SPECIALS
     if classes not in (embeddings, embeddings - 1) or (given is not None and len(given) != characters):
-        wanted = "" if given is None else f"; the dictionary has {len(given)} characters, {characters} are expected"
+        wanted = "" if given is None else f"; the dictionary has {len(given)} characters, expected {characters}"
         raise ValueError(
             f"{path}: {embeddings} embeddings and {classes} classes, expected the characters and 3 special classes"
             f" (start and end in one, padding, unknown){wanted}"
@@ -235,7 +233,7 @@ def _mmocr_config(weights: dict[str, Tensor], charset: str, heads: int) -> SATRN
 
 
 def _our_shape(name: str, value: Tensor) -> Tensor:
-    """A2DPE's gates are 1x1 convolutions there, dense layers here."""
+    """A2DPE's gates are 1x1 convolutions in MMOCR, dense layers here."""
     return value.flatten(1) if "_scale." in name and name.endswith(".weight") else value
 
 

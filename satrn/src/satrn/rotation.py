@@ -10,14 +10,14 @@ from torch.nn import functional as F
 def rotate_words(images: Tensor, degrees: Tensor | float, size: tuple[int, int] | None = None) -> Tensor:
     """Rotate words anticlockwise and crop the rotated box, resized to `size` without keeping the ratio.
 
-    What lies outside of an image repeats its edge, as in the official code: there is no black corner, but on a picture
-    with noise or texture the repeated pixels are streaks that tell the angle modulo 90 degrees. The box of an H x W
+    Outside the image its edge is repeated, as in the official code: there are no black corners, but on a picture with
+    noise or texture the repeated pixels are streaks that give away the angle modulo 90 degrees. The box of an H x W
     word is H|cos| + W|sin| high and H|sin| + W|cos| wide; at 0 degrees and equal size the image comes back unchanged.
 
     Args:
         images: [B, C, H, W], floating point or uint8.
         degrees: one angle, or one per image [B].
-        size: height and width of the result; None: as the images.
+        size: height and width of the result; None: that of the images.
 
     Returns:
         [B, C, *size] of the images' dtype (bilinear; uint8 is rounded).

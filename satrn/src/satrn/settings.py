@@ -1,4 +1,4 @@
-"""Everything a run may set; the presets are the paper's training and our small one without downloads."""
+"""Everything that a run may set; the presets are the paper's training and our small one without downloads."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Settings:
     test_sets: tuple[str, ...] = ("IIIT5K", "SVT", "IC03", "IC13", "IC15", "SVTP", "CT80")
     """names of sets below the data root"""
     test_angles: tuple[float, ...] = ()
-    """also read the test sets rotated by these degrees"""
+    """also test on the test sets rotated by these degrees"""
     rotation: str = "normal"
-    """of training words: none, normal (sd 34 degrees, as the paper) or uniform (0 to 360)"""
+    """rotation of training words: none, normal (sd 34 degrees, as in the paper) or uniform (0 to 360)"""
     warp: str = "rotate"
     """rendered: straight, rotate, curve, multi_line or upright_or_vertical"""
     word_lengths: tuple[int, int] = (2, 2)
@@ -37,9 +37,9 @@ class Settings:
     font_pixels: float = 14.0
     """rendered: font size; words that do not fit are drawn smaller"""
     train_images: int = 20000
-    """rendered: training words"""
+    """rendered: number of training words"""
     test_images: int = 1000
-    """rendered: test words"""
+    """rendered: number of test words"""
     d_model: int = 512
     """channels d"""
     heads: int = 8
@@ -75,13 +75,13 @@ class Settings:
     charset: str = CHARSET_94
     """characters that can be read"""
     max_length: int = 25
-    """most decoding steps, end token included"""
+    """maximal number of decoding steps, including the end token"""
     steps: int = 250000
     """training steps (4 epochs of 16 M words)"""
     batch_size: int = 256
     """words per step over all ranks and accumulated parts"""
     accumulate: int = 1
-    """parts in which a rank computes its share of a batch"""
+    """number of parts in which a rank computes its share of a batch"""
     lr: float = 3e-4
     """peak learning rate of Adam"""
     schedule: str = "triangle"
@@ -93,7 +93,7 @@ class Settings:
     ctc_weight: float = 0.0
     """weight of an auxiliary CTC loss on the map's columns; 0: no such head"""
     recompute: bool = False
-    """keep LAFF's activations out of memory and compute them again in the backward pass"""
+    """do not store LAFF's activations; recompute them in the backward pass"""
     control: bool = False
     """rendered: also train the 1-D control (squash_height) on the same words in the same order"""
 
@@ -118,7 +118,7 @@ class Settings:
         self.network()
 
     def network(self) -> SATRNConfig:
-        """The network's configuration. ValueError where it is impossible."""
+        """The network's configuration. ValueError if it is impossible."""
         shared = SATRNConfig.__dataclass_fields__.keys() & vars(self).keys()
         return SATRNConfig(**{name: getattr(self, name) for name in shared}, ctc=self.ctc_weight > 0)
 

@@ -1,7 +1,7 @@
-"""The training loop: one or many processes, killed at any instant and continued.
+"""The training loop: one or many processes, it can be killed at any time and resumed.
 
-Every random draw of a step (words, rotations, dropout) follows from seed, step and rank, so that the step's number is
-all the random state there is.
+Every random draw of a step (words, rotations, dropout) depends only on seed, step and rank, so the step number is
+the whole random state.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = get_logger("satrn")
 
 
 class State(TypedDict):
-    """Where a training stands, as its checkpoint holds it."""
+    """The state of a training, stored in its checkpoint."""
 
     step: int
     curve: list[dict]
@@ -46,7 +46,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one process, or on all that torchrun or Slurm started (DDP).
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA, fp16 with a scaler before Ampere, 32-true on CPU) or one of Fabric's.
     """
     if device == "auto":
@@ -70,7 +70,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def learning_rate(s: Settings, step: int) -> float:
-    """Of a step counted from 0.
+    """Learning rate of a step, counted from 0.
 
     triangle: from lr/10 to lr over the first 45 % of the steps, back over the next 45 %, then down to lr/1000 (the
     official code's 112,500, 225,000 and 250,001 steps). onecycle: lr/25 to lr over 10 %, cosine down to 0.
@@ -88,7 +88,7 @@ def learning_rate(s: Settings, step: int) -> float:
 
 
 def build_model(s: Settings, seed: int, fabric: Fabric) -> SATRN:
-    """A fresh network from a seed, on Fabric's device."""
+    """A new network from a seed, on Fabric's device."""
     seed_everything(seed)
     model = SATRN(s.network())
     if model.encoder is not None:
@@ -101,18 +101,18 @@ def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: [B, L, K].
-        targets: [B, L], `IGNORED` behind a word's end.
+        targets: [B, L], `IGNORED` after a word's end.
     """
     by_class = logits.float().transpose(1, 2)  # (B, K, L)
     return F.cross_entropy(by_class, targets, ignore_index=IGNORED, reduction="sum") / len(targets)
 
 
 def ctc_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """CTC in float32, mean over words; class 0 is the blank; words longer than the columns count nothing.
+    """CTC in float32, mean over words; class 0 is the blank; words longer than the columns contribute nothing.
 
     Args:
         logits: [B, W', K].
-        targets: [B, L] as for `text_loss`; the end is no symbol here.
+        targets: [B, L] as for `text_loss`; the end is not a symbol here.
     """
     lengths = (targets > 0).sum(dim=1)
     columns = torch.full_like(lengths, logits.shape[1])
@@ -122,7 +122,7 @@ def ctc_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Losses(torch.nn.Module):
-    """One forward for DDP and compile: images and targets to the loss."""
+    """One forward pass for DDP and compile: images and targets to the loss."""
 
     def __init__(self, model: SATRN, ctc_weight: float):
         super().__init__()
@@ -149,15 +149,15 @@ def fit(
     before_step: Callable[[int], None] = lambda step: None,
     on_point: Callable[[dict], None] = lambda point: None,
 ) -> list[dict]:
-    """Train; the same arguments give the same weights on a CPU, killed and started again or not.
+    """Train; the same arguments give the same weights on a CPU, even if it was killed and restarted.
 
     Args:
-        model: from `build_model`.
+        model: a network from `build_model`.
         data: a training set of this package.
         s: settings.
-        seed: of the order of the words, rotations and dropout.
+        seed: seed of the order of the words, rotations and dropout.
         fabric: device, precision, ranks.
-        checkpoint: file to resume from and to save to; of another run it is refused.
+        checkpoint: file to resume from and to save to; refused if it is from another run.
         checkpoint_every: steps between saves; the end of training saves as well.
         compile: through torch.compile.
         before_step: called with the number of steps done.
@@ -167,13 +167,13 @@ def fit(
         Ten points of the training curve: step and mean loss since the last point.
 
     Raises:
-        ValueError: a batch that the ranks and parts cannot share; a checkpoint that is damaged or of another run.
+        ValueError: a batch that the ranks and parts cannot share; a checkpoint that is damaged or from another run.
         RuntimeError: the loss became NaN or infinite.
     """
     parts = fabric.world_size * s.accumulate
     if s.batch_size % parts:
         raise ValueError(f"batch_size {s.batch_size} cannot be shared by {fabric.world_size} ranks x {s.accumulate}")
-    # Adam as the paper (weight decay 0)
+    # Adam as in the paper (weight decay 0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, betas=s.betas, fused=True)
     losses = _Losses(model, s.ctc_weight)
     module, optimizer = fabric.setup(cast(torch.nn.Module, torch.compile(losses)) if compile else losses, optimizer)
@@ -229,9 +229,9 @@ def _point(step: int, loss: Tensor) -> dict:
 
 
 def report_point(s: Settings) -> Callable[[dict], None]:
-    """An `on_point` that logs the loss, and says so while it stays near its first value.
+    """An `on_point` that logs the loss, with a remark while it stays near its first value.
 
-    That is usual: SATRN learns the frequencies of characters at once, and to read only much later.
+    That is usual: SATRN learns character frequencies at once, and learns to read only much later.
     """
     first: list[float] = []
 
@@ -259,7 +259,7 @@ def _resume(path: Path, run: dict, model: SATRN, optimizer: Optimizer, fabric: F
     if other != run:
         differing = [name for name in run["settings"] if run["settings"][name] != other["settings"].get(name)]
         differing += [name for name in ("seed", "data") if run[name] != other.get(name)]
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(differing)}); give another --output")
+        raise ValueError(f"{path}: checkpoint of another run (different {', '.join(differing)}); give another --output")
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     fabric.strategy.precision.load_state_dict(content["precision"])

@@ -1,4 +1,4 @@
-"""The command line's verbs on checkpoints, word images and data sets; heavy imports wait inside."""
+"""Commands that work on checkpoints, word images and data sets; heavy imports are inside them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def default_data_root() -> Path:
 
 
 def loader_processes(workers: int) -> int:
-    """As asked for; -1: one per core, eight at most."""
+    """The given number; -1: one per core, at most eight."""
     return min(8, os.cpu_count() or 1) if workers < 0 else workers
 
 
 def read_characters(dictionary: Path | None) -> str | None:
-    """Characters of an MMOCR dictionary file, where one is named."""
+    """Characters of an MMOCR dictionary file, if one is given."""
     from satrn.pretrained import read_dictionary
 
     return None if dictionary is None else read_dictionary(dictionary)
@@ -29,22 +29,22 @@ def read_characters(dictionary: Path | None) -> str | None:
 
 @dataclass
 class Eval:
-    """Evaluate a checkpoint of satrn or MMOCR on its test sets or on others: JSON on stdout."""
+    """Evaluate a checkpoint of satrn or MMOCR on its test sets or on others; prints JSON."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint."""
     test_sets: tuple[str, ...] = ()
-    """Sets below the data root instead of the checkpoint's own; for MMOCR's: the paper's seven."""
+    """Sets below the data root; default: the checkpoint's, or the paper's seven for MMOCR's checkpoints."""
     protocol: str = "case-insensitive"
     """case-insensitive (the field's: letters and digits), case-sensitive (the same) or exact (every character)."""
     dictionary: Path | None = None
-    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+    """File with an MMOCR checkpoint's characters, one per line; needed if their number does not identify them."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where evaluation/ (or test/, u14m/) is."""
+    """Folder that holds evaluation/ (or test/, u14m/)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     skip_broken: bool = False
-    """Go on without broken words (they are counted and named)."""
+    """Skip broken words (they are counted and named)."""
 
     def __call__(self) -> None:
         from satrn.measure import evaluate_checkpoint
@@ -65,17 +65,17 @@ class McNemar:
     second: tyro.conf.Positional[Path]
     """Another."""
     test_sets: tuple[str, ...] = ()
-    """Sets below the data root; none means the paper's seven."""
+    """Sets below the data root; default: the paper's seven."""
     protocol: str = "case-insensitive"
     """case-insensitive, case-sensitive or exact."""
     dictionary: Path | None = None
-    """Of MMOCR checkpoints: a file of their characters, one a line, where their number does not tell them."""
+    """File with MMOCR checkpoints' characters, one per line; needed if their number does not identify them."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where evaluation/ (or test/, u14m/) is."""
+    """Folder that holds evaluation/ (or test/, u14m/)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     skip_broken: bool = False
-    """Go on without broken words (they are counted and named)."""
+    """Skip broken words (they are counted and named)."""
 
     def __call__(self) -> None:
         from satrn.measure import compare_checkpoints
@@ -96,13 +96,13 @@ class Read:
     checkpoint: Path = Path("satrn.pt")
     """Checkpoint of satrn or MMOCR, or a folder of `satrn export` (read by ONNX Runtime)."""
     dictionary: Path | None = None
-    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+    """File with an MMOCR checkpoint's characters, one per line; needed if their number does not identify them."""
     beam: int = 1
     """Width of the beam; 1 is greedy."""
     attention: Path | None = None
     """Also write a PNG with the attention map of every character (greedy)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
 
     def __call__(self) -> None:
         from satrn.predict import read_images
@@ -124,7 +124,7 @@ class RotateCurve:
     angles: tuple[float, ...] = tuple(range(0, 360, 30))
     """Degrees, anticlockwise."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
 
     def __call__(self) -> None:
         from satrn.predict import rotation_frame
@@ -161,13 +161,13 @@ class Render:
     words: Path | None = None
     """Text file with one word per line, taken in turn; else random strings."""
     charset: str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    """Of random strings."""
+    """Characters of random strings."""
     word_lengths: tuple[int, int] = (4, 12)
     """Shortest and longest random string."""
     img_size: tuple[int, int] = (64, 64)
     """Height and width in pixels."""
     seed: int = 0
-    """Of words and pictures."""
+    """Seed of words and pictures."""
 
     def __call__(self) -> None:
         from satrn.predict import render_lmdb
@@ -187,7 +187,7 @@ class Export:
     output: Path = Path("onnx")
     """Folder."""
     dictionary: Path | None = None
-    """Of an MMOCR checkpoint: a file of its characters, one a line, where their number does not tell them."""
+    """File with an MMOCR checkpoint's characters, one per line; needed if their number does not identify them."""
 
     def __call__(self) -> None:
         from satrn.export import export_onnx
@@ -199,14 +199,14 @@ class Export:
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there."""
+    """List which data are needed, where they are looked for, and what is there."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
+    """Folder to search."""
     tiny: Path | None = None
-    """Write tiny archives in the layout of the real ones into this new folder: what a data root must look like."""
+    """Write tiny archives in the layout of the real ones into this new folder, to show what a data root looks like."""
     verify: bool = False
-    """Decode every word below the data root to its end and name those that are broken."""
+    """Decode every word below the data root completely and name the broken ones."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid

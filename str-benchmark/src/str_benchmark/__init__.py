@@ -1,6 +1,6 @@
 """24 scene-text recognizers from four stages (arXiv 1904.01906).
 
-The names below are imported when they are first used, so that the command line starts without torch.
+The names below are imported on first use, so the command line starts without torch.
 """
 
 from importlib import import_module

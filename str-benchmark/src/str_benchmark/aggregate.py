@@ -1,4 +1,4 @@
-"""Rows that are computed from the records of other runs: means (table 2), failures of all, subsets of one name."""
+"""Rows computed from the records of other runs: means (table 2), common failures, subsets with one name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = 24
 
 
 def rows_of(table: Table, scale: str, of: Sequence[str]) -> list[str]:
-    """Rows of a table that an aggregate takes: those named, those with a stage's choice such as "trans=TPS", or all.
+    """Rows of a table that an aggregate uses: those named, those with a stage's choice such as "trans=TPS", or all.
 
     Raises:
         ValueError: a stage or choice that does not exist.
@@ -33,7 +33,7 @@ def rows_of(table: Table, scale: str, of: Sequence[str]) -> list[str]:
 
 
 def runs_behind(tables: Sequence[Table], combined: Sequence[Run]) -> list[Run]:
-    """The runs whose records some aggregates are computed from. ValueError for a table that does not exist."""
+    """The runs from whose records the aggregates are computed. ValueError for a table that does not exist."""
     known, found = {table.id: table for table in tables}, []
     for run in combined:
         name, *of = run.settings["of"]
@@ -44,16 +44,16 @@ def runs_behind(tables: Sequence[Table], combined: Sequence[Run]) -> list[Run]:
 
 
 def records_of(runs: Sequence[Run], logs: Sequence[RunLog]) -> list[dict]:
-    """The record of each run; a later log counts before an earlier one.
+    """The record of each run; a later log takes precedence over an earlier one.
 
     Raises:
-        ValueError: a run that was not made yet.
+        ValueError: a run is still missing.
     """
     known = {key_of(record): record for log in logs for record in log.records()}
     for run in runs:
         if run.key not in known:
             raise ValueError(
-                f"{run.table}, {run.row}, seed {run.seed} was not run yet: run {run.table} at scale {run.scale} first"
+                f"{run.table}, {run.row}, seed {run.seed} is still missing: run {run.table} at scale {run.scale} first"
             )
     return [known[run.key] for run in runs]
 
@@ -67,9 +67,9 @@ def mean_of_runs(runs: Sequence[Run], logs: Sequence[RunLog]) -> Outcome:
 
 
 def failures_of_runs(runs: Sequence[Run], logs: Sequence[RunLog]) -> Outcome:
-    """Share of words that all of the models miss, against what independent ones would leave (section 4.5), in %.
+    """Share of words that all models miss, compared with independent models (section 4.5), in %.
 
-    The words are those of the total accuracy, each once: sets such as IC13_857 and IC13_1015 share theirs.
+    The words are those of the total accuracy, each counted once: sets such as IC13_857 and IC13_1015 overlap.
     """
     records = records_of(runs, logs)
     s = Settings(**runs[0].settings)
@@ -88,13 +88,13 @@ def failures_of_runs(runs: Sequence[Run], logs: Sequence[RunLog]) -> Outcome:
 
 
 def subset_of_runs(runs: Sequence[Run], logs: Sequence[RunLog], part: str, whole: str) -> Outcome:
-    """What leaving words out does to the same readings: accuracy on a part of a set and on the whole, in %.
+    """The effect of leaving words out on the same readings: accuracy on a part of a set and on the whole, in %.
 
-    The part is what its rule keeps of the whole (`filters.SUBSET_RULES`). Where the part is a hand-made list, it is
+    The part is what its rule keeps of the whole (`filters.SUBSET_RULES`). If the part is a hand-made list, it is
     the released set of that name.
 
     Returns:
-        metrics part, whole and effect (part - whole), means over the runs; none where the whole was not evaluated.
+        metrics part, whole and effect (part - whole), means over the runs; empty if the whole was not evaluated.
     """
     records, sets = records_of(runs, logs), (part, whole)
     details: dict[str, Any] = {"of": [run.row for run in runs], "part": part, "whole": whole}

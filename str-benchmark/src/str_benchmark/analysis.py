@@ -1,4 +1,4 @@
-"""What a table of all 24 says (sections 4.3, 4.4): module means, gains in matched pairs, frontiers; and two models."""
+"""Analyses of all 24 (sections 4.3, 4.4): module means, gains in matched pairs, frontiers; and two models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split_stages(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with one column per stage, from its column `combination`.
 
     Raises:
-        ValueError: no such column, or a name that is no combination.
+        ValueError: no such column, or a name that is not a combination.
     """
     if "combination" not in frame:
         raise ValueError(f"expected a column 'combination', got {', '.join(frame.columns)}")
@@ -45,7 +45,7 @@ def split_stages(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def module_means(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean of a metric over the combinations that hold each module: columns stage, module, mean, n."""
+    """Mean of a metric over the combinations that contain each module: columns stage, module, mean, n."""
     frame = split_stages(frame)
     rows = []
     for stage, choices in STAGES.items():
@@ -73,9 +73,9 @@ def matched_gains(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def frontier(frame: pd.DataFrame, cost: str, accuracy: str) -> pd.DataFrame:
-    """Models on the upper hull and models that nothing dominates: combination, cost, accuracy, on_hull.
+    """Models on the upper hull and non-dominated models: combination, cost, accuracy, on_hull.
 
-    ValueError for a column that the frame lacks.
+    ValueError if the frame lacks a column.
     """
     for name in ("combination", cost, accuracy):
         if name not in frame:
@@ -94,7 +94,7 @@ def compare_words(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
         only_first, only_second (words that one of them reads), p_value (two-sided, not corrected for several sets).
 
     Raises:
-        ValueError: columns that are missing, or other words or labels in the two.
+        ValueError: columns are missing, or words or labels differ between the two.
     """
     for frame in (first, second):
         missing = {"set", "word", "label", "correct"} - set(frame.columns)
@@ -104,7 +104,7 @@ def compare_words(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     if not a.index.equals(b.index) or not a.label.equals(b.label):
         other = a.index.symmetric_difference(b.index)
         shown = (
-            f"{len(other)} words are in one file only, such as {' '.join(other[0])}" if len(other) else "other labels"
+            f"{len(other)} words are only in one file, such as {' '.join(other[0])}" if len(other) else "other labels"
         )
         raise ValueError(f"the two models were not evaluated on the same words: {shown}")
     names = list(dict.fromkeys(first["set"]))
@@ -119,7 +119,7 @@ def compare_words(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def recomputed_page() -> str:
-    """Markdown: what follows from the published figures alone, and the figures of other papers that it compares."""
+    """Markdown: what follows from the published figures alone, and the figures that it compares from other papers."""
     frame = published()
     parts = [
         "## Recomputed from the published figures",
@@ -127,13 +127,13 @@ def recomputed_page() -> str:
         "tables/published.",
         "Gain in total accuracy of a module with all other stages equal (every gain is positive):",
         matched_gains(frame, "total_8539").to_markdown(index=False, floatfmt=".2g"),
-        "Upper convex hull in time (T1 to T5), and what nothing dominates:",
+        "Upper convex hull in time (T1 to T5), and the non-dominated models:",
         frontier(frame, "time_ms", "total_8539").to_markdown(index=False),
         "The same in millions of parameters (P1 to P5):",
         frontier(frame, "params_M", "total_8539").to_markdown(index=False),
         "Mean of all 24 by share of the data (table 10):",
         published("table-10").drop(columns="combination").mean().round(2).to_frame("mean").T.to_markdown(index=False),
-        "Table 1, upper block: accuracies as their papers reported them, on mixed data and subsets:",
+        "Table 1, upper block: accuracies reported by the original papers, on mixed data and subsets:",
         _as_printed("table-1-reported"),
         "Table 3, with the reported rows:",
         _as_printed("table-3"),
@@ -142,5 +142,5 @@ def recomputed_page() -> str:
 
 
 def _as_printed(table: str) -> str:
-    """A published table as Markdown, empty where the paper prints nothing."""
+    """A published table as Markdown; cells that the paper does not print are empty."""
     return pd.read_csv(PUBLISHED / f"{table}.csv", dtype=str).fillna("").to_markdown(index=False, disable_numparse=True)

@@ -76,7 +76,7 @@ def _network(model: Recognizer, repeats: int, threads: int, compiled: bool = Tru
         for name, peer in peers.items():
             with torch.inference_mode():
                 ours, theirs = fast(images), peer(images)
-                steps = 1 if config.pred == "Attn" else None  # behind a near tie of the argmax fed back they may part
+                steps = 1 if config.pred == "Attn" else None  # after a near tie of the fed-back argmax they may diverge
                 near = 1e-3 * max(1.0, float(theirs.abs().max()))
                 torch.testing.assert_close(ours[:, :steps], theirs[:, :steps], rtol=1e-3, atol=near)
                 yield Timing(what, name, *in_turn(partial(fast, images), partial(peer, images), repeats, device))
@@ -155,7 +155,7 @@ def _loader(folder: Path, repeats: int) -> Iterator[Timing]:
 
 
 def plain_attention(head: Attention, columns: Tensor) -> Tensor:
-    """Greedy attention as usually written: all projections and a one-hot vector at each of the steps."""
+    """Greedy attention in its usual form: all projections and a one-hot vector at each of the steps."""
     cell, classes = head.attention_cell, head.generator.out_features
     hidden = columns.new_zeros(len(columns), head.hidden), columns.new_zeros(len(columns), head.hidden)
     characters, logits = torch.zeros(len(columns), dtype=torch.int64, device=columns.device), []
@@ -198,7 +198,7 @@ def _recognizer(device: torch.device, repeats: int) -> Iterator[Timing]:
 
 
 def _taught_head(device: torch.device) -> tuple[Attention, Tensor, list[str]]:
-    """TRBA's head, taught in seconds to say eight words of 3 to 9 characters, so that its words end."""
+    """TRBA's head, trained in seconds to output eight words of 3 to 9 characters, so that its words end."""
     torch.manual_seed(0)
     model = build_model("TRBA")
     head = cast(Attention, model.Prediction.to(device))

@@ -1,4 +1,4 @@
-"""Networks from files: our own trainings, public .pth files by name or shape, and the start of a fine-tuning."""
+"""Networks from files: our own checkpoints, public .pth files by name or shape, and the start of a fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGED = {
 }
 """public checkpoints on the package index: package, import name, file in it, SHA-256"""
 FREE = ("test_charset", "pad", "variable_width", "nfkd", "drop_whitespace")
-"""settings of reading, which even a training checkpoint does not fix"""
+"""settings of reading, which may be changed even for a training checkpoint"""
 
 
 def sha256(path: Path) -> str:
@@ -38,7 +38,7 @@ def sha256(path: Path) -> str:
 
 
 def public_file(name: str) -> Path:
-    """Where the weights of a named public checkpoint lie.
+    """The path of a named public checkpoint's weights.
 
     Raises:
         Missing: its package is not installed.
@@ -50,12 +50,12 @@ def public_file(name: str) -> Path:
     require([Need(f"the weights {name} (package {package})", remedy, found is not None)])
     path = Path(found.origin or "").parent / inside  # type: ignore[union-attr]  # found was required
     if not path.is_file() or sha256(path) != expected:
-        raise ValueError(f"{path}: not the weights {name} that are known (SHA-256 {expected[:12]}...); {remedy}")
+        raise ValueError(f"{path}: not the known weights {name} (SHA-256 {expected[:12]}...); {remedy}")
     return path
 
 
 def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings]:
-    """Model (its best weights) and settings of a training checkpoint. ValueError where its weights do not fit."""
+    """Model (its best weights) and settings of a training checkpoint. ValueError if its weights do not fit."""
     content = load_checkpoint(path)
     s = Settings(**content["run"]["settings"])
     model = Recognizer(s.config)
@@ -63,23 +63,23 @@ def load_trained(path: Path, device: str = "auto") -> tuple[Recognizer, Settings
     try:
         model.load_state_dict(best["weights"] if best else content["model"])
     except RuntimeError as error:
-        raise ValueError(f"{path}: holds no weights of {s.config.name} ({error})") from error
+        raise ValueError(f"{path}: has no weights for {s.config.name} ({error})") from error
     return model.to(make_fabric(device).device).eval(), s
 
 
 def load_any(
     checkpoint: Path | str, changes: Mapping[str, Any] | None = None, device: str = "auto"
 ) -> tuple[Recognizer, Settings]:
-    """A training checkpoint, a public one by its name, or any public .pth whose model is said.
+    """A training checkpoint, a public one by its name, or any public .pth whose model is given.
 
     Args:
         checkpoint: a file, or one of the names in `PUBLIC`.
-        changes: settings that a public file does not hold, among them `model`: a combination, a known name such as
+        changes: settings that a public file lacks, among them `model`: a combination, a known name such as
             "CRNN", or a name in `PUBLIC` for its whole shape.
         device: auto, cpu or cuda.
 
     Raises:
-        ValueError: shapes for a training checkpoint, which has its own; weights of another network.
+        ValueError: shapes were given for a training checkpoint, which knows them; weights of another network.
     """
     changes = dict(changes or {})
     model, path = changes.pop("model", ""), Path(checkpoint)
@@ -88,7 +88,7 @@ def load_any(
     if not model:
         fixed = sorted(set(changes) - set(FREE))
         if fixed:
-            raise ValueError(f"{path}: {', '.join(fixed)} describe a public .pth: say which network it is with --model")
+            raise ValueError(f"{path}: {', '.join(fixed)} describe a public .pth: name its network with --model")
         network, s = load_trained(path, device)
         s = replace(s, **changes)
         if s.config != network.config:
@@ -101,19 +101,19 @@ def load_any(
 def start_from(start: Path | str, s: Settings, charset: str = "") -> tuple[Recognizer, dict[str, str]]:
     """A network of these settings with the weights of another training, for fine-tuning.
 
-    Rows of the prediction head go with their character; those of new characters are initialised afresh. The log says
-    which they are.
+    Rows of the prediction head are kept for known characters; those of new characters are newly initialised. The log
+    lists them.
 
     Args:
         start: a training checkpoint, a name in `PUBLIC`, or any public .pth.
-        s: of the new training.
-        charset: alphabet of a public .pth, where it is not that of `s`.
+        s: settings of the new training.
+        charset: alphabet of a public .pth, if it differs from that of `s`.
 
     Returns:
         the network, and name and SHA-256 of the file for the record.
 
     Raises:
-        ValueError: weights of another network than that of `s`.
+        ValueError: weights of a network that differs from that of `s`.
     """
     path = Path(start)
     if str(start) in PUBLIC and not path.exists():
@@ -131,7 +131,7 @@ def start_from(start: Path | str, s: Settings, charset: str = "") -> tuple[Recog
 
 
 def _own_charset(path: Path) -> str:
-    """Of a training checkpoint; empty for any other file."""
+    """The settings of a training checkpoint; empty for any other file."""
     try:
         return Settings(**load_checkpoint(path)["run"]["settings"]).charset
     except ValueError:

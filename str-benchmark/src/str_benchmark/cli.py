@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ else:
 
 @dataclass
 class Run:
-    """Run what is missing of the paper's tables (into runs/) and print published | ours | yours."""
+    """Run the missing runs of the paper's tables (into runs/) and print published | ours | yours."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as table-8; none means all that have the scale."""
+    """Table ids such as table-8; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, rendered or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where training/, validation/ and evaluation/ are."""
+    """Folder that holds training/, validation/ and evaluation/."""
     jobs: int = 0
-    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     workers: int = field(default_factory=default_workers)
-    """Loader processes of a run, where its training set is not kept in memory."""
+    """Loader processes of a run, if its training set is not kept in memory."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     compile: bool = False
     """torch.compile the networks."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Skip broken images (they are counted and named)."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """Only list the missing runs and their expected cost."""
 
     def __call__(self) -> None:
         from shared_utils.report import print_missing, print_table
@@ -62,7 +62,7 @@ class Run:
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -82,7 +82,7 @@ class Run:
 
 
 def _show_words(chosen: list[Table], log: RunLog) -> None:
-    """What was read, as text and beside its images."""
+    """The readings, as text and next to their images."""
     from str_benchmark.experiments import PROJECT
     from str_benchmark.figures import draw_words
 
@@ -90,38 +90,38 @@ def _show_words(chosen: list[Table], log: RunLog) -> None:
     words = draw_words(chosen, log, runs_folder(PROJECT) / "rendered", sheet)
     if words:
         print("label read: " + ", ".join(f"{label} {text or '-'}" for label, text in words))
-        print(f"beside their images: {sheet.relative_to(PROJECT)}")
+        print(f"next to their images: {sheet.relative_to(PROJECT)}")
 
 
 @dataclass
 class Train:
-    """Train one model, print its evaluation as JSON and keep a checkpoint; interrupted, the same command goes on."""
+    """Train one model, print its evaluation as JSON and keep a checkpoint, from which the same command resumes."""
 
     settings: Preset
-    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    """A preset; flags after it change its settings, flags of this command come before it."""
     output: Path = Path("str.pt")
     """Checkpoint; `eval`, `predict` and `export` read it."""
     start: str = ""
-    """Fine-tune: a checkpoint of `train`, english_g2, or a public .pth of the same network; rows of its head go with
-    their character."""
+    """Fine-tune: a checkpoint of `train`, english_g2, or a public .pth of the same network; rows of its head are
+    kept by character."""
     start_charset: str = ""
-    """Alphabet of a public .pth, where it is not --charset: 36, 62, 94 or the characters."""
+    """Alphabet of a public .pth, if it differs from --charset: 36, 62, 94 or the characters."""
     seed: int = 0
-    """Of weights and order."""
+    """Seed of weights and order."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where training/, validation/ and evaluation/ are; --train and --evaluate also take folders."""
+    """Folder that holds training/, validation/ and evaluation/; --train and --evaluate also take folders."""
     device: str = "auto"
-    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    """Where to compute: auto, cpu or cuda; use torchrun or Slurm for several processes."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
     workers: int = field(default_factory=default_workers)
-    """Loader processes, where the training set is not kept in memory."""
+    """Loader processes, if the training set is not kept in memory."""
     checkpoint_every: int = 1000
     """Steps between saves."""
     compile: bool = False
     """torch.compile the network."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Skip broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from str_benchmark.experiments import Source, train_and_evaluate
@@ -146,10 +146,10 @@ class Train:
 
 @dataclass
 class Frontier:
-    """Models on the upper hull of accuracy against time and parameters, and those that nothing dominates."""
+    """Models on the upper hull of accuracy against time and parameters, and the non-dominated ones."""
 
     csv: Path | None = None
-    """Own file with a column combination; none: the paper's table 8."""
+    """Your CSV file with a column `combination`; default: the paper's table 8."""
     accuracy: str = "total_8539"
     """Column of the accuracy."""
     costs: tuple[str, ...] = ("time_ms", "params_M")
@@ -232,7 +232,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
         print(
-            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept, the same command goes on", file=sys.stderr
+            f"{PROGRAM}: interrupted; finished runs and checkpoints are kept; the same command resumes", file=sys.stderr
         )
         sys.exit(130)
     except Exception as error:

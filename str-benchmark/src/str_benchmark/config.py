@@ -44,19 +44,19 @@ class STRConfig:
     img_size: tuple[int, int] = (32, 100)
     """height and width of the input image"""
     variable_width: bool = False
-    """any width is taken, and `predict` gives each image the width of its own ratio; not with TPS"""
+    """accept any width, and let `predict` keep each image's aspect ratio; not with TPS"""
     in_channels: int = 1
     """1 (gray) or 3 (RGB)"""
     output_channel: int = 512
     """channels of the feature map; all convolutions scale with it"""
     hidden_size: int = 256
-    """of the LSTMs"""
+    """size of the LSTMs"""
     num_fiducial: int = 20
-    """F of TPS"""
+    """number of TPS's fiducial points, F"""
     localization_channel: int = 512
     """channels of TPS's localisation network"""
     ctc_head: str = "released"
-    """behind a BiLSTM: "released" (Linear 512-256, 256-K, as the public checkpoints) or "paper" (Linear 512-K)"""
+    """after a BiLSTM: "released" (Linear 512-256, 256-K, as the public checkpoints) or "paper" (Linear 512-K)"""
 
     def __post_init__(self) -> None:
         for stage, choices in STAGES.items():
@@ -94,6 +94,6 @@ class STRConfig:
         if combination not in COMBINATIONS:
             near = difflib.get_close_matches(name, [*KNOWN_AS, *COMBINATIONS], 1, 0.0)
             valid = ", ".join([*KNOWN_AS, *COMBINATIONS])
-            raise ValueError(f"model: unknown name {name!r}; did you mean {near[0]!r}? There are {valid}")
+            raise ValueError(f"model: unknown name {name!r}; did you mean {near[0]!r}? Valid names: {valid}")
         trans, feat, seq, pred = combination.split("-")
         return replace(cls(trans, feat, seq, pred), **changes)

@@ -31,7 +31,7 @@ def ctc_beam_search(
         log_probs: (B, T, K) log-probabilities, normalised over K.
         charset: characters of classes 1 .. K-1, or a preset.
         beam: prefixes kept after each column, at least 1.
-        per_column: only so many best classes of a column are considered; None: all.
+        per_column: number of best classes of a column that are considered; None: all.
 
     Returns:
         for each image at most `beam` pairs (text, log-probability), the best first.
@@ -68,7 +68,7 @@ def _search(columns: np.ndarray, beam: int, per_column: int | None) -> list[tupl
             prefix: tuple[int, ...], blank: float = MINUS_INFINITY, char: float = MINUS_INFINITY, into: Beams = grown
         ) -> None:
             if blank == char == MINUS_INFINITY:
-                return  # no alignment leads there
+                return  # no alignment leads here
             old = into.get(prefix, (MINUS_INFINITY, MINUS_INFINITY))
             into[prefix] = (_log_add(old[0], blank), _log_add(old[1], char))
 

@@ -27,10 +27,10 @@ BLANK_PLATEAU = 0.95  # share of blank columns above which a CTC model has learn
 
 @dataclass
 class Reading:
-    """What a model read of one set, in the set's order; broken images are left out and named."""
+    """A model's readings of one set, in the set's order; broken images are skipped and named."""
 
     words: list[str]
-    """where each word lies: store and key"""
+    """where each word is: store and key"""
     written: list[str]
     """labels as the store has them"""
     texts: list[str]
@@ -93,7 +93,7 @@ def evaluate(
         sets: name: data sets, opened with filter "off" and the test charset.
         test_charset: characters that count; empty: the model's.
         pad: as in training.
-        skip_broken: leave broken images out, named in the log and counted in the column `broken`.
+        skip_broken: skip broken images; the log names them and the column `broken` counts them.
         batch_size: words at once.
 
     Returns:
@@ -129,10 +129,10 @@ def evaluate(
 
 
 def nothing_to_compare(name: str, test_charset: str) -> str:
-    """What to say of a set in another script than the test characters."""
+    """The message for a set whose script differs from the test characters."""
     return (
         f"{name}: no label has any of the {len(test_charset)} test characters {test_charset[:20]!r}...; "
-        "name those that count with --test-charset"
+        "use --test-charset to name those that count"
     )
 
 
@@ -141,9 +141,9 @@ def _warn(name: str, reading: Reading, n: int, empty: int) -> None:
         logger.warning("%s: %d labels have no test character; they count as not read", name, empty)
     expected = SETS[name].n if name in SETS else None
     if expected is not None and n != expected:
-        logger.warning("%s has %d words, %d are expected: this is another set of the same name", name, n, expected)
+        logger.warning("%s has %d words, expected %d: this is another set of the same name", name, n, expected)
     for message in reading.broken[:20]:
-        logger.warning("%s: left out: %s", name, message)
+        logger.warning("%s: skipped: %s", name, message)
     if reading.blank_share is not None and reading.blank_share > BLANK_PLATEAU:
         share = 100 * reading.blank_share
         logger.warning("%s: %.1f %% of the columns are blank: CTC has not left its plateau", name, share)

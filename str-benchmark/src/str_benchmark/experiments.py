@@ -55,7 +55,7 @@ def tables() -> list[Table]:
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run is executed: what stands in no table file."""
+    """How a run is executed: what no table file holds."""
 
     data_root: Path
     workers: int = 0
@@ -66,7 +66,7 @@ class Machine:
 
     @property
     def source(self) -> Source:
-        """Where it finds the sets."""
+        """Where the sets are."""
         return Source(self.data_root, self.workers, self.skip_broken)
 
 
@@ -89,8 +89,8 @@ def run_tables(
 ) -> RunLog:
     """Run what runs/<scale>.jsonl lacks of the tables.
 
-    First come plain trainings, then those that go on from them, at last what is computed from other runs; those are run
-    as well where neither run log has them.
+    First come plain trainings, then those that continue from them, then what is computed from other runs; these other
+    runs are also made if neither run log has them.
     """
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     logs = [RunLog(PROJECT / folder / f"{scale}.jsonl") for folder in ("results", "runs")]
@@ -110,7 +110,7 @@ def run_tables(
 
 
 def needs_of(settings: Mapping[str, Any], data_root: Path) -> list[Need]:
-    """All sets that a run reads, those of its evaluation too, and room for its weights."""
+    """All sets that a run reads, including those of its evaluation, and room for its weights."""
     s = Settings(**settings)
     if s.measure != "accuracy":
         return []
@@ -126,7 +126,7 @@ def _megabytes(config: STRConfig) -> float:
 
 
 def execute(settings: dict, seed: int, *, machine: Machine) -> Outcome:
-    """One run of a table; killed and started again, it goes on from runs/checkpoints.
+    """One run of a table; a killed run resumes from runs/checkpoints.
 
     The network stays there, so `eval` and `predict` can take it, and a fine-tuning starts from it.
     """
@@ -167,10 +167,10 @@ class Source:
         return open_set(name, self.data_root, **options)
 
     def for_evaluation(self, sets: Sequence[str], s: Settings) -> dict[str, list[WordDataset]]:
-        """Sets by name, unfiltered, labels on the test characters; one whose name ends in ? is left out if missing.
+        """Sets by name, unfiltered, labels on the test characters; a set whose name ends in ? is skipped if missing.
 
         Raises:
-            ValueError: a set without any label on the test characters: it is of another script.
+            ValueError: a set without any label on the test characters: it is in another script.
         """
         found = {}
         options = {"charset": s.test_characters, "filter": "off", "channels": 3 if s.rgb else 1}
@@ -191,7 +191,7 @@ class Source:
         """The sets, filtered; `columns` are those of a CTC network.
 
         Raises:
-            ValueError: a set of which the filter leaves nothing; the message says which rule took what.
+            ValueError: the filter leaves nothing of a set; the message says which rule removed what.
         """
         found = []
         options = {"charset": s.charset, "max_length": s.max_length, "filter": s.filter, "columns": columns}
@@ -223,7 +223,7 @@ def train_and_evaluate(
     checkpoint_every: int = 1000,
     compile: bool = False,
 ) -> tuple[Recognizer, Outcome]:
-    """Train (or go on from the checkpoint), fine-tune where asked, and evaluate.
+    """Train (or resume from the checkpoint), fine-tune if asked for, and evaluate.
 
     Args:
         s: the run.
@@ -231,13 +231,13 @@ def train_and_evaluate(
         source: of the sets.
         fabric: device and precision.
         checkpoint: file of the run; with `finetune`, of its second part.
-        base: file of the training that comes before fine-tuning; it is not repeated where it is finished.
-        start: weights to begin with instead of fresh ones, see `start_from`.
-        start_charset: their alphabet, where the file does not say it.
+        base: file of the training before fine-tuning; it is not repeated if it is finished.
+        start: weights to start from instead of new ones, see `start_from`.
+        start_charset: their alphabet, if the file does not tell.
         checkpoint_every: steps between saves.
         compile: torch.compile the network.
     """
-    sets = source.for_evaluation(s.evaluate, s)  # a missing set shows now, not after hours
+    sets = source.for_evaluation(s.evaluate, s)  # detect a missing set now, not after hours
     validation = source.for_evaluation(s.validation, s)
     seed_everything(seed)
     model, weights = start_from(start, s, start_charset) if start else (build_model(s.config), {})
@@ -257,7 +257,7 @@ def train_and_evaluate(
     options["validate"] = accuracy if validation else None
     curve = fit(model, mixture, s, fabric, run=run, checkpoint=base if s.finetune else checkpoint, **options)
     dataset, broken = {"train": _all_described(s.train, mixture)}, mixture.broken
-    if s.finetune:  # the last weights are kept: the validation set is what it trains on
+    if s.finetune:  # the last weights are kept, since it trains on the validation set
         mixture = _training_data(s, s.finetune, None, seed, source, fabric, model)
         steps = max(1, s.finetune_epochs * sum(map(len, mixture.datasets)) // s.batch_size)
         run = run | {"settings": _json(s)}
@@ -286,7 +286,7 @@ def _training_data(
     fabric: Fabric,
     model: Recognizer,
 ) -> TrainingData:
-    """Sets mixed by ratio, or all as one where there are no ratios."""
+    """Sets mixed by ratio, or all as one if there are no ratios."""
     datasets = source.for_training(sets, s, output_columns(model))
     if ratios is None:
         datasets, ratios = [Parts([part for each in datasets for part in each.parts])], (1.0,)
@@ -305,7 +305,7 @@ def _training_data(
 
 
 def _cost(s: Settings, seed: int) -> Outcome:
-    """Parameters, FLOPs and milliseconds of a network that nobody trained."""
+    """Parameters, FLOPs and milliseconds of an untrained network."""
     seed_everything(seed)
     model = Recognizer(s.config).to(_fabric().device)
     parameters = count_parameters(model)

@@ -1,4 +1,4 @@
-"""The paper's figures from the run log, its published files and the renderer; and words beside their images."""
+"""The paper's figures from the run log, its published files and the renderer; and images with the words read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw_all(tables: Sequence[Table], results: Path, rendered: Path) -> None:
     Args:
         tables: of the project.
         results: folder with <scale>.jsonl; figures/ lies in it.
-        rendered: folder with the renderer's LMDBs; they are made anew where missing.
+        rendered: folder with the renderer's LMDBs; missing ones are generated.
     """
     (results / "figures").mkdir(parents=True, exist_ok=True)
     _save(_published_tradeoff(), results / "figures" / "figure-4.png")
@@ -63,7 +63,7 @@ def records_by_row(table: Table, scale: str, log: RunLog) -> dict[str, list[dict
 
 
 def tradeoff(panel: plt.Axes, frame: pd.DataFrame, cost: str, accuracy: str, prefix: str) -> None:
-    """One panel of figure 4: all models, the upper hull as a line with its steps named, what nothing dominates ringed.
+    """One panel of figure 4: all models, the upper hull as a line with named steps, non-dominated models ringed.
 
     Colour: feature extractor; square: TPS; filled: BiLSTM; a dot inside: attention.
     """
@@ -183,7 +183,7 @@ def _training_data(table: Table, scale: str, records: dict[str, list[dict]], ren
 
 
 def _training_set(row: str) -> str:
-    """Of a row of training-data: "A" of "None-VGG-None-CTC (A)", and "MJ + ST" as it is."""
+    """Label of a row of training-data: "A" for "None-VGG-None-CTC (A)"; "MJ + ST" is unchanged."""
     return row.partition("(")[2].rstrip(")") if row.startswith(COMBINATIONS) else row
 
 
@@ -227,9 +227,9 @@ def _sheet(cells: list[tuple], columns: int) -> plt.Figure:
 
 
 def _failures(table: Table, scale: str, records: dict[str, list[dict]], rendered: Path) -> plt.Figure:
-    """Words that every model misses by set, against independent models; first seed, and such words where we drew them.
+    """Words that every model misses by set, against independent models; first seed, and such words if we rendered them.
 
-    The words of the paper's sets are not drawn: their images are not ours to show.
+    Words of the paper's sets are not shown: we may not publish their images.
     """
     sets = next(iter(records.values()))[0]["details"]["sets"]
     drawn = [name for name in sets if name in RENDERED]

@@ -1,4 +1,4 @@
-"""Trade-off frontiers (figure 4): the upper convex hull that the paper draws, and the models nothing dominates."""
+"""Trade-off frontiers (figure 4): the upper convex hull that the paper draws, and the non-dominated models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 def upper_hull(cost: ArrayLike, accuracy: ArrayLike) -> list[int]:
     """Indices of the upper convex hull from the cheapest point to the most accurate one, by rising cost.
 
-    Points on a line between two corners are no corners. ValueError for vectors of different or no length, or NaN.
+    Points on a line between two corners are not corners. ValueError for vectors of different or no length, or NaN.
     """
     x, y = _vectors(cost, accuracy)
     hull: list[int] = []
@@ -21,7 +21,7 @@ def upper_hull(cost: ArrayLike, accuracy: ArrayLike) -> list[int]:
 
 
 def non_dominated(cost: ArrayLike, accuracy: ArrayLike) -> list[int]:
-    """Indices of the points with no other that costs no more and is no worse, and better in one; by rising cost."""
+    """Indices of the non-dominated points (no other is as cheap and as good, and better in one); by rising cost."""
     x, y = _vectors(cost, accuracy)
     kept: list[int] = []
     for index in np.lexsort((-y, x)):

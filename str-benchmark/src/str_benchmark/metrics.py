@@ -13,7 +13,7 @@ from str_benchmark.charset import normalise
 def correct_words(predictions: Sequence[str], labels: Sequence[str], test_charset: str = "36") -> np.ndarray:
     """Which predictions equal their labels on the test alphabet, (n,) bool.
 
-    A label that has no character of the test alphabet is never read: an empty prediction would meet it unseen.
+    A label without any test character never counts as read: otherwise an empty prediction would match it.
 
     Raises:
         ValueError: an empty set, or sequences of different lengths.
@@ -78,9 +78,9 @@ def bootstrap_interval(
 
     Args:
         correct: (n,) bool.
-        seed: of the resampling.
-        resamples: how many.
-        level: of confidence, in (0, 1).
+        seed: seed of the resampling.
+        resamples: number of resamples.
+        level: confidence level, in (0, 1).
     """
     correct = np.asarray(correct, dtype=bool)
     if correct.ndim != 1 or not len(correct):
@@ -91,14 +91,14 @@ def bootstrap_interval(
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Exact McNemar test of two models on the same words: only words that one of them reads decide.
+    """Exact McNemar test of two models on the same words: only words that exactly one of them reads count.
 
     Args:
         a: which words the first model reads, (n,) bool.
         b: the same for the second.
 
     Returns:
-        only_a, only_b, p_value (two-sided; 1 where the models never differ).
+        only_a, only_b, p_value (two-sided; 1 if the models never differ).
     """
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1:
@@ -109,9 +109,9 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def failure_intersection(correct: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Words that no model reads (section 4.5), and what independent models of these accuracies would leave.
+    """Words that no model reads (section 4.5), and what independent models of these accuracies would miss.
 
-    Independence is taken within each set: sets of unlike difficulty would look like a common weakness otherwise.
+    Independence is assumed within each set: otherwise sets of different difficulty would look like a common weakness.
 
     Args:
         correct: of each set, (models, n) bool, the same models in each.

@@ -1,4 +1,4 @@
-"""Reading a user's images: texts with confidences, and a sheet of words beside their images."""
+"""Reading a user's images: texts with confidences, and a sheet of images with the words read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = get_logger("str-benchmark")
 
 @dataclass
 class Prediction:
-    """What was read in one image."""
+    """The reading of one image."""
 
     path: Path
     text: str
@@ -34,7 +34,7 @@ class Prediction:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The images named, and all images in the folders named, sorted.
+    """The given images and all images in the given folders, sorted.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without images.
@@ -48,12 +48,12 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
             continue
         if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such file or folder")
+            raise FileNotFoundError(f"{path}: file or folder not found")
         inside, left_out = image_files(path)
         if not inside:
             raise FileNotFoundError(f"{path}: no images in this folder")
         if left_out:
-            logger.info("%s: left out %s", path, ", ".join(f"{n} ({why})" for why, n in sorted(left_out.items())))
+            logger.info("%s: skipped %s", path, ", ".join(f"{n} ({why})" for why, n in sorted(left_out.items())))
         found += inside
     return found
 
@@ -61,8 +61,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def grouped(model: Recognizer, pictures: Sequence[Image.Image], pad: bool = False) -> list[tuple[list[int], Tensor]]:
     """Pictures as batches of one size each: their positions, and pixels (B, C, H, W) uint8.
 
-    A network of variable width gets each picture at the width of its own ratio, so what it reads does not depend on
-    the pictures beside it.
+    A network of variable width gets each picture at its own aspect ratio, so a reading does not depend on the other
+    pictures of its batch.
     """
     height, width = model.config.img_size
     if not model.config.variable_width:
@@ -93,17 +93,17 @@ def predict(
     Args:
         model: a recognizer, best through `for_inference`.
         files: images.
-        pad: as the model was trained.
+        pad: as in the model's training.
         beam: CTC: prefixes of the beam search; the best one is the text, its probability the confidence. 0: greedy.
         batch_size: images at once.
-        skip_broken: leave unreadable files out, named in the log.
+        skip_broken: skip unreadable files; the log names them.
 
     Raises:
         ValueError: a beam with an attention model.
         BrokenFile: an unreadable image.
     """
     if beam and model.config.pred != "CTC":
-        raise ValueError(f"beam: beam search is for CTC models, this one ends in {model.config.pred}")
+        raise ValueError(f"beam: beam search is for CTC models, this model uses {model.config.pred}")
     model.eval()
     found = []
     for start in range(0, len(files), batch_size):
@@ -115,7 +115,7 @@ def predict(
             except BrokenFile as error:
                 if not skip_broken:
                     raise
-                logger.warning("left out: %s", error)
+                logger.warning("skipped: %s", error)
         read: dict[int, Prediction] = {}
         for positions, pixels in grouped(model, pictures, pad):
             read |= zip(positions, _read(model, pixels, [kept[i] for i in positions], beam), strict=True)

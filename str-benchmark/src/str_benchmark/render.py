@@ -1,6 +1,6 @@
 """Words rendered along lines, arcs, rotated and in perspective, from matplotlib's fonts or any folder of fonts.
 
-No file but the fonts is read; the same arguments give the same pixels with the same Pillow.
+Only the fonts are read; with the same Pillow the same arguments give the same pixels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def render_words(
 
     Args:
         words: what to draw.
-        seed: of font, colours, geometry and noise.
+        seed: seed of font, colours, geometry and noise.
         fonts: see `font_files`.
         warp: "none"; "rotate" (the word by up to 0.45 rad); "curve" (along an arc of 0.9 to 1.9 rad); "perspective".
 
@@ -97,7 +97,7 @@ def _font(path: Path) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=4096)
 def _glyph(path: Path, character: str) -> tuple[Image.Image, float]:
-    """A character's mask on a square whose centre is its advance's middle, and the advance."""
+    """A character's mask, centred on the middle of its advance, and the advance."""
     font, advance = _font(path), _font(path).getlength(character)
     side = 2 * GLYPH_SIZE
     glyph = Image.new("L", (side, side))
@@ -132,7 +132,7 @@ def _on_arc(word: str, font: Path, rng: np.random.Generator) -> Image.Image:
 
 
 def _perspective(mask: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """One side seen from nearer: the corners of the far side move in by up to a third of the height."""
+    """Perspective: the corners of the far side move in by up to a third of the height."""
     width, height = mask.size
     shrink = rng.uniform(0.1, 0.33) * height
     left, right = (shrink, 0.0) if rng.random() < 0.5 else (0.0, shrink)

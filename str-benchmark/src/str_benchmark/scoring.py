@@ -1,4 +1,4 @@
-"""From what a model reads of its sets to the metrics of a record."""
+"""From a model's readings to the metrics of a record."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def score(
     """Metrics of the tables: every set, their groups, time and parameters. Accuracies, NED and other shares in %.
 
     Args:
-        model: read with in its fastest form.
+        model: the model, used in its fastest form.
         s: alphabets, padding, and the sets of the groups.
         sets: by name, as `Source.for_evaluation` opens them.
-        skip_broken: go on without broken images.
-        engine: of the reading, see `for_inference`.
+        skip_broken: skip broken images.
+        engine: engine for reading, see `for_inference`.
         words: CSV to write, a line for each word.
     """
     reader = for_inference(model, engine)
@@ -82,7 +82,7 @@ def score(
 
 
 def _caveats(frame: pd.DataFrame) -> list[str]:
-    """Why figures must not stand beside published ones: files left out, sets of another size than their name says."""
+    """Why figures cannot be compared with published ones: skipped files, sets whose size does not fit their name."""
     found = [f"{row.broken} broken images of {row.set} skipped" for row in frame.itertuples() if row.broken]
     sizes = {row.set: row.n + row.broken for row in frame.itertuples() if row.set in SETS and SETS[row.set].n}
     other = [f"{name} {n:,} of {SETS[name].n:,}" for name, n in sizes.items() if n != SETS[name].n]
@@ -95,7 +95,7 @@ def _first_words(reading: Reading, n: int = 4) -> list[tuple[str, float]]:
 
 
 def described(name: str, data: Parts) -> dict:
-    """Which samples a run read: their numbers and the size of each file make the checksum."""
+    """Which samples a run read: a checksum of their numbers and of each file's size."""
     digest = hashlib.sha256()
     for part in data.parts:
         digest.update(part.indices.tobytes() + str(part.size).encode())

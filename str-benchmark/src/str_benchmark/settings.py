@@ -1,4 +1,4 @@
-"""Everything a run may set, and the presets: the paper's, and the small ones of the renderer."""
+"""Everything that a run may set, and the presets: the paper's, and the small ones of the renderer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Settings:
     charset: str = "36"
     """36, 62, 94, the characters themselves, or a .txt file with them"""
     test_charset: str = ""
-    """characters that count when words are compared, given alike; empty: those of charset"""
+    """characters that count when words are compared, in the same form; empty: those of charset"""
     max_length: int = 25
     """characters of the longest word"""
     height: int = 32
@@ -32,33 +32,33 @@ class Settings:
     rgb: bool = False
     """colour images instead of gray"""
     pad: bool = False
-    """keep the ratio of an image and pad, instead of stretching"""
+    """keep an image's aspect ratio and pad, instead of stretching"""
     variable_width: bool = False
-    """read each image at the width of its own ratio, padded (networks without TPS); training keeps to one width"""
+    """read each image at its own aspect ratio, padded (networks without TPS); training uses one width"""
     output_channel: int = 512
     """channels of the feature map; convolutions scale with it"""
     hidden_size: int = 256
-    """of the LSTMs"""
+    """size of the LSTMs"""
     num_fiducial: int = 20
     """points of TPS"""
     localization_channel: int = 512
     """channels of TPS's localisation network"""
     ctc_head: str = "released"
-    """of BiLSTM-CTC: released (as the public checkpoints) or paper (its parameter counts)"""
+    """head of BiLSTM-CTC: released (as the public checkpoints) or paper (its parameter counts)"""
     train: tuple[str, ...] = ("MJ", "ST")
     """training sets: names below the data root, folders, or rendered sets"""
     ratios: tuple[float, ...] = (0.5, 0.5)
     """share of each in every batch"""
     data_fraction: float = 1.0
-    """first share of each training set"""
+    """share of each training set, from its start"""
     filter: str = "report"
-    """of training labels: report, strip, reference or off"""
+    """filter of training labels: report, strip, reference or off"""
     nfkd: bool = False
     """replace label characters outside the charset by their compatible ones (é by e), as PARSeq does"""
     drop_whitespace: bool = False
-    """take whitespace out of labels, as PARSeq does"""
+    """remove whitespace from labels, as PARSeq does"""
     validation: tuple[str, ...] = ("validation",)
-    """sets that choose the weights kept; none: the last weights are kept"""
+    """sets by which the kept weights are chosen; none: the last weights are kept"""
     val_every: int = 2000
     """steps between validations"""
     evaluate: tuple[str, ...] = (*EVALUATION_NAMES, "IC13_1095?", "COCO_Text?")
@@ -80,11 +80,11 @@ class Settings:
     steps: int = 300_000
     """optimizer steps"""
     grad_clip: float = 5.0
-    """norm of the gradient"""
+    """gradient norm at which it is clipped"""
     finetune: tuple[str, ...] = ()
-    """sets to fine-tune on afterwards"""
+    """sets for fine-tuning after the training"""
     finetune_epochs: int = 10
-    """passes over them"""
+    """passes over the fine-tuning sets"""
     measure: str = "accuracy"
     """accuracy (train and evaluate), cost (of the untrained network), mean, failures or subset (of other runs)"""
     of: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class Settings:
 
     @property
     def test_characters(self) -> str:
-        """Those that count when words are compared."""
+        """The characters that count when words are compared."""
         return resolve_charset(self.test_charset or self.charset)
 
     @property

@@ -1,6 +1,6 @@
 """Every set in miniature: the layout, keys and oddities of the released LMDBs and lists, written in seconds.
 
-It answers what a data root must look like, and lets each table be rehearsed without the real archives.
+They show what a data root looks like, and let every table be rehearsed without the real archives.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LABELS = ("Hello", "it's", "2019", "A", "café", "Tesco’s", "!!", "WORD", "x" 
 FORMS = (("L", "JPEG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"))
 SIZES = (None, (1, 1), None, (3, 200), None, (200, 3), None)  # None: as drawn
 PARTS = {"MJ": ("MJ_train", "MJ_valid", "MJ_test")}
-TURNED = 6  # EXIF orientation: a quarter turn
+TURNED = 6  # EXIF orientation: rotated by 90 degrees
 
 
 def write_tiny(folder: Path | str) -> str:
-    """Write all sets below a folder; returns the tree. FileExistsError where one is there already."""
+    """Write all sets below a folder; returns the tree. FileExistsError if one already exists."""
     folder, lines = Path(folder), []
     for number, each in enumerate(SETS.values()):
         n = 20 if each in (*TRAINING, VALIDATION) else 10

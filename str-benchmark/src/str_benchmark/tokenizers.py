@@ -88,7 +88,7 @@ class CTCTokenizer(_Tokenizer):
         return ids, torch.tensor([len(indices) for indices in found], dtype=torch.int64)
 
     def _columns(self, indices: Sequence[int]) -> list[int]:
-        """Columns that start a character: no blank, not a repeat of the column before."""
+        """Columns that start a character: not blank, not a repeat of the previous column."""
         return [t for t, k in enumerate(indices) if k != BLANK and (t == 0 or k != indices[t - 1])]
 
     def _text(self, indices: Sequence[int]) -> str:
@@ -129,7 +129,7 @@ class AttnTokenizer(_Tokenizer):
         return ids, torch.tensor([len(indices) + 1 for indices in found], dtype=torch.int64)
 
     def _steps(self, indices: Sequence[int]) -> list[int]:
-        """Steps that say a character: before the first [s]; a [GO] says nothing."""
+        """Steps that output a character: before the first [s]; a [GO] outputs nothing."""
         end = indices.index(END) if END in indices else len(indices)
         return [t for t in range(end) if indices[t] != GO]
 

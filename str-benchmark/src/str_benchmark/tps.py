@@ -50,7 +50,7 @@ def lifted(pixels: Tensor, points: Tensor) -> Tensor:
 class ThinPlateSpline(nn.Module):
     """Grid generator for a fixed number of fiducial points and a fixed size of the rectified image.
 
-    The two matrices are solved in float64 and kept as float32 buffers. They depend on the sizes alone, so they are not
+    The two matrices are solved in float64 and kept as float32 buffers. They depend only on the sizes, so they are not
     saved: a checkpoint fits images of any size.
 
     Args:
@@ -85,7 +85,7 @@ class ThinPlateSpline(nn.Module):
         """Images (B, C, H, W) resampled to (B, C, *size): bilinear, border padding, align_corners.
 
         Base points as C' are not an exact identity: P lies on pixel centres, while align_corners puts -1 and 1 on the
-        outer ones. The public checkpoints were trained so.
+        outer ones. The public checkpoints were trained this way.
         """
         with torch.autocast(images.device.type, enabled=False):
             images = images.to(self.P_hat.dtype)

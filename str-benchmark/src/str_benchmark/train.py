@@ -35,7 +35,7 @@ class Best(TypedDict):
 
 
 class State(TypedDict):
-    """Where a training stands, as its checkpoint holds it."""
+    """The state of a training, stored in its checkpoint."""
 
     step: int
     curve: list[dict[str, float]]
@@ -48,7 +48,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one process, or on all that torchrun or Slurm started (DDP).
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA, fp16 with a scaler before Ampere, 32-true on CPU) or one of Fabric's.
     """
     if device == "auto":
@@ -72,17 +72,17 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def loss_of(model: Callable, pred: str, images: Tensor, ids: Tensor, lengths: Tensor, fabric: Fabric) -> Tensor:
-    """Loss of a batch (section 3.4), float32, such that its mean over ranks is that of the whole batch.
+    """Loss of a batch (section 3.4), float32, such that its mean over ranks is the loss of the whole batch.
 
     CTC: mean over words of the negative log-likelihood divided by the label's length. Attention: cross entropy over
-    the characters and [s] of all words, teacher-forced; steps behind the longest label have no target and are left out.
+    the characters and [s] of all words, teacher-forced; steps after the longest label have no target and are skipped.
 
     Args:
         model: images and targets to logits.
         pred: "CTC" or "Attn".
         images: (B, C, H, W).
-        ids: of the tokenizer, (B, ...) int64.
-        lengths: of the labels, (B,) int64 on the CPU.
+        ids: class indices from the tokenizer, (B, ...) int64.
+        lengths: lengths of the labels, (B,) int64 on the CPU.
         fabric: world size and reduction.
     """
     if pred == "CTC":
@@ -97,7 +97,7 @@ def loss_of(model: Callable, pred: str, images: Tensor, ids: Tensor, lengths: Te
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """Of a step counted from 0: constant, or linear warm-up over a tenth and a cosine to 0."""
+    """Learning rate of a step, counted from 0: constant, or linear warm-up over a tenth and a cosine to 0."""
     if settings.schedule == "constant":
         return settings.lr
     warm = max(1, steps // 10)
@@ -107,7 +107,7 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
 
 
 def make_optimizer(settings: Settings, model: Recognizer) -> Optimizer:
-    """AdaDelta as in the paper, or AdamW; fused on CUDA where PyTorch has it."""
+    """AdaDelta as in the paper, or AdamW; fused on CUDA if PyTorch has it."""
     cuda = next(model.parameters()).is_cuda
     if settings.optimizer == "adadelta":
         return torch.optim.Adadelta(model.parameters(), lr=settings.lr, rho=0.95, eps=1e-8, foreach=cuda)
@@ -136,19 +136,19 @@ def fit(
         settings: optimizer and schedule.
         fabric: device, precision, ranks.
         run: what the checkpoint belongs to; a checkpoint of another run is refused.
-        steps: instead of the settings' number.
+        steps: number of steps, instead of the settings'.
         validate: accuracy of the model, called every `val_every` steps and at the end.
-        checkpoint: file to resume from and to save to. At the end it holds the weights kept and the curve alone; a
-            call that finds it so returns at once.
+        checkpoint: file to resume from and to save to. At the end it holds only the kept weights and the curve; a
+            call that finds such a file returns at once.
         checkpoint_every: steps between saves.
         compile: torch.compile the network.
         before_step: called with the number of the step.
 
     Returns:
-        The curve: points with step, mean loss since the last point, and accuracy where validated.
+        The curve: points with step, mean loss since the last point, and accuracy after a validation.
 
     Raises:
-        ValueError: a checkpoint that is damaged or of another run.
+        ValueError: a checkpoint that is damaged or from another run.
         RuntimeError: the loss became NaN or infinite.
     """
     steps = steps or settings.steps
@@ -218,7 +218,7 @@ def _save(
     fabric: Fabric,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Without an optimizer it is the file of a finished training."""
+    """Save a checkpoint; without an optimizer it is the file of a finished training."""
     if fabric.global_rank == 0:
         content = {"run": run, "state": state | {"broken": data.broken}, "model": model.state_dict()}
         if optimizer is not None:
@@ -236,7 +236,7 @@ def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
 
 
 def _position(data: TrainingData, state: State) -> dict:
-    """Workers draw ahead: the position is that of the steps taken, not of the batches drawn."""
+    """Workers draw in advance: the position counts the steps taken, not the batches drawn."""
     return data.sampler.state_dict() | {"step": state["step"]}
 
 
@@ -247,7 +247,7 @@ def _resume(
     if content["run"] != run:
         mine, its = (_flat(each) for each in (run, content["run"]))
         other = sorted(name for name in mine.keys() | its.keys() if mine.get(name) != its.get(name))
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(other)}); name another file")
+        raise ValueError(f"{path}: checkpoint of another run (different {', '.join(other)}); name another file")
     model.load_state_dict(content["model"])
     if "optimizer" in content:
         data.sampler.load_state_dict(content["sampler"])
@@ -266,13 +266,13 @@ def _flat(run: dict) -> dict:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint written by `fit`, on the CPU and with weights_only. ValueError where it is damaged or foreign."""
+    """A checkpoint written by `fit`, on the CPU and with weights_only. ValueError if it is damaged or foreign."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["run"]["settings"], content["model"], content["state"]["step"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as a training checkpoint ({reason}); name another file") from error
     return content

@@ -31,7 +31,7 @@ GROUPS = {
 CORRUPTIONS = tuple(name for names in GROUPS.values() for name in names)  # in the order of mCE
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # never part of mCE
 
-_CPU_CHUNK = 2**19  # values worked on at once: about what a core's caches hold
+_CPU_CHUNK = 2**19  # values processed at once: about what a core's caches hold
 _DEVICE_CHUNK = 2**25  # the same on an accelerator, for its memory: 222 images of 224 x 224
 
 
@@ -74,10 +74,11 @@ def corrupt(
     seeds: Tensor | None = None,
     frost_textures: Tensor | None = None,
 ) -> Tensor:
-    """Corrupt a batch of images as CIFAR-C and ImageNet-C do.
+    """Corrupt a batch of images as in CIFAR-C and ImageNet-C.
 
-    Randomness belongs to the image: each has a 64-bit seed, and the same image with the same seed is corrupted alike in
-    any batch, worker and rank, and up to rounding on any device. Results are clipped and rounded down to 8 bits.
+    Randomness belongs to the image: each has a 64-bit seed, and the same image with the same seed is corrupted in the
+    same way in any batch, worker and rank, and up to rounding on any device. Results are clipped and rounded down to 8
+    bits.
 
     Three of the 19 differ from the published data: frost uses procedural textures unless given the photographs, and
     motion_blur and snow at scale "cifar" blur as the package `imagecorruptions` does, not as ImageMagick.
@@ -95,8 +96,8 @@ def corrupt(
         (N, 3, H, W) uint8 on the device of `images` and in its memory format.
 
     Raises:
-        TypeError: if images, seeds or frost_textures is no tensor of the right dtype.
-        ValueError: if a shape, the name, the severity or the scale is not as said above, or N is 0.
+        TypeError: if images, seeds or frost_textures is not a tensor of the right dtype.
+        ValueError: if a shape, the name, the severity or the scale is not as described above, or N is 0.
     """
     _check_images(images)
     constants = _constants(name, severity, scale)
@@ -139,7 +140,7 @@ def _seeds(count: int, generator: torch.Generator | None, seeds: Tensor | None) 
         device = generator.device if generator is not None else None
         return torch.randint(2**63 - 1, (count,), generator=own_stream(generator), device=device)
     if generator is not None:
-        raise ValueError("seeds: expected None where a generator is given, got both")
+        raise ValueError("pass seeds or a generator, not both")
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         raise TypeError(f"seeds: expected an int64 tensor, got {getattr(seeds, 'dtype', type(seeds).__name__)}")
     if seeds.shape != (count,):

@@ -49,7 +49,7 @@ def move(x: Tensor, severity: tuple[int, float], angles: Tensor) -> Tensor:
     """The filter of `motion_blur` on any (N, C, H, W), along `angles` (N,) in degrees, borders repeated.
 
     Step i = 0 .. 2 * radius lies at distance i along the line, rounded to whole pixels, with the weight of a half
-    Gaussian. Steps from the first one that leaves the image on are dropped, without renormalising.
+    Gaussian. The first step that leaves the image and all later ones are dropped, without renormalising.
     """
     (radius, sigma), (height, width) = severity, x.shape[2:]
     steps = torch.arange(2 * radius + 1, dtype=torch.float64, device=x.device)
@@ -89,7 +89,7 @@ def zoom_blur(images: Tensor, factors: tuple[float, ...], draws: None = None) ->
 def draw_glass_moves(streams: SampleStreams, images: Tensor, severity: tuple[float, int, int]) -> list[Tensor]:
     """Where each scanned pixel looks in each pass, as dy * W + dx, both in -delta .. delta - 1.
 
-    One int32 tensor (N, H - 2 * delta, W - 2 * delta) per pass, the pixel scanned first in front.
+    One int32 tensor (N, H - 2 * delta, W - 2 * delta) per pass, in scanning order.
     """
     _, delta, passes = severity
     height, width = (max(n - 2 * delta, 0) for n in images.shape[2:])
@@ -105,18 +105,18 @@ def glass_sources(moves: list[Tensor], size: tuple[int, int], delta: int) -> Ten
 
     The benchmark scans the image from pixel (H - delta, W - delta) back to (delta + 1, delta + 1) and gives each pixel
     the current value of the one it looks at. (It means to swap the two, but both sides of its assignment are views of
-    one array, so the other pixel keeps its value.) A pixel that looks at one scanned before it in the same pass thus
-    follows that one's look, and so on. Instead of scanning, all these chains are followed at once by pointer doubling.
+    one array, so the other pixel keeps its value.) A pixel that looks at one scanned before it in the same pass
+    thus takes that one's new value, and so on. Instead of scanning, pointer doubling follows all these chains at once.
     """
     batch, (height, width) = len(moves[0]), size
     count = batch * height * width
     inner = (slice(None), slice(delta + 1, height - delta + 1), slice(delta + 1, width - delta + 1))
     sources = pixels = torch.arange(count, dtype=torch.int32, device=moves[0].device)
     nodes = torch.arange(2 * count, dtype=torch.int32, device=pixels.device)
-    follow = nodes[:count]  # each pixel after the pass; behind it each before the pass: an end
+    follow = nodes[:count]  # each pixel after the pass, followed by each before the pass, where chains end
     for moves_of_pass in moves:
         follow.copy_(pixels).view(batch, height, width)[inner] += moves_of_pass.flip(1, 2)
-        follow += count * (follow <= pixels)  # only a look ahead meets a pixel that was scanned before
+        follow += count * (follow <= pixels)  # only these looks meet a pixel that was scanned before
         while follow.amin() < count:
             follow.copy_(nodes.index_select(0, follow))
         sources = sources.index_select(0, follow - count)

@@ -1,8 +1,8 @@
 """Frost: a texture of ice laid over the image.
 
-The benchmark blends in six photographs, which may not be redistributed. `procedural_textures` draws textures in their
-place: branching ridges of filtered noise in the colours of ice. Pass the photographs themselves as `frost_textures` to
-`corrupt` for figures that are to be compared with published ones.
+The benchmark blends in six photographs, which may not be redistributed. `procedural_textures` draws textures
+instead: branching ridges of filtered noise in the colours of ice. To compare figures with published ones, pass
+the photographs themselves to `corrupt` as `frost_textures`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def frost(images: Tensor, severity: tuple[float, float], draws: Tensor, textures
 def fit_textures(textures: Tensor, scale: str, size: tuple[int, int]) -> Tensor:
     """Resize textures (T, 3, h, w) for crops of `size` (H, W).
 
-    CIFAR-C shrinks them to a fifth. ImageNet-C enlarges them by 1.1, and more where that does not cover the image; its
-    rule also serves images that are too large for a fifth.
+    CIFAR-C shrinks them to a fifth. ImageNet-C enlarges them by 1.1, or by more if that does not cover the image; its
+    rule is also used for images that are too large for a fifth.
     """
     cover = max(n / m for n, m in zip(size, textures.shape[2:], strict=True))
     small = scale == "cifar" and cover < 0.2
@@ -55,7 +55,7 @@ def fit_textures(textures: Tensor, scale: str, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def fitted_procedural_textures(scale: str, size: tuple[int, int], device: torch.device) -> Tensor:
-    """`procedural_textures` after `fit_textures`, kept for the next batch."""
+    """`procedural_textures` after `fit_textures`, cached for the next batch."""
     return fit_textures(procedural_textures(), scale, size).to(device)
 
 

@@ -46,8 +46,8 @@ def _gaussian_taps(sigma: float, radius: int) -> Tensor:  # (2 * radius + 1,) fl
 def filter_axis(x: Tensor, axis: int, matrix: Tensor, reach: int) -> Tensor:
     """Multiply axis 2 or 3 of (N, C, H, W) by a matrix whose entries lie within `reach` of its diagonal: float64.
 
-    It goes in blocks of rows, to skip the zeros, and each channel of each image by itself, so that the rounding does
-    not depend on N.
+    The product is computed in blocks of rows, to skip the zeros, and separately for each channel of each image, so that
+    the rounding does not depend on N.
     """
     size = len(matrix)
     planes = x.double().flatten(0, 1)

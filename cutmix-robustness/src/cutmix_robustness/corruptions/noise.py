@@ -38,7 +38,7 @@ def draw_uniform(streams: SampleStreams, images: Tensor, severity: float) -> Ten
 
 
 def impulse_noise(images: Tensor, amount: float, u: Tensor) -> Tensor:
-    """Salt and pepper: a share `amount` of the values becomes 0 or 1, half each, each channel by itself."""
+    """Salt and pepper: a share `amount` of the values becomes 0 or 1, half each, independently per channel."""
     return to_unit(images).masked_fill_(u < amount, 0).masked_fill_(u < amount / 2, 1)
 
 
@@ -59,7 +59,7 @@ def shot_noise(images: Tensor, photons: float, counts: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _poisson_tables(photons: float) -> tuple[Tensor, Tensor]:
-    """Walker's alias tables of the Poisson laws with means level / 255 * photons, levels 0 to 255.
+    """Walker's alias tables of the Poisson distributions with means level / 255 * photons, levels 0 to 255.
 
     An 8-bit image has only 256 means, so a table turns one uniform number into an exact Poisson count. Each column is
     filled up to its fair share 1 / columns by the currently most likely count.

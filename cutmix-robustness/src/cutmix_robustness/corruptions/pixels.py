@@ -23,7 +23,7 @@ def truncate(x: Tensor) -> Tensor:
     """Clip to [0, 1] and round down to whole grey levels, as the benchmark does: uint8.
 
     The benchmark computes in float64, where the rounding of a filter can lower a flat area by one level. That is
-    reproduced in float64; in float32 a value within 1/512 level of a whole one counts as that.
+    reproduced in float64; in float32 a value within 1/512 level of a whole level counts as that level.
     """
     levels = x.clamp(0, 1).mul_(255)
     return (levels.add_(_SLACK) if x.dtype == torch.float32 else levels).to(torch.uint8)

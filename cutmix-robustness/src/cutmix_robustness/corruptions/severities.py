@@ -1,8 +1,8 @@
 """The constants of the 19 corruptions: five severities, for CIFAR-C and for ImageNet-C.
 
 Each entry is a tuple over severities 1 to 5; the comment names what one severity holds. Lengths are in pixels and
-intensities on [0, 1] unless said. The source is the published generation scripts of Hendrycks and Dietterich,
-"Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019).
+intensities in [0, 1] unless stated otherwise. The source is the published generation scripts of Hendrycks and
+Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019).
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def fog(images: Tensor, severity: tuple[float, float], roughness: list[Tensor]) 
 
 
 def brightness(images: Tensor, offset: float, draws: None = None) -> Tensor:
-    """Raise V of HSV; hue and saturation stay, so all three channels scale alike and black becomes grey."""
+    """Raise V of HSV; hue and saturation do not change, so all three channels scale alike and black becomes grey."""
     x = to_unit(images)
     value = x.amax(1, keepdim=True)
     raised = (value + offset).clamp(max=1)

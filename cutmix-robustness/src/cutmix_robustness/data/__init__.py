@@ -1,1 +1,1 @@
-"""Images of both papers: the data sets, what is done to them, and what lies outside of them."""
+"""Images of both papers: data sets, corruptions and out-of-distribution inputs."""

@@ -1,4 +1,4 @@
-"""What a model of a data set is trained and judged on, by the data set's name."""
+"""The images on which a model is trained and evaluated, by the name of the data set."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from cutmix_robustness.data.sources import Batches, ImageFiles, ResidentImages, 
 from cutmix_robustness.settings import Settings
 
 Source = ResidentImages | ImageFiles
-SMALL = 64  # pixels up to which images are corrupted with the strengths of CIFAR-C
+SMALL = 64  # up to this many pixels, images are corrupted with the constants of CIFAR-C
 
 
 @dataclass
 class Benchmark:
-    """Training and test images and what the suites need besides.
+    """Training and test images, and what else the suites need.
 
     Attributes:
         train: training set.
         test: test set; the suites derive everything else from it.
-        validation: part of the training images held out to choose an epoch by, prepared like the test set; or None.
+        validation: part of the training images, held out to choose an epoch and prepared like the test set; or None.
         num_classes: K.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
         corruption_scale: "cifar" or "imagenet": which severities.
-        stored_corruptions: folder of CIFAR-C or ImageNet-C, read where it is there; else corruptions are generated.
-        unknown: opens the sets of unknown inputs, by name.
-        boxes: (n_i, 4) true boxes of every test image as (x0, y0, x1, y1), in pixels of what the network sees.
+        stored_corruptions: folder of CIFAR-C or ImageNet-C, read if it exists; else corruptions are generated.
+        unknown: opens the out-of-distribution sets, by name.
+        boxes: (n_i, 4) true boxes of every test image as (x0, y0, x1, y1) in pixels of the network's input.
     """
 
     train: Source
@@ -48,7 +48,7 @@ class Benchmark:
     validation: Source | None = None
 
     def corrupted(self, source: Source, name: str, severity: int, seed: int) -> Batches:
-        """A corrupted copy of the test set or of a part of it."""
+        """A corrupted copy of the test set or part of it."""
         return corrupted_source(source, name, severity, self.corruption_scale, self.stored_corruptions, seed)
 
 
@@ -63,15 +63,15 @@ def open_benchmark(
     """The data set of the settings.
 
     Args:
-        settings: of the run.
-        seed: of drawn parts of the training set, and of TwoWave.
-        data_root: where the data sets are.
-        device: where images go.
-        workers: processes that read image files; None: one per core, eight at most.
-        skip_broken: decode all image files first and leave out those that cannot be; they are named in the log.
+        settings: settings of the run.
+        seed: seed of drawn parts of the training set, and of TwoWave.
+        data_root: folder that holds the data sets.
+        device: device of the images.
+        workers: processes that read image files; None: one per core, at most eight.
+        skip_broken: decode all image files first and skip those that cannot be decoded; the log names them.
 
     Raises:
-        FileNotFoundError: a data set that is missing, with what to do.
+        FileNotFoundError: a data set is missing; the message says what to do.
     """
     benchmark = _open(settings, seed, data_root, device, skip_broken)
     for part in (benchmark.train, benchmark.test):
@@ -95,7 +95,7 @@ def benchmark_of(images: Tensor, labels: Tensor, unknown: Mapping[str, Tensor] |
     Args:
         images: (N, 3, H, W) uint8.
         labels: (N,) int64.
-        unknown: sets of inputs from outside, by name, each as the images.
+        unknown: out-of-distribution sets by name, each in the form of `images`.
     """
     test = ResidentImages(images, labels, "images")
     outside = {
@@ -160,7 +160,7 @@ def _image_folder(settings: Settings, data_root: Path, device: torch.device | st
     paths, labels, classes = image_folder(data_root / "train")
     test_paths, test_labels, test_classes = image_folder(data_root / "test")
     if classes != test_classes:
-        raise ValueError(f"{data_root}: train and test have other class folders")
+        raise ValueError(f"{data_root}: train and test have different class folders")
     train = ImageFiles(paths, labels, "image folder, train", settings.augment, device)
     test = ImageFiles(test_paths, test_labels, "image folder, test", "none", device)
     return Benchmark(train, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")
@@ -174,7 +174,7 @@ def _digits(seed: int, device: torch.device | str) -> Benchmark:
 
 
 def _twowave(seed: int, device: torch.device | str) -> Benchmark:
-    """500 training and 1,000 test images; unknown inputs: noise, unseen classes, background alone."""
+    """500 training and 1,000 test images; out-of-distribution: noise, unseen classes, background alone."""
 
     def draw(n: int, part: int, waves: str = "known") -> ResidentImages:
         return twowave.twowave(n, 4 * seed + part, waves).to(device)

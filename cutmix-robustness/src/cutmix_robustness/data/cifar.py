@@ -31,10 +31,10 @@ def load(
 ) -> tuple[ResidentImages, ResidentImages, int]:
     """Training set, test set and number of classes of cifar10, cifar100 or cifar10-jpeg.
 
-    With train_images the training set holds so many images, drawn by the seed with the same number of every class.
+    With train_images the training set holds that number of images, drawn by the seed, equally many of each class.
 
     Raises:
-        FileNotFoundError: the data set is missing, with what to do.
+        FileNotFoundError: the data set is missing; the message says what to do.
         ValueError: the JPEG archive holds other folders or sizes.
         BrokenFile: an image of the archive that cannot be decoded.
     """
@@ -67,7 +67,7 @@ def _read_pickles(name: str, data_root: Path, part: str) -> tuple[np.ndarray, np
         path = data_root / folder / file
         if not path.is_file():
             fetch = f"cutmix-robustness data --download {name} --data-root {data_root}"
-            raise FileNotFoundError(f"{path}: no such file; run `{fetch}`")
+            raise FileNotFoundError(f"{path}: file not found; run `{fetch}`")
         try:
             content = pickle.loads(path.read_bytes(), encoding="latin1")
             images.append(content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
@@ -80,7 +80,7 @@ def _read_pickles(name: str, data_root: Path, part: str) -> tuple[np.ndarray, np
 def _read_archive(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 32, 32, 3) uint8 and labels of <part>/<class>/*.jpg, classes in alphabetical order."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such archive; it holds train/<class>/*.jpg and test/<class>/*.jpg")
+        raise FileNotFoundError(f"{path}: archive not found; it should hold train/<class>/*.jpg and test/<class>/*.jpg")
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith(f"{part}/") and name.endswith(".jpg"))
         classes = sorted({name.split("/")[1] for name in names})
@@ -88,7 +88,7 @@ def _read_archive(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
         for number, name in enumerate(names):
             images[number] = _read_member(archive, name)
     if not names:
-        raise ValueError(f"{path}: holds no image below {part}/")
+        raise ValueError(f"{path}: contains no image below {part}/")
     return images, np.array([classes.index(name.split("/")[1]) for name in names])
 
 

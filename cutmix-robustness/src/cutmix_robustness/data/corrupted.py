@@ -21,21 +21,21 @@ logger = get_logger("cutmix-robustness")
 
 
 class Generated:
-    """A source behind a corruption; an image looks the same for the same seed in any batch, process or part of its set.
+    """A source with a corruption applied; with the same seed an image looks the same in any batch, process or subset.
 
     Args:
-        source: of uint8 images.
-        name: of the corruption.
+        source: source of uint8 images.
+        name: name of the corruption.
         severity: 1 .. 5.
         scale: "cifar" or "imagenet".
-        seed: of the corruption's draws.
+        seed: seed of the corruption's draws.
     """
 
     def __init__(self, source: ResidentImages | ImageFiles, name: str, severity: int, scale: str, seed: int):
         self.source, self.corruption, self.severity, self.scale, self.seed = source, name, severity, scale, seed
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """As the source's, corrupted."""
+        """The source's record, and the corruption."""
         source = self.source
         index = torch.arange(len(source)) if source.index is None else source.index
         generator = generator_for(self.seed, self.corruption, self.severity)
@@ -47,7 +47,7 @@ class Generated:
 def corrupted_source(
     source: ResidentImages | ImageFiles, name: str, severity: int, scale: str, stored: Path | None, seed: int
 ) -> ResidentImages | ImageFiles | Generated:
-    """Stored corrupted images of the test images in the source where the folder exists, else generated ones.
+    """Corrupted test images: stored ones if the folder exists, else generated ones.
 
     Raises:
         FileNotFoundError: the folder exists but lacks this corruption.
@@ -65,14 +65,14 @@ def corrupted_source(
 def _cifar_c(folder: Path, name: str, severity: int, test: ResidentImages) -> ResidentImages:
     path = folder / f"{name}.npy"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, though its folder exists")
+        raise FileNotFoundError(f"{path}: missing, although its folder exists")
     images = np.load(path, mmap_mode="r", allow_pickle=False)
     if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or images.dtype != np.uint8:
         raise ValueError(f"{path}: expected (5 n, 32, 32, 3) uint8, got {images.shape} {images.dtype}")
     per_severity = len(images) // 5
     index = np.arange(len(test)) if test.index is None else test.index.numpy()
     if index.max() >= per_severity:
-        raise ValueError(f"{path}: holds {per_severity} images per severity, the test set has one more at least")
+        raise ValueError(f"{path}: has {per_severity} images per severity, fewer than the test set")
     part = torch.from_numpy(images[(severity - 1) * per_severity + index])
     return ResidentImages(
         part.permute(0, 3, 1, 2).contiguous(), test.labels, f"{test.name}, {name} {severity}", device=test.images.device
@@ -80,7 +80,7 @@ def _cifar_c(folder: Path, name: str, severity: int, test: ResidentImages) -> Re
 
 
 def write_cifar_c(test: ResidentImages, folder: Path, names: tuple[str, ...], seed: int = 0) -> None:
-    """Write <name>.npy, (5 N, 32, 32, 3) uint8 in the order of the severities, and labels.npy; files there are kept."""
+    """Write <name>.npy, (5 N, 32, 32, 3) uint8 by severity, and labels.npy; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     labels = np.tile(test.labels.cpu().numpy().astype(np.uint8), 5)
     _save(folder / "labels.npy", labels)
@@ -102,20 +102,20 @@ def write_images(
 ) -> int:
     """Write <folder>/<corruption>/<severity>/<file>.png for an image or every image of a folder; returns how many.
 
-    A PNG keeps its name, another file gets .png behind its own (cat.jpg.png), so that no two meet. Hidden files and
-    files that are no images are passed over.
+    A PNG keeps its name; other files get .png appended (cat.jpg.png), so that no two collide. Hidden files and files
+    that are not images are skipped.
 
     Raises:
-        FileNotFoundError: no image is there.
-        ValueError: an unknown corruption or severity, or two files that would be written to one place.
-        BrokenFile: an image that cannot be decoded, unless those are to be skipped.
+        FileNotFoundError: there are no images.
+        ValueError: an unknown corruption or severity, or two files that would be written to the same place.
+        BrokenFile: an image cannot be decoded and is not to be skipped.
     """
     if source.is_file():
         targets = {source: _png_name(Path(source.name))}
     else:
         targets = {path: _png_name(path.relative_to(source)) for path in image_files(source)[0]}
     if not targets:
-        raise FileNotFoundError(f"{source}: no image is there")
+        raise FileNotFoundError(f"{source}: contains no images")
     by_target = {target: path for path, target in targets.items()}
     for path, target in targets.items():
         if by_target[target] != path:

@@ -21,11 +21,11 @@ def load(root: Path, augment: str, device: torch.device | str) -> tuple[ImageFil
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: the two have other classes.
+        ValueError: the two have different classes.
     """
     (paths, labels, classes), (val_paths, val_labels, val_classes) = (image_folder(root / p) for p in ("train", "val"))
     if classes != val_classes:
-        raise ValueError(f"{root}: train has {len(classes)} class folders and val {len(val_classes)}, or other ones")
+        raise ValueError(f"{root}: train has {len(classes)} class folders and val {len(val_classes)}, or they differ")
     train = ImageFiles(paths, labels, "ImageNet, train", augment, device)
     return train, ImageFiles(val_paths, val_labels, "ImageNet, val", _test_transform(augment), device)
 
@@ -62,7 +62,7 @@ def on_crop(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def load_cub(root: Path, augment: str, device: torch.device | str) -> tuple[ImageFiles, ImageFiles, list[np.ndarray]]:
-    """Training set, test set and the test images' boxes of CUB_200_2011, by its own text files.
+    """Training set, test set and the test images' boxes of CUB_200_2011, from its text files.
 
     Raises:
         FileNotFoundError: one of the text files or images is missing.

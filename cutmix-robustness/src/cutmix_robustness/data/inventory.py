@@ -1,4 +1,4 @@
-"""What the experiments read, where it is looked for, and what to do where it is missing."""
+"""What the experiments read, where it is looked for, and what to do if it is missing."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("CIFAR-10 (JPEG)", "cifar10-jpeg", "62 MB", "", JPEG_ARCHIVE, "a zip of train/<class>/*.jpg, test/..."),
     ("CIFAR-10-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-10-C", CORRUPTED),
     ("CIFAR-100-C", "paper", "2.9 GB", "CC BY 4.0", "CIFAR-100-C", CORRUPTED),
-    *((f"unknown inputs: {name}", "paper", "", "", f"ood/{place}", ODIN) for name, place in FOLDERS.items()),
+    *((f"out-of-distribution: {name}", "paper", "", "", f"ood/{place}", ODIN) for name, place in FOLDERS.items()),
     ("MNIST", "cifar10-jpeg", "53 MB", "", "MNIST", FETCH.format("mnist")),
     ("SVHN", "paper", "182 MB", "non-commercial", "train_32x32.mat", FETCH.format("svhn")),
-    ("GAN samples", "paper", "", "", "gan-samples", "a folder of your own (one row of Table R1)"),
-    ("ImageNet (ILSVRC 2012)", "paper", "150 GB", "research only", "imagenet", "by hand: train/<wnid>/, val/<wnid>/"),
-    ("ImageNet validation boxes", "paper", "", "", "imagenet/val_boxes", "by hand: <image>.xml"),
+    ("GAN samples", "paper", "", "", "gan-samples", "your own folder (one row of Table R1)"),
+    ("ImageNet (ILSVRC 2012)", "paper", "150 GB", "research only", "imagenet", "add train/<wnid>/ and val/<wnid>/"),
+    ("ImageNet validation boxes", "paper", "", "", "imagenet/val_boxes", "add <image>.xml"),
     ("ImageNet-C", "paper", "75 GB", "CC BY 4.0", "imagenet-c", "its authors' archive; else generated"),
-    ("CUB-200-2011", "paper", "1.1 GB", "non-commercial", "CUB_200_2011", "its authors' archive, by hand"),
+    ("CUB-200-2011", "paper", "1.1 GB", "non-commercial", "CUB_200_2011", "get its authors' archive yourself"),
     ("Pascal VOC 2007, 2012", "paper", "2.8 GB", "", "VOCdevkit", FETCH.format("voc")),
     ("ImageNet checkpoints", "paper", "", "", "weights", "`train imagenet`, rows of Table 3"),
 )  # fmt: skip
@@ -41,7 +41,7 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
 
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
     """Rows: data, scale, size, licence, found, where, what to do if missing."""
-    rows: list[tuple[str, ...]] = [("TwoWave", "embedded", "", "", "yes", "made on the spot", "")]
+    rows: list[tuple[str, ...]] = [("TwoWave", "embedded", "", "", "yes", "generated", "")]
     for name, scale, size, licence, place, mend in SETS:
         path = data_root / place
         found = path.exists()
@@ -62,11 +62,11 @@ def fetch(name: str, data_root: Path) -> None:
 
 
 def verify(data_root: Path, workers: int | None = None) -> dict[str, list[str]]:
-    """Decode every image below the data root to its end: what cannot be, by data set.
+    """Decode every image below the data root; returns those that cannot be decoded, by data set.
 
     Args:
-        data_root: where the data sets are; those that are missing are passed over.
-        workers: processes; None: one per core, eight at most.
+        data_root: folder that holds the data sets; missing ones are skipped.
+        workers: processes; None: one per core, at most eight.
     """
     found: dict[str, list[str]] = {}
     for name, *_, place, _ in SETS:
@@ -80,9 +80,9 @@ def verify(data_root: Path, workers: int | None = None) -> dict[str, list[str]]:
 
 
 def needs(settings: Settings, data_root: Path) -> Iterator[Need]:
-    """All that a run reads, from its training set to the last suite of its evaluation."""
+    """Everything that a run reads, from its training set to the last suite of its evaluation."""
     if settings.task == "captioning":
-        yield Need("image captioning on COCO (Table A1)", "this project does not have it; name the other tables", False)
+        yield Need("image captioning on COCO (Table A1)", "not part of this project; name the other tables", False)
     elif settings.task == "detection":
         for year, part in (("2007", "trainval"), ("2012", "trainval"), ("2007", "test")):
             listing = data_root / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / f"{part}.txt"
@@ -112,7 +112,7 @@ def _training_set(settings: Settings, data_root: Path) -> Iterator[Need]:
     if settings.outliers == "svhn":
         yield file(data_root / "train_32x32.mat", "SVHN", _fetched("svhn", data_root))
     elif settings.outliers == "gan":
-        yield _images(data_root / "gan-samples", "GAN samples", "put images of your own generator there")
+        yield _images(data_root / "gan-samples", "GAN samples", "put your generator's images there")
 
 
 def _evaluation_sets(settings: Settings, data_root: Path) -> Iterator[Need]:
@@ -121,9 +121,9 @@ def _evaluation_sets(settings: Settings, data_root: Path) -> Iterator[Need]:
     detection = DETECTION & set(settings.suites)
     if detection and settings.dataset in ("cifar10", "cifar100"):
         for name, folder in FOLDERS.items():
-            yield _images(data_root / "ood" / folder, f"unknown inputs {name}", f"unpack {ODIN} there")
+            yield _images(data_root / "ood" / folder, f"out-of-distribution set {name}", f"unpack {ODIN} there")
     if detection and settings.dataset == "cifar10-jpeg":
-        yield file(data_root / "MNIST" / "raw", "MNIST as unknown inputs", _fetched("mnist", data_root))
+        yield file(data_root / "MNIST" / "raw", "MNIST as out-of-distribution inputs", _fetched("mnist", data_root))
     if "localization" in settings.suites and settings.dataset == "imagenet":
         yield file(data_root / "imagenet" / "val_boxes", "ImageNet's validation boxes", "put <image>.xml there")
     stored = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "imagenet": "imagenet-c"}.get(settings.dataset, "")

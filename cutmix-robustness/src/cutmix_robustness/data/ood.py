@@ -1,4 +1,4 @@
-"""Inputs from outside: the seven sets of the paper's appendix E, quick ones, and images for outlier training."""
+"""Out-of-distribution inputs: the seven sets of the paper's appendix E, quick ones, and images for outlier training."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def open_sets(
 
 
 def digits_and_noise(data_root: Path, n_noise: int, device: torch.device | str) -> dict[str, ResidentImages]:
-    """MNIST's test digits, framed in black to 32 x 32, and the two noises: what costs a few seconds to judge on.
+    """MNIST's test digits, padded with black to 32 x 32, and the two kinds of noise: sets that take only seconds.
 
     Raises:
-        FileNotFoundError: MNIST is missing, with what to do.
+        FileNotFoundError: MNIST is missing; the message says what to do.
     """
     try:
         grey = datasets.MNIST(str(data_root), train=False).data
@@ -69,15 +69,15 @@ def digits_and_noise(data_root: Path, n_noise: int, device: torch.device | str) 
 
 
 def folder_of_images(folder: Path, name: str, device: torch.device | str, skip_broken: bool = False) -> ResidentImages:
-    """All images below a folder, at 32 x 32 (resized where they are not).
+    """All images below a folder, resized to 32 x 32 if needed.
 
     Raises:
-        FileNotFoundError: no image is there.
-        BrokenFile: an image that cannot be decoded, unless those are to be skipped.
+        FileNotFoundError: there are no images.
+        BrokenFile: an image cannot be decoded and is not to be skipped.
     """
     paths = image_files(folder)[0] if folder.is_dir() else []
     if not paths:
-        raise FileNotFoundError(f"{folder}: holds no image; see `cutmix-robustness data`")
+        raise FileNotFoundError(f"{folder}: contains no images; see `cutmix-robustness data`")
     pixels = []
     for path in paths:
         try:
@@ -92,10 +92,10 @@ def folder_of_images(folder: Path, name: str, device: torch.device | str, skip_b
 
 
 def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.device | str) -> ResidentImages:
-    """Images that training is to give the uniform label: "svhn", "gan" (the user's own samples) or "uniform" noise.
+    """Images that are trained with the uniform label: "svhn", "gan" (the user's own samples) or "uniform" noise.
 
     Raises:
-        FileNotFoundError: they are missing, with what to do.
+        FileNotFoundError: they are missing; the message says what to do.
     """
     if kind == "uniform":
         return noise_sets(10_000, side, seed + 1, device)["uniform"]
@@ -104,7 +104,7 @@ def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.dev
     path = data_root / "train_32x32.mat"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; run `cutmix-robustness data --download svhn --data-root {data_root}`"
+            f"{path}: file not found; run `cutmix-robustness data --download svhn --data-root {data_root}`"
         )
     pixels = loadmat(path)["X"].transpose(3, 2, 0, 1)  # from (32, 32, 3, N)
     return _unlabelled(np.ascontiguousarray(pixels), "SVHN, train", device)

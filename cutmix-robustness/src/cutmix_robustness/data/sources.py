@@ -1,7 +1,7 @@
-"""Where images come from: tensors that live on the device, or files that workers read.
+"""Where images come from: tensors on the device, or files that workers read.
 
 Both hand out uint8 batches. A training batch's augmentation is drawn from generators seeded by (seed, epoch, batch or
-image), so that it depends on neither the number of workers or ranks nor on where a killed run was continued.
+image), so it depends neither on the number of workers or ranks nor on where a killed run resumed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = get_logger("cutmix-robustness")
 
 
 class Lighting(nn.Module):
-    """AlexNet's colour noise, as the authors' code has it: along the principal axes of ImageNet's colours.
+    """AlexNet's colour noise as in the authors' code: along the principal axes of ImageNet's colours.
 
     The shift of an image is the sum over axes of axis * variance * N(0, std); constants are those of fb.resnet.torch.
 
@@ -59,26 +59,26 @@ TRANSFORMS = {
 
 
 def index_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Every full global batch of an epoch, in an order that seed and epoch decide; ValueError if there is none."""
+    """Every full global batch of an epoch, in an order given by seed and epoch; ValueError if there is none."""
     if n < batch_size:
-        raise ValueError(f"{n} training images hold no full batch of {batch_size}")
+        raise ValueError(f"{n} training images do not fill a batch of {batch_size}")
     order = torch.randperm(n, generator=generator_for(seed, epoch))
     return [batch for batch in order.split(batch_size) if len(batch) == batch_size]
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
-    """Indices (n,) of images drawn at random with every class's share kept to within one image, in ascending order.
+    """Ascending indices (n,) of randomly drawn images that keep every class's share to within one image.
 
     Args:
         labels: (N,) int64.
         n: how many; at most N.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         ValueError: n outside 1 .. N.
     """
     if not 1 <= n <= len(labels):
-        raise ValueError(f"a subset of {n} images was asked of {len(labels)}")
+        raise ValueError(f"cannot draw a subset of {n} images from {len(labels)}")
     labels, generator = labels.cpu(), generator_for(seed, "stratified")
     quota = n * labels.bincount().double() / len(labels)
     take = quota.long()
@@ -104,16 +104,16 @@ class ResidentImages:
     Args:
         images: (N, 3, H, W) uint8.
         labels: (N,) int64.
-        name: for the run record.
+        name: name in the run record.
         augment: "none" or "crop-flip".
-        device: where they live.
-        index: (N,) int64, place of each image in the set that this is a part of; None: this is the whole set.
+        device: device of the images.
+        index: (N,) int64, position of each image in the full set; None: this is the full set.
 
     Raises:
         ValueError: other shapes, dtypes or lengths.
     """
 
-    whole_batches = True  # every rank sees the global batch, and mixes it before it takes its share
+    whole_batches = True  # every rank sees the global batch and mixes it before taking its share
     step = 500  # images of an evaluation step
 
     def __init__(
@@ -152,16 +152,16 @@ class ResidentImages:
         yield from ((number, *parts[number]) for number in range(rank, len(parts), world))
 
     def to(self, device: torch.device | str) -> ResidentImages:
-        """A copy on a device."""
+        """A copy on another device."""
         return ResidentImages(self.images, self.labels, self.name, self.augment, device, self.index)
 
     def select(self, index: Tensor, augment: str | None = None) -> ResidentImages:
-        """Some of the images, with this augmentation or, if None, the same."""
+        """Some of the images, with this augmentation; None keeps the present one."""
         images, labels, device = self.images[index], self.labels[index], self.images.device
         return ResidentImages(images, labels, self.name, augment or self.augment, device, _composed(self.index, index))
 
     def record(self) -> dict:
-        """Name, shape, checksum and, of a part, its class counts, for the run record."""
+        """Name, shape, checksum and, for a part, its class counts, for the run record."""
         content = hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes())
         found = {"name": self.name, "shape": list(self.images.shape), "sha256": content.hexdigest()[:16]}
         return found | _counted(self.index, self.labels)
@@ -195,20 +195,20 @@ class ImageFiles:
     """Labelled image files read by worker processes.
 
     Args:
-        paths: of the files.
+        paths: paths of the files.
         labels: (N,) int64.
-        name: for the run record.
+        name: name in the run record.
         augment: a key of `TRANSFORMS`.
-        device: where batches go.
-        num_workers: reading processes; None: one per core, eight at most.
-        index: (N,) int64, place of each image in the set that this is a part of; None: this is the whole set.
+        device: device of the batches.
+        num_workers: reading processes; None: one per core, at most eight.
+        index: (N,) int64, position of each image in the full set; None: this is the full set.
 
     Attributes:
         skipped: files that `without_broken` left out.
 
     Raises:
-        FileNotFoundError: files that are missing, with their number and the first one's name.
-        ValueError: no image at all.
+        FileNotFoundError: files are missing; the message gives their number and the name of the first.
+        ValueError: no images.
         BrokenFile: on reading, an image that cannot be decoded.
     """
 
@@ -226,7 +226,7 @@ class ImageFiles:
         index: Tensor | None = None,
     ):
         if not paths:
-            raise ValueError(f"{name} holds no image")
+            raise ValueError(f"{name} contains no images")
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise FileNotFoundError(f"{len(missing)} of {len(paths)} images of {name} are missing, first {missing[0]}")
@@ -253,13 +253,13 @@ class ImageFiles:
         yield from ((rank + world * i, images, labels) for i, (images, labels) in enumerate(loaded))
 
     def select(self, index: Tensor, augment: str | None = None) -> ImageFiles:
-        """Some of the images, with this augmentation or, if None, the same."""
+        """Some of the images, with this augmentation; None keeps the present one."""
         paths, index = [self.paths[i] for i in index.tolist()], index.cpu()
         place, augment = _composed(self.index, index), augment or self.augment
         return ImageFiles(paths, self.labels[index], self.name, augment, self.device, self.num_workers, place)
 
     def broken(self) -> dict[int, str]:
-        """Decode every file to its end: number and message of those that cannot be."""
+        """Decode every file completely; returns index and message of those that cannot be decoded."""
         checks = DataLoader(_Check(self.paths), batch_size=None, num_workers=self.num_workers)
         return {number: message for number, message in enumerate(checks) if message}
 
@@ -275,12 +275,12 @@ class ImageFiles:
     def _load(self, batches: list[list[int]], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         cuda = self.device.type == "cuda"
         reader = _Reader(self.paths, self.augment, seed, epoch)
-        workers = min(self.num_workers, len(batches)) if len(batches) > 1 else 0  # one batch gains nothing by them
+        workers = min(self.num_workers, len(batches)) if len(batches) > 1 else 0  # not worth it for one batch
         for images, index in DataLoader(reader, batch_sampler=batches, num_workers=workers, pin_memory=cuda):
             yield images.to(self.device, non_blocking=True), self.labels[index].to(self.device, non_blocking=True)
 
     def record(self) -> dict:
-        """Name, number of images, checksum of file names and labels and, of a part, its class counts."""
+        """Name, number of images, checksum of file names and labels and, for a part, its class counts."""
         lines = "\n".join(f"{path.name} {label}" for path, label in zip(self.paths, self.labels.tolist(), strict=True))
         digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
         return {"name": self.name, "images": len(self), "sha256": digest} | _counted(self.index, self.labels)
@@ -316,19 +316,19 @@ class _Check(Dataset):
 def image_folder(root: Path) -> tuple[list[Path], Tensor, list[str]]:
     """Files, labels and class names of a folder with one folder per class, in alphabetical order.
 
-    Hidden files and folders and files that are no images are passed over; images may lie deeper than their class.
+    Hidden files and folders and files that are not images are skipped; images may be in subfolders of their class.
 
     Raises:
-        FileNotFoundError: no such folder, or none below it.
+        FileNotFoundError: no such folder, or no folder in it.
         ValueError: a class without an image.
     """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     classes = [name for name in classes if not name.startswith(".")]
     if not classes:
-        raise FileNotFoundError(f"{root}: no folder with one folder of images per class")
+        raise FileNotFoundError(f"{root}: is not a folder with one folder of images per class")
     files = [image_files(root / name)[0] for name in classes]
     for name, found in zip(classes, files, strict=True):
         if not found:
-            raise ValueError(f"{root / name}: a class without an image; put some there, or move the folder away")
+            raise ValueError(f"{root / name}: a class without images; put some there, or move the folder away")
     labels = torch.tensor([label for label, found in enumerate(files) for _ in found], dtype=torch.int64)
     return [path for found in files for path in found], labels, classes

@@ -1,4 +1,4 @@
-"""TwoWave: 16 x 16 textures of two plane waves under noise, made on the spot; the data of the embedded experiment.
+"""TwoWave: 16 x 16 textures of two plane waves with noise, generated on the fly; the data of the embedded experiment.
 
 A class is an unordered pair of the first six of twelve waves; pairs of the last six are classes that a classifier has
 never seen. An image sums its two waves with random amplitude and phase, adds fine and coarse noise, and passes through
@@ -35,7 +35,7 @@ def twowave(n: int, seed: int, waves: str = "known") -> ResidentImages:
 
     Args:
         n: number of images.
-        seed: of all draws; other seeds give other images of the same classes.
+        seed: seed of all draws; another seed gives other images of the same classes.
         waves: "known" (classes 0 .. 14), "unseen" (pairs of the other six waves) or "none" (background alone); the
             latter two carry label 0.
 

@@ -35,10 +35,10 @@ class VocImages(Dataset):
         data_root: holds VOCdevkit.
         parts: (year, image set) pairs.
         augment: faster-rcnn, ssd or none; training leaves difficult objects out, "none" keeps them.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
 
     Raises:
-        FileNotFoundError: a part is missing, with what to do.
+        FileNotFoundError: a part is missing; the message says what to do.
     """
 
     def __init__(self, data_root: Path, parts: tuple[tuple[str, str], ...], augment: str = "none", seed: int = 0):
@@ -84,7 +84,7 @@ class VocImages(Dataset):
 
 
 def _aligned(sample: tuple) -> tuple[Tensor, Tensor]:
-    """What is dropped together with a box."""
+    """The annotations that are dropped together with a box."""
     return sample[1]["labels"], sample[1]["difficult"]
 
 
@@ -96,13 +96,13 @@ def mean_average_precision(found: list[dict[str, np.ndarray]], true: list[dict[s
         true: per image `boxes`, `labels`, `difficult` (n,) bool; finding a difficult object neither helps nor hurts.
 
     Raises:
-        ValueError: lists of other lengths, or no object at all.
+        ValueError: lists of different lengths, or no objects.
     """
     if len(found) != len(true):
-        raise ValueError(f"found holds {len(found)} images, true {len(true)}")
+        raise ValueError(f"found has {len(found)} images, true has {len(true)}")
     labels = sorted({int(label) for each in true for label in each["labels"][~each["difficult"]]})
     if not labels:
-        raise ValueError("true holds no object that is not difficult")
+        raise ValueError("true contains no object that is not difficult")
     return 100 * float(np.mean([_average_precision(found, true, label) for label in labels]))
 
 

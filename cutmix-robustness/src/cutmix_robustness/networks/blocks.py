@@ -1,4 +1,4 @@
-"""What all residual networks here share: the head of `Classifier`, initialisation, and what may drop a branch."""
+"""Shared by all residual networks here: `Classifier`, initialisation, and modules that drop a branch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def branch_regularizers(kind: str, blocks: int, rate: float, block_size: int = 4
     Args:
         kind: none, stochdepth, shakedrop or dropblock.
         blocks: number of residual blocks.
-        rate: drop rate: of the last block (linear decay) for the first two, of the units for dropblock.
-        block_size: of dropblock.
+        rate: drop rate of the last block (linear decay) for stochdepth and shakedrop, of the units for dropblock.
+        block_size: side of dropblock's squares.
 
     Raises:
         ValueError: an unknown kind, or a rate outside [0, 1).
@@ -49,15 +49,15 @@ def initialise(network: nn.Module) -> None:
 
 
 class Classifier(nn.Module):
-    """A network behind the normalisation of its data set, so that attacks live in pixel space.
+    """A network preceded by its data set's normalisation, so that attacks work in pixel space.
 
     Args:
-        network: normalised images (N, 3, H, W) to logits (N, K); `network.points` names where it may be mixed.
+        network: normalised images (N, 3, H, W) to logits (N, K); `network.points` names the places where it can mix.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
     """
 
-    network: Any  # of this package: with `points`, `features` and `fc`
+    network: Any  # a network of this package, with `points`, `features` and `fc`
     mean: Tensor
     std: Tensor
 

@@ -76,7 +76,7 @@ class PyramidNet(nn.Module):
         initialise(self)
 
     def features(self, x: Tensor) -> Tensor:
-        """Last feature maps (N, C, H / 4, W / 4), of which `fc` reads the mean."""
+        """Last feature maps (N, C, H / 4, W / 4); `fc` reads their mean."""
         x = self.bn1(self.conv1(x))
         return F.relu(self.bn_final(self.layer3(self.layer2(self.layer1(x)))))
 
@@ -104,6 +104,6 @@ def pyramidnet(
         branch_rate: see `branch_regularizers`.
 
     Raises:
-        ValueError: a depth that has no whole number of blocks, or an unknown branch.
+        ValueError: a depth that does not give whole blocks, or an unknown branch.
     """
     return PyramidNet(depth, alpha, num_classes, bottleneck, branch, branch_rate)

@@ -99,7 +99,7 @@ def resnet_cifar(
         branch_rate: see `branch_regularizers`.
 
     Raises:
-        ValueError: a depth that has no whole number of blocks, or an unknown branch.
+        ValueError: a depth that does not give whole blocks, or an unknown branch.
     """
     network = CifarResNet(depth, num_classes, bottleneck)
     _set_branches(network, branch, branch_rate, block_size=4)
@@ -108,7 +108,7 @@ def resnet_cifar(
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv-BN-ReLU-conv; where the shape changes, the shortcut is a convolution of the first activation."""
+    """BN-ReLU-conv-BN-ReLU-conv; if the shape changes, the shortcut is a convolution of the first activation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, branch: nn.Module):
         super().__init__()
@@ -166,7 +166,7 @@ class WideResNet(nn.Module):
 
 
 class ImageNetResNet(torchvision_resnet.ResNet):
-    """torchvision's ResNet, with its parameter names, a regularizer per branch and its feature maps at hand."""
+    """torchvision's ResNet, with its parameter names, a regularizer per branch and access to its feature maps."""
 
     points = ("bn1", "layer1", "layer2", "layer3")
 

@@ -1,4 +1,4 @@
-"""The networks that two cores train in minutes: 18 thousand parameters for small textures, 280 thousand for CIFAR."""
+"""Networks that two cores train in minutes: 18 thousand parameters for small textures, 280 thousand for CIFAR."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 
 class SmallNet(nn.Module):
-    """Five 3 x 3 convolutions with batch norm; the two that keep their shape can be residual branches to be dropped.
+    """Five 3 x 3 convolutions with batch norm; the two that keep their shape can be residual branches that are dropped.
 
     Args:
         num_classes: K.
@@ -22,7 +22,7 @@ class SmallNet(nn.Module):
             for stochdepth and shakedrop.
         branch_rate: see `branch_regularizers`.
         width: channels of the first layer; the last has four times as many.
-        stem_stride: of the first convolution.
+        stem_stride: stride of the first convolution.
     """
 
     points = ("conv1", "layer1", "layer2", "layer3")
@@ -46,7 +46,7 @@ class SmallNet(nn.Module):
         self.fc = nn.Linear(4 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Last feature maps (N, 4 * width, H / 4, W / 4), half of that behind a stem of stride 2."""
+        """Last feature maps (N, 4 * width, H / 4, W / 4), half of that after a stem of stride 2."""
         x = self.layer1(self.conv1(x))
         x = self._branch(x, self.layer2, self.branches[0])
         return self._branch(self.layer3(x), self.layer4, self.branches[1])

@@ -1,7 +1,7 @@
 """Kinetics-10 and Mimetics-10 (section 4.4): the same ten actions with and without their usual scene.
 
 Expected below the data root: kinetics/{train,val}.csv and mimetics/mimetics.csv in the Kinetics format (columns label,
-youtube_id, time_start, time_end; seconds), videos beside them as <split>/<label>/<youtube_id>_<start>_<end>.mp4 with
+youtube_id, time_start, time_end; seconds), videos next to them as <split>/<label>/<youtube_id>_<start>_<end>.mp4 with
 six-digit seconds (Mimetics: <label>/...). Spaces in labels may be underscores, in the file and in folder names.
 """
 
@@ -50,12 +50,12 @@ class VideoFiles:
 
     Args:
         paths: video files.
-        labels: (n,) int64 of the videos.
-        name: for the run record.
-        missing: names of annotated videos that were not found and are done without.
+        labels: (n,) int64 labels of the videos.
+        name: name in the run record.
+        missing: names of annotated videos that were not found and are skipped.
         train: random clips, sizes, crops and flips; else views with the centre at 256 pixels.
-        seed: of the randomness.
-        device: where batches go.
+        seed: seed of the random draws.
+        device: device of the batches.
         reading: workers, and whether videos that cannot be decoded are dropped.
 
     Attributes:
@@ -90,7 +90,7 @@ class VideoFiles:
         return normalized(self.read(0, index)), int(self.labels[index])
 
     def to(self, device: torch.device | str) -> VideoFiles:
-        """Where batches go; returns itself."""
+        """Set the device of the batches; returns itself."""
         self.device = torch.device(device)
         return self
 
@@ -109,7 +109,7 @@ class VideoFiles:
         return frames.transpose(0, 1)
 
     def broken(self) -> dict[int, str]:
-        """Decode every video to its end: see `broken_files`."""
+        """Decode every video completely: see `broken_files`."""
         return broken_files(partial(read_clip, position=0.0), self.paths, self.num_workers)
 
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,13 +130,13 @@ class VideoFiles:
 
 
 def normalized(clips: Tensor) -> Tensor:
-    """(..., 3, T, H, W) uint8 to float32 as the networks take it."""
+    """(..., 3, T, H, W) uint8 to the float32 that the networks take."""
     return clips.float().div_(255 * STD).sub_(MEAN / STD)
 
 
 @lru_cache(maxsize=1)  # the ten views of a test video come one after the other
 def decode(path: Path) -> tuple[list[np.ndarray], float]:
-    """All frames (H, W, 3) uint8 of a video, and how many there are in a second. BrokenFile where that fails."""
+    """All frames (H, W, 3) uint8 of a video, and frames per second. BrokenFile if decoding fails."""
     import av
 
     try:
@@ -147,19 +147,19 @@ def decode(path: Path) -> tuple[list[np.ndarray], float]:
     except (av.error.FFmpegError, IndexError) as error:
         raise BrokenFile(f"{path}: {error}; replace the video, or pass --skip-broken") from None
     if not frames:
-        raise BrokenFile(f"{path}: holds no video frame; replace the video, or pass --skip-broken")
+        raise BrokenFile(f"{path}: contains no video frames; replace the video, or pass --skip-broken")
     return frames, fps
 
 
 def read_clip(path: Path, position: float) -> Tensor:
-    """Decode the clip of 8 frames, 8 apart at 30 frames a second, that starts at a share of what room there is.
+    """Decode the clip of 8 frames, 8 apart at 30 frames a second, that starts at `position`.
 
     Args:
         path: any file that FFmpeg reads.
         position: 0 (first possible clip) .. 1 (last).
 
     Returns:
-        (8, 3, H, W) uint8; the last frame is repeated where the video is too short.
+        (8, 3, H, W) uint8; the last frame is repeated if the video is too short.
 
     Raises:
         BrokenFile: the file cannot be decoded.
@@ -183,12 +183,12 @@ def video_set(
     """The videos of the ten classes that an annotation file names.
 
     Raises:
-        FileNotFoundError: no annotation file; videos are missing and `reading.skip_missing` is False, with their
-            number and names (with it they are counted and named in the log and in the run record).
-        ValueError: other columns, or no video of the ten classes.
+        FileNotFoundError: no annotation file; or videos are missing and `reading.skip_missing` is False (if True, the
+            log and the run record count and name them).
+        ValueError: wrong columns, or no video of the ten classes.
     """
     if not csv.is_file():
-        raise FileNotFoundError(f"{csv}: no such annotation file (columns {', '.join(COLUMNS)})")
+        raise FileNotFoundError(f"{csv}: annotation file not found (columns {', '.join(COLUMNS)})")
     table = pd.read_csv(csv, skipinitialspace=True)
     if not set(COLUMNS) <= set(table.columns):
         raise ValueError(f"{csv}: needs the columns {', '.join(COLUMNS)}, has {', '.join(table.columns)}")

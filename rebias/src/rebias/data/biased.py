@@ -1,7 +1,7 @@
-"""Biased MNIST (section 4.2): digits whose background colour goes with the label; and the same from scikit-learn's.
+"""Biased MNIST (section 4.2): digits on a colour that correlates with the label; also from scikit-learn's digits.
 
-Nothing is coloured before it is needed: a set keeps its digits as masks and one colour index per image, on the
-training device, and colours whole batches by indexing.
+Images are coloured on demand: a set keeps its digits as masks and one colour index per image on the training
+device, and colours whole batches by indexing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def assign_bias(labels: Tensor, rho: float, n_confusing: int = 9, generator: tor
         labels: (n,) integers in 0 .. 9.
         rho: share of images whose colour is their class's; 0.1 makes label and colour independent.
         n_confusing: how many other colours a class may take, 1 .. 9.
-        generator: of the shuffles, on the CPU.
+        generator: CPU generator of the shuffles.
 
     Returns:
         (n,) int64 colour indices.
@@ -65,7 +65,7 @@ def assign_bias(labels: Tensor, rho: float, n_confusing: int = 9, generator: tor
 
 
 def colourise(grey: Tensor, bias: Tensor) -> Tensor:
-    """White digits on coloured ground: every non-zero pixel becomes white, every zero pixel takes the colour.
+    """White digits on a coloured background: every non-zero pixel becomes white, every zero pixel takes the colour.
 
     Args:
         grey: (n, H, W) uint8 or bool.
@@ -85,13 +85,13 @@ def colourise(grey: Tensor, bias: Tensor) -> Tensor:
 
 
 class BiasedDigits:
-    """A coloured set that lives on one device; batches are coloured and normalised to (x / 255 - .5) / .5 on the fly.
+    """A coloured set on one device; batches are coloured and normalised to (x / 255 - .5) / .5 on the fly.
 
     Args:
         grey: (n, H, W) uint8 or bool; non-zero is foreground.
         labels: (n,) integers in 0 .. 9.
         bias: (n,) colour indices in 0 .. 9.
-        name: for the run record.
+        name: name in the run record.
 
     Raises:
         ValueError: other shapes or values.
@@ -130,7 +130,7 @@ class BiasedDigits:
             yield images.permute(0, 3, 1, 2), self.labels[index]
 
     def in_all_colours(self) -> BiasedDigits:
-        """Every digit once in each of the ten colours, (10 n) images: colour tells nothing, with no sampling noise."""
+        """Every digit once in each of the ten colours, (10 n) images: colour says nothing, without sampling noise."""
         repeat = torch.arange(len(self), device=self.labels.device).repeat_interleave(NUM_CLASSES)
         bias = torch.arange(NUM_CLASSES, device=self.labels.device).repeat(len(self))
         return BiasedDigits(self.mask[repeat], self.labels[repeat], bias, f"{self.name}, all colours").to(bias.device)
@@ -162,13 +162,13 @@ def biased_mnist(
         train: the 60,000 training images, or the 10,000 test images.
         rho: see `assign_bias`; the paper's test sets have 1 (biased), 0 (no aligned image) and 0.1 (unbiased).
         n_confusing: see `assign_bias`.
-        seed: of the colours.
+        seed: seed of the colours.
         side: 28, or 14: the mean of 2x2 pixels, foreground above 50 of 255 (a small variant for CPUs).
-        n_images: the first so many only.
+        n_images: use only this many, from the start.
 
     Raises:
         FileNotFoundError: the idx files are missing.
-        ValueError: they are damaged, or another side.
+        ValueError: they are damaged, or `side` is invalid.
     """
     grey, labels = load_mnist(root, train)
     grey, labels = grey[:n_images], labels[:n_images]
@@ -209,7 +209,7 @@ def biased_sklearn_digits(train: bool, rho: float, n_confusing: int = 9, seed: i
 
 
 def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST as (n, 28, 28) uint8 and (n,) int64. FileNotFoundError or ValueError with the line that mends it."""
+    """MNIST as (n, 28, 28) uint8 and (n,) int64. FileNotFoundError or ValueError with the command that fixes it."""
     from torchvision.datasets import MNIST
 
     raw = Path(root) / "MNIST" / "raw"
@@ -219,7 +219,7 @@ def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
         raise FileNotFoundError(f"{raw}: MNIST lacks {', '.join(missing)}; fetch it with: {fetch}")
     try:
         mnist = MNIST(root, train=train)
-    except Exception as error:  # the parser asserts, or fails in reshaping
+    except Exception as error:  # the parser fails an assertion or a reshape
         raise ValueError(f"{raw}: MNIST is damaged ({error}); move the folder away and run: {fetch}") from error
     return mnist.data, mnist.targets
 

@@ -1,4 +1,4 @@
-"""What training and evaluation read from a data set, whichever it is."""
+"""The interface through which training and evaluation read a data set."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Reading:
     """How files are read."""
 
     workers: int = -1
-    """reading processes; -1: one per core, 8 at most"""
+    """reading processes; -1: one per core, at most 8"""
     skip_missing: bool = False
-    """go on without videos that are missing, counted and named"""
+    """skip missing videos; they are counted and named"""
     skip_broken: bool = False
-    """go on without files that cannot be decoded, counted and named; each one is decoded once before"""
+    """skip files that cannot be decoded (each is decoded once in advance); they are counted and named"""
 
     @property
     def num_workers(self) -> int:
-        """As a number of processes."""
+        """The number of processes."""
         return min(8, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
 
 
@@ -31,7 +31,7 @@ class Dataset(Protocol):
     """Labelled inputs that come in batches; a torch DataLoader takes it too, item by item.
 
     Attributes:
-        name: for the run record.
+        name: name in the run record.
         labels: (n,) int64.
     """
 
@@ -41,7 +41,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """(input, label), with the bias label behind them where there is one."""
+        """(input, label), followed by the bias label if there is one."""
 
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """For every (B,) batch of indices: inputs (B, ...) and targets (B,)."""
@@ -51,7 +51,7 @@ class Dataset(Protocol):
 
 
 class BiasedDataset(Dataset, Protocol):
-    """With a bias label per input.
+    """A set with a bias label per input.
 
     Attributes:
         bias: (n,) int64.

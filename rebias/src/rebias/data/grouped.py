@@ -1,4 +1,4 @@
-"""Images with a label and a bias label, in the layouts in which such sets are released, or from your own CSV file.
+"""Images with a label and a bias label, in the layouts of released sets, or from your own CSV file.
 
 Every set gives items (image, label, bias). Bias labels are for evaluation; training does not see them.
 """
@@ -22,16 +22,16 @@ SPLITS = ("train", "val", "test")
 
 
 def csv_set(csv: str | Path, split: str = "", **options: Any) -> ImageFiles:
-    """Your own images: a CSV file with the columns image, label, bias and, where it has splits, split.
+    """Your own images: a CSV file with the columns image, label, bias and, if it has splits, split.
 
     Args:
         csv: the file; image paths are relative to its folder.
-        split: only the lines of this split: train, val or test; "" takes all.
-        options: of `ImageFiles`: augment, seed, device, reading.
+        split: read only this split: train, val or test; "" takes all lines.
+        options: options of `ImageFiles`: augment, seed, device, reading.
 
     Raises:
         FileNotFoundError: no such file, or images that are missing.
-        ValueError: columns that are missing, no line of the split, or labels that are not 0, 1, 2 ..
+        ValueError: columns are missing, no line of the split, or labels that are not 0, 1, 2 ..
     """
     csv = Path(csv)
     table = _table(csv, ("image", "label", "bias") + (("split",) if split else ()))
@@ -41,7 +41,7 @@ def csv_set(csv: str | Path, split: str = "", **options: Any) -> ImageFiles:
 
 
 def waterbirds(folder: str | Path, split: str, **options: Any) -> ImageFiles:
-    """Waterbirds (Sagawa et al. 2020) as released: metadata.csv beside the images; bias is the place, land or water."""
+    """Waterbirds (Sagawa et al. 2020) as released, with metadata.csv; bias is the place, land or water."""
     table = _table(Path(folder) / "metadata.csv", ("img_filename", "y", "place", "split"))
     table = table[table.split == SPLITS.index(split)]
     where = Path(folder) / "metadata.csv"
@@ -80,16 +80,16 @@ def bffhq(folder: str | Path, split: str, *, percent: str = "0.5pct", **options:
 
 
 class ColoredMNIST:
-    """Colored MNIST of LfF (Nam et al. 2020) as its script writes it: images.npy and attrs.npy (digit, colour).
+    """Colored MNIST of LfF (Nam et al. 2020) as written by its script: images.npy and attrs.npy (digit, colour).
 
     Args:
         folder: such as ColoredMNIST-Skewed0.01-Severity4.
         split: "train" or "valid".
-        device: where everything lives.
+        device: device of the data.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: arrays of other shapes.
+        ValueError: arrays have other shapes.
     """
 
     def __init__(self, folder: str | Path, split: str, device: torch.device | str = "cpu"):
@@ -125,7 +125,7 @@ class ColoredMNIST:
 
 def _table(path: Path, columns: tuple[str, ...], **options: Any) -> pd.DataFrame:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: file not found")
     table = pd.read_csv(path, **options)
     missing = [name for name in columns if name not in table.columns]
     if missing:
@@ -137,7 +137,7 @@ def _images(
     root: Path, names: pd.Series, labels: pd.Series, bias: pd.Series, name: str, where: Path, options: dict[str, Any]
 ) -> ImageFiles:
     if not len(names):
-        raise ValueError(f"{where}: names no image for {name}")
+        raise ValueError(f"{where}: has no image path for {name}")
     numbers = []
     for column, values in (("label", labels), ("bias", bias)):
         if not pd.api.types.is_integer_dtype(values) or values.min() < 0:

@@ -36,7 +36,7 @@ CLUSTERS_SHA256 = "40a55e0a276d4d323a20baa358429ccccbbb873afdd5bc58c1298680ecc82
 
 
 def image_folder(root: str | Path, name: str, **options: Any) -> ImageFiles:
-    """The nine classes' images of root/<wnid>/*, sorted by path; wnids that are not there are passed over.
+    """The nine classes' images of root/<wnid>/*, sorted by path; missing wnids are skipped.
 
     Raises:
         FileNotFoundError: no such folder, or none of the 42 wnids in it.
@@ -47,17 +47,17 @@ def image_folder(root: str | Path, name: str, **options: Any) -> ImageFiles:
 def _listed(root: Path) -> tuple[list[str], Tensor]:
     """Names below the root, and labels."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; it must hold one folder per WordNet id")
+        raise FileNotFoundError(f"{root}: folder not found; it must hold one folder per WordNet id")
     folders = [root / wnid for wnid in sorted(CLASS_OF_WNID) if (root / wnid).is_dir()]
     paths = [path for folder in folders for path in image_files(folder)[0]]
     if not paths:
-        raise FileNotFoundError(f"{root}: holds none of the 42 WordNet ids of 9-class ImageNet")
+        raise FileNotFoundError(f"{root}: contains none of the 42 WordNet ids of 9-class ImageNet")
     names = [path.relative_to(root).as_posix() for path in paths]
     return names, torch.tensor([CLASS_OF_WNID[name.split("/")[0]] for name in names])
 
 
 def train_set(data_root: Path, stylised: bool, **options: Any) -> ImageFiles:
-    """ImageNet's training images of the nine classes, with the stylised copy of them where asked."""
+    """ImageNet's training images of the nine classes, and on request their stylised copies."""
     if not stylised:
         return image_folder(data_root / "imagenet" / "train", "9-class ImageNet train", augment=True, **options)
     folders = ("imagenet/train", "stylised-imagenet/train")
@@ -71,7 +71,7 @@ def validation_set(data_root: Path, **options: Any) -> tuple[ImageFiles, Tensor]
     """The 2,100 validation images, and their texture clusters (3, n), joined by path.
 
     Raises:
-        ValueError: other images than the cluster labels are for.
+        ValueError: the images are not those of the cluster labels.
     """
     data = image_folder(data_root / "imagenet" / "val", "9-class ImageNet val", **options)
     table = read_clusters()
@@ -79,14 +79,14 @@ def validation_set(data_root: Path, **options: Any) -> tuple[ImageFiles, Tensor]
 
 
 def corrupted_sets(data_root: Path, **options: Any) -> dict[str, ImageFiles]:
-    """ImageNet-C's corruptions and severities by name; empty where the folder is absent (not in the paper)."""
+    """ImageNet-C's corruptions and severities by name; empty if there is no folder (not in the paper)."""
     folders = sorted((data_root / "imagenet-c").glob("*/[1-5]"))
     names = {folder: f"{folder.parent.name} {folder.name}" for folder in folders}
     return {name: image_folder(folder, f"ImageNet-C {name}", **options) for folder, name in names.items()}
 
 
 def read_clusters(path: Path | None = None) -> pd.DataFrame:
-    """Cluster labels by image path (columns path, category, cluster1 ..); the authors' where no file is given.
+    """Cluster labels by image path (columns path, category, cluster1 ..); the authors' if no file is given.
 
     Raises:
         ValueError: the authors' file has another checksum, or a file lacks columns or has repeated paths.
@@ -94,12 +94,12 @@ def read_clusters(path: Path | None = None) -> pd.DataFrame:
     if path is None:
         path = Path(str(files("rebias") / "assets" / CLUSTERS_FILE))
         if hashlib.sha256(path.read_bytes()).hexdigest() != CLUSTERS_SHA256:
-            raise ValueError(f"{path.name}: the texture clusters that ship with the package were changed")
+            raise ValueError(f"{path.name}: the texture clusters shipped with the package were changed")
     table = pd.read_csv(path)
     if not {"path", "category", "cluster1"} <= set(table.columns):
         raise ValueError(f"{path}: needs the columns path, category, cluster1, ..., has {', '.join(table.columns)}")
     if table.path.duplicated().any():
-        raise ValueError(f"{path}: {table.path[table.path.duplicated()].iloc[0]} stands there twice")
+        raise ValueError(f"{path}: {table.path[table.path.duplicated()].iloc[0]} is listed twice")
     return table
 
 
@@ -114,7 +114,7 @@ def join_clusters(names: list[str], table: pd.DataFrame) -> Tensor:
     if unknown or unused:
         first = f", first {unknown[0]}" if unknown else ""
         raise ValueError(
-            f"{len(names)} images against {len(known)} cluster labels: {len(unknown)} images have none{first}, "
+            f"{len(names)} images but {len(known)} cluster labels: {len(unknown)} images have none{first},  "
             f"{unused} labels have no image"
         )
     columns = [column for column in known.columns if column.startswith("cluster")]

@@ -1,7 +1,7 @@
-"""Image files as a training or test set: what ImageNet-9, ImageNet-A and ImageNet-C share.
+"""Image files as a training or test set: shared by ImageNet-9, ImageNet-A and ImageNet-C.
 
-Every augmentation is drawn from a generator seeded by (seed, epoch, index): it depends on neither the number of
-workers nor on where a killed run was continued.
+Every augmentation is drawn from a generator seeded by (seed, epoch, index): it depends neither on the number of
+workers nor on where a killed run resumed.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class ImageFiles:
         root: folder of the files.
         names: their paths below it.
         labels: (n,) int64.
-        name: for the run record.
+        name: name in the run record.
         augment: random crop and flip of training; else resize to 256 and crop the centre.
-        seed: of the augmentation.
-        device: where batches go.
+        seed: seed of the augmentation.
+        device: device of the batches.
         reading: workers, and whether images that cannot be decoded are dropped.
-        bias: (n,) int64 bias labels, where they are known.
+        bias: (n,) int64 bias labels, if known.
 
     Attributes:
         skipped: names of the images that were dropped.
 
     Raises:
-        FileNotFoundError: files that are missing, with their number and the first one's name.
-        BrokenFile: on reading, an image that cannot be decoded, by name.
+        FileNotFoundError: files are missing; the message gives their number and the name of the first.
+        BrokenFile: on reading, if an image cannot be decoded; names it.
     """
 
     def __init__(
@@ -88,21 +88,21 @@ class ImageFiles:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """One image (3, 224, 224) float32, its label, and its bias label where it is known."""
+        """One image (3, 224, 224) float32, its label, and its bias label if known."""
         item = normalized(self.read(0, index)), int(self.labels[index])
         return item if self.bias is None else (*item, int(self.bias[index]))
 
     def to(self, device: torch.device | str) -> ImageFiles:
-        """Where batches go; returns itself."""
+        """Set the device of the batches; returns itself."""
         self.device = torch.device(device)
         return self
 
     def read(self, epoch: int, index: int) -> Tensor:
-        """One cropped image (3, 224, 224) uint8: bytes travel four times faster from a worker than floats."""
+        """One cropped image (3, 224, 224) uint8: a worker sends bytes four times faster than floats."""
         return self.transform(read_image(self.root / self.names[index]))
 
     def broken(self) -> dict[int, str]:
-        """Decode every image to its end: see `broken_files`."""
+        """Decode every image completely: see `broken_files`."""
         return broken_files(read_image, [self.root / name for name in self.names], self.num_workers)
 
     def batches(self, index_batches: Iterable[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,7 +118,7 @@ class ImageFiles:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """(..., 3, H, W) uint8 to float32 as the networks take it, with one new tensor."""
+    """(..., 3, H, W) uint8 to the float32 that the networks take, allocating one tensor."""
     mean, std = (255 * torch.tensor(each, device=images.device)[:, None, None] for each in (MEAN, STD))
     return images.float().sub_(mean).div_(std)
 
@@ -142,7 +142,7 @@ def loaded(
 
 
 def broken_files(read: Callable[[Path], Any], paths: Sequence[Path], workers: int) -> dict[int, str]:
-    """Read every file; the numbers of those that raise BrokenFile, each with its line, which is logged as well."""
+    """Read every file; returns the indices of those that raise BrokenFile with the message, which is also logged."""
 
     def reason(path: Path) -> str:
         try:
@@ -170,5 +170,5 @@ class _Reader(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw_seed(self.seed, self.epoch, index))  # the CPU's alone: 1 ms less
+            torch.default_generator.manual_seed(draw_seed(self.seed, self.epoch, index))  # CPU only: 1 ms less
             return self.read(self.epoch, index), index

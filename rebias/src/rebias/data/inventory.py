@@ -1,4 +1,4 @@
-"""What the experiments read, where it is looked for, and what to do where it is missing."""
+"""What the experiments read, where it is looked for, and what to do if it is missing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,28 @@ from shared_utils.preflight import Need, disk_space, file
 MNIST_FETCH = "rebias data --download"
 SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("MNIST", "mnist, paper", "53 MB", "CC BY-SA 3.0", "MNIST/raw", MNIST_FETCH),
-    ("ImageNet (ILSVRC 2012)", "paper", "42 of 1,000 classes", "research only", "imagenet", "image-net.org, by hand"),
-    ("ImageNet-A", "paper", "", "MIT", "imagenet-a", "its authors' archive, by hand"),
-    ("ImageNet-C (optional)", "paper", "", "CC BY 4.0", "imagenet-c", "its authors' archive, by hand"),
-    ("Stylized-ImageNet (StylisedIN)", "paper", "", "research only", "stylised-imagenet", "made by its authors' code"),
-    ("Kinetics (ten classes)", "paper", "", "CC BY 4.0 (annotation)", "kinetics", "its annotation, videos by hand"),
-    ("Mimetics (ten classes)", "paper", "136 clips", "", "mimetics", "its annotation, videos by hand"),
+    (
+        "ImageNet (ILSVRC 2012)",
+        "paper",
+        "42 of 1,000 classes",
+        "research only",
+        "imagenet",
+        "from image-net.org",
+    ),
+    ("ImageNet-A", "paper", "", "MIT", "imagenet-a", "get its authors' archive"),
+    ("ImageNet-C (optional)", "paper", "", "CC BY 4.0", "imagenet-c", "get its authors' archive"),
+    (
+        "Stylized-ImageNet (StylisedIN)",
+        "paper",
+        "",
+        "research only",
+        "stylised-imagenet",
+        "use its authors' code",
+    ),
+    ("Kinetics (ten classes)", "paper", "", "CC BY 4.0 (annotation)", "kinetics", "get its annotation and the videos"),
+    ("Mimetics (ten classes)", "paper", "136 clips", "", "mimetics", "get its annotation and the videos"),
 )
-BY_HAND = "lay it out as the README's tree shows (`rebias data --tiny FOLDER` writes an example)"
+BY_HAND = "use the layout shown in the README (`rebias data --tiny FOLDER` writes an example)"
 PLACES = {  # what a data set's training and evaluation read, below the data root
     "mnist": tuple(
         f"MNIST/raw/{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -51,7 +65,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def needs(settings: Settings, data_root: Path, output: Path) -> Iterator[Need]:
-    """All that a run of these settings reads, and room for its checkpoint in the folder `output`."""
+    """Everything that a run of these settings reads, and room for its checkpoint in the folder `output`."""
     places = PLACES.get(settings.dataset, ()) if not settings.network else ()
     for place in (*places, *(["stylised-imagenet/train"] if settings.stylised else [])):
         remedy = MNIST_FETCH if settings.dataset == "mnist" else BY_HAND
@@ -60,10 +74,10 @@ def needs(settings: Settings, data_root: Path, output: Path) -> Iterator[Need]:
 
 
 def verify(data_root: Path, workers: int) -> dict[str, tuple[int, dict[int, str]]]:
-    """Decode every file that is there to its end.
+    """Decode every file that is there completely.
 
     Returns:
-        By name of the set: how many files, and the lines of those that are broken. MNIST counts as one file.
+        By name of the set: the number of files, and a message for each broken one. MNIST counts as one file.
     """
     from rebias.data import action, imagenet9
     from rebias.data.biased import load_mnist

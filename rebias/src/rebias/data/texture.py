@@ -26,7 +26,7 @@ def texture_network(weights: Path, layer: str) -> nn.Module:
     """VGG-16's features up to a layer, with ImageNet weights from a state-dict file.
 
     Raises:
-        ValueError: unknown layer, or a file that holds no VGG-16 state dict.
+        ValueError: unknown layer, or a file without a VGG-16 state dict.
     """
     if layer not in LAYERS:
         raise ValueError(f"layer must be one of {', '.join(LAYERS)}, got {layer!r}")
@@ -37,7 +37,7 @@ def texture_network(weights: Path, layer: str) -> nn.Module:
         raise
     except Exception as error:  # zip, pickle, key and shape errors
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{weights}: holds no state dict of torchvision's vgg16 ({reason})") from error
+        raise ValueError(f"{weights}: is not a state dict of torchvision's vgg16 ({reason})") from error
     return network.features[: LAYERS[layer]].eval()
 
 
@@ -64,8 +64,8 @@ def texture_clusters(
         data: the images.
         network: images to feature maps; see `texture_network`.
         repeats: independent clusterings.
-        seed: of the first; the others follow it.
-        batch_size: images per forward.
+        seed: seed of the first clustering; the others count up from it.
+        batch_size: images per forward pass.
 
     Returns:
         Columns path, category, cluster1 .. cluster<repeats>, as in the file that ships with the package.
@@ -74,7 +74,7 @@ def texture_clusters(
         ValueError: fewer images than clusters.
     """
     if len(data) < CLUSTERS:
-        raise ValueError(f"{CLUSTERS} clusters need as many images, got {len(data)}")
+        raise ValueError(f"{CLUSTERS} clusters need at least {CLUSTERS} images, got {len(data)}")
     vectors = np.concatenate(list(_vectors(data, network, batch_size)))
     table = pd.DataFrame({"path": data.names, "category": [CLASSES[label] for label in data.labels.tolist()]})
     for number in range(repeats):

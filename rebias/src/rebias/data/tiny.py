@@ -1,4 +1,4 @@
-"""Tiny archives in the layout of the real ones, with their quirks: what a data root must look like, and rehearsals."""
+"""Tiny archives in the layout of the real ones, with their quirks: examples of a data root, and for rehearsals."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 from rebias.data.action import CLASSES as ACTIONS
 from rebias.data.imagenet9 import CLASS_OF_WNID, read_clusters
 
-KINDS = ("rgb", "grey", "cmyk", "exif", "png")  # ImageNet holds all of them under the name .JPEG
+KINDS = ("rgb", "grey", "cmyk", "exif", "png")  # in ImageNet all of these are named .JPEG
 
 
 def write(root: Path) -> None:
-    """Write every set that the project reads below root; some seconds and 5 MB."""
+    """Write every set that the project reads below root; a few seconds and 5 MB."""
     write_mnist(root)
     wnids = sorted(CLASS_OF_WNID)
     write_images(root / "imagenet" / "train", wnids, per_class=2)
@@ -58,12 +58,12 @@ def write_mnist(root: Path, n_train: int = 120, n_test: int = 60) -> None:
 def write_images(
     folder: Path, wnids: Sequence[str], per_class: int, prefix: str = "ILSVRC_", suffix: str = ".JPEG"
 ) -> None:
-    """folder/<wnid>/<prefix><number><suffix> of every kind in turn."""
+    """Write folder/<wnid>/<prefix><number><suffix>, each kind in turn."""
     write_files(folder, [f"{wnid}/{prefix}{number}{suffix}" for wnid in wnids for number in range(per_class)])
 
 
 def write_files(folder: Path, names: Sequence[str]) -> None:
-    """One small image of noise each, of every kind in turn."""
+    """Write small noise images, each kind in turn."""
     rng = np.random.default_rng(0)
     for number, name in enumerate(names):
         path, kind = folder / name, KINDS[number % len(KINDS)]
@@ -71,7 +71,7 @@ def write_files(folder: Path, names: Sequence[str]) -> None:
         image = Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8))
         exif = Image.Exif()
         if kind == "exif":
-            exif[274] = 6  # turned by a quarter
+            exif[274] = 6  # rotated by 90 degrees
         mode = {"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")
         image.convert(mode).save(path, "PNG" if kind == "png" else "JPEG", exif=exif)
 
@@ -79,7 +79,7 @@ def write_files(folder: Path, names: Sequence[str]) -> None:
 def write_videos(csv: Path, folder: Path, labels: Sequence[str]) -> None:
     """An annotation file in Kinetics' format, and a video of three seconds per line; one label has underscores."""
     lines = ["label,youtube_id,time_start,time_end,split"]
-    for number, label in enumerate((*labels, "abseiling")):  # the last is none of the ten, and its video is not there
+    for number, label in enumerate((*labels, "abseiling")):  # the last is not one of the ten, and its video is missing
         written = label.replace(" ", "_") if label == "driving car" else label
         name = f"{'-_'[number % 2]}{label[:4].strip()}{number:02d}"
         lines.append(f'"{written}",{name},{number},{number + 10},{csv.stem}')

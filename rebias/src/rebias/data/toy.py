@@ -12,7 +12,7 @@ NUM_CLASSES = 3
 
 
 class ToyPoints:
-    """Three unit squares on the diagonal in training, all nine in testing; the sizes are ours, the paper prints none.
+    """Three unit squares on the diagonal in training, all nine in testing; the sizes are ours; the paper gives none.
 
     The class y is uniform in 0 .. 2; b = y in training, uniform and independent of y in testing;
     x = (b + U(0, 1), y + U(0, 1)) - 1.5.
@@ -20,7 +20,7 @@ class ToyPoints:
     Args:
         n: points.
         train: fully biased, or unbiased.
-        seed: of all draws.
+        seed: seed of all draws.
     """
 
     def __init__(self, n: int, train: bool, seed: int):

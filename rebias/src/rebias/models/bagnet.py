@@ -1,6 +1,6 @@
 """BagNet-18 (g of 9-class ImageNet): a ResNet-18 of mostly 1x1 convolutions, which sees small patches of texture only.
 
-The paper prints a receptive field of 43 pixels; the layers of the released code, which are these, see 5.
+The paper prints a receptive field of 43 pixels; the layers of the released code, used here, see 5.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rebias.models.network import Network
 
 
 class Block(nn.Module):
-    """Two convolutions without padding, the second 1x1; the shortcut is cropped to what the main path leaves."""
+    """Two convolutions without padding, the second 1x1; the shortcut is cropped to the size of the main path."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, kernel_size: int):
         super().__init__()

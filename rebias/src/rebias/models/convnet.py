@@ -16,9 +16,9 @@ class SimpleConvNet(Network):
 
     Args:
         num_classes: C.
-        kernel_size: of every convolution, odd; padding keeps the size.
+        kernel_size: size of every kernel, odd; padding keeps the image size.
         widths: channels of the blocks.
-        strides: of the blocks; 1 everywhere where left out.
+        strides: strides of the blocks; default: 1 everywhere.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SimpleConvNet(Network):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         strides = strides or [1] * len(widths)
         if len(strides) != len(widths):
-            raise ValueError(f"{len(widths)} widths need as many strides, got {len(strides)}")
+            raise ValueError(f"{len(widths)} widths need {len(widths)} strides, got {len(strides)}")
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip((3, *widths), widths, strides, strict=False):
             layers += [

@@ -15,7 +15,7 @@ class MLP(Network):
     Args:
         num_classes: C.
         columns: which coordinates it sees; f sees (0, 1), g only the bias (0,).
-        width: of both hidden layers.
+        width: width of both hidden layers.
     """
 
     def __init__(self, num_classes: int = 3, columns: Sequence[int] = (0, 1), width: int = 64):

@@ -1,4 +1,4 @@
-"""What the methods need of a network."""
+"""What the methods need from a network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import nn
 
 
 class Network(nn.Module):
-    """Its `forward(x)` gives (logits, features); `fc` makes the one from the other."""
+    """Its `forward(x)` returns (logits, features); `fc` computes the logits from the features."""
 
     fc: nn.Linear

@@ -1,6 +1,6 @@
 """HEX's network (Wang et al. 2019, after the released HaohanWang/HEX): a convolutional branch and a textural one.
 
-Two things differ from the released code: pixels are quantised here and not beforehand, and at test time the norm of a
+Two things differ from the released code: pixels are quantised here and not in advance, and at test time the norm of a
 feature over the batch is the running mean of training's, so that a prediction does not depend on its neighbours.
 """
 
@@ -16,11 +16,11 @@ LUMA = (0.2989, 0.587, 0.114)
 
 
 class NGLCM(nn.Module):
-    """Neural grey-level co-occurrence matrix: how often a grey level goes with a difference to the pixel on the left.
+    """Neural grey-level co-occurrence matrix: how often a grey level meets a difference to its left neighbour.
 
     Args:
         levels: grey levels (16 in the released MNIST experiments).
-        feat_dim: of the output.
+        feat_dim: dimension of the output.
     """
 
     def __init__(self, levels: int = 16, feat_dim: int = 32):
@@ -42,7 +42,7 @@ class NGLCM(nn.Module):
 
 
 class BatchUnitNorm(nn.Module):
-    """Every feature of unit length over the batch; in eval mode by the running mean of the lengths in training.
+    """Scale every feature to unit length over the batch; in eval mode, by the running mean of the training lengths.
 
     Args:
         feat_dim: d of (B, d) features.
@@ -66,11 +66,11 @@ class BatchUnitNorm(nn.Module):
 
 
 class HexNet(nn.Module):
-    """One classifier on the features of a network f and of NGLCM; zeros stand for the branch that is left out.
+    """One classifier on the features of a network f and of NGLCM; zeros replace the branch that is left out.
 
     Args:
         backbone: a network of this package with `forward(x) -> (logits, features)`; its own classifier is unused.
-        feat_dim: of its features.
+        feat_dim: dimension of its features.
         num_classes: C.
         superficial_dim: features of NGLCM.
     """
@@ -97,6 +97,6 @@ class HexNet(nn.Module):
 
 
 def _small(linear: nn.Linear) -> None:
-    """The released initialisation: a normal of deviation 0.1, cut at two deviations, and no bias."""
+    """The released initialisation: a normal distribution of deviation 0.1, truncated at two deviations, and no bias."""
     nn.init.trunc_normal_(linear.weight, std=0.1, a=-0.2, b=0.2)
     nn.init.zeros_(linear.bias)

@@ -10,11 +10,11 @@ WINDOWS = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.MaxPool3d)
 def receptive_field(network: nn.Module, axis: int = -1) -> int:
     """Width of the input that one position of the last feature map depends on.
 
-    Layers count in the order of `modules()`; shortcuts, which see less than the path beside them, are left out.
+    Layers count in the order of `modules()`; shortcuts, which see less than the main path, are skipped.
 
     Args:
         network: convolutions and poolings in sequence, with shortcuts named "shortcut" or "downsample".
-        axis: of the kernels: -1 for width, 0 for time in 3-D networks.
+        axis: axis of the kernels: -1 for width, 0 for time in 3-D networks.
     """
     field, jump = 1, 1
     for name, module in network.named_modules():

@@ -1,4 +1,4 @@
-"""ResNet-18 (f of 9-class ImageNet) with the features beside the logits."""
+"""ResNet-18 (f of 9-class ImageNet) that returns features as well as logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class ResNet18(Network):
     """torchvision's ResNet-18, trained from scratch; 11,181,129 parameters with 9 classes."""
 
     def __init__(self, num_classes: int = 9):
-        from torchvision.models import resnet18  # slow to import, and nothing else of the package needs it
+        from torchvision.models import resnet18  # slow to import, and nothing else in the package needs it
 
         super().__init__()
         self.backbone = resnet18(num_classes=num_classes)

@@ -1,4 +1,4 @@
-"""3-D ResNet-18 of the action experiment (Table A1): temporal kernels of 3 make f, of 1 make the per-frame g."""
+"""3-D ResNet-18 of the action experiment (Table A1): f has temporal kernels of 3, the per-frame g of 1."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which data sets are needed, where they are looked for, and how many words they must have.
 
-Three released layouts are found as they unpack: the STR benchmark's (training/, evaluation/), PARSeq's (train/synth,
+Three released layouts are recognised as unpacked: the STR benchmark's (training/, evaluation/), PARSeq's (train/synth,
 train/real, test/) and Union14M's as LMDBs (Union14M-L-LMDB-Filtered/, u14m/).
 """
 
@@ -29,12 +29,12 @@ TEST_FOLDERS = ("evaluation", "test", "u14m")
 
 
 def training_folder(root: Path, name: str) -> Path:
-    """Of a training set (released or own) below a data root: where it is, or where it is expected first."""
+    """Where a training set (released or your own) is below a data root, or where it is expected first."""
     return _find(root, TRAIN_FOLDERS, (name,))
 
 
 def test_folder(root: Path, name: str) -> Path:
-    """Of a test set (released or own) below a data root: where it is, or where it is expected first."""
+    """Where a test set (released or your own) is below a data root, or where it is expected first."""
     return _find(root, TEST_FOLDERS, NAMES.get(name, (name,)))
 
 
@@ -52,13 +52,13 @@ def wanted(s: Settings, root: Path) -> dict[str, Path]:
 
 
 def needs(s: Settings, root: Path) -> Iterator[Need]:
-    """Every set that a run reads, those of the evaluation too."""
+    """Every set that a run reads, including those of the evaluation."""
     for name, place in wanted(s, root).items():
         yield Need(f"{name} ({place})", "put its LMDB there", bool(lmdb_folders(place)))
 
 
 def caveats(train: dict, tests: list[dict], s: Settings) -> list[str]:
-    """Why figures on these sets must not stand beside the paper's, from what a run log says of them."""
+    """Why figures on these sets cannot be compared with the paper's, from what a run log says about them."""
     found = []
     for name, record in zip(s.train_sets, train["sets"], strict=True):
         if record["words"] < 0.9 * TRAIN_SIZES.get(name, 0):
@@ -88,10 +88,10 @@ def inventory(root: Path) -> list[tuple[str, str, str, str, str, str, str]]:
 
 
 def verify(root: Path) -> dict[str, tuple[int, list[str]]]:
-    """Decode every word below a data root to its end: by LMDB, how many there are and a line for each broken one.
+    """Decode every word below a data root: by LMDB, the number of words and a message for each broken one.
 
     Raises:
-        FileNotFoundError: no LMDB there.
+        FileNotFoundError: there is no LMDB.
     """
     folders = lmdb_folders(root)
     if not folders:

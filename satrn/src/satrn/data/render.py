@@ -1,6 +1,7 @@
 """A renderer of words in batches: glyphs of matplotlib's DejaVu fonts, each placed by its own affine map.
 
-A word may be rotated, bent along an arc or broken into two lines; backgrounds have no edge that would tell the angle.
+A word may be rotated, bent along an arc or broken into two lines; backgrounds have no edges that would give away the
+angle.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def glyphs(charset: str) -> tuple[Tensor, Tensor]:
     The middle of a capital's height is in the middle of its cell.
 
     Raises:
-        ValueError: characters that one of the fonts lacks: it would draw all of them as the same box.
+        ValueError: characters that a font lacks: it would draw them all as the same box.
     """
     import matplotlib
     from matplotlib.ft2font import FT2Font
@@ -78,9 +79,9 @@ def render_words(
     """Draw words: dark on light, contrast 0.35 to 0.5, noise of standard deviation 0.05.
 
     Args:
-        words: to draw; multi_line breaks each into two lines: at the space nearest to its middle, or where there is
-            none in the middle of the word, the first line getting the odd character.
-        seed: of fonts, angles, arcs, shades and noise.
+        words: to draw; multi_line breaks each into two lines: at the space nearest to its middle, or, without
+            a space, in the middle, with the odd character on the first line.
+        seed: seed of fonts, angles, arcs, shades and noise.
         warp: straight; rotate (0 to 360 degrees); curve (an arc of 0.9 to 1.9 radians, up or down, and rotated by up
             to 15 degrees); multi_line; upright_or_vertical (each word at 0 or 90 degrees).
         size: height and width of the images.
@@ -124,7 +125,7 @@ def render_words(
 def _layout(words: Sequence[str], fonts: Tensor, warp: str, arc: Tensor, sign: Tensor) -> tuple[Tensor, ...]:
     """Cells [N, L, G, G], centres [N, L, 2] (x to the right, y down) and turns [N, L] of glyphs, and extents [N, 2].
 
-    Units are font sizes; a word's centre is at 0. Cells behind a word's end are empty.
+    Units are font sizes; a word's centre is at 0. Cells after a word's end are empty.
     """
     charset = "".join(sorted(set("".join(words))))
     bank, advance_of = glyphs(charset)
@@ -168,7 +169,7 @@ def _line_end(word: str) -> int:
 
 
 def _fit(extent: Tensor, angles: Tensor, size: tuple[int, int], font_pixels: float) -> Tensor:
-    """Pixels per font size [N]: as wished, or what lets the rotated word fit."""
+    """Pixels per font size [N]: as given, or what makes the rotated word fit."""
     cos, sin = torch.deg2rad(angles).cos().abs(), torch.deg2rad(angles).sin().abs()
     height, width = extent.unbind(dim=1)
     fit = torch.minimum(size[0] / (height * cos + width * sin), size[1] / (height * sin + width * cos))
@@ -176,7 +177,7 @@ def _fit(extent: Tensor, angles: Tensor, size: tuple[int, int], font_pixels: flo
 
 
 def _draw(cells: Tensor, places: Tensor, turns: Tensor, scale: Tensor, angles: Tensor, size: tuple[int, int]) -> Tensor:
-    """Coverage [N, H, W] of words: each glyph is sampled where its turned cell lies."""
+    """Coverage [N, H, W] of words: each glyph is sampled in its rotated cell."""
     count, length = cells.shape[:2]
     # pixel -> font sizes from the image's centre -> turned back by the word's angle -> from the glyph's centre
     rows, columns = (torch.arange(n) + 0.5 - n / 2 for n in size)
@@ -190,7 +191,7 @@ def _draw(cells: Tensor, places: Tensor, turns: Tensor, scale: Tensor, angles: T
 
 
 def _turn(points: Tensor, angles: Tensor) -> Tensor:
-    """Points [..., 2] (x right, y down) turned clockwise on the screen: a word sampled there stands anticlockwise."""
+    """Points [..., 2] (x right, y down) turned clockwise on the screen: a word sampled there turns anticlockwise."""
     cos, sin = angles.cos(), angles.sin()
     x, y = points.unbind(dim=-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)

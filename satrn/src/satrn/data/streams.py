@@ -1,4 +1,4 @@
-"""Training words as a stream: the words of a step follow from seed and step alone, so that any step can be resumed."""
+"""Training words as a stream: the words of a step depend only on seed and step, so training can resume at any step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from satrn.settings import Settings
 
 
 def normalise(images: Tensor, cfg: SATRNConfig | Settings) -> Tensor:
-    """Uint8 [B, C, H, W] (gray or RGB) to float32, as the network wants it.
+    """Uint8 [B, C, H, W] (gray or RGB) to float32, as the network expects it.
 
     Gray is v/255 - 0.5. RGB is scaled by ImageNet's means and deviations; for variant mmocr the planes are blue, green,
     red, with the constants in the order of red, green, blue, as MMOCR trained.
@@ -32,7 +32,7 @@ def normalise(images: Tensor, cfg: SATRNConfig | Settings) -> Tensor:
 
 
 def positions(n: int, per_step: int, seed: int, step: int) -> Tensor:
-    """Indices [per_step] into n words at a step: every word once per epoch, each epoch in an order of its own."""
+    """Indices [per_step] into n words at a step: every word once per epoch, each epoch in a different order."""
     if n < 1:
         raise ValueError("a training set must not be empty")
     places = torch.arange(step * per_step, (step + 1) * per_step)
@@ -48,13 +48,13 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 class RenderedWords:
-    """Rendered words that stay on the device.
+    """Rendered words on the device.
 
     Args:
         s: settings (warp, img_size, charset, word_lengths, font_pixels, max_length).
-        count: words.
-        seed: of words and pictures.
-        device: where they stay.
+        count: number of words.
+        seed: seed of words and pictures.
+        device: device of the words.
         degrees: one angle for all instead of the warp's.
         warp: instead of the settings'.
     """

@@ -1,4 +1,4 @@
-"""Tiny archives in the layout of the real ones: what a data root must look like, written in seconds.
+"""Tiny archives in the layout of the real ones: an example of a data root, written in seconds.
 
 They have the oddities of the released sets: MJSynth in three LMDBs, mixed case, punctuation, spaces, labels longer than
 25 characters, gray, CMYK and turned JPEGs, a PNG, tall crops, a hidden folder.
@@ -24,7 +24,7 @@ def write(root: Path) -> None:
     """Write training sets (training/MJ in three LMDBs, ST, multi_line) and the eight test sets.
 
     Raises:
-        ValueError: there is something in the folder already.
+        ValueError: the folder is not empty.
     """
     root = Path(root)
     if root.exists() and any(root.iterdir()):
@@ -52,7 +52,7 @@ def _lmdb(folder: Path, texts: list[str], seed: int) -> None:
 
 
 def _picture(text: str, number: int, drawn: random.Random) -> bytes:
-    """A JPEG in turn RGB, gray and CMYK, every fifth stored turned with EXIF, every seventh a PNG."""
+    """A JPEG, in turn RGB, gray and CMYK; every fifth is stored rotated with EXIF, every seventh is a PNG."""
     lines = text.split("\n")
     size = 12 * max(map(len, lines)) + 10, 30 * len(lines)
     image = Image.new("RGB", size, tuple(drawn.randrange(120, 256) for _ in range(3)))

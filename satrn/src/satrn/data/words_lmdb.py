@@ -29,7 +29,7 @@ from shared_utils.images import BrokenFile, read_image
 from shared_utils.logging import get_logger, progress
 
 logger = get_logger("satrn")
-CHECKED_WORDS = 1000  # of a set, evenly spaced, go into its checksum
+CHECKED_WORDS = 1000  # this many words of a set, evenly spaced, go into its checksum
 
 _open: dict[str, lmdb.Environment] = {}
 
@@ -55,13 +55,13 @@ def _environment(folder: str) -> lmdb.Environment:
         raise ValueError(f"{folder}: cannot be opened as an LMDB ({error})") from error
     if file.stat().st_size < pages * page:
         environment.close()
-        raise ValueError(f"{folder}: truncated LMDB, {pages * page} bytes expected, {file.stat().st_size} found")
+        raise ValueError(f"{folder}: truncated LMDB, expected {pages * page} bytes, found {file.stat().st_size}")
     _open[folder] = environment
     return environment
 
 
 def lmdb_folders(folder: Path) -> list[Path]:
-    """The LMDBs of a set, in sorted order: the folder itself, or all below it but hidden ones."""
+    """The LMDBs of a set, in sorted order: the folder itself, or all below it except hidden ones."""
     folder = Path(folder)
     if (folder / "data.mdb").is_file():
         return [folder]
@@ -73,17 +73,17 @@ def lmdb_folders(folder: Path) -> list[Path]:
 
 
 def decode_image(content: bytes | Path, size: tuple[int, int], channels: int, name: str = "") -> Tensor:
-    """An image to uint8 [C, H, W], resized bicubically without keeping the ratio.
+    """An image to uint8 [C, H, W], resized bicubically without keeping the aspect ratio.
 
     Args:
-        content: of an image file, or its path.
+        content: bytes of an image file, or its path.
         size: height and width.
         channels: 1 (gray) or 3 (RGB).
-        name: what messages call it.
+        name: name in messages.
 
     Raises:
         FileNotFoundError: no such file.
-        BrokenFile: no readable image.
+        BrokenFile: not a readable image.
     """
     source = io.BytesIO(content) if isinstance(content, bytes) else content
     image = read_image(source, "L" if channels == 1 else "RGB", name)
@@ -103,10 +103,10 @@ class LmdbWords(Dataset):
         folder: an LMDB, or a folder of LMDBs.
         size: height and width of the images.
         channels: 1 (gray) or 3 (RGB).
-        skip_broken: go on without words that cannot be read (counted and named in the log); else they are an error.
+        skip_broken: skip words that cannot be read (the log counts and names them); otherwise they are an error.
 
     Raises:
-        FileNotFoundError: no LMDB there.
+        FileNotFoundError: there is no LMDB.
         ValueError: an empty or truncated one.
     """
 
@@ -115,7 +115,7 @@ class LmdbWords(Dataset):
         self.size = size[0], size[1]
         self.name, self.parts = self.folder.name, lmdb_folders(self.folder)
         if not self.parts:
-            raise FileNotFoundError(f"{self.folder}: no LMDB here (data.mdb is missing, in the folders below too)")
+            raise FileNotFoundError(f"{self.folder}: is not an LMDB (no data.mdb here or in the folders below)")
         counts = []
         for part in self.parts:
             stored = _get(part, "num-samples")
@@ -134,7 +134,7 @@ class LmdbWords(Dataset):
         return self.parts[part], f"{index + 1 - (self.ends[part - 1] if part else 0):09d}"
 
     def label(self, index: int) -> str:
-        """Of word `index`, counted from 0. BrokenFile where it is not UTF-8."""
+        """Label of word `index`, counted from 0. BrokenFile if it is not UTF-8."""
         part, number = self._place(index)
         content = _get(part, f"label-{number}")
         try:
@@ -151,7 +151,7 @@ class LmdbWords(Dataset):
         return decode_image(content, self.size, self.channels, f"{part}: image-{number}"), self.label(index)
 
     def get(self, index: int) -> tuple[Tensor, str] | None:
-        """As by index; with skip_broken None for a broken word, which is counted and named in the log."""
+        """Like indexing; with skip_broken, None for a broken word, which the log counts and names."""
         try:
             return self[index]
         except BrokenFile as error:
@@ -168,8 +168,8 @@ class LmdbWords(Dataset):
     def usable(self, charset: str, max_length: int) -> np.ndarray:
         """Indices of words that can be trained on (known characters, 1 to max_length - 1 of them).
 
-        Labels are lower-cased first where the charset has no capitals. What was left out is counted in the log. The
-        list is kept beside an LMDB where that can be written.
+        Labels are lower-cased first if the charset has no capitals. The log counts what was left out. The list is
+        cached next to the LMDB if that folder is writable.
         """
         files = [(file.st_size, file.st_mtime_ns) for file in ((part / "data.mdb").stat() for part in self.parts)]
         digest = hashlib.sha256(repr((sorted(charset), max_length, files)).encode()).hexdigest()[:12]
@@ -182,7 +182,7 @@ class LmdbWords(Dataset):
             logger.warning("%s is damaged; the labels are read again", kept)
         found = self._read_labels(charset, max_length)
         if self.broken.any():
-            return found  # not kept: the next run has to count them as well
+            return found  # not cached: the next run has to count them as well
         try:
             with whole_file(kept) as temporary, open(temporary, "wb") as open_file:
                 np.save(open_file, found)
@@ -214,7 +214,7 @@ class LmdbWords(Dataset):
         return np.array(indices, dtype=np.int64)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, list[str]]]:
-        """All words once: images uint8 [B, C, H, W] and labels; broken ones are left out with skip_broken."""
+        """All words once: images uint8 [B, C, H, W] and labels; broken ones are skipped with skip_broken."""
         images, labels = [], []
         for index in range(len(self)):
             word = self.get(index)
@@ -234,11 +234,11 @@ class LmdbWords(Dataset):
         return digest.hexdigest()[:16]
 
     def identity(self) -> dict:
-        """What tells this set from another: name, size, checksum."""
+        """What identifies this set: name, size, checksum."""
         return {"name": self.name, "words": len(self), "sha256": self.checksum()}
 
     def record(self) -> dict:
-        """For a run log: as identity, but words are those that were read, with the number of those skipped."""
+        """For a run log: like `identity`, but counting the words that were read, with the number of skipped ones."""
         broken = int(self.broken.sum())
         return self.identity() | {"words": len(self) - broken} | ({"skipped": broken} if broken else {})
 
@@ -261,7 +261,7 @@ class LmdbMixture(Dataset):
         skip_broken: as for `LmdbWords`.
 
     Raises:
-        ValueError: a set without a usable word.
+        ValueError: a set without usable words.
     """
 
     def __init__(self, folders: Sequence[Path], s: Settings, workers: int = 4, skip_broken: bool = False):
@@ -269,12 +269,12 @@ class LmdbMixture(Dataset):
         self.indices = [words.usable(s.charset, s.max_length) for words in self.sets]
         for words, indices in zip(self.sets, self.indices, strict=True):
             if not len(indices):
-                raise ValueError(f"{words.folder}: no usable word; do the labels fit the charset and max_length?")
+                raise ValueError(f"{words.folder}: no usable words; do the labels fit the charset and max_length?")
         self.tokenizer, self.max_length, self.workers = Tokenizer(s.charset), s.max_length, workers
         self.fold = folds_case(s.charset)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, str]:
-        """The word at (set, index); with skip_broken the next whole one of that set in place of a broken one."""
+        """The word at (set, index); with skip_broken, a broken word is replaced by the set's next readable one."""
         number, index = place
         words, indices = self.sets[number], self.indices[number]
         for step in range(len(indices)):
@@ -311,7 +311,7 @@ class LmdbMixture(Dataset):
         return torch.stack(images), F.pad(targets, (0, self.max_length - targets.shape[1]), value=IGNORED)
 
     def identity(self) -> dict:
-        """What tells these sets from others."""
+        """What identifies these sets."""
         return {"sets": [words.identity() for words in self.sets]}
 
     def record(self) -> dict:
@@ -320,14 +320,14 @@ class LmdbMixture(Dataset):
 
 
 def write_lmdb(folder: Path, words: Iterable[tuple[Tensor, str]]) -> int:
-    """Write words (uint8 [C, H, W] and label) as PNG into a new LMDB of this layout; returns how many.
+    """Write words (uint8 [C, H, W] and label) as PNG into a new LMDB of this layout; returns their number.
 
     Raises:
-        ValueError: there is an LMDB in the folder already.
+        ValueError: the folder already holds an LMDB.
     """
     folder = Path(folder)
     if (folder / "data.mdb").exists():
-        raise ValueError(f"{folder}: holds an LMDB already")
+        raise ValueError(f"{folder}: already holds an LMDB")
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     with lmdb.open(str(folder), map_size=1 << 40) as environment, environment.begin(write=True) as transaction:

@@ -1,4 +1,4 @@
-"""CNNs in front of the encoder: the paper's shallow one (section 3.2.1), and SAR's ResNet-31 for table 2."""
+"""CNNs before the encoder: the paper's shallow one (section 3.2.1), and SAR's ResNet-31 for table 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from satrn.laff import ConvNormReLU
 class ShallowCNN(nn.Module):
     """Two 3x3 convolutions, each with batch norm, ReLU and max pooling: [B, C, H, W] to [B, d, H/4, W/4].
 
-    Any further downsampling happens in the first pooling (the reading that fits table 3b's FLOPs).
+    Any further downsampling happens in the first pooling (the interpretation that fits table 3b's FLOPs).
 
     Args:
         channels_in: 1 or 3.

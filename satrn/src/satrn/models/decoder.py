@@ -1,4 +1,4 @@
-"""The Transformer decoder (section 3.3): all steps at once to train, one step with kept keys and values to read."""
+"""The Transformer decoder (section 3.3): all steps at once for training, single cached steps for reading."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class DecoderState:
-    """What reading has kept: keys and values per layer, [B, heads, T, width] each."""
+    """The cache of a reading: keys and values per layer, [B, heads, T, width] each."""
 
     position: int
     self_kv: list[Pair]
     cross_kv: list[Pair]
     attention: Tensor | None = None
-    """last layer's weights on the map at the last step [B, H'W'], where asked for"""
+    """last layer's weights on the map at the last step [B, H'W'], if requested"""
 
     def select(self, index: Tensor) -> DecoderState:
         """The state of chosen rows of the batch, in that order."""
@@ -34,7 +34,7 @@ class DecoderState:
 
 
 class FeedForward(nn.Module):
-    """Point-wise d -> f -> d. official: ReLU behind the second layer too; mmocr: GELU."""
+    """Point-wise d -> f -> d. official: ReLU also after the second layer; mmocr: GELU."""
 
     def __init__(self, cfg: SATRNConfig):
         super().__init__()
@@ -73,10 +73,10 @@ class DecoderLayer(nn.Module):
     def step(
         self, x: Tensor, past: Pair | None, cross: Pair, attention: bool = False
     ) -> tuple[Tensor, Pair, Tensor | None]:
-        """The newest position [B, 1, d] alone: every kept position is visible, so there is no mask.
+        """Only the newest position [B, 1, d]: every cached position is visible, so there is no mask.
 
         Returns:
-            Its output, the keys and values to keep, and (where asked for) its weights on the map [B, T].
+            Its output, the keys and values to cache, and (if requested) its weights on the map [B, T].
         """
         y = self.norm1(x)
         now = self.self_attn.keys_values(y)
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         return F.dropout(x + table.to(x.dtype), self.cfg.dropout, self.training)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Hidden vectors [..., d] to logits [..., K]; tied to the embedding but for mmocr."""
+        """Hidden vectors [..., d] to logits [..., K]; tied to the embedding except for mmocr."""
         x = self.layer_norm(x)
         if self.classifier is not None:
             return self.classifier(x)

@@ -1,4 +1,4 @@
-"""The 2-D Transformer encoder (section 3.2): positions, then self-attention over all places of the map and LAFF."""
+"""The 2-D Transformer encoder (section 3.2): positions, then self-attention over all positions of the map, and LAFF."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class EncoderLayer(nn.Module):
         Args:
             x: tokens, row by row.
             hw: rows and columns of the map.
-            recompute: keep LAFF's wide activations out of memory, compute them again in the backward pass.
+            recompute: do not store LAFF's wide activations; recompute them in the backward pass.
         """
         x = x + F.dropout(self.attn(self.norm1(x)), self.dropout, self.training)
         tokens = x if self.skips_norm2 else self.norm2(x)
@@ -65,7 +65,7 @@ class EncoderLayer(nn.Module):
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """The second forward of a checkpoint must not move batch norm's running statistics again."""
+    """The second forward pass of a checkpoint must not update batch norm's running statistics again."""
     norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

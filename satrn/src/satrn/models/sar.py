@@ -1,4 +1,4 @@
-"""SAR's decoder (Li et al., AAAI 2019), the other half of table 2, as the official repository builds it.
+"""SAR's decoder (Li et al., AAAI 2019), the other half of table 2, as in the official repository.
 
 A bidirectional LSTM over the columns gives a holistic vector, from which one LSTM starts; what its attention saw on the
 2-D map is fed back into its next input.
@@ -18,7 +18,7 @@ from satrn.config import SATRNConfig
 
 @dataclass
 class LSTMState:
-    """What reading has kept of each image."""
+    """The state of a reading, for each image."""
 
     memory: Tensor
     """map as tokens [B, T, d]"""
@@ -63,7 +63,7 @@ class LSTMDecoder(nn.Module):
         return (weights[:, None] @ memory)[:, 0], weights
 
     def forward(self, previous: Tensor, memory: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Logits [B, L, K] of the characters that follow `previous` [B, L]; step by step, for the glimpses' sake."""
+        """Logits [B, L, K] of the characters that follow `previous` [B, L]; step by step, because of the glimpses."""
         state, logits = self.start(memory, hw), []
         for characters in previous.unbind(dim=1):
             step, state = self.step(characters, state)
@@ -71,7 +71,7 @@ class LSTMDecoder(nn.Module):
         return torch.stack(logits, dim=1)
 
     def start(self, memory: Tensor, hw: tuple[int, int]) -> LSTMState:
-        """Keys of the map; hidden and cell are the holistic vector, read behind the last column."""
+        """Keys of the map; hidden and cell are the holistic vector, read after the last column."""
         image = memory.unflatten(1, hw).permute(0, 3, 1, 2)  # (B, d, H', W')
         columns = image.amax(dim=2).transpose(1, 2)  # (B, W', d)
         # cuDNN's LSTM may take float16 under bfloat16 autocast, and some CPUs have no LSTM in bfloat16

@@ -18,7 +18,7 @@ class SATRN(nn.Module):
     """Text recognizer with two-dimensional self-attention.
 
     Args:
-        cfg: what it is made of; `satrn.preset` has the paper's sizes.
+        cfg: its configuration; `satrn.preset` has the paper's sizes.
     """
 
     def __init__(self, cfg: SATRNConfig):
@@ -40,7 +40,7 @@ class SATRN(nn.Module):
         """Images [B, C, H, W] in -0.5 .. 0.5 to tokens [B, H'W', d] with the map's size and A2DPE's gates.
 
         Raises:
-            ValueError: other channels, a size that the downsampling does not divide, or an empty batch.
+            ValueError: wrong number of channels, a size that the downsampling does not divide, or an empty batch.
             TypeError: images that are not floating point.
         """
         self._check(images)
@@ -67,7 +67,7 @@ class SATRN(nn.Module):
 
         Args:
             images: [B, C, H, W].
-            targets: int64 [B, L] from `Tokenizer.encode`; what it pads with is ignored.
+            targets: int64 [B, L] from `Tokenizer.encode`; padding is ignored.
 
         Returns:
             Logits [B, L, K]; position t predicts targets[:, t].
@@ -78,7 +78,7 @@ class SATRN(nn.Module):
         """Logits [B, L, K] of targets [B, L] given the encoder's output."""
         start = targets.new_full((len(targets), 1), self.cfg.classes)
         previous = torch.cat([start, targets[:, :-1]], dim=1)
-        previous = previous.masked_fill(previous == IGNORED, 0)  # behind the end; the causal mask hides it
+        previous = previous.masked_fill(previous == IGNORED, 0)  # after the end; the causal mask hides it
         return self.decoder(previous, encoded.tokens, encoded.hw)
 
     def ctc_logits(self, encoded: EncoderOutput) -> Tensor:
@@ -105,9 +105,9 @@ class SATRN(nn.Module):
 
         Args:
             images: [B, C, H, W] in -0.5 .. 0.5.
-            max_length: most steps, the end token included; None: the configuration's.
+            max_length: maximal number of steps, including the end token; None: the configuration's.
             beam: width of the beam; 1 is greedy.
-            cache: keep keys and values; False computes all earlier positions anew at every step (to compare with).
+            cache: cache keys and values; False recomputes all earlier positions at every step (for comparison).
             early_stop: end as soon as every word has ended; the result is the same.
             attention: also return the last decoder layer's weights on the map (greedy with cache only).
 
@@ -131,7 +131,7 @@ class SATRN(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Xavier-uniform kernels, zero biases, embedding N(0, 1/d), as the official code."""
+    """Xavier-uniform kernels, zero biases, embedding N(0, 1/d), as in the official code."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -15,12 +15,12 @@ from str_benchmark.data.samples import WordDataset
 class AnnotatedDataset(WordDataset):
     """Samples of one .jsonl file; options as for `WordDataset`.
 
-    Its image paths start from its folder, or from one of the folders above it: the nearest where the first image is
-    found. Only where each line starts is kept in memory, so millions of words fit.
+    Its image paths are relative to its folder or to a folder above it: the nearest one in which the first image is
+    found. Only the start of each line is kept in memory, so millions of words fit.
 
     Raises:
         FileNotFoundError: no such file, or no image in any of these folders.
-        ValueError: a line that is no such record, with its number; an empty file.
+        ValueError: a line that is not such a record (named by number); an empty file.
     """
 
     def __init__(self, path: Path | str, *args: Any, **options: Any):
@@ -76,15 +76,15 @@ class AnnotatedDataset(WordDataset):
         return self.path.stat().st_size
 
     def key(self, index: int) -> str:
-        """The image's path as the file gives it."""
+        """The image's path as given in the file."""
         return self._record(index)[0]
 
     def text(self, index: int) -> str:
-        """The label as the file gives it."""
+        """The label as given in the file."""
         return self._record(index)[1]
 
     def encoded(self, index: int) -> bytes | None:
-        """The image file; None where it is missing."""
+        """The image file; None if it is missing."""
         try:
             return (self._base / self.key(index)).read_bytes()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What new LMDBs are made of: listed image files, or rendered words."""
+"""Contents of new LMDBs: listed image files, or rendered words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
     Raises:
         FileNotFoundError: no list, or an image that is missing.
         ValueError: a line without a tab, or an empty label; with list and line number.
-        BrokenFile: an image that cannot be read to its end.
+        BrokenFile: an image that cannot be read completely.
     """
     for number, line in enumerate(Path(gt).read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
@@ -35,13 +35,13 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
             images.decode(data, name=f"{gt}, line {number}: {folder / path}")
         except FileNotFoundError:
             if not skip_broken:
-                raise FileNotFoundError(f"{gt}, line {number}: {folder / path}: no such file") from None
-            logger.warning("%s, line %d: %s: no such file, left out", gt, number, path)
+                raise FileNotFoundError(f"{gt}, line {number}: {folder / path}: file not found") from None
+            logger.warning("%s, line %d: %s: file not found, skipped", gt, number, path)
             continue
         except BrokenFile as error:
             if not skip_broken:
                 raise
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", error)
             continue
         yield data, label.strip()
 

@@ -1,4 +1,4 @@
-"""Which labels stay: for training by alphabet and length, for evaluation by the rules that share a set's name."""
+"""Which labels are kept: for training by alphabet and length, for evaluation by the rules of a set's subsets."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class LabelFilter:
         charset: preset or characters.
         case_sensitive: False lower-cases labels first; None: True where the charset has upper-case letters.
         max_length: longest label kept.
-        mode: "report" (drop empty, too long and unknown), "strip" (take unknown characters out, drop too long and
-            empty ones; with nfkd and drop_whitespace as PARSeq), "reference" (the released code's filter, quirks
+        mode: "report" (drop empty, too long and unknown), "strip" (remove unknown characters, drop too long and
+            empty labels; with nfkd and drop_whitespace as in PARSeq), "reference" (the released code's filter, quirks
             included: the alphabet is an unescaped regular expression, lower-casing comes before the test even where
             case counts, empty labels stay), "off" (keep all).
-        columns: of a CTC network. A label needs one for each character and one between two equal ones; with fewer its
-            loss is infinite and it would train nothing, so all modes but "off" drop it. None: no such limit.
+        columns: columns of a CTC network. A label needs one for each character and one between two equal ones; with
+            fewer its loss is infinite and it would train nothing, so all modes but "off" drop it. None: no such limit.
         nfkd: replace characters outside the charset by their compatible ones first, see `charset.compatible`.
-        drop_whitespace: take all whitespace out first.
+        drop_whitespace: remove all whitespace first.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class LabelFilter:
                 self._outside = re.compile(f"[^{inside}]")
         except re.error as error:
             raise ValueError(
-                f"charset: {self.charset!r} is no character class as the released code reads it ({error}); "
+                f"charset: {self.charset!r} is not a valid character class in the released code ({error}); "
                 'use filter="report"'
             ) from error
 
     @property
     def settings(self) -> dict:
-        """What decides which labels stay."""
+        """Everything that determines which labels are kept."""
         return {
             "charset": self.charset,
             "case_sensitive": self.case_sensitive,
@@ -98,7 +98,7 @@ class LabelFilter:
         }
 
     def broken_rule(self, label: str) -> str | None:
-        """The rule that removes a label, or None where it stays."""
+        """The rule that removes a label, or None if it is kept."""
         if self.mode == "off":
             return None
         label = self._tidy(label)
@@ -114,7 +114,7 @@ class LabelFilter:
         return "with unknown characters" if self._outside.search(label) else None
 
     def clean(self, label: str) -> str:
-        """The label as it is trained and compared: cased, without characters outside the charset."""
+        """The label in the form that is trained and compared: case applied, without characters outside the charset."""
         return self._outside.sub("", self._cased(self._tidy(label)))
 
     def _tidy(self, label: str) -> str:
@@ -127,7 +127,7 @@ class LabelFilter:
 
 
 def ctc_columns(label: str) -> int:
-    """Columns without which CTC cannot say a label: its characters, and a blank between two equal ones."""
+    """Columns that CTC needs for a label: its characters, and a blank between two equal ones."""
     return len(label) + sum(a == b for a, b in itertools.pairwise(label))
 
 
@@ -142,14 +142,14 @@ SUBSET_RULES: dict[str, Callable[[str], bool]] = {
     "IC03_867": lambda label: is_alphanumeric(label) and len(label) >= 3,
     "IC15_2077": lambda label: True,
 }
-"""rules that share a set's name and follow from the label alone; IC03_860 and IC15_1811 are hand-made lists"""
+"""subsets with a common name that follow from the label alone; IC03_860 and IC15_1811 are hand-made lists"""
 
 
 def subset(labels: Sequence[str], rule: str) -> list[int]:
     """Indices of the labels that a rule keeps.
 
     Raises:
-        ValueError: a rule that no label decides (IC03_860, IC15_1811): their lists must come with the images.
+        ValueError: a subset that labels do not determine (IC03_860, IC15_1811): its list must come with the images.
     """
     if rule not in SUBSET_RULES:
         raise ValueError(f"rule: expected one of {', '.join(SUBSET_RULES)}, got {rule!r}; other subsets are lists")
@@ -157,10 +157,10 @@ def subset(labels: Sequence[str], rule: str) -> list[int]:
 
 
 def by_rule(name: str, labels: Sequence[str], correct: np.ndarray) -> dict[str, tuple[int, int]]:
-    """What the parts of a set that follow from its labels alone would score: part: (n, words read).
+    """Scores of the subsets that follow from the labels alone: subset: (n, words read).
 
     Args:
-        name: of the set.
+        name: name of the set.
         labels: as they are written.
         correct: which of them were read, (n,) bool.
     """

@@ -15,7 +15,7 @@ from shared_utils.images import read_image
 
 try:
     from torchvision.io import decode_jpeg
-except ImportError:  # it is announced to go; Pillow alone is slower and gives the same pixels
+except ImportError:  # deprecated in torchvision; Pillow alone is slower and gives the same pixels
     decode_jpeg = None
 
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
@@ -25,13 +25,13 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def decode(data: bytes | memoryview, channels: int = 1, name: str = "image") -> Image.Image:
-    """A gray (1) or RGB (3) image, turned as its EXIF says, transparent parts on white.
+    """A gray (1) or RGB (3) image, rotated according to EXIF, transparent parts on white.
 
     JPEGs without EXIF take torchvision's decoder, which saves Pillow's reading of their headers in Python; gray from
     colour is Pillow's own conversion, so the pixels are the same.
 
     Raises:
-        BrokenFile: bytes that are no image, or a cut-off one; `name` stands in the message.
+        BrokenFile: not an image, or a truncated one; the message contains `name`.
     """
     if decode_jpeg is not None and data[:3] == JPEG_MAGIC and b"Exif" not in bytes(data[:4096]):
         try:
@@ -64,7 +64,7 @@ def fit(image: Image.Image, size: tuple[int, int], pad: bool = False) -> np.ndar
 
 
 def own_width(image: Image.Image, height: int) -> int:
-    """Width for an image that keeps its ratio: whole multiples of the height, as EasyOCR counts them.
+    """Width for an image that keeps its ratio: whole multiples of the height, as in EasyOCR.
 
     The longer side counts, so that an upright image gets a margin on its right.
     """
@@ -78,5 +78,5 @@ def stack(images: list[Image.Image], size: tuple[int, int], pad: bool = False) -
 
 
 def to_input(pixels: Tensor) -> Tensor:
-    """Pixels uint8 to the network's float32 in [-1, 1]: (v / 255 - 0.5) / 0.5, on the device they lie on."""
+    """Pixels uint8 to the network's float32 in [-1, 1]: (v / 255 - 0.5) / 0.5, on their device."""
     return pixels.float().div_(255).sub_(0.5).div_(0.5)

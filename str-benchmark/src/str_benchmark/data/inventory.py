@@ -1,4 +1,4 @@
-"""Which data sets are needed, where they are looked for, and what to do where one is missing or damaged."""
+"""Which data sets are needed, where they are looked for, and what to do if one is missing or damaged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]:
-    """Decode every image of some sets (names or folders; none: all that are there) to its end.
+    """Decode every image of some sets (names or folders; none: all that are there) completely.
 
     Returns:
         a message for each broken image, with its LMDB and key.

@@ -1,8 +1,8 @@
 """Word images in LMDBs (keys image-%09d, label-%09d from 1, num-samples): written, checked, indexed, read lazily.
 
 An environment is opened on first use, once per process and file, and closed before a fork (LMDB forbids sharing one),
-so a data set may be handed to any kind of worker. Which samples a filter keeps is computed once per file and settings,
-and cached beside the LMDB, or under ~/.cache where that folder cannot be written.
+so a data set may be handed to any kind of worker. The samples that a filter keeps are determined once per file and
+settings, and cached next to the LMDB, or under ~/.cache if that folder is not writable.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def _transaction(folder: str) -> lmdb.Transaction:
 
 
 def check_file(folder: Path) -> Path:
-    """The data file of an LMDB, complete as far as its own header says.
+    """The data file of an LMDB, complete according to its header.
 
     A truncated file must not be mapped: reading past its end kills the process (SIGBUS).
 
     Raises:
         FileNotFoundError: no data.mdb.
-        ValueError: a file that is no LMDB, or that is shorter than its header says.
+        ValueError: a file that is not an LMDB, or is shorter than its header says.
     """
     path = Path(folder) / "data.mdb"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no LMDB there (no data.mdb)")
+        raise FileNotFoundError(f"{folder}: is not an LMDB (no data.mdb)")
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(200)
@@ -79,22 +79,22 @@ def check_file(folder: Path) -> Path:
             newest = max(newest, (transaction, last_page))
     expected = (newest[1] + 1) * page
     if size < expected or len(second) < 200:
-        raise ValueError(f"{path}: truncated: {size:,} bytes, its header speaks of {max(expected, 2 * page):,}")
+        raise ValueError(f"{path}: truncated: {size:,} bytes, its header says {max(expected, 2 * page):,}")
     return path
 
 
 def write_lmdb(items: Iterable[tuple[bytes | Image.Image, str]], path: Path | str) -> int:
     """Write images (encoded bytes, or Pillow images as PNG) with labels into a new LMDB; returns their number.
 
-    It is written beside its place and renamed, so that a kill leaves no half of it.
+    It is written next to its final place and renamed, so a kill leaves no partial file.
 
     Raises:
-        FileExistsError: something is there already.
+        FileExistsError: the path already exists.
         ValueError: no items; the error of an item, with nothing left behind.
     """
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} exists already")
+        raise FileExistsError(f"{path} already exists")
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -191,7 +191,7 @@ def _cached_index(folder: Path, data: Path, total: int, rules: LabelFilter) -> t
         with whole_file(home / name) as temporary, open(temporary, "wb") as file:
             np.savez(file, indices=indices, report=json.dumps(vars(report)))
     except OSError as error:
-        logger.warning("%s: the index is not kept (%s)", folder, error)
+        logger.warning("%s: the index cannot be cached (%s)", folder, error)
     return indices, report
 
 
@@ -228,7 +228,7 @@ def _index(folder: Path, total: int, rules: LabelFilter) -> tuple[np.ndarray, Fi
 
 
 def _pictured(transaction: lmdb.Transaction, total: int) -> np.ndarray | None:
-    """Which samples have an image; None where the number of entries says that nothing is missing."""
+    """Which samples have an image; None if the number of entries shows that nothing is missing."""
     if transaction.stat()["entries"] >= 2 * total + 1:
         return None
     found = np.zeros(total + 1, dtype=bool)

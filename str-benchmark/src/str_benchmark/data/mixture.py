@@ -1,4 +1,4 @@
-"""Batches that hold each training set in an exact share (section 4.1), reproducible from their number alone."""
+"""Batches that hold each training set in an exact share (section 4.1), reproducible from their index alone."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def batch_shares(ratios: Sequence[float], batch_size: int) -> list[int]:
     for i in by_remainder[: batch_size - sum(shares)]:
         shares[i] += 1
     if min(shares) == 0:
-        raise ValueError(f"ratios: {list(ratios)} leave a set without a sample in a batch of {batch_size}")
+        raise ValueError(f"ratios: {list(ratios)} leave a set without samples in a batch of {batch_size}")
     return shares
 
 
 class BalancedBatchSampler:
-    """An endless stream of batches with exact shares; every set is shuffled anew each time it is used up.
+    """An endless stream of batches with exact shares; every set is reshuffled when it is used up.
 
-    Batch number `step` is a function of (seed, step): a resumed stream needs its position alone.
+    Batch number `step` is a function of (seed, step): a resumed stream needs only its position.
 
     Args:
         datasets: anything with a length.
         ratios: share of each.
         batch_size: samples of a batch over all ranks.
-        seed: of the order.
+        seed: seed of the order.
         rank: this process.
         world: processes; each takes its own part of every batch.
         stop: number of batches; None: endless.
@@ -101,7 +101,7 @@ class BalancedBatchSampler:
         return {"step": self.step, "seed": self.seed, "sizes": self.sizes, "shares": self.shares}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where another stream stopped. ValueError where it mixed other data."""
+        """Continue where another stream stopped. ValueError if it mixed other data."""
         mine = self.state_dict() | {"step": state.get("step")}
         if mine != state:
             raise ValueError(f"sampler state of other data: {json.dumps(state)} instead of {json.dumps(mine)}")
@@ -132,11 +132,11 @@ class TrainingData:
         tokenizer: of the model's head.
         max_length: of a label.
         size: (H, W) of the images.
-        device: where batches go.
+        device: device of the batches.
         pad: keep the ratio and pad, instead of stretching.
         resident: decode everything once and keep it on the device (small sets).
         workers: loader processes otherwise.
-        skip_broken: go on without broken images, counted and named; a batch is then smaller.
+        skip_broken: skip broken images, counted and named; a batch is then smaller.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class TrainingData:
 
     def _keep(self, data: Parts) -> Batch:
         if self.mixture.skip_broken:
-            raise ValueError("resident training data must be whole: train without resident to skip broken images")
+            raise ValueError("resident training data must be complete: train without resident to skip broken images")
         loaded = load_samples([data[index] for index in range(len(data))], self.mixture.size, self.mixture.pad)
         ids, lengths = self.tokenizer.encode(loaded.labels, self.max_length)
         return loaded.pixels.to(self.device), ids.to(self.device), lengths
@@ -198,7 +198,7 @@ class TrainingData:
 
     def _report(self, batch: Loaded) -> None:
         if not batch.labels:
-            raise ValueError(f"a batch without any readable image: {batch.broken[0]}")
+            raise ValueError(f"a batch without readable images: {batch.broken[0]}")
         for message in batch.broken:
             self.broken += 1
             if self.broken <= 20:

@@ -1,4 +1,4 @@
-"""What every store of word images offers, and whole batches of samples from any of them."""
+"""The interface of every store of word images, and whole batches of samples from any of them."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ class WordDataset(Dataset, ABC):
         return self.filter.clean(self.text(index))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        """BrokenFile naming store and key where the image is missing or broken."""
+        """BrokenFile, naming store and key, if the image is missing or broken."""
         data = self.encoded(index)
         if data is None:
-            raise BrokenFile(f"{self.name(index)}: missing; mend the data set, or pass --skip-broken")
+            raise BrokenFile(f"{self.name(index)}: missing; repair the data set, or pass --skip-broken")
         return images.decode(data, self.channels, self.name(index)), self.label(index)
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluation sets by name, and where they lie: the paper's LMDBs, PARSeq's, and Union14M's lists."""
+"""Training and evaluation sets by name, and where they are: the paper's LMDBs, PARSeq's, and Union14M's lists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WordSet:
     """in the layout of PARSeq's release"""
 
     def place(self, data_root: Path) -> Path:
-        """Where it is looked for: PARSeq's folder where that alone is there, else the first one."""
+        """Where it is looked for: PARSeq's folder if only that exists, else the first one."""
         first, second = Path(data_root) / self.folder, Path(data_root) / self.parseq
         return second if self.parseq and second.is_dir() and not first.is_dir() else first
 
@@ -69,7 +69,7 @@ SETS = {each.name: each for each in (*TRAINING, VALIDATION, *EVALUATION, *OTHERS
 
 
 class Parts:
-    """The stores of one set in a row: samples are drawn from the set, however many files it lies in."""
+    """The stores of one set, concatenated: samples are drawn from the set, whatever its number of files."""
 
     def __init__(self, parts: Sequence[WordDataset]):
         self.parts = [part for part in parts if len(part)]
@@ -79,7 +79,7 @@ class Parts:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> tuple[WordDataset, int]:
-        """The store that a sample lies in, and its place there."""
+        """The store that contains a sample, and the index there."""
         number = bisect.bisect_right(self._ends, index)
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
@@ -95,14 +95,14 @@ class Parts:
 def find_stores(folder: Path) -> list[Path]:
     """All LMDB folders at or below a folder, or else all .jsonl lists, sorted; a .jsonl file is its own store.
 
-    Symbolic links are followed, hidden folders are not. FileNotFoundError where there is nothing.
+    Symbolic links are followed, hidden folders are not. FileNotFoundError if there is none.
     """
     if folder.suffix == LIST and folder.is_file():
         return [folder]
     found, lists, seen = [], [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        if real in seen:  # a link that leads upwards, or twice to one place
+        if real in seen:  # a link upwards, or a second link to one place
             folders.clear()
             continue
         seen.add(real)

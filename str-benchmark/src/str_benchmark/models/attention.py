@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.inputs, self.hidden, self.steps = inputs, hidden, max_length + 1
 
     def forward(self, columns: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
-        """Teacher-forced where targets are given, else greedy.
+        """Teacher-forced if targets are given, else greedy.
 
         Args:
             columns: (B, T, inputs).
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         return torch.stack(logits, 1)
 
     def _rearranged(self) -> tuple[Tensor, ...]:
-        """Everything a step multiplies with, as it is used: transposed, and grouped by operand."""
+        """The matrices of a step in the form used: transposed, and grouped by operand."""
         cell = self.attention_cell
         by_context, by_character = cell.rnn.weight_ih.split([self.inputs, self.generator.out_features], dim=1)
         by_state = torch.cat([cell.h2h.weight, cell.rnn.weight_hh]).T  # (hidden, 5 hidden): scores, then gates

@@ -19,9 +19,9 @@ OPSET = 17  # grid_sample came with 16
 def export_onnx(model: Recognizer, path: Path | str) -> None:
     """Write the reading network (batch norm folded; attention greedy, all steps) as ONNX.
 
-    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free, and W where the network
-    takes any. PyTorch's tracing exporter is used: it needs the package onnx alone, and takes a second where the newer
-    one takes ten.
+    Input "images" (B, C, H, W) float32 in [-1, 1], output "logits" as the model's, B free, and W if the network
+    accepts any width. Uses PyTorch's tracing exporter: it needs only the package onnx, and takes one second instead of
+    the newer exporter's ten.
 
     Raises:
         RuntimeError: onnx is not installed.
@@ -50,7 +50,7 @@ def export_onnx(model: Recognizer, path: Path | str) -> None:
 class OnnxRecognizer(Recognizer):
     """A recognizer whose network runs in ONNX Runtime on the CPU, with as many threads as torch has.
 
-    It is made from this project's own export. Attention takes all its steps, as an export cannot stop early.
+    It is made from this project's own export. Attention runs all its steps, since an export cannot stop early.
 
     Raises:
         RuntimeError: onnx or onnxruntime is not installed.
@@ -79,5 +79,5 @@ class OnnxRecognizer(Recognizer):
     def forward(self, images: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
         """Logits of images (B, C, H, W); targets would be for training."""
         if targets is not None:
-            raise ValueError("targets: ONNX Runtime only reads; train the network itself")
+            raise ValueError("targets: ONNX Runtime can only read; train the network itself")
         return torch.from_numpy(self._session.run(None, {"images": images.numpy()})[0])

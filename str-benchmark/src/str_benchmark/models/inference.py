@@ -16,7 +16,7 @@ ENGINES = ("torch", "onnxruntime")
 
 
 def fold_batch_norm(model: Recognizer) -> Recognizer:
-    """A copy in eval mode whose convolutions have taken up the batch norm behind them: equal up to rounding.
+    """A copy in eval mode with each batch norm folded into the convolution before it: equal up to rounding.
 
     The gated convolutions of RCNN keep theirs, as one convolution serves several batch norms there.
     """
@@ -36,7 +36,7 @@ def for_inference(model: Recognizer, engine: str = "torch") -> Recognizer:
 
     Args:
         model: a recognizer.
-        engine: "torch": folded, channels_last, on a CPU with Winograd convolutions, on the device the model lies on;
+        engine: "torch": folded, channels_last, on a CPU with Winograd convolutions, on the model's device;
             "onnxruntime": see `models.export.OnnxRecognizer`.
     """
     if engine not in ENGINES:

@@ -22,20 +22,20 @@ class Pretrained:
     kept: str
     """characters whose rows come from the file"""
     new: str
-    """characters that the file does not know: their rows are freshly initialised"""
+    """characters that the file does not know: their rows are newly initialised"""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """A state dict without `module.` and without TPS's matrices, which fit one image size alone.
+    """A state dict without `module.` and without TPS's matrices, which fit only one image size.
 
     The file may be the public code's (a plain state dict) or a training checkpoint of this package.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that holds no weights, or more than tensors (it is loaded with weights_only).
+        ValueError: a file without weights, or with more than tensors (it is loaded with weights_only).
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: file not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip and pickle errors
@@ -55,8 +55,8 @@ def load_pretrained(path: Path | str, config: STRConfig | str, charset: str | No
     Args:
         path: see `read_weights`.
         config: network and alphabet of the file, or a name with the 36 characters.
-        charset: alphabet wanted; rows of the prediction head (and the attention cell's columns) go with their
-            character, unknown ones keep their fresh initialisation.
+        charset: desired alphabet; rows of the prediction head (and the attention cell's columns) are kept by
+            character, unknown ones keep their new initialisation.
 
     Raises:
         ValueError: weights of another network; the message names the first keys or shapes that differ.

@@ -23,7 +23,7 @@ class Recognizer(nn.Module):
     """A recognizer; keys of `state_dict()` are those of the public checkpoints.
 
     Call it with images (B, C, H, W) float in [-1, 1]. CTC: logits (B, T, K). Attention: logits (B, steps, K), teacher
-    forced where `targets` (B, L+1) int64 are given (`AttnTokenizer.encode(...)[0][:, :-1]`), else greedy.
+    forced if `targets` (B, L+1) int64 are given (`AttnTokenizer.encode(...)[0][:, :-1]`), else greedy.
     """
 
     def __init__(self, config: STRConfig):
@@ -50,7 +50,7 @@ class Recognizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where images must lie."""
+        """The device of the images."""
         return next(self.parameters()).device
 
     def forward(self, images: Tensor, targets: Tensor | None = None, early_stop: bool = False) -> Tensor:
@@ -71,7 +71,7 @@ class Recognizer(nn.Module):
 
 @torch.no_grad()
 def output_columns(model: Recognizer) -> int | None:
-    """Columns that a CTC head speaks in at the configured width; None for attention, whose steps are characters."""
+    """Output columns of a CTC head at the configured width; None for attention, whose steps are characters."""
     if model.config.pred != "CTC":
         return None
     training = model.training
@@ -82,16 +82,16 @@ def output_columns(model: Recognizer) -> int | None:
 
 
 def build_model(config: STRConfig | str, **changes: Any) -> Recognizer:
-    """A recognizer with fresh weights: He-normal for every weight matrix, biases 0, batch norm 1 (section 4.1).
+    """A recognizer with new weights: He-normal for every weight matrix, biases 0, batch norm 1 (section 4.1).
 
     Args:
         config: a configuration, or a name as for `STRConfig.from_name`.
-        changes: fields of the configuration, where a name is given.
+        changes: fields of the configuration, if a name is given.
     """
     if isinstance(config, str):
         config = STRConfig.from_name(config, **changes)
     elif changes:
-        raise TypeError("build_model: changes go with a name; use dataclasses.replace on a configuration")
+        raise TypeError("build_model: changes need a name; use dataclasses.replace on a configuration")
     model = Recognizer(config)
     _initialise(model)
     return model
@@ -109,5 +109,5 @@ def _initialise(model: Recognizer) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Learnable parameters, as the paper counts memory."""
+    """Learnable parameters, the paper's measure of memory."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 WEIGHT_TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 GROUP = 2  # images at once: their tiles stay in the cache
-MIN_CHANNELS = 256  # below, the transforms cost more than the products save
+MIN_CHANNELS = 256  # below this, the transforms cost more than the products save
 
 
 class WinogradConv2d(nn.Module):
