@@ -91,7 +91,7 @@ class Job:
 
 
 def side_by_side(projects: int) -> tuple[int, int]:
-    """How many projects run at once, and with how many processes each: one at a time where there is a GPU."""
+    """How many projects run at once, and with how many processes each: one at a time if there is a GPU."""
     cores = os.cpu_count() or 1
     beside = 1 if torch.cuda.is_available() else min(projects, cores)
     return beside, -(-cores // beside) if beside > 1 else 0

@@ -67,9 +67,9 @@ def _check_undisturbed(job: Job, commit: str) -> None:
 
 
 def _kill_and_compare(undisturbed: Job, disturbed: Job, jobs: int) -> dict:
-    """Kill at instants drawn uniformly over the undisturbed duration; the last start runs to its end."""
+    """Kill at times drawn uniformly over the undisturbed duration; the last start runs to the end."""
     records = undisturbed.log.records()
-    # waiting for other programs is left out, or the last kill could come after the end
+    # without the time spent waiting for other programs, or the last kill could come after the end
     duration = sum(min(r["seconds"], r["cpu_seconds"]) for r in records) / (jobs or os.cpu_count() or 1)
     instants = sorted(random.uniform(0, duration) for _ in range(KILLS))
     runs_at_kill: list[int] = []

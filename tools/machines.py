@@ -1,6 +1,6 @@
-"""`make keep`: the verdicts of your own demo, kept in results/machines/ beside those of other kinds of machine.
+"""`make keep`: the verdicts of your own demo, kept in results/machines/ with those of other kinds of machine.
 
-A verdict that another processor turns is no verdict: the README's "holds" is one that held on every kind tried.
+A verdict that changes with the processor does not count: "holds" in the README means that it held on every kind tried.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def keep(root: Path = ROOT) -> Path:
             if judged:
                 verdicts.setdefault(entry["name"], {})[table.id] = judged
     if not verdicts:
-        raise RuntimeError("there are no runs of yours: make demo")
+        raise RuntimeError("you have no runs yet: make demo")
     here = provenance(root, ("numpy", "torchvision", "lightning"))
     machine = Machine(here["device"], here["commit"], here["versions"], verdicts)
     slug = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")

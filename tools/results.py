@@ -41,7 +41,7 @@ class Project:
         self.machines = machines(root)
 
     def headline(self, paper: dict) -> tuple[Table, Verdict] | None:
-        """The claim that stands for this paper, at the first scale that the entry names or at which it was measured."""
+        """The claim that represents this paper, at the entry's scale or the first at which it was measured."""
         if "headline" not in paper:
             return None
         asked = paper["headline"]
@@ -120,7 +120,7 @@ def _counted(count: Counter) -> str:
 
 
 def overview_part(root: Path = ROOT) -> str:
-    """What stands between the two marks in the README.md of the root."""
+    """The text between the two markers in the root's README.md."""
     all_projects = [Project(entry, root) for entry in projects(built=False, root=root)]
     parts = [overview(all_projects, with_summary=True)]
     for project in all_projects:

@@ -1,4 +1,4 @@
-"""The build hook of every project's wheel: what the checkout keeps beside the package goes into it.
+"""The build hook of every project's wheel: what the checkout keeps next to the package goes into it.
 
 An editable install reads all of this where it lies; see shared_utils/folders.py.
 """
@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class Wheel(BuildHookInterface):
-    """tables/ and results/ as data of the package, and shared_utils beside it, so that no other package is needed."""
+    """tables/ and results/ as data of the package, with shared_utils, so that no other package is needed."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":

@@ -323,9 +323,9 @@ def test_interrupted_and_continue_is_bit_equal(bundle, tmp_path, engine):
 def test_a_checkpoint_of_another_run_or_damaged_is_refused(bundle, tmp_path):
     simulate(bundle, MLP, CONFIG, folder=tmp_path)
     assert len(simulate(bundle, MLP, CONFIG, folder=tmp_path).updates) == 20  # nothing is run again
-    with pytest.raises(ValueError, match=r"checkpoint of another run \(other mitigation\)"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run \(different mitigation\)"):
         simulate(bundle, MLP, CONFIG, GaussianNoise(1.0), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint of another run \(other config\)"):
+    with pytest.raises(ValueError, match=r"checkpoint of another run \(different config\)"):
         simulate(bundle, MLP, FedAvgConfig(5, 5, CONFIG.local, 3), folder=tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:500])

@@ -56,7 +56,7 @@ def test_train_attack_eval_and_play_from_the_command_line(tmp_path, monkeypatch,
     [
         (("run", "table-9"), "unknown table 'table-9'; there are"),
         (("run", "--scale", "huge"), "no table has a scale 'huge'"),
-        (("eval", "--victim", "nothing.pt", "smoke"), "nothing.pt: no such checkpoint"),
+        (("eval", "--victim", "nothing.pt", "smoke"), "nothing.pt: checkpoint not found"),
         (("attack", "smoke", "--eps", "1.5"), "eps must lie in [0, 1]"),
         (("play", "--output", "a.mp4", "smoke"), "must end in .gif or .png"),
     ],

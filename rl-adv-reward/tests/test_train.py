@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a checkpoint of this project .*name another file"):
         train(loop, path)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match="checkpoint not found"):
         read(tmp_path / "nothing.pt")
 
 

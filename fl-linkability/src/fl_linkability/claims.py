@@ -1,4 +1,4 @@
-"""Claims judged by a cluster bootstrap over users, beside the interval over seeds that every project here has.
+"""Claims judged by a cluster bootstrap over users, in addition to every project's interval over seeds.
 
 A record keeps what each user contributed to a metric, or the metric for each resample of the users. Users are resampled
 within each seed, alike in all rows of a seed, so that a difference between rows stays paired; the effect is the mean
@@ -55,7 +55,7 @@ def replicates(record: dict, metric: str) -> Sample | None:
 
 
 def _mean(counts: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Mean over the resampled users, (R,); users without a value are left out."""
+    """Mean over the resampled users, (R,); users without a value are skipped."""
     has = np.isfinite(values)
     weight = counts[:, has] * (1 if weights is None else weights[has])
     return weight @ values[has] / weight.sum(1)

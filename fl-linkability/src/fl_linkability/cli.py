@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def default_data_root() -> Path:
 
 @dataclass
 class DataOptions:
-    """Where data sets are, and how they are read."""
+    """Where the data sets are, and how they are read."""
 
     data_root: Path = field(default_factory=default_data_root)
-    """Where the data sets are."""
+    """Folder that holds the data sets."""
     workers: int = 0
     """Threads that decode images; 0: one per core."""
     skip_broken: bool = False
-    """Leave out images that cannot be decoded; they are counted, named in the log and put into the record."""
+    """Skip images that cannot be decoded; they are counted, named in the log and noted in the record."""
 
     @property
     def reading(self) -> Reading:
@@ -50,22 +50,22 @@ class DataOptions:
 
 @dataclass
 class Run(DataOptions):
-    """Run what is missing of the tables (into runs/) and print published | ours | yours, with verdicts."""
+    """Run the missing runs of the tables (into runs/) and print published | ours | yours, with verdicts."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as table-3; none means all that have the scale."""
+    """Table ids such as table-3; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, mnist, head or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     jobs: int = 0
-    """Federations side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel federations, one process each; 0: one per core on a CPU, one on CUDA."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs, their expected time and what they need in vain only."""
+    """Only list the missing runs, their expected time and the data that they lack."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
 
@@ -75,7 +75,7 @@ class Run(DataOptions):
         known = {table.id: table for table in catalogue.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -123,16 +123,16 @@ def _print_tables(chosen: list[Table], scale: str, yours: RunLog) -> None:
 
 @dataclass(kw_only=True)
 class Train(DataOptions):
-    """Run one federation, keep its updates and weights, and print one attack as JSON; interrupted, the same goes on."""
+    """Run one federation, keep its updates and weights, and print one attack as JSON; the same command resumes."""
 
     settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]  # type: ignore[valid-type]  # made at run time
-    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    """A preset; flags after it change its settings, flags of this command come before it."""
     output: Path = Path("federation")
     """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
     seed: int = 0
-    """Of users, weights and order."""
+    """Seed of users, weights and order."""
     device: str = "auto"
-    """auto, cpu or cuda; several processes through torchrun or Slurm."""
+    """Where to compute: auto, cpu or cuda; use torchrun or Slurm for several processes."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
 
@@ -159,13 +159,13 @@ class Attack:
     """Attack the updates that `fl-linkability train` kept: JSON on stdout."""
 
     folder: tyro.conf.Positional[Path]
-    """Written by `fl-linkability train`."""
+    """Folder written by `fl-linkability train`."""
     measure: str = "reid"
     """reid, pairs, all-pairs, open, open-reid, open-matching, stage, groups or protocol."""
     attack: str = "paper-mlp"
     """paper-knn, paper-svm, paper-svm-votes, paper-mlp, paper-siamese (pairs), centroid, knn-1, knn-5, logreg, mlp."""
     layers: str = "all"
-    """Layer that the attack sees, or all that were kept."""
+    """Layer that the attack sees; default: all kept layers."""
     center: str = "none"
     """none or leave-one-out."""
     set_size: int = 1
@@ -189,18 +189,18 @@ class Attack:
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there."""
+    """List which data are needed, where they are looked for, and what is there."""
 
     verb: tyro.conf.Positional[Literal["list", "verify"]] = "list"
-    """list, or verify: read every file of the sets that are there to its end."""
+    """list, or verify: read every file of the sets that are there completely."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where to look."""
+    """Folder to search."""
     download: bool = False
-    """Fetch what may be fetched: MNIST and MobileNet's weights, through torchvision, checked by hash."""
+    """Download what may be downloaded: MNIST and MobileNet's weights, through torchvision, checked by hash."""
     preview: Path | None = None
     """Write a PNG of digits users to this file."""
     tiny: Path | None = None
-    """Write small archives in the real layouts below this folder: what a data root must look like."""
+    """Write small archives in the real layouts below this folder, to show what a data root looks like."""
     femnist_like: Path | None = None
     """Make 60 writers from MNIST and write them in LEAF's format below this folder, a data root for femnist."""
 
@@ -277,7 +277,7 @@ class Bench:
     threads: int = 1
     """CPU threads."""
     ray: bool = False
-    """Measure Ray as well (a minute or two)."""
+    """Also measure Ray (a minute or two)."""
 
     def __call__(self) -> None:
         from fl_linkability.bench import run
@@ -300,7 +300,7 @@ def main() -> None:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
-        _fail("interrupted; finished runs and checkpoints are kept, the same command goes on", 130)
+        _fail("interrupted; finished runs and checkpoints are kept; the same command resumes", 130)
     except (ValueError, TypeError, FileNotFoundError) as error:
         if debug:
             raise

@@ -39,7 +39,7 @@ class SimulationResult:
     utility: list[dict]
     """what `evaluate` returned after each of the last rounds"""
     faults: list[dict]
-    """round, device and reason of every update that was left out"""
+    """round, device and reason of every update left out"""
     raw_norm: float
     """median norm of the anonymous devices' updates before mitigation"""
     engine: dict

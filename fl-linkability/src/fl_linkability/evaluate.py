@@ -185,7 +185,7 @@ class Adversary:
         draws = []
         for count in user_resamples(self.n_users, self.seed):
             a, b = count[users_a][:, None], count[users_b]
-            weight = np.where(same, a, a * b)  # copies of one user are no new pairs of one user
+            weight = np.where(same, a, a * b)  # copies of one user are not new pairs of one user
             draws.append(average_precision_score(same.ravel(), scores.ravel(), sample_weight=weight.ravel()))
         prevalence = found["prevalence"]
         replicates = {"matching_ap": 100 * np.array(draws), "times_prevalence": np.array(draws) / prevalence}

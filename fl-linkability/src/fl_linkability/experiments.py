@@ -66,7 +66,7 @@ def run_tables(
     force: bool = False,
     jobs: int = 0,
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables; see `shared_utils.runlog.run_missing` for jobs."""
+    """Run what runs/<scale>.jsonl lacks for the tables; see `shared_utils.runlog.run_missing` for jobs."""
     log = RunLog(runs_folder(catalogue.PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     run_missing(
@@ -92,7 +92,7 @@ def _federation_of(run: Run) -> tuple:
 def execute(
     settings: Sequence[dict], seeds: Sequence[int], *, reading: Reading, precision: str = "auto"
 ) -> list[Outcome]:
-    """All runs that share a federation (and so a seed); one that is killed goes on from runs/checkpoints."""
+    """All runs that share a federation (and so a seed); a killed one resumes from runs/checkpoints."""
     resolved = [Settings(**each) for each in settings]
     run = Experiment(resolved[0], seeds[0], reading, _fabric(precision))
     checkpoints = (
@@ -248,7 +248,7 @@ def save_settings(folder: Path, settings: Settings, seed: int) -> None:
 
 
 def load_settings(folder: Path) -> tuple[Settings, int]:
-    """What `save_settings` wrote. FileNotFoundError where there is nothing."""
+    """What `save_settings` wrote. FileNotFoundError if there is nothing."""
     path = folder / "settings.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no federation here (settings.json is missing)")

@@ -72,7 +72,7 @@ class Reply:
     error: str = ""
 
     def fault(self, dimension: int) -> str:
-        """Why this is no update of so many values; empty where it is one."""
+        """Why this is not an update of the expected size; empty if it is."""
         if self.error or self.delta is None:
             return self.error or "sent no update"
         if self.delta.shape != (dimension,):
@@ -211,7 +211,7 @@ class Federation:
         return gathered
 
     def finish_round(self, number: int, state: State, replies: Sequence[Reply]) -> State:
-        """Leave out what is no update, keep the others, average them, and save where it is time.
+        """Leave out what is not an update, keep and average the others, and save when due.
 
         Raises:
             RuntimeError: fewer than min_clients valid updates.
@@ -272,7 +272,7 @@ class Federation:
         self.fabric.barrier()
 
     def resume(self, state: State) -> State:
-        """Go on from the folder's checkpoint, where there is one."""
+        """Resume from the folder's checkpoint, if there is one."""
         path = self.folder / "checkpoint.pt" if self.folder else None
         if path is None or not path.exists():
             if self.store is not None:
@@ -281,7 +281,7 @@ class Federation:
         content = load_checkpoint(path)
         if content["run"] != self.run:
             names = [name for name in self.run if content["run"][name] != self.run[name]]
-            raise ValueError(f"{path}: checkpoint of another run (other {', '.join(names)}); name another folder")
+            raise ValueError(f"{path}: checkpoint of another run (different {', '.join(names)}); name another folder")
         if self.store is not None:
             self.store.truncate(content["updates"])
         self.next_round, self.utility = content["round"], content["utility"]
@@ -306,13 +306,13 @@ def kept_columns(
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint of `simulate`, on the CPU and with weights_only. ValueError where it is damaged."""
+    """Read a checkpoint of `simulate`, on the CPU and with weights_only. ValueError if it is damaged."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["run"]["config"], content["state"], content["round"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({reason}); name another folder to start again"

@@ -1,4 +1,4 @@
-"""Figures F1 to F5 from the run log and the published CSVs beside the table files, and a preview of digits users."""
+"""Figures F1 to F5 from the run log and the published CSVs next to the table files, and a preview of digits users."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def draw_preview(path: Path) -> None:
 
 
 def _published(name: str) -> list[dict]:
-    """Lines of a figure's published values, beside its table file."""
+    """Lines of a figure's published values, stored next to its table file."""
     path = PROJECT / "tables" / f"{name}.csv"
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -1,7 +1,7 @@
 """How well scores link updates to users: exact metrics of re-identification, matching and the open world.
 
 Everything here is numpy in, numbers out. Ties count as random guesses do, users without a probe are left out, and what
-is not defined is NaN, never 0. "times chance" is printed beside the number of users, its upper bound.
+is not defined is NaN, never 0. "times chance" is printed next to the number of users, its upper bound.
 """
 
 from __future__ import annotations

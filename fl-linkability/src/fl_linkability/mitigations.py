@@ -30,7 +30,7 @@ class Mitigation:
 
     Args:
         who: "anon" or "both".
-        refresh: "fixed" (data are drawn once per device) or "round" (drawn anew in every round).
+        refresh: "fixed" (data are drawn once per device) or "round" (drawn again in every round).
     """
 
     def __init__(self, who: str = "anon", refresh: str = "fixed"):
@@ -165,7 +165,7 @@ class GaussianNoise(Mitigation):
 
 
 class StyleJitter(Mitigation):
-    """Redraw each image of the device in a random style, anew in every round."""
+    """Redraw each image of the device in a random style, a new one in every round."""
 
     def __init__(self, who: str = "anon"):
         super().__init__(who, "round")
@@ -253,7 +253,7 @@ class Compose(Mitigation):
 
     @property
     def noise_std(self) -> float:
-        """Independent noises add up; a part that clips behind the noise is not counted."""
+        """Independent noises add up; a part that clips after the noise is not counted."""
         return math.hypot(*(part.noise_std for part in self.parts))
 
     def epsilon_of(self, releases: int) -> float:

@@ -43,7 +43,7 @@ def weights(settings: Settings) -> dict[str, str]:
 
 
 def caveats(settings: Settings, bundle: FederatedBundle) -> list[str]:
-    """Why the figures must not stand beside the paper's."""
+    """Why the figures cannot be compared with the paper's."""
     found, users = [], PAPER_USERS.get(settings.dataset)
     if bundle.skipped:
         found.append(f"{bundle.skipped} files skipped")

@@ -27,7 +27,7 @@ STATE_KEYS = ("model_state_dict", "state_dict")
 
 
 class Recording:
-    """Mixin in front of a strategy: `updates` holds what every reply changed, by float arrays; integers are no weights.
+    """Mixin before a strategy: `updates` holds what every reply changed in float arrays; integers are not weights.
 
     A client is told apart by "partition-id" among its metrics where it reports one (`report_partition` does), else by
     its node id.
@@ -143,7 +143,7 @@ def read_updates(table: Path, path: Path | None = None) -> UpdateStore:
 
 
 def load_weights(path: Path) -> State:
-    """Float arrays of a .pt, .pth or .npz file; pickled objects are not loaded. ValueError where it holds none."""
+    """Float arrays of a .pt, .pth or .npz file; pickled objects are not loaded. ValueError if there are none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -109,7 +109,7 @@ def balanced_pairs(
     same_b = np.empty(n, dtype=np.int64)
     for pair, row in enumerate(same_a):
         rows = rows_b[users_a[row]]
-        if one_set:  # a draw among the others: the row's own place is passed over
+        if one_set:  # a draw among the others: the row's own index is skipped
             place = rng.integers(len(rows) - 1)
             same_b[pair] = rows[place + (place >= np.searchsorted(rows, row))]
         else:

@@ -39,7 +39,7 @@ class UpdateStore:
 
     @classmethod
     def open(cls, path: Path) -> UpdateStore:
-        """A store on disk. FileNotFoundError where there is none."""
+        """A store on disk. FileNotFoundError if there is none."""
         meta = Path(path) / "meta.json"
         if not meta.is_file():
             raise FileNotFoundError(f"{path}: no update store (meta.json is missing)")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric  # imported where it is used: it takes seconds
+    from lightning.fabric import Fabric  # imported here because it takes seconds
 
 State = dict[str, Tensor]
 Autocast = Callable[[], AbstractContextManager]
@@ -48,7 +48,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one process, or on all that torchrun or Slurm started: ranks share the clients of a round.
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
     from lightning.fabric import Fabric

@@ -80,7 +80,7 @@ def load_file(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({reason}); name another file, or train again"

@@ -95,7 +95,7 @@ def not_mnist(digits: Digits) -> list[str]:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """A uint8 array of an IDX file, raw or gzipped; BrokenFile where it is damaged."""
+    """A uint8 array of an IDX file, raw or gzipped; BrokenFile if it is damaged."""
     path = Path(path)
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

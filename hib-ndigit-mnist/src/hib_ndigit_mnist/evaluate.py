@@ -119,7 +119,7 @@ class Evaluation:
 
     @property
     def queries(self) -> Tensor:
-        """(Q',) the queries that have a partner: images of their class beside themselves."""
+        """(Q',) the queries that have a partner: other images of their class."""
         labels, queries = self.test.labels, self.test.queries
         return queries[count_partners(labels[queries], labels, queries) > 0]
 

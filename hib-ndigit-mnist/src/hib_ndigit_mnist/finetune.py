@@ -59,7 +59,7 @@ def train_on(
         seed: of the head's weights and of all random numbers.
         pretrained: start from the library's weights of the backbone.
         workers: processes that read images.
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA), 32-true, bf16-mixed or 16-mixed; head and loss stay float32.
         checkpoint: file to resume from and to save to; remove it when the model is safe.
         checkpoint_every: steps between saves.

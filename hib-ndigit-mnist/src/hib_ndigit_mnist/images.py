@@ -25,7 +25,7 @@ class NamedImages(NamedTuple):
 
 
 def files_of(path: Path) -> list[Path]:
-    """An image, or all images below a folder; what was left out is logged.
+    """An image, or all images below a folder; skipped files are logged.
 
     Raises:
         FileNotFoundError: no such file or folder.

@@ -1,4 +1,4 @@
-"""What the experiments read, where it is looked for, and what to do where it is missing."""
+"""What the experiments read, where it is looked for, and what to do if it is missing."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def binned_correlation(
     eta = uncertainty.cpu().numpy()
     order = np.argsort(eta, kind="stable")
     borders = np.cumsum([len(part) for part in np.array_split(order, bins)])[:-1]
-    borders = np.unique(np.searchsorted(eta[order], eta[order[borders - 1]], side="right"))  # behind the tie
+    borders = np.unique(np.searchsorted(eta[order], eta[order[borders - 1]], side="right"))  # after the tie
     parts = [part for part in np.split(order, borders) if len(part)]
     etas: list[float] = []
     performances: list[float] = []

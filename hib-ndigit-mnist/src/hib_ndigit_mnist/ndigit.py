@@ -1,4 +1,4 @@
-"""N-digit MNIST: which original digits stand beside each other in which image (section 4.1 of the paper).
+"""N-digit MNIST: which original digits each image consists of (section 4.1 of the paper).
 
 Bit-exact with google/n-digit-mnist: the same draws of numpy's legacy generator in the same order. Its standard tables
 for gap "number" are shipped (folder standard/), because one of them came from the set order of Python 2 and cannot be

@@ -1,4 +1,4 @@
-"""Probabilistic face embeddings, a rival: a variance learned behind a point embedding that stays as it is.
+"""Probabilistic face embeddings, a competing method: a variance learned for a fixed point embedding.
 
 Shi, Jain, *Probabilistic Face Embeddings*, ICCV 2019, arXiv 1904.09658. There the mean is a face network's, trained
 before; here the soft contrastive loss trains it in the same run, and no gradient of the variance reaches it.

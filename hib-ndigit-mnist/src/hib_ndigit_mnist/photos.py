@@ -85,7 +85,7 @@ class ImageFiles(Dataset):
         if len(counts) - len(lonely) < 2:
             raise ValueError(f"two classes with two images each were expected, got {len(counts) - len(lonely)}")
         if lonely:
-            logger.warning("left out, one image only: %s", ", ".join(self.classes[label] for label in lonely))
+            logger.warning("left out, only one image: %s", ", ".join(self.classes[label] for label in lonely))
         return self.keep(~torch.isin(self.labels, torch.tensor(lonely, dtype=torch.long)))
 
 

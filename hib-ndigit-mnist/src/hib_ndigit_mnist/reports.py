@@ -29,7 +29,7 @@ def verification(e: Evaluation) -> Report:
 
 
 def uncertainty(e: Evaluation) -> Report:
-    """Table 2; p-values and sigma beside it."""
+    """Table 2, with p-values and sigma."""
     return e.uncertainty() | e.spread(), {}
 
 
@@ -107,7 +107,7 @@ def strip(e: Evaluation) -> Report:
 
 
 def calibration(e: Evaluation) -> Report:
-    """Reliability of p(m); average precision beside it."""
+    """Reliability of p(m), with average precision."""
     details = {}
     for condition, p in e.pair_scores.items():
         curve = expected_calibration_error(p, e.test.pairs[2])

@@ -16,7 +16,7 @@ PER_CLASS = 6  # images of a class in the folder of photographs; the last class 
 
 
 def write_tiny(folder: Path) -> list[Path]:
-    """MNIST's four IDX files with scikit-learn's digits, and class folders of coloured shapes with a CSV beside them.
+    """MNIST's four IDX files with scikit-learn's digits, and class folders of coloured shapes with a CSV file.
 
     Returns:
         The files written.

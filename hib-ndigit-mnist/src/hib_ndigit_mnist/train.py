@@ -110,7 +110,7 @@ def train(
             if interrupted():
                 if checkpoint:
                     state.save(run)
-                    logger.info("step %d is saved in %s; the same command goes on from there", run.step, checkpoint)
+                    logger.info("step %d is saved in %s; the same command resumes there", run.step, checkpoint)
                 raise KeyboardInterrupt
     return run.models(), state.visits
 
@@ -278,7 +278,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one process, or on all that torchrun or Slurm started (DDP).
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
     if device == "auto":

@@ -56,7 +56,7 @@ def run(repeats: int, threads: int) -> None:
 
 
 def _environments(repeats: int) -> Iterator[Timing]:
-    """ale-py's vector environment, which training steps, beside its rivals; CPU time, also on a CUDA machine."""
+    """ale-py's vector environment, which training uses, against its rivals; CPU time, also on a CUDA machine."""
     vector, single = _vector(NUM_ENVS), _single()
     _same_frames(_vector(1), single)
     for game in (vector, single):
@@ -124,7 +124,7 @@ def _play_single(env: gym.Env) -> None:
 
 
 def _training(fabric: Fabric, repeats: int) -> Iterator[Timing]:
-    """Training a victim with the settings of its preset, beside stable-baselines3's DQN with the same ones."""
+    """Training a victim with the settings of its preset, against stable-baselines3's DQN with the same settings."""
     on_minipong = partial(mlp, (2, 10, 10), 3, ENVIRONMENTS["minipong"].background)
     small = PRESETS["minipong"].loop("victim")
     games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[int], VecEnv], str, dict]]
@@ -181,7 +181,7 @@ def _pong(num_envs: int) -> VecEnv:
 
 
 def _minipong(num_envs: int) -> VecEnv:
-    """Our vector environment as stable-baselines3 wants it: an episode begins anew in the step that ends the last."""
+    """Our vector environment in stable-baselines3's form: a new episode starts in the step that ends the last."""
     from stable_baselines3.common.vec_env import VecEnv
 
     class Adapter(VecEnv):

@@ -1,4 +1,4 @@
-"""Command line: parse, call, print, exit code. Heavy imports wait inside the verbs, so that --help is quick."""
+"""Command line: parse, call, print, exit code. Heavy imports are inside the commands, so --help is quick."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ else:
 
 @dataclass
 class Run:
-    """Run what is missing of the tables (into runs/) and print published | ours | yours."""
+    """Run the missing runs of the tables (into runs/) and print published | ours | yours."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Table ids such as table-1; none means all that have the scale."""
+    """Table ids such as table-1; default: all tables with this scale."""
     scale: str = "embedded"
     """smoke, embedded, atari-short or paper."""
     rows: tuple[str, ...] = ()
-    """Only these rows."""
+    """Run only these rows."""
     seeds: tuple[int, ...] = ()
-    """Instead of the table's seeds."""
+    """Use these seeds instead of the table's."""
     jobs: int = 0
-    """Runs side by side, one process each; 0: one per core on a CPU, one on CUDA."""
+    """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA from Ampere on, else 32-true), or one of Fabric's. On CUDA the losses are compiled."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
-    """List the missing runs and their expected cost only."""
+    """Only list the missing runs and their expected cost."""
 
     def __call__(self) -> None:
         from rl_adv_reward import experiments
@@ -56,7 +56,7 @@ class Run:
         known = {table.id: table for table in experiments.tables()}
         for name in self.tables:
             if name not in known:
-                raise ValueError(f"unknown table {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
             raise ValueError(f"no table has a scale {self.scale!r}")
@@ -74,19 +74,19 @@ class Run:
 
 @dataclass
 class Common:
-    """What training and evaluation share."""
+    """Options shared by training and evaluation."""
 
     settings: Preset
-    """A preset; flags behind it change its settings, this verb's own flags stand before it."""
+    """A preset; flags after it change its settings, flags of this command come before it."""
     seed: int = 0
-    """Of training and evaluation."""
+    """Seed of training and evaluation."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute: auto, cpu or cuda."""
     store: Path = Path("runs/artifacts")
-    """Folder of trainings; an interrupted one goes on from there, a finished one is taken from there."""
+    """Folder of trainings: interrupted ones are resumed from there, finished ones are reused."""
 
     def subject(self, settings: Settings, victim: Victim | None = None) -> Subject:
-        """The victim, given or trained, with what is to be tried on it."""
+        """The victim, loaded or trained, and the attacks to try on it."""
         from rl_adv_reward.experiments import Subject
         from rl_adv_reward.train import make_fabric
 
@@ -95,12 +95,12 @@ class Common:
 
 @dataclass
 class OnVictim(Common):
-    """Common to the verbs that may be given a victim."""
+    """Options shared by the commands that take a victim."""
 
     victim: Path | None = None
-    """The victim's file; none: it is trained."""
+    """The victim's file; default: train a victim."""
     format: str = "ours"
-    """Of the victim's file: ours, cleanrl or sb3."""
+    """Format of the victim's file: ours, cleanrl or sb3."""
 
     def subject(self, settings: Settings, victim: Victim | None = None) -> Subject:
         from rl_adv_reward.files import load_victim
@@ -111,7 +111,7 @@ class OnVictim(Common):
 
 @dataclass
 class Train(Common):
-    """Train a victim until it passes its gate; interrupted, the same command goes on. JSON on stdout."""
+    """Train a victim until it passes its gate; the same command resumes an interrupted training. JSON on stdout."""
 
     output: Path = Path("victim.pt")
     """File of the trained victim."""
@@ -143,17 +143,17 @@ class Attack(OnVictim):
 
 @dataclass
 class Eval(OnVictim):
-    """Evaluate the attack that the settings name (--attack), or a file of `attack`. JSON on stdout."""
+    """Evaluate the attack named in the settings (--attack), or one trained by `attack`. JSON on stdout."""
 
     atn: Path | None = None
-    """Trained attack; its own eps and norm hold."""
+    """Trained attack; its own eps and norm are used."""
 
     def __call__(self) -> None:
         print(json.dumps(_evaluated(self, self.atn).metrics(), indent=2))
 
 
 def _evaluated(command: OnVictim, atn: Path | None, keep_frames: int | None = None) -> Evaluation:
-    """An attack by name or from a file, against no loaded or trained victim but the command's."""
+    """An attack by name or from a file, against the command's victim."""
     from rl_adv_reward.files import load_atn
 
     settings = command.settings
@@ -192,7 +192,7 @@ class Play(OnVictim):
     """Play a few steps under an attack and draw clean frame, perturbation and attacked frame (.gif or .png)."""
 
     atn: Path | None = None
-    """Trained attack; none: the attack that the settings name."""
+    """Trained attack; default: the attack named in the settings."""
     output: Path = Path("attack.gif")
     """A GIF, or a PNG strip."""
     steps: int = 60
@@ -206,10 +206,10 @@ class Play(OnVictim):
 
 @dataclass
 class Data:
-    """What is needed, and what is there: nothing is ever downloaded."""
+    """List what is needed and what is there; nothing is ever downloaded."""
 
     tiny: Path | None = None
-    """Folder for tiny archives. Stays empty: no data is read, Pong comes with ale-py."""
+    """Folder for tiny archives. It stays empty: no data are read, and Pong comes with ale-py."""
 
     def __call__(self) -> None:
         if self.tiny:
@@ -282,7 +282,7 @@ def main() -> None:
         verbs = {name: _call(kind) for name, kind in VERBS.items()}
         tyro.extras.subcommand_cli_from_dict(verbs, prog=PROGRAM, args=arguments, config=FLAT)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; what is finished or saved is kept, the same command goes on", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted; finished and saved work is kept; the same command resumes", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if debug:

@@ -13,7 +13,7 @@ def dqn_targets(
     gamma: float | Tensor,
     q_online_next: Tensor | None = None,
 ) -> Tensor:
-    """Y = reward + gamma * (1 - terminated) * Q_target(s', a'); a' from the online network where it is given.
+    """Y = reward + gamma * (1 - terminated) * Q_target(s', a'); a' from the online network if it is given.
 
     Args:
         reward: (B,) reward, or n-step return.

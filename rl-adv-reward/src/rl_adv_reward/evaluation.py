@@ -134,7 +134,7 @@ def evaluate(
     keep_frames: int = 0,
     episode_steps: int = 0,
 ) -> Evaluation:
-    """Play whole episodes with the greedy victim behind an attack.
+    """Play whole episodes with the greedy victim under an attack.
 
     Args:
         victim: on the device to use.

@@ -60,7 +60,7 @@ def run_tables(
     jobs: int = 0,
     precision: str = "auto",
 ) -> RunLog:
-    """Run what runs/<scale>.jsonl lacks of the tables; `make_fabric` has precision, `runlog.run_missing` jobs."""
+    """Run what runs/<scale>.jsonl lacks for the tables; see `make_fabric` for precision, `run_missing` for jobs."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds)]
     store = runs_folder(PROJECT) / "artifacts"
@@ -105,7 +105,7 @@ class Subject:
     """A victim and everything that is tried on it; each part is trained when it is first asked for.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         seed: of every training and evaluation.
         fabric: device and precision.
         store: folder of trainings, finished and unfinished.
@@ -160,7 +160,7 @@ class Subject:
         return Victim(learner.q)
 
     def smoothed(self, victim: Victim) -> Victim:
-        """The victim behind its defence; itself where it has none."""
+        """The victim with its defence, or the victim itself if it has none."""
         if not self.s.smoothing:
             return victim
         module = Smoothed(victim.module, sizes(self.s.env)[0], self.s.smoothing)
@@ -184,7 +184,7 @@ class Subject:
         return learner.q.requires_grad_(False).eval()
 
     def warm_start(self, q: nn.Module) -> None:
-        """From the victim's weights where it is the same network; one of another kind is left as a fresh start."""
+        """Start from the victim's weights if it is the same network; otherwise keep the new weights."""
         try:
             q.load_state_dict(self.victim.module.state_dict())
         except RuntimeError:
@@ -243,7 +243,7 @@ class Subject:
         check: Callable | None = None,
         every: int = 0,
     ) -> list[dict]:
-        """Train into the store, go on from there, or take what is finished there; one process at a time."""
+        """Train into the store, resume from it, or reuse what is finished; one process at a time."""
         identity: dict[str, Any] = {"settings": self.s.key(kind)}
         if self.precision != "32-true":
             identity["precision"] = self.precision
@@ -364,7 +364,7 @@ class Subject:
         return lambda x: critic(x).argmax(1)
 
     def unlearned_targets(self) -> list[str]:
-        """Each constant action, and the script where there is one for the goal."""
+        """Each constant action, and the script if the goal has one."""
         scripted = self.s.env in SCRIPTED and isinstance(self.goal, Zone | GoalZone)
         return [*map(str, range(sizes(self.s.env)[1])), *(["scripted"] if scripted else [])]
 

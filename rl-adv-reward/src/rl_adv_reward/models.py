@@ -179,7 +179,7 @@ def to_unit(obs: Tensor) -> Tensor:
 
 
 def cleanrl_weights(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The policy's weights in a file of CleanRL's, and the atoms of its return distribution where it is a C51.
+    """The policy's weights in a CleanRL file, and the atoms of its return distribution if it is a C51.
 
     FileNotFoundError, or ValueError where it cannot be read.
     """
@@ -188,7 +188,7 @@ def cleanrl_weights(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
         saved = saved[0]
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: expected a state dict, got {type(saved).__name__}")
-    weights = dict(saved.get("model_weights", saved))  # c51 saves its arguments beside them
+    weights = dict(saved.get("model_weights", saved))  # c51 also saves its arguments
     return weights, weights.pop("atoms", None)
 
 
@@ -204,5 +204,5 @@ def load_weights(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle errors of a damaged or foreign file
+    except Exception as error:  # zip and pickle errors of a damaged or unknown file
         raise ValueError(f"{path}: cannot be read as a state dict ({str(error).splitlines()[0]})") from error

@@ -34,7 +34,7 @@ class Replay:
         capacity: transitions.
         num_envs: environments per row.
         obs_shape: (C, H, W), C frames of a stack, oldest first.
-        padding: what stands before an episode's first frame: "first" (repeated) or "zero".
+        padding: what precedes an episode's first frame: "first" (repeated) or "zero".
         device: where it lies.
 
     Raises:

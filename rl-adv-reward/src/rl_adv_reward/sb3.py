@@ -90,7 +90,7 @@ def _parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             data = json.loads(archive.read("data"))
             weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, JSON and pickle errors of a damaged or foreign file
+    except Exception as error:  # zip, JSON and pickle errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read as a stable-baselines3 archive ({reason})") from error
     return weights, data

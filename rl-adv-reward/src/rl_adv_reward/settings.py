@@ -1,4 +1,4 @@
-"""Everything a run may set, and the settings by environment and scale."""
+"""Everything that a run may set, and the settings by environment and scale."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Loop:
     iterations: int
     """steps of all environments"""
     num_envs: int
-    """environments stepped together"""
+    """number of environments stepped together"""
     batch_size: int
     """transitions per update"""
     updates: int
@@ -60,12 +60,12 @@ class Loop:
     sync_every: int
     """iterations between copies to the target network"""
     episode_steps: int
-    """after which an episode is cut off; 0: as usual"""
+    """steps after which an episode is cut off; 0: the environment's default"""
     explore: tuple[float, float, float]
     """exploration: first, last, and the share of the iterations between them"""
 
     def longer(self, times: int) -> Loop:
-        """So many times the iterations, with the same exploration at each of the first ones."""
+        """This many times the iterations, with unchanged exploration during the original ones."""
         first, last, share = self.explore
         return replace(self, iterations=times * self.iterations, explore=(first, last, share / times))
 
@@ -83,14 +83,14 @@ class Settings:
     bonus: float = 0.1
     """adversarial reward per step in a paddle zone"""
     low: float = -1.0
-    """lower end of the zone, share of the field; -1: the goal's own"""
+    """lower end of the zone, as a share of the field; -1: the goal's own"""
     high: float = -1.0
     """upper end of the zone; -1: the goal's own"""
     attack: str = "atn"
     """none, random-uniform, random-sign, fgsm, pgd, mad, timed, targeted-fgsm, targeted-pgd, atn; control: the target
-    itself acts (full control)"""
+    policy itself acts (full control)"""
     target: str = "critic"
-    """whose actions the targeted attacks and control take: critic, scripted (by hand) or an action's number"""
+    """target policy of the targeted attacks and of control: critic, scripted (hand-written) or an action's number"""
     learner: str = "critic"
     """how the ATN is trained: frozen_q (through the victim's head) or critic (distilled)"""
     eps: Fractional = 8 / 255
@@ -100,19 +100,19 @@ class Settings:
     quantize: bool = False
     """perturbed observations are 8-bit values"""
     temporal: str = "stack"
-    """what a step perturbs: the whole stack anew, or only the newest frame, earlier ones staying as they were"""
+    """what a step perturbs: the whole stack again, or only the newest frame, leaving earlier ones unchanged"""
     smoothing: Fractional = 0.0
-    """the victim's values are means over copies of what it sees with noise of this standard deviation"""
+    """the victim's values are means over noisy copies of its input, with this standard deviation"""
     measure: str = ""
-    """goal that the evaluation counts, if not the one trained for"""
+    """goal that the evaluation measures, if different from the training goal"""
     transfer: int = 0
     """evaluate on the victim of seed + transfer (the attack is trained on the victim of the run's seed)"""
     compare: bool = False
-    """evaluate all attacks that learn nothing and (critic) full control too: lead, success, normalised score"""
+    """also evaluate all attacks that do not learn and (critic) full control: lead, success, normalised score"""
     episodes: int = 30
     """of an evaluation"""
     episode_steps: int = 0
-    """after which an episode is cut off, in training too; 0: as usual (300 in MiniPong, 27,000 in Atari)"""
+    """steps after which an episode is cut off, also in training; 0: the default (300 in MiniPong, 27,000 in Atari)"""
     pgd_steps: int = 10
     """gradients per step of the game that PGD and MAD take"""
     eval_every: int = 1000
@@ -120,7 +120,7 @@ class Settings:
     save_every: int = 10_000
     """iterations between saves; each holds the replay"""
     num_envs: int = 64
-    """environments stepped together in training"""
+    """number of environments stepped together in training"""
     batch_size: int = 256
     """transitions per update"""
     updates: int = 1
@@ -134,7 +134,7 @@ class Settings:
     victim_iterations: int = 40_000
     """x num_envs steps"""
     victim_longest: int = 3
-    """times victim_iterations: so long a victim that fails its gate goes on training before it is given up"""
+    """as a multiple of victim_iterations: how long a victim that fails its gate trains on before it is given up"""
     victim_lr: float = 2.5e-4
     """learning rate of the victim"""
     victim_gamma: float = 0.99
@@ -146,7 +146,7 @@ class Settings:
     victim_explore: tuple[float, float, float] = (1.0, 0.01, 0.1)
     """exploration of the victim: first, last, share of the iterations between them"""
     victim_check_every: int = 1000
-    """iterations between checks of the victim's gate; training ends when it is passed. 0: checked at the end only"""
+    """iterations between checks of the victim's gate; training ends when it is passed; 0: checked only at the end"""
     victim_check_episodes: int = 20
     """episodes of a check"""
     frozen_iterations: int = 16_000
@@ -186,7 +186,7 @@ class Settings:
     adam_eps: float = 1.5e-4
     """epsilon of Adam"""
     timed_share: float = 0.25
-    """share of the steps, those of the clearest preference, at which the strategically timed attack strikes"""
+    """share of the steps (those with the clearest preference) at which the strategically timed attack strikes"""
 
     def __post_init__(self) -> None:
         for name in ("victim_explore", "frozen_explore", "critic_explore"):
@@ -205,7 +205,7 @@ class Settings:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def goal_options(self) -> dict[str, float]:
-        """What this run changes of its goal's preset."""
+        """What this run changes in its goal's preset."""
         options = {name: getattr(self, name) for name in ("low", "high") if getattr(self, name) >= 0}
         if self.goal in ("park", "paddle_zone"):
             options["bonus"] = self.bonus

@@ -1,4 +1,4 @@
-"""The training loop: any learner, many environments, a replay on the device; killed at any instant and continued.
+"""The training loop: any learner, many environments, a replay on the device; it can be killed at any time and resumed.
 
 One step of all environments, then the learner's updates. On the CPU a killed and continued MiniPong training ends
 bit-equal to one that was not. ALE's vector environment cannot save its state: there a continued training starts new
@@ -39,7 +39,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Fabric on one device; runs, not ranks, are what is spread over several.
 
     Args:
-        device: auto (CUDA where there is one), cpu or cuda.
+        device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
     """
     from lightning.fabric import Fabric  # seconds; who only reads tables need not wait
@@ -60,7 +60,7 @@ def own_reward(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, 
 
 
 class State(TypedDict):
-    """Where a training stands."""
+    """The state of a training."""
 
     iteration: int
     curve: list[dict]
@@ -69,7 +69,7 @@ class State(TypedDict):
 
 
 class Trained(NamedTuple):
-    """What a training leaves behind, beside the learner's weights."""
+    """What a training produces besides the learner's weights."""
 
     curve: list[dict]
     iterations: int
@@ -90,7 +90,7 @@ def fit(
     before: Callable[[int], None] = lambda iteration: None,
     compile: bool = False,
 ) -> Trained:
-    """Train; the same arguments give the same weights on a CPU (MiniPong), killed and started again or not.
+    """Train; the same arguments give the same weights on a CPU (MiniPong), even if it was killed and restarted.
 
     Args:
         learner: see learners.py; fresh.
@@ -110,7 +110,7 @@ def fit(
         The curve, one point per evaluation with the mean loss since the last, and the iterations done.
 
     Raises:
-        ValueError: a checkpoint that is damaged or of another run.
+        ValueError: a checkpoint that is damaged or from another run.
         RuntimeError: the loss became NaN or infinite.
     """
     run = json.loads(json.dumps({"loop": asdict(loop), "seed": seed, **(identity or {})}))
@@ -194,24 +194,24 @@ def write_atomically(path: Path, content: dict) -> None:
 
 
 def read(path: Path) -> dict:
-    """A file of `write_atomically` on the CPU. FileNotFoundError, or ValueError where it is damaged."""
+    """A file of `write_atomically` on the CPU. FileNotFoundError, or ValueError if it is damaged."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["run"], content["modules"]
-    except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
+    except Exception as error:  # zip, pickle and key errors of a damaged or unknown file
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a checkpoint of this project ({reason}); name another file") from error
     return content
 
 
 def _open(path: Path, run: dict, learner: Learner) -> dict:
-    """A checkpoint of this very run, its weights taken over. ValueError where it is of another."""
+    """Load a checkpoint of this run, with its weights. ValueError if it is from another run."""
     content = read(path)
     if content["run"] != run:
         parts = {key for key in run | content["run"] if run.get(key) != content["run"].get(key)}
-        raise ValueError(f"{path}: checkpoint of another run (other {', '.join(sorted(parts))}); name another file")
+        raise ValueError(f"{path}: checkpoint of another run (different {', '.join(sorted(parts))}); name another file")
     for name, module in learner.modules.items():
         module.load_state_dict(content["modules"][name])
     return content

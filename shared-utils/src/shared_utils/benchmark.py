@@ -38,7 +38,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of ours beside a peer's, or alone: a fact such as steps per second."""
+    """Samples of ours and of a peer, or ours alone: a fact such as steps per second."""
 
     what: str
     peer: str | None
@@ -60,7 +60,7 @@ class Timing:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none."""
+        """Whether the target is reached; None if there is no target."""
         if not self.target:
             return None
         sign, bound = self.target.split()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """A name beside `path` to write to. It becomes `path` when the block ends, and is removed where the block fails.
+    """A name next to `path` to write to. It becomes `path` when the block ends, and is removed if the block fails.
 
     A kill leaves the old file or the new one; processes that write the same file do not disturb each other. Folders are
     made.
@@ -36,4 +36,4 @@ def not_written(path: Path, error: Exception) -> OSError:
     """The error of `whole_file` for a file that could not be written."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
     free = shutil.disk_usage(path.parent).free / 2**20
-    return OSError(f"{path}: cannot be written ({reason}; {free:,.0f} MB are free there); make room, then go on")
+    return OSError(f"{path}: cannot be written ({reason}; {free:,.0f} MB are free there); make room, then run it again")

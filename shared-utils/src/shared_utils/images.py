@@ -14,7 +14,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 class BrokenFile(RuntimeError):
-    """A file that cannot be read to its end: one line with the file, the reason and what to do.
+    """A file that cannot be read completely: one line with the file, the reason and what to do.
 
     A DataLoader wraps an error of its workers in their traceback; only the line itself is kept.
     """
@@ -71,7 +71,7 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_files(folder: Path | str) -> tuple[list[Path], Counter[str]]:
-    """Image files below a folder in sorted order, and how many files were left out for which reason.
+    """Image files below a folder in sorted order, and the number of skipped files for each reason.
 
     Symbolic links are followed. Hidden files and folders (.DS_Store, .ipynb_checkpoints, ._cat.jpg) are passed over and
     counted as "hidden"; other files by their suffix.

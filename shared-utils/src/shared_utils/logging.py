@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def quiet() -> bool:
-    """No live output: stderr is no terminal, CI is set, or this is not rank 0."""
+    """No live output: stderr is not a terminal, CI is set, or this is not rank 0."""
     return not sys.stderr.isatty() or bool(os.environ.get("CI")) or rank() != 0
 
 
@@ -69,5 +69,5 @@ def progress() -> Progress:
 
 
 def console() -> Console:
-    """Console for tables on stdout; wide enough for them where stdout is no terminal."""
+    """Console for tables on stdout; wide enough for them if stdout is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=140)

@@ -20,7 +20,7 @@ class Need:
     what: str
     """such as "ImageNet-O (64 x 64 crops)" """
     remedy: str
-    """what to do where it is missing"""
+    """what to do if it is missing"""
     met: bool
 
 
@@ -44,7 +44,7 @@ def disk_space(folder: Path | str, megabytes: float) -> Need:
 
 
 def device_memory(gigabytes: float) -> Need:
-    """Memory of the CUDA device, where there is one."""
+    """Memory of the CUDA device, if there is one."""
     import torch
 
     what, remedy = f"{gigabytes:g} GB of device memory", "take a larger device or a smaller batch"

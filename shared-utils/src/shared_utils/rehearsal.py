@@ -59,7 +59,7 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
 
     Args:
         project: its folder, with rehearsal.toml.
-        tables: ids; none means all that have such a scale.
+        tables: ids; default: all tables with such a scale.
         debug: show tracebacks and everything that the commands print.
     """
     project = Path(project).resolve()
@@ -97,7 +97,7 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
 def shrunk(
     raw: dict[str, Any], smaller: dict[str, Any], in_rows: dict[str, Any], seeds: int, scale: str = SCALE
 ) -> dict[str, Any]:
-    """A table file with the first seeds only, and each named setting replaced at one scale where it is larger.
+    """A table file with the first seeds only, and each named setting reduced at one scale if it is larger.
 
     Settings of in_rows are replaced where a row names them; rows that do not have them stay without.
     """

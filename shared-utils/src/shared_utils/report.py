@@ -254,7 +254,7 @@ def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | N
 
 
 def _heads(table: Table, scale: str) -> dict[str, str]:
-    """What stands behind "published" and "measured" in the heads of columns."""
+    """What follows "published" and "measured" in column headings."""
     on = table.scales[scale].measured_on if scale in table.scales else ""
     return {
         "published": f"published: {table.published_on}" if table.published_on else "",

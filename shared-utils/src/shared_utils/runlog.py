@@ -41,13 +41,13 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
     """further facts, such as integer counts"""
     dataset: dict[str, Any] = field(default_factory=dict)
-    """name, images used (of each class where it is a subset) and checksum"""
+    """name, images used (of each class if it is a subset) and checksum"""
     weights: dict[str, str] = field(default_factory=dict)
     """name and SHA-256 of pretrained weights"""
     precision: str = "32-true"
     """as Fabric names it"""
     caveats: Sequence[str] = ()
-    """why the figures must not stand beside the paper's, such as "3 files skipped" """
+    """why the figures cannot be compared with the paper's, such as "3 files skipped" """
 
 
 def key_of(record: dict) -> tuple:
@@ -90,7 +90,7 @@ class RunLog:
         return len([line for line in new if line != b"\n"])
 
     def records(self) -> list[dict]:
-        """All records, the last of each run; lines that are no record are reported and skipped."""
+        """All records, the last of each run; lines that are not records are reported and skipped."""
         found: dict[tuple, dict] = {}
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().splitlines(), 1):

@@ -38,7 +38,7 @@ class Row:
     scales: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     home: Table | None = None
-    """the table whose row of this name is run and logged, where it is not this one"""
+    """the table whose row of this name is run and logged, if not this one"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Table:
     """data and network of the published figures; heads their column"""
 
     def row(self, name: str) -> Row:
-        """The row of a name. ValueError where there is none."""
+        """The row of a name. ValueError if there is none."""
         _known(self.id, "row", [name], [row.name for row in self.rows])
         return next(row for row in self.rows if row.name == name)
 

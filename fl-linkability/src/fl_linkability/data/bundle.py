@@ -162,7 +162,7 @@ class FederatedBundle:
     background: Background
     n_classes: int
     skipped: int = 0
-    """broken files that were left out"""
+    """broken files that were skipped"""
 
     @property
     def multi_label(self) -> bool:

@@ -71,7 +71,7 @@ def prepare(folder: Path, cache: Path) -> tuple[Tensor, Tensor, np.ndarray]:
 
 
 def leaf_files(folder: Path) -> list[Path]:
-    """LEAF's files, without hidden ones. FileNotFoundError where there is none."""
+    """LEAF's files, without hidden ones. FileNotFoundError if there are none."""
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"{folder}: no JSON of LEAF; see `fl-linkability data`")
@@ -91,7 +91,7 @@ def _convert(paths: list[Path], images: Path, facts: Path) -> None:
 
 
 def read_leaf(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Writers of one file: name, x float32 (n, 784) as stored, y int64 (n,). ValueError where it is not LEAF's."""
+    """Writers of one file: name, x float32 (n, 784) as stored, y int64 (n,). ValueError if it is not LEAF's."""
     try:
         with open(path, "rb") as file:
             for name, data in ijson.kvitems(file, "user_data", use_float=True):

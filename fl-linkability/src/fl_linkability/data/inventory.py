@@ -1,4 +1,4 @@
-"""What the experiments read, where it is looked for, and what to do where it is missing."""
+"""What the experiments read, where it is looked for, and what to do if it is missing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def verify(data_root: Path) -> Iterator[tuple[str, int]]:
-    """Read every file of each set that is there to its end: name and number of images.
+    """Read every file of each set that is there completely: name and number of images.
 
     Raises:
         BrokenFile: an image that is truncated or no image.

@@ -19,7 +19,7 @@ ROLES = {"prior": PRIOR, "anonymous": ANONYMOUS}
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it is, whose, what it shows, and on which device in which role where the list says so."""
+    """One image: path, user, labels, and, if the list says so, device and role."""
 
     path: Path
     user: str
@@ -65,7 +65,7 @@ def read_table(path: Path, users: bool = True) -> list[Item]:
 
 
 def _lines(path: Path, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Number and cells of each line, without the spaces around them; a mark at the file's start is passed over."""
+    """Number and cells of each line, without the spaces around them; a byte-order mark is skipped."""
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except UnicodeDecodeError as error:
@@ -85,7 +85,7 @@ def _lines(path: Path, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]
 
 
 def read_flair(folder: Path) -> tuple[list[Item], list[Item]]:
-    """FLAIR: labels_and_metadata.json beside small_images/<image_id>.jpg; a user's images in the order of their ids.
+    """FLAIR: labels_and_metadata.json next to small_images/<image_id>.jpg; a user's images in the order of their ids.
 
     Returns:
         the images of users of the partition train, and those of the others: the background.

@@ -205,7 +205,7 @@ def near_duplicates(images: Tensor | Rows, user: np.ndarray, role: np.ndarray) -
         mine = user == who
         drop |= mine & (role == ANONYMOUS) & np.isin(hashes, hashes[mine & (role == PRIOR)])
     if drop.any():
-        logger.warning("%d anonymous images that the user's prior device has as well were left out", drop.sum())
+        logger.warning("%d anonymous images that are also on the user's prior device were left out", drop.sum())
     return drop
 
 

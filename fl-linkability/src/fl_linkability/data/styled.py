@@ -160,7 +160,7 @@ def _restyled(
 
 
 def _balanced(pool: tuple[Tensor, Tensor], size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A class-balanced subset, or everything where the pool is no larger."""
+    """A class-balanced subset, or everything if the pool is not larger."""
     x, y = pool
     if size >= len(x):
         return x, y

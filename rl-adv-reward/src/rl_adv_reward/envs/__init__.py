@@ -32,7 +32,7 @@ class Environment:
     background: float
     """grey of most pixels, in [0, 1]; networks subtract it"""
     padding: str
-    """what stands before the first frame of an episode in a stack: "first" (repeated) or "zero" """
+    """what precedes the first frame of an episode in a stack: "first" (repeated) or "zero" """
     gate: str
     """the metric of an evaluation that a victim must pass before it may be attacked ..."""
     bounds: tuple[float, float]

@@ -17,7 +17,7 @@ PONG_BALL_COLUMNS = (slice(0, 7), slice(12, 72))  # right and left of the enemy'
 PONG_LINE = 10.0  # column of the enemy's line (RAM x = 68)
 PONG_AGENT = slice(73, 76)
 PONG_FASTEST = 4.5  # columns per step
-BALL_PIXELS = 16  # more than that is no ball: the zero padding before an episode's first frame
+BALL_PIXELS = 16  # more than that is not a ball: the zero padding before an episode's first frame
 BREAKOUT_ROW, BREAKOUT_FIELD = 75, slice(4, 80)
 
 
