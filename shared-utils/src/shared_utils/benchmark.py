@@ -32,7 +32,7 @@ from shared_utils.logging import console, progress
 SAMPLE_MS = 20.0  # work that is shorter is called several times per sample
 CAPTION = (
     "ratio: how many times ours is faster or smaller, median (min .. max); a target of 1/1.4 allows ours 1.4 times "
-    "the peer's cost. ms: CPU time with one thread on a CPU, else wall time, as are s"
+    "the peer's cost. ms: CPU time with one thread on a CPU, otherwise wall time; s: wall time"
 )
 
 

@@ -155,7 +155,7 @@ def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, d
 
 
 def _holm(alone: list[Verdict], level: float = 0.05) -> list[Verdict]:
-    """Holm's correction: a table that makes many claims decides one only where it would stand among all of them."""
+    """Holm's correction: of several claims in a table, only those are decided that survive it over all of them."""
     judged = [number for number, verdict in enumerate(alone) if verdict.effect is not None]
     corrected, decided = list(alone), True
     for rank, number in enumerate(sorted(judged, key=lambda number: alone[number].p_value)):
