@@ -229,8 +229,9 @@ def test_a_federation_of_texts(archives, name):
     assert len(outcome.details["users"]["user_accuracy"]) == bundle.users.n_users
     chance = run.measure(replace(run.settings, measure="utility", learner="chance")).metrics["user_accuracy"]
     assert chance == pytest.approx(500 / bundle.n_classes) if words else 1 < chance < 2
-    with pytest.raises(ValueError, match="learner k-nn compares images"):
-        run.measure(replace(run.settings, measure="utility", learner="k-nn"))
+    for refused in ({"measure": "utility", "learner": "k-nn"}, {"measure": "images"}):
+        with pytest.raises(ValueError, match=f"compares images, {name} has texts"):
+            run.measure(replace(run.settings, **refused))
 
 
 def test_utility_of_words_and_numbers(archives):
@@ -258,7 +259,9 @@ def test_a_blog_s_older_half_is_the_prior_one(tmp_path):
     for user in "ab":
         posts = [post(f"{day},May,2004", f"{user}{day} too") for day in range(31, 11, -1)]
         (tmp_path / f"blog/blogs/{user}.male.15.Student.Leo.xml").write_text("".join(posts))
-    users = experiment(tmp_path, "blog", shard="chrono").bundle.users
+    bundle = experiment(tmp_path, "blog", shard="chrono").bundle
+    users = bundle.users
+    assert (bundle.user_test[0][:, 0] == UNKNOWN).all(), "held-out sentences have no part in the vocabulary"
     first, second = (users.of_device(device)[0][:, 0] for device in (2, 3))
     assert len(first) == len(second) > 7 and first.max() < second.min()
 
