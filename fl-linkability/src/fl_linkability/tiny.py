@@ -96,8 +96,9 @@ def _reviews(folder: Path, rng: np.random.Generator) -> None:
     """A JSON object in each line, users and dates mixed; and Amazon's, one of which has no text."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number in range(2 * PER_DEVICE * USERS + 3):
-        user, stars = number % (USERS + 1), float(rng.integers(1, 6))
+    for number in range(2 * PER_DEVICE * USERS + 3):  # the last user has too few
+        user = number % USERS if number < 2 * PER_DEVICE * USERS else USERS
+        stars = float(rng.integers(1, 6))
         date = f"20{10 + number % 8}-03-{1 + number % 28:02d} 20:12:14"
         lines.append({
             "review_id": f"r{number}", "user_id": f"user {user} ü", "business_id": "b", "stars": stars, "useful": 0,
