@@ -15,7 +15,7 @@ from fl_linkability.evaluate import predict, utility
 from fl_linkability.experiments import run_tables
 from fl_linkability.federation import FedAvgConfig
 from fl_linkability.mitigations import Background, CentralDP, Compose, GaussianNoise
-from fl_linkability.models import CNN, MLP, Head
+from fl_linkability.models import CNN, MLP, Head, TextLSTM
 from fl_linkability.models.mobilenet import MobileNetV2
 from fl_linkability.recording import difference, float_arrays
 from fl_linkability.train import (
@@ -90,6 +90,28 @@ def test_labels_that_do_not_exclude_each_other(engine):
             deltas = torch.stack(parts)
         found[device] = deltas.cpu().numpy()
     assert relative_gap(found[DEVICE], found["cpu"]) < 0.05
+
+
+@pytest.mark.parametrize("next_word", [True, False])
+@pytest.mark.parametrize("engine", ["batched", "loop"])
+def test_updates_of_an_lstm_are_the_cpu_s(engine, next_word):
+    """Texts of several lengths, padded; in float32 whatever the precision."""
+    generator, local = torch.Generator().manual_seed(0), LocalSGD(2, 4, 0.2)
+    x = torch.randint(1, 9, (10, 6), generator=generator) * (torch.arange(6) < torch.arange(10)[:, None] % 4 + 3)
+    y = x.roll(-1, 1) if next_word else torch.rand(10, generator=generator)
+    order, found = epoch_orders(10, 2, np.random.default_rng(0)), {}
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        fabric, model = make_fabric(device), TextLSTM(9, 4, 5, next_word)
+        model = model.to(fabric.device)
+        state, data = trained_state(model), (x.to(fabric.device), y.to(fabric.device))
+        if engine == "batched":
+            rows, weights = (part.to(fabric.device) for part in batch_table([order], [0], 4))
+            delta, _ = train_batched(model, state, *data, rows, weights, local, fabric.autocast)
+        else:
+            delta = train_one(model, state, *data, order, local, fabric.autocast)[0][None]
+        found[device] = delta.cpu().numpy()
+    assert relative_gap(found[DEVICE], found["cpu"]) < 0.01
 
 
 @pytest.mark.parametrize("bn, engine", [("frozen", "batched"), ("local", "loop"), ("sent", "loop")])

@@ -120,7 +120,7 @@ def test_roles_of_devices():
 def test_wrong_types_and_settings_of_users():
     with pytest.raises(TypeError, match="x must be float32, float64, uint8 or int64 .tokens., got torch.int32"):
         Background(torch.zeros(2, 3).int(), torch.zeros(2).long())
-    with pytest.raises(TypeError, match="y must be int64 classes or float32"):
+    with pytest.raises(TypeError, match="y must be int64 classes or words, or float32"):
         Background(torch.zeros(2, 3), torch.zeros(2).int())
     for change, message in (
         ({"n_users": 1}, "need 2 users"),
@@ -346,6 +346,6 @@ def test_flair_is_in_the_order_of_flickr_s_numbers(tmp_path):
 
 def test_inventory(tmp_path, write_mnist):
     missing = {row[0] for row in inventory(tmp_path) if row[4] == "no"}
-    assert len(missing) == 6 and "MNIST" in missing
+    assert len(missing) == 8 and "MNIST" in missing
     write_mnist(tmp_path)
     assert "MNIST" not in {row[0] for row in inventory(tmp_path) if row[4] == "no"}

@@ -177,7 +177,7 @@ def test_group_sums():
         (lambda: Background(BX, BY, "random", float("nan")), "ratio must lie in"),
         (lambda: Background(BX, BY, "cluster", 1.0), "needs the cluster of each of the 50"),
         (lambda: Background(BX[:0], BY[:0], "random", 1.0), "the background is empty"),
-        (lambda: Background(BX, torch.zeros(50, 3), "adversarial", 1.0), "the background is multi-label"),
+        (lambda: Background(BX, torch.zeros(50, 3), "adversarial", 1.0), "the background has labels"),
         (lambda: GaussianNoise(float("nan")), "std must be finite"),
         (lambda: Clip(0.0), "the clipping norm must be positive and finite, got 0.0"),
         (lambda: Clip(float("nan")), "the clipping norm must be positive"),

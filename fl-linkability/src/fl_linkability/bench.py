@@ -1,15 +1,17 @@
-"""Speed of the batched trainer, of Flower's messages and of Ray on the same inputs; equality is checked first."""
+"""Speed of the batched trainer against a loop and JAX, of Flower's messages and of Ray; equality is checked first."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import chain
 from typing import cast
 
 import numpy as np
 import torch
 
+from fl_linkability.bench_jax import Work, fedjax_round, whole_round
 from fl_linkability.catalogue import PROJECT
 from fl_linkability.data.styled import make_digits_users
 from fl_linkability.engines import simulate
@@ -19,7 +21,9 @@ from fl_linkability.models import MLP
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import LocalSGD, batch_table, epoch_orders, train_batched, train_one, trained_state
 from shared_utils.benchmark import Timing, in_turn, report
+from shared_utils.logging import get_logger
 
+logger = get_logger("fl_linkability")
 CLIENTS, SAMPLES = 80, 64
 CPU = torch.device("cpu")
 
@@ -28,7 +32,8 @@ def run(repeats: int, threads: int, ray: bool) -> None:
     """Measure every comparison into runs/bench.json and print the table; Ray's seconds where asked."""
     torch.set_num_threads(threads)
     timings = chain(_trainers(repeats), _messages(repeats), _ray() if ray else ())
-    report("fl-linkability", timings, PROJECT, PACKAGES, {"repeats": repeats, "ray": ray})
+    packages = [*PACKAGES, *(name for name in ("jax", "fedjax") if find_spec(name))]
+    report("fl-linkability", timings, PROJECT, packages, {"repeats": repeats, "ray": ray})
 
 
 def _trainers(repeats: int) -> Iterator[Timing]:
@@ -60,6 +65,21 @@ def _trainers(repeats: int) -> Iterator[Timing]:
         torch.testing.assert_close(batched(model)(), loop(), rtol=0, atol=1e-5)
         times = in_turn(batched(model), loop, repeats, CPU)
         yield Timing(f"{what}, {CLIENTS} clients", "a loop over the clients", *times, target=target)
+
+    net = MLP()
+    peers = {"jax": ("a whole round compiled by JAX (vmap)", whole_round), "fedjax": ("FedJAX's own", fedjax_round)}
+    for package, (peer, make) in peers.items():
+        if not find_spec(package):
+            logger.info("%s is not installed (pip install fedjax): its row is left out", package)
+            continue
+        round_of, ours = make(trained_state(net), x, y, local.lr), batched(net)
+
+        def theirs(round_of: Work = round_of) -> np.ndarray:
+            return round_of(*batch_table(orders, starts, local.batch_size))
+
+        np.testing.assert_allclose(ours().numpy(), theirs(), rtol=0, atol=1e-5)
+        what = f"batched, the MLP's own gradient, {CLIENTS} clients"
+        yield Timing(what, peer, *in_turn(ours, theirs, repeats, CPU))
 
 
 class _WithoutOwnForms(torch.nn.Module):

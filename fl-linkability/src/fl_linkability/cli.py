@@ -232,7 +232,7 @@ class Data:
             from fl_linkability.data.inventory import verify
 
             for name, count in verify(self.data_root):
-                console().print(f"{name}: {count:,} images read to the end", highlight=False)
+                console().print(f"{name}: {count:,} images or texts read to the end", highlight=False)
             return
         grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory(self.data_root):

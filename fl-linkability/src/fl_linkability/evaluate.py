@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fl_linkability.attacks import identify, pair_scorer
-from fl_linkability.data.bundle import ANONYMOUS, PRIOR, FederatedBundle, Rows
+from fl_linkability.data.bundle import ANONYMOUS, NOTHING, PRIOR, FederatedBundle, Rows, task_of
 from fl_linkability.features import cosine, device_means
 from fl_linkability.linkage import (
     identification_metrics,
@@ -29,42 +28,62 @@ from fl_linkability.store import UpdateStore
 from fl_linkability.train import State, as_input
 
 REPLICATES = 200
+WORDS_TRIED = 5  # top-5 accuracy, as in the paper
 
 
 def predict(model: nn.Module, state: State, x: Tensor | Rows, batch_size: int = 1024) -> Tensor:
-    """Logits float32 (n, classes) on the CPU, in evaluation mode."""
+    """Outputs float32 (n, ...) on the CPU, in evaluation mode."""
+    return torch.cat(list(_outputs(model, state, x, batch_size)))
+
+
+def _outputs(model: nn.Module, state: State, x: Tensor | Rows, batch_size: int) -> Iterator[Tensor]:
     model.eval()
     device = next(iter(state.values())).device
     with torch.no_grad():
-        parts = [functional_call(model, state, (as_input(part.to(device)),)) for part in x.split(batch_size)]
-    return torch.cat(parts).float().cpu()
+        for part in x.split(batch_size):
+            yield functional_call(model, state, (as_input(part.to(device)),)).float().cpu()
 
 
 def utility(bundle: FederatedBundle, model: nn.Module, state: State) -> dict:
-    """Utility in %: on held-out images of the users, by user, and on the population test set.
+    """Utility on held-out samples of the users, by user, and on the population test set.
 
-    Accuracy for one class per image; for multi-label data mean AP over the classes that occur (not split by user).
+    In %: accuracy for one class per image, mean AP over the labels that occur (not split by user), top-5 accuracy for
+    words. For numbers the mean absolute error.
     """
     x, y, user = bundle.user_test
-    score = _macro_ap_of if bundle.multi_label else _accuracy
-    logits = predict(model, state, x)
-    result: dict[str, Any] = {
-        "user": score(logits, y),
-        "population": score(predict(model, state, bundle.test[0]), bundle.test[1]),
+    if bundle.task == "labels":
+        tests = {"user": (x, y), "population": bundle.test}
+        return {name: macro_ap(predict(model, state, x).double().numpy(), y.numpy()) for name, (x, y) in tests.items()}
+    unit = 1 if bundle.task == "number" else 100
+    hits, count = _points(model, state, x, y)
+    all_hits, all_count = (hits, count) if bundle.test[0] is x else _points(model, state, *bundle.test)
+    of_user, per_user = (
+        torch.zeros(bundle.users.n_users, dtype=torch.float64).index_add_(0, user, each) for each in (hits, count)
+    )
+    return {
+        "user": unit * (hits.sum() / count.sum()).item(),
+        "population": unit * (all_hits.sum() / all_count.sum()).item(),
+        "by_user": (unit * of_user / per_user).tolist(),
     }
-    if not bundle.multi_label:
-        hits = (logits.argmax(1) == y).double()
-        totals = torch.zeros(bundle.users.n_users, dtype=torch.float64).index_add_(0, user, hits)
-        result["by_user"] = (100 * totals / torch.bincount(user, minlength=len(totals))).tolist()
-    return result
 
 
-def _accuracy(logits: Tensor, y: Tensor) -> float:
-    return 100 * (logits.argmax(1) == y).double().mean().item()
-
-
-def _macro_ap_of(logits: Tensor, y: Tensor) -> float:
-    return macro_ap(logits.double().numpy(), y.numpy())
+def _points(model: nn.Module, state: State, x: Tensor | Rows, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each sample, float64 (n,): hits (of a number: its absolute error), and how many there could be."""
+    task = task_of(y)
+    size = 64 if task == "words" else 1024  # a text has an output for each word of the vocabulary at each place
+    parts = []
+    for outputs, target in zip(_outputs(model, state, x, size), y.split(size), strict=True):
+        count = torch.ones(len(target))
+        if task == "words":
+            best, asked = outputs.topk(min(WORDS_TRIED, outputs.shape[2]), 2).indices, target != NOTHING
+            hits, count = ((best == target.unsqueeze(2)).any(2) & asked).sum(1), asked.sum(1)
+        elif task == "number":
+            hits = (outputs - target).abs()
+        else:
+            hits = outputs.argmax(1) == target
+        parts.append(torch.stack([hits.double(), count.double()]))
+    hits, count = torch.cat(parts, 1)
+    return hits, count
 
 
 def macro_ap(scores: np.ndarray, y: np.ndarray) -> float:

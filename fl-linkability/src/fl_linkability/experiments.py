@@ -21,13 +21,14 @@ from fl_linkability import catalogue, mitigations, studies
 from fl_linkability.data.bundle import ANONYMOUS, Background, FederatedBundle, Rows
 from fl_linkability.data.load import load_bundle
 from fl_linkability.data.reading import Reading
+from fl_linkability.data.texts import word_vectors
 from fl_linkability.engines import SimulationResult, simulate
-from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, utility
+from fl_linkability.evaluate import WORDS_TRIED, Adversary, macro_ap, mean_utility, utility
 from fl_linkability.federation import FedAvgConfig
 from fl_linkability.mitigations import Mitigation
 from fl_linkability.models import build_model
 from fl_linkability.needs import caveats, weights
-from fl_linkability.settings import DATA_SETTINGS, Settings
+from fl_linkability.settings import BACKGROUND_KINDS, DATA_SETTINGS, Settings
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import (
     LocalSGD,
@@ -289,11 +290,13 @@ def _background_only(run: Experiment) -> tuple[dict, dict]:
 def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
     """Table 2, K-NN: ten nearest of all users' images, by pixels or by the features of a frozen network."""
     users, result = run.bundle.users, {}
-    model = (KNeighborsRegressor if run.bundle.multi_label else KNeighborsClassifier)(10)
+    if run.bundle.vocabulary:
+        raise ValueError(f"learner k-nn compares images, {run.bundle.name} has texts")
+    model = (KNeighborsRegressor if run.bundle.task == "labels" else KNeighborsClassifier)(10)
     model.fit(as_input(users.x[:]).flatten(1).numpy(), users.y.numpy())
     for name, (x, y) in (("user", run.bundle.user_test[:2]), ("population", run.bundle.test)):
         guess = model.predict(as_input(x[:]).flatten(1).numpy())
-        if run.bundle.multi_label:  # shares of the ten that have each label
+        if run.bundle.task == "labels":  # shares of the ten that have each label
             result[name] = macro_ap(guess, y.numpy())
         else:
             result[name] = 100 * float((guess == y.numpy()).mean())
@@ -301,9 +304,15 @@ def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
 
 
 def _chance(run: Experiment) -> tuple[dict, dict]:
-    """Uniform guessing: 1/classes, or the mean share of positives."""
+    """Uniform guessing: 1/classes, five words of all, the mean share of positives, or the error of a random number."""
     bundle = run.bundle
-    chance = 100 * float(bundle.test[1].mean()) if bundle.multi_label else 100 / bundle.n_classes
+    if bundle.task == "labels":
+        chance = 100 * float(bundle.test[1].mean())
+    elif bundle.task == "number":
+        guesses = torch.arange(1, bundle.n_classes + 1)
+        chance = float((bundle.test[1][:, None] - guesses).abs().mean())
+    else:
+        chance = 100 * (WORDS_TRIED if bundle.task == "words" else 1) / bundle.n_classes
     return {"user_accuracy": chance, "population_accuracy": chance}, {}
 
 
@@ -364,21 +373,13 @@ def _one_mitigation(name: str, s: Settings, bundle: FederatedBundle, seed: int) 
     return Mitigation(s.who)
 
 
-BACKGROUND_KINDS = {
-    "bkg-repl": "repl",
-    "rand-aug": "random",
-    "mm-aug": "cluster",
-    "calibrated": "calibrated",
-    "decoys": "adversarial",
-}
-
-
 def cluster_background(background: Background, clusters: int, seed: int) -> np.ndarray:
-    """Modes of the background by k-means, (n,): on its features where it was embedded, else on its pixels."""
+    """Modes of the background by k-means, (n,): on features where it was embedded, on words, or else on pixels."""
     vectors = background.x if background.features is None else background.features
     if not 1 <= clusters <= len(vectors):
         raise ValueError(f"clusters must lie in 1 .. {len(vectors)} (background samples), got {clusters}")
-    flat = as_input(vectors[:]).flatten(1).numpy()
+    words = vectors.dtype == torch.int64
+    flat = word_vectors(vectors[:].numpy(), seed) if words else as_input(vectors[:]).flatten(1).numpy()
     return KMeans(clusters, n_init=3, random_state=seed).fit_predict(flat)
 
 

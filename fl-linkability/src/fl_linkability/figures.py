@@ -24,6 +24,17 @@ COLOURS = {
 }  # fmt: skip
 
 
+# Of the frontier: by a part of a row's name, from the most to the least special.
+FAMILIES = {
+    "DP": "tab:purple", "sum of": "tab:cyan", "noise": "tab:red", "clip": "tab:gray", "mm-aug": "tab:blue",
+    "bkg-repl": "tab:green", "decoys": "tab:olive", "calibrated": "tab:brown", "random": "tab:orange",
+    "pretraining": "tab:pink", "jitter": "darkcyan", "none": "black",
+}  # fmt: skip
+FRONTIER = ("T5", "T6", "T6b")
+# Rows of figure-12 whose labels stand under their points.
+BELOW = ("none, 3 local epochs", "mm-aug, M = 40, a = 2", "rand-aug, a = 0.5", "rand-aug, a = 2")
+
+
 def draw_all(tables: list[Table], results: Path) -> None:
     """Draw every figure at the scale closest to the paper's that was measured."""
     (results / "figures").mkdir(parents=True, exist_ok=True)
@@ -33,6 +44,9 @@ def draw_all(tables: list[Table], results: Path) -> None:
         for scale in SCALES:
             found = measured(table, scale, results)
             if found:
+                if table.id == FRONTIER[0]:
+                    for more in (each for each in tables if each.id in FRONTIER[1:]):
+                        found = measured(more, scale, results) | found
                 figure = DRAW[table.id](scale, found)
                 figure.savefig(results / "figures" / f"{table.id}.png", dpi=90, metadata={"Software": None})
                 plt.close(figure)
@@ -61,39 +75,80 @@ def _spread(records: list[dict], metric: str) -> float:
 
 def _trade_off(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
     """F1: utility relative to no mitigation against the attack; ours left, the paper's points right."""
-    figure, axes = plt.subplots(1, 5, figsize=(19, 4), layout="constrained", width_ratios=[1.9, 1, 1, 1, 1])
-    base = next(row for row in found if row.endswith(", none"))
-    drawn = set()
+    figure, axes = plt.subplot_mosaic(
+        [["ours", "ours", "PIPA", "OpenImages"], ["ours", "ours", "Blog", "Yelp"]],
+        figsize=(11, 5), layout="constrained",
+    )  # fmt: skip
+    by_set: dict[str, dict[str, list[dict]]] = defaultdict(dict)
     for row, records in found.items():
-        name = row.split(", ", 1)[1]
-        kind = name.split(",")[0]
-        x, y = _mean(records, "times_chance_ap"), _mean(records, "user_accuracy") / _mean(found[base], "user_accuracy")
-        label = kind if kind not in drawn else None
-        drawn.add(kind)
-        axes[0].errorbar(
-            x, y, xerr=_spread(records, "times_chance_ap"), color=COLOURS[kind], marker="o", capsize=2, label=label
-        )
-        label = name.partition(", ")[2]
-        axes[0].annotate(label, (x, y), fontsize=6, xytext=(2, 4), textcoords="offset points", rotation=40)
-    axes[0].set_title(f"ours, {base.split(',')[0]} (scale {scale}, mean and sd)", fontsize=9)
-    published = defaultdict(list)
+        dataset, name = row.split(", ", 1)
+        by_set[dataset][name] = records
+    for marker, (dataset, rows) in zip("osD^v", by_set.items(), strict=False):
+        base = _mean(rows["none"], "user_accuracy")
+        for name, records in rows.items():
+            kind, _, label = name.partition(", ")
+            y = _mean(records, "user_accuracy") / base
+            x = _mean(records, "times_chance_ap")
+            axes["ours"].errorbar(
+                x, 1 / y if dataset == "Yelp" else y, xerr=_spread(records, "times_chance_ap"),
+                color=COLOURS[kind], marker=marker, capsize=2,
+            )  # fmt: skip
+            if len(by_set) == 1:
+                place = (0, -14 if name in BELOW else 7)
+                axes["ours"].annotate(label, (x, y), fontsize=8, xytext=place, textcoords="offset points", ha="center")
+    axes["ours"].set_title(f"ours, {', '.join(by_set)} (scale {scale}, mean and sd)", fontsize=10)
+    axes["ours"].set_ylabel("utility relative to no mitigation")
     for line in _published("figure-12"):
         point = float(line["adversary_AP_times_chance"]), float(line["utility_relative"])
-        published[line["dataset"], line["strategy"]].append(point)
-    for panel, dataset in zip(axes[1:], ("PIPA", "OpenImages", "Blog", "Yelp"), strict=True):
-        for (name, kind), points in published.items():
-            if name == dataset:
-                panel.plot(*np.array(points).T, "o-", color=COLOURS[kind], markersize=4, linewidth=1, label=kind)
-        panel.set_title(f"published, {dataset}", fontsize=9)
-    for panel in axes:
+        axes[line["dataset"]].plot(*point, "o", color=COLOURS[line["strategy"]], markersize=4)
+    for name, panel in axes.items():
         panel.set_xscale("log")
         panel.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
         panel.minorticks_off()
-        panel.set_xlabel("re-identification, times chance (AP)")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    axes[0].set_ylim(top=1.35)
-    axes[0].set_ylabel("utility relative to no mitigation")
+        if name != "ours":
+            panel.set_title(f"published, {name}", fontsize=10)
+            panel.set_xlim(0.3, 250)
+    axes["ours"].set_xlim(1.3, 100)
+    for kind in ("none", "noise", "bkg-repl", "rand-aug", "mm-aug"):
+        axes["ours"].plot([], [], "o", color=COLOURS[kind], label=kind)
+    axes["ours"].legend(fontsize=9, loc="lower right")
+    figure.supxlabel("re-identification, times chance (AP)", fontsize=10)
+    return figure
+
+
+def _frontier(scale: str, found: dict[str, list[dict]]) -> plt.Figure:
+    """F1: accuracy against top-1 of each mitigation, numbered; hollow where it does not hide from this adversary.
+
+    Secure aggregation: the best match of a sum is among its senders.
+    """
+    figure, panel = plt.subplots(figsize=(9.5, 5), layout="constrained")
+    taken: list[tuple[float, float]] = []
+    sums = [records for row, records in found.items() if row.startswith("sum of")]
+    if sums:
+        points = [(_mean(records, "hit"), _mean(records, "population_accuracy")) for records in sums]
+        label = "sums of 2 to 4 (secure aggregation)"
+        panel.plot(*np.array(points).T, "s", color="tab:cyan", label=label, markersize=5)
+    numbered = [row for row in found if not row.startswith(("sum", "single"))]
+    for number, row in enumerate(sorted(numbered, key=lambda row: _mean(found[row], "top1")), 1):
+        x, y = _mean(found[row], "top1"), _mean(found[row], "population_accuracy")
+        colour = next(FAMILIES[part] for part in FAMILIES if part in row)
+        fill = "none" if "central" in row or "anonymous devices only" in row else "full"
+        label = f"{number}  {row.replace(', C = 0.5', '')}"
+        if "local DP" in row:
+            label += f" ({_mean(found[row], 'epsilon'):,.0f} in the run)"
+        panel.plot(x, y, "o", color=colour, fillstyle=fill, label=label)
+        close = any(abs(np.log(x / other)) < 0.12 and abs(y - level) < 6 for other, level in taken)
+        taken.append((x, y))
+        place = (9, -3) if close else (0, 6)
+        panel.annotate(f"{number}", (x, y), fontsize=8, xytext=place, textcoords="offset points", ha="center")
+    panel.axvline(100 / _mean(found["none"], "known_users"), color="grey", linestyle=":", label="chance")
+    panel.set(xscale="log", xlim=(2, 110), xlabel="re-identification, top-1 (%)", ylabel="accuracy, population (%)")
+    panel.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    panel.set_title(f"An adversary who mitigates as well, centroid attack (scale {scale})", fontsize=10)
     return figure
 
 
@@ -192,6 +247,7 @@ DRAW: dict[str, Callable[[str, dict[str, list[dict]]], plt.Figure]] = {
     "figure-12": _trade_off,
     "figure-8": _stages,
     "F3": _users,
+    "T5": _frontier,
     "table-5": _layers,
     "figure-5": _by_count("figure-5", "prior_examples_per_user", "prior examples of a user"),
     "figure-6": _by_count("figure-6", "training_updates_per_user", "known updates of a user (ours: all are about 20)"),

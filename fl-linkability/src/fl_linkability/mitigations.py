@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fl_linkability import privacy
-from fl_linkability.data.bundle import Rows
+from fl_linkability.data.bundle import Rows, task_of
 from fl_linkability.styles import apply_styles, random_styles
 
 KINDS = ("repl", "random", "cluster", "calibrated", "adversarial")
@@ -103,8 +103,8 @@ class Background(Mitigation):
         if kind == "cluster" and (cluster is None or len(cluster) != len(x)):
             raise ValueError(f"kind 'cluster' needs the cluster of each of the {len(x)} background samples")
         if kind in ("calibrated", "adversarial"):
-            if y.is_floating_point():
-                raise ValueError(f"kind {kind!r} needs one class per sample, the background is multi-label")
+            if (task := task_of(y)) != "class":
+                raise ValueError(f"kind {kind!r} needs one class per sample, the background has {task}")
             self.by_class = [np.flatnonzero(y.numpy() == c) for c in range(int(y.max()) + 1)]
         self.x, self.y, self.kind, self.ratio, self.cluster = x, y, kind, ratio, cluster
 

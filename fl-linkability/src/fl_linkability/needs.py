@@ -11,10 +11,10 @@ import torch
 from fl_linkability.data.bundle import FederatedBundle
 from fl_linkability.data.inventory import SETS
 from fl_linkability.data.reading import Reading
-from fl_linkability.settings import Settings
+from fl_linkability.settings import BACKGROUND_KINDS, Settings
 from shared_utils import preflight
 
-PAPER_USERS = {"pipa": 53, "openimages": 327}
+PAPER_USERS = {"pipa": 53, "openimages": 327, "blog": 55, "yelp": 118}
 WEIGHTS = "mobilenet_v2-b0353104.pth"
 
 
@@ -26,13 +26,21 @@ def weights_file() -> Path:
 def needs(settings: Settings, reading: Reading) -> Iterator[preflight.Need]:
     """Data, weights and packages of one run."""
     if settings.dataset in SETS:
-        yield SETS[settings.dataset].need(reading.root)
+        data = SETS[settings.dataset]
+        yield data.need(reading.root)
+        if data.background and _uses_background(settings):
+            yield data.background_need(reading.root)
     if settings.model.startswith("mobilenet") and settings.pretrained:
         yield preflight.file(weights_file(), "MobileNet's ImageNet weights", "fl-linkability data --download")
     if settings.engine.startswith("flower"):
         yield preflight.package("flwr", "pip install 'fl-linkability[flower]'")
     if settings.engine == "flower-ray":
         yield preflight.package("ray", "pip install 'fl-linkability[flower]'")
+
+
+def _uses_background(settings: Settings) -> bool:
+    mitigates = not BACKGROUND_KINDS.keys().isdisjoint(settings.mitigation.split("+"))
+    return mitigates or settings.pretrain_epochs > 0 or settings.learner == "background"
 
 
 def weights(settings: Settings) -> dict[str, str]:

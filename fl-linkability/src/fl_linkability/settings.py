@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-DATASETS = ("digits", "mnist", "femnist", "flair", "pipa", "openimages", "csv")
-MODELS = ("mlp", "cnn", "mobilenet-head", "mobilenet")
+TEXTS = ("blog", "yelp")
+DATASETS = ("digits", "mnist", "femnist", "flair", "pipa", "openimages", "csv", *TEXTS)
+MODELS = ("mlp", "cnn", "mobilenet-head", "mobilenet", "lstm")
+BACKGROUND_KINDS = {
+    "bkg-repl": "repl", "rand-aug": "random", "mm-aug": "cluster", "calibrated": "calibrated", "decoys": "adversarial",
+}  # fmt: skip
 MITIGATIONS = (
-    "none", "noise", "bkg-repl", "rand-aug", "mm-aug", "calibrated", "decoys", "style-jitter", "clip", "local-dp",
-    "central-dp",
+    "none", "noise", *BACKGROUND_KINDS, "style-jitter", "clip", "local-dp", "central-dp",
 )  # fmt: skip
 MEASURES = (
     "reid", "pairs", "all-pairs", "open", "open-reid", "open-matching", "stage", "images", "groups", "utility",
@@ -34,11 +37,11 @@ class Settings:
     """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
 
     dataset: str = "digits"
-    """digits, mnist, femnist (LEAF), flair, or pipa, openimages, csv: your table of images, users.csv"""
+    """digits, mnist, femnist (LEAF), flair, blog, yelp, or pipa, openimages, csv: your table of images, users.csv"""
     users: int = 40
     """users; of a real data set those with the most images; 0: all"""
     images_per_device: int = 64
-    """made users: images on a device; real data sets: at least so many"""
+    """made users: images on a device; real data sets: at least so many (posts of blog, reviews of yelp)"""
     prior_images: int = 0
     """made users: images on the prior device; 0: as on the anonymous one"""
     alpha: float = 0.5
@@ -56,12 +59,19 @@ class Settings:
     side: int = 16
     """pixels of an image"""
     shard: str = "random"
-    """real data sets: the cut of a user's images into devices: random, chrono (FLAIR by Flickr's numbers, tables in the
-    order of their lines), or given (by the table's device_id and role)"""
+    """real data sets: the cut of a user's samples into devices: random, chrono (texts by date, FLAIR by Flickr's
+    numbers, tables in the order of their lines), or given (by the table's device_id and role)"""
     model: str = "mlp"
-    """mlp, cnn (LEAF's for FEMNIST), mobilenet-head (a linear layer on frozen features), mobilenet (all of it)"""
+    """mlp, cnn (LEAF's for FEMNIST), mobilenet-head (a linear layer on frozen features), mobilenet (all of it), lstm
+    (texts)"""
     hidden: int = 32
-    """units of the mlp's hidden layer, and of the cnn's (LEAF: 2048), whose channels grow with it"""
+    """units of the mlp's hidden layer, of the lstm, and of the cnn's (LEAF: 2048), whose channels grow with it"""
+    embedding: int = 100
+    """lstm: numbers per word"""
+    vocabulary: int = 5000
+    """texts: the most frequent words that are told apart, padding and unknown ones included"""
+    length: int = 30
+    """texts: words of a sentence (blog) or review (yelp); those behind are cut off"""
     bn: str = "frozen"
     """mobilenet: running statistics frozen, local (of the batch) or sent; the last two with engine loop"""
     pretrained: bool = True
@@ -138,6 +148,8 @@ class Settings:
         for part in self.mitigation.split("+"):
             if part not in MITIGATIONS:
                 raise ValueError(f"mitigation must be one of {', '.join(MITIGATIONS)}, got {part!r}")
+        if (self.dataset in TEXTS) != (self.model == "lstm"):
+            raise ValueError(f"model lstm goes with {' and '.join(TEXTS)}, got {self.model!r} for {self.dataset}")
         if not 0 <= self.seen <= 1:
             raise ValueError(f"seen must lie in [0, 1], got {self.seen}")
         if self.set_size < 1:
@@ -153,7 +165,7 @@ MEASUREMENT = (
 )  # fmt: skip
 DATA_SETTINGS = (
     "dataset", "users", "images_per_device", "prior_images", "alpha", "style", "skew", "drift", "iid", "background",
-    "side", "shard", "model", "pretrained",
+    "side", "shard", "model", "pretrained", "vocabulary", "length",
 )  # fmt: skip
 _PAPER_EMBEDDED = Settings()
 _OURS = Settings(
@@ -182,5 +194,13 @@ PRESETS = {
     "flair": replace(
         _PHOTOS, dataset="flair", users=327, images_per_device=50, shard="chrono", model="mobilenet",
         clients_at_once=16, clients_per_round=65,
+    ),
+    "blog": replace(
+        _PHOTOS, dataset="blog", images_per_device=400, shard="random", model="lstm", hidden=64, clients_per_round=11,
+        keep="lstm", layers="lstm", clusters=300,
+    ),
+    "yelp": replace(
+        _PHOTOS, dataset="yelp", images_per_device=200, shard="random", model="lstm", hidden=128, embedding=50,
+        vocabulary=1000, length=100, clients_per_round=24, keep="embedding", layers="embedding", clusters=300,
     ),
 }  # fmt: skip

@@ -121,7 +121,13 @@ def groups(adversary: Adversary) -> tuple[dict, dict]:
 
 
 def image_scores(bundle: FederatedBundle, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The paper's MLP on raw pixels of prior devices: log-probabilities (n, users) of anonymous images, and owners."""
+    """The paper's MLP on raw pixels of prior devices: log-probabilities (n, users) of anonymous images, and owners.
+
+    Raises:
+        ValueError: texts instead of images.
+    """
+    if bundle.vocabulary:
+        raise ValueError(f"measure images compares images, {bundle.name} has texts")
     users = bundle.users
     rows = {role: np.flatnonzero(users.device_role[users.device.numpy()] == role) for role in (PRIOR, ANONYMOUS)}
     pixels = {role: as_input(users.x[r]).flatten(1).numpy() for role, r in rows.items()}

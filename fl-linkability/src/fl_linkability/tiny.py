@@ -16,14 +16,17 @@ from fl_linkability.data.femnist import PIXELS, write_leaf
 
 USERS, PER_DEVICE, SIDE = 10, 6, 40
 RARE = 'cat/dog, "both" & größer'
+TALK = "today we walked home and saw the old dog near a café it's so warm but nobody came to my house again".split()
 
 
 def write_tiny(root: Path) -> None:
-    """MNIST, FEMNIST, FLAIR and tables of images below the folder; what is there already is written over."""
+    """Every data set in its layout below the folder; what is there already is written over."""
     rng = np.random.default_rng(0)
     _mnist(root / "MNIST" / "raw", rng)
     _femnist(root / "femnist" / "data" / "train", rng)
     _flair(root / "flair", rng)
+    _blogs(root / "blog", rng)
+    _reviews(root / "yelp", rng)
     for name in ("pipa", "openimages", "csv"):
         _table(root / name, rng)
 
@@ -63,6 +66,48 @@ def _flair(folder: Path, rng: np.random.Generator) -> None:
             entry = {"user_id": f"5976917{user}@N00", "image_id": image_id, "labels": labels, "partition": partition}
             entries.append(entry | {"fine_grained_labels": ["bag"]})
     (folder / "labels_and_metadata.json").write_text(json.dumps(entries))
+
+
+def _said(user: int, rng: np.random.Generator) -> str:
+    """A sentence; each user prefers some words."""
+    liked = np.roll(0.8 ** np.arange(len(TALK)), 2 * user)
+    return " ".join(rng.choice(TALK, 4 + rng.integers(8), p=liked / liked.sum())).capitalize() + "."
+
+
+def _blogs(folder: Path, rng: np.random.Generator) -> None:
+    """No XML and many encodings: bare & and <, entities, control characters, dates of other languages or none."""
+    (folder / "blogs").mkdir(parents=True, exist_ok=True)
+    (folder / "blogs" / "._900.male.24.indUnk.Leo.xml").write_bytes(b"\x00\x05\x16\x07")
+    for user in range(USERS + 1):
+        posts = []
+        for number in range(2 if user == USERS else 2 * PER_DEVICE):  # the last one has too few
+            stamp = ("%02d,May,2004", "%02d,août,2004", ",,", "%02d,June,2003")[number % 4]
+            text = " ".join(_said(user, rng) for _ in range(3))
+            text += ("", " Q&A <3 urlLink", "&nbsp;\x0b&eacute;t&eacute; \x07", "\n\n\t ok")[number % 4]
+            stamp = stamp % (28 - number) if "%" in stamp else stamp
+            posts.append(f"<date>{stamp}</date>\n<post>\n\n\t {text}\n\n    \n</post>\n\n\n")
+        content = f"<Blog>\n\n{''.join(posts)}\n</Blog>"
+        path = folder / "blogs" / f"{900 + user}.{('male', 'female')[user % 2]}.24.indUnk.Leo.xml"
+        path.write_bytes(content.encode(("utf-8", "latin-1")[user % 2]))
+    (folder / "background.txt").write_text("".join(_said(number, rng) + "\n" for number in range(40)), encoding="utf-8")
+
+
+def _reviews(folder: Path, rng: np.random.Generator) -> None:
+    """A JSON object in each line, users and dates mixed; and Amazon's, one of which has no text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(2 * PER_DEVICE * USERS + 3):  # the last user has too few
+        user = number % USERS if number < 2 * PER_DEVICE * USERS else USERS
+        stars = float(rng.integers(1, 6))
+        date = f"20{10 + number % 8}-03-{1 + number % 28:02d} 20:12:14"
+        lines.append({
+            "review_id": f"r{number}", "user_id": f"user {user} ü", "business_id": "b", "stars": stars, "useful": 0,
+            "funny": 0, "cool": 0, "text": f"{_said(user, rng)}\n\n{_said(user, rng)}", "date": date,
+        })  # fmt: skip
+    reviews = folder / "yelp_academic_dataset_review.json"
+    reviews.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    behind = [{"overall": 1.0 + n % 5, "reviewText": _said(n, rng)} for n in range(40)] + [{"overall": 5.0}]
+    (folder / "background.json").write_text("".join(json.dumps(line) + "\n" for line in behind))
 
 
 def _table(folder: Path, rng: np.random.Generator) -> None:

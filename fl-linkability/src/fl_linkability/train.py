@@ -19,6 +19,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from fl_linkability.data.bundle import NOTHING, task_of
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric  # imported here because it takes seconds
 
@@ -107,16 +109,26 @@ def unflatten(flat: Tensor, like: State) -> State:
 
 
 def as_input(x: Tensor) -> Tensor:
-    """uint8 images become floats in [0, 1]; floats stay."""
+    """uint8 images become floats in [0, 1]; floats and tokens stay."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def losses(logits: Tensor, y: Tensor) -> Tensor:
-    """Loss per sample (n,): cross-entropy for classes, mean binary cross-entropy over labels for float targets."""
-    if y.is_floating_point():
-        return F.binary_cross_entropy_with_logits(logits.float(), y, reduction="none").mean(-1)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, y, reduction="none")
+def losses(outputs: Tensor, y: Tensor) -> Tensor:
+    """Loss per sample (n,), by the task of the targets.
+
+    Cross-entropy for a class, its mean over the words of a text, mean binary cross-entropy over labels, squared error
+    of a number.
+    """
+    task = task_of(y)
+    if task == "labels":
+        return F.binary_cross_entropy_with_logits(outputs.float(), y, reduction="none").mean(-1)
+    outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+    if task == "number":
+        return (outputs - y).square()
+    if task == "words":
+        each = F.cross_entropy(outputs.transpose(1, 2), y, reduction="none", ignore_index=NOTHING)
+        return each.sum(1) / (y != NOTHING).sum(1).clamp(min=1)
+    return F.cross_entropy(outputs, y, reduction="none")
 
 
 def epoch_orders(n: int, epochs: int, rng: np.random.Generator) -> np.ndarray:
@@ -169,7 +181,7 @@ def train_batched(
         model: its forward defines the network (its `stacked` method where it has one); its weights are not touched.
         state: common start, from `trained_state`.
         x: (N, ...) samples of all clients.
-        y: (N,) or (N, labels).
+        y: (N,), (N, labels) or (N, length).
         rows: (K, S, B), from `batch_table`.
         weights: (K, S, B).
         local: steps.
@@ -211,7 +223,7 @@ def _gradients(model: nn.Module, y: Tensor) -> Gradients:
             "which would enter the statistics"
         )
     own = _own_form(model, "stacked_gradients")
-    if own is not None and not y.is_floating_point():
+    if own is not None and task_of(y) == "class":
         return lambda params, x, y, weights, autocast: own(params, x, y, weights)
 
     def one(params: State, x: Tensor) -> Tensor:

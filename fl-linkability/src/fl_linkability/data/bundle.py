@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PRIOR, ANONYMOUS = 0, 1
+NOTHING = 0  # among words: padding, and a target that is neither learnt nor counted
 CHECKED_BYTES = 2**28
+Task = Literal["class", "words", "labels", "number"]
+
+
+def task_of(y: Tensor) -> Task:
+    """What targets ask for: int64 (n,) a class, (n, length) words; float32 (n, K) labels, (n,) a number."""
+    if y.is_floating_point():
+        return "labels" if y.ndim == 2 else "number"
+    return "words" if y.ndim == 2 else "class"
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class UserDataset:
     Args:
         x: images float32 in any range or uint8 (divided by 255 where it is used), (M, C, H, W); features (M, D); or
             tokens int64 (M, length). `Rows` where they lie on disk.
-        y: int64 (M,) classes, or float32 (M, K) of zeros and ones.
+        y: int64 (M,) classes, float32 (M, K) of zeros and ones, float32 (M,) numbers, or int64 (M, length): the word to
+            predict at each place of a text, NOTHING where there is none.
         user: int64 (M,), 0 .. n_users - 1.
         device: int64 (M,), 0 .. n_devices - 1.
         role: int64 (M,), PRIOR where the adversary knows whose the sample's device is, else ANONYMOUS. By default a
@@ -161,13 +172,16 @@ class FederatedBundle:
     """population test set"""
     background: Background
     n_classes: int
+    """classes, labels, words, or the largest number"""
     skipped: int = 0
     """broken files that were skipped"""
+    vocabulary: int = 0
+    """texts: tokens are smaller than this"""
 
     @property
-    def multi_label(self) -> bool:
-        """Several classes per image (float targets)."""
-        return self.users.y.is_floating_point()
+    def task(self) -> Task:
+        """What the network learns."""
+        return task_of(self.users.y)
 
     def record(self) -> dict:
         """For the run record: sizes and a checksum of the users' images (of 1,000 of them where they are many)."""
@@ -202,6 +216,6 @@ def _check_pair(x: Tensor | Rows, y: Tensor, what: str) -> None:
     if x.dtype not in (torch.float32, torch.float64, torch.uint8, torch.int64):
         raise TypeError(f"{what}: x must be float32, float64, uint8 or int64 (tokens), got {x.dtype}")
     if y.dtype not in (torch.int64, torch.float32):
-        raise TypeError(f"{what}: y must be int64 classes or float32 zeros and ones, got {y.dtype}")
+        raise TypeError(f"{what}: y must be int64 classes or words, or float32 labels or numbers, got {y.dtype}")
     if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"{what}: x holds NaN or infinity")

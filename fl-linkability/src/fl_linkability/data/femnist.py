@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_linkability.data.bundle import Background, FederatedBundle, Rows, UserDataset
-from fl_linkability.data.lists import Item, most_active, split_devices
+from fl_linkability.data.bundle import Background, FederatedBundle, Rows
+from fl_linkability.data.lists import Item, most_active, on_devices, split_devices
 from fl_linkability.data.reading import Reading, alone
 from fl_linkability.settings import Settings
 from fl_linkability.styles import apply_styles, random_styles
@@ -40,19 +40,13 @@ def load_femnist(settings: Settings, seed: int, reading: Reading) -> FederatedBu
         raise ValueError("femnist: all writers are users, none is left for the background; ask for fewer users")
     rows = rows[np.argsort(writer[rows], kind="stable")]
     split = split_devices([Item(Path(), name, ()) for name in writer[rows]], s.shard, seed)
-    kept = np.flatnonzero(~split.test)[np.argsort(split.device[~split.test], kind="stable")]
 
     def part(rows: np.ndarray) -> tuple[Rows, Tensor]:
         picked = torch.from_numpy(rows)
         return Rows(x, picked), y[picked]
 
-    user, device, role = (torch.from_numpy(each[kept]) for each in (split.user, split.device, split.role))
-    users = UserDataset(*part(rows[kept]), user, device, role, check_images=False)
-    test = part(rows[split.test])
-    return FederatedBundle(
-        "femnist", users, (*test, torch.from_numpy(split.user[split.test])), test,
-        Background(*part(others[: s.background or None])), CLASSES,
-    )  # fmt: skip
+    background = Background(*part(others[: s.background or None]))
+    return on_devices("femnist", lambda each: part(rows[each]), split, ~split.test, split.test, background, CLASSES)
 
 
 def prepare(folder: Path, cache: Path) -> tuple[Tensor, Tensor, np.ndarray]:

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_linkability.settings import TEXTS
 from shared_utils.preflight import Need, file
 
 TABLE = "write image_path,user_id,device_id,labels,role (labels joined by |) and background.csv: image_path,labels"
+BLOG = "unpack the corpus into blog/blogs, by hand; background.txt beside it: one sentence per line (WikiReading)"
+YELP = "unpack its JSON into yelp, by hand; background.json beside it: reviews of Amazon, a JSON object per line"
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,16 @@ class DataSet:
     place: str
     """below the data root"""
     remedy: str
+    background: str = ""
+    """below the data root, where it is a file of its own"""
 
     def need(self, data_root: Path) -> Need:
         """That it is there."""
         return file(data_root / self.place, self.name, self.remedy)
+
+    def background_need(self, data_root: Path) -> Need:
+        """That mitigations find their background."""
+        return file(data_root / self.background, f"background of {self.name}", self.remedy)
 
 
 SETS = {
@@ -38,11 +47,20 @@ SETS = {
         "FLAIR (substitute)", "paper, head", "small images", "CC BY-NC 4.0", "flair/labels_and_metadata.json",
         "its publisher's download script, by hand",
     ),
-    "pipa": DataSet("PIPA", "paper, head", "33,051 images", "by photo", "pipa/users.csv", TABLE),
+    "pipa": DataSet("PIPA", "paper, head", "33,051 images", "by photo", "pipa/users.csv", TABLE, "pipa/background.csv"),
     "openimages": DataSet(
-        "OpenImages by author", "paper, head", "317,008 images", "CC BY 2.0 (photos)", "openimages/users.csv", TABLE
+        "OpenImages by author", "paper, head", "317,008 images", "CC BY 2.0 (photos)", "openimages/users.csv", TABLE,
+        "openimages/background.csv",
     ),
-    "csv": DataSet("your own table", "", "", "", "csv/users.csv", TABLE),
+    "csv": DataSet("your own table", "", "", "", "csv/users.csv", TABLE, "csv/background.csv"),
+    "blog": DataSet(
+        "Blog Authorship Corpus", "paper", "681,288 posts", "non-commercial research", "blog/blogs", BLOG,
+        "blog/background.txt",
+    ),
+    "yelp": DataSet(
+        "Yelp Open Dataset", "paper", "7 million reviews", "Yelp's terms", "yelp/yelp_academic_dataset_review.json",
+        YELP, "yelp/background.json",
+    ),
 }  # fmt: skip
 
 
@@ -57,7 +75,7 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def verify(data_root: Path) -> Iterator[tuple[str, int]]:
-    """Read every file of each set that is there completely: name and number of images.
+    """Read every file of each set that is there completely: name and number of images or texts.
 
     Raises:
         BrokenFile: an image that is truncated or no image.
@@ -67,6 +85,7 @@ def verify(data_root: Path) -> Iterator[tuple[str, int]]:
     from fl_linkability.data.femnist import leaf_files, read_leaf
     from fl_linkability.data.lists import read_flair, read_table
     from fl_linkability.data.styled import read_mnist
+    from fl_linkability.data.texts import count_samples
     from shared_utils.images import read_image
 
     for name, each in SETS.items():
@@ -77,6 +96,8 @@ def verify(data_root: Path) -> Iterator[tuple[str, int]]:
         elif name == "femnist":
             paths = leaf_files(data_root / each.place)
             yield each.name, sum(len(y) for path in paths for _, _, y in read_leaf(path))
+        elif name in TEXTS:
+            yield each.name, count_samples(name, data_root / name)
         else:
             folder = data_root / name
             if name == "flair":

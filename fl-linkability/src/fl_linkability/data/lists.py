@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fl_linkability.data.bundle import ANONYMOUS, PRIOR
+from fl_linkability.data.bundle import ANONYMOUS, PRIOR, Background, FederatedBundle, Rows, UserDataset
 
 TEST_SHARE = 0.2  # of each user's images (section 6)
 ROLES = {"prior": PRIOR, "anonymous": ANONYMOUS}
@@ -120,12 +122,12 @@ def choose_users(items: Sequence[Item], n_users: int, per_device: int) -> list[I
     return [item for item in items if item.user in chosen]
 
 
-def most_active(count: dict[str, int], n_users: int, per_device: int) -> set[str]:
+def most_active(count: dict[str, int], n_users: int, per_device: int, what: str = "images") -> set[str]:
     """So many users with enough images for two devices and the test; all of them for 0."""
     least = max(3, int(np.ceil(2 * per_device / (1 - TEST_SHARE))))
     fit = sorted((user for user in count if count[user] >= least), key=lambda user: (-count[user], user))
     if len(fit) < max(n_users, 2):
-        raise ValueError(f"{len(fit)} users have {least} images or more, {max(n_users, 2)} are needed")
+        raise ValueError(f"{len(fit)} users have {least} {what} or more, {max(n_users, 2)} are needed")
     return set(fit[: n_users or None])
 
 
@@ -177,3 +179,37 @@ def split_devices(items: Sequence[Item], shard: str, seed: int) -> Devices:
         device[rows], device[later], role[later] = count, count + 1, ANONYMOUS
         count += 2
     return Devices(user.astype(np.int64), device, role, test)
+
+
+def on_devices(
+    name: str,
+    part: Callable[[np.ndarray], tuple[Tensor | Rows, Tensor]],
+    split: Devices,
+    train: np.ndarray,
+    held: np.ndarray,
+    background: Background,
+    n_classes: int,
+    skipped: int = 0,
+    vocabulary: int = 0,
+) -> FederatedBundle:
+    """The samples of a list as a federation; held-out ones are both tests.
+
+    Args:
+        name: of the data set.
+        part: from numbers of samples to x and y.
+        split: whose each sample is, on which device.
+        train: bool (n,), what the devices train on; a device that is left without samples is passed over.
+        held: bool (n,), what is tested on.
+        background: as in the federation, and so are the others.
+        n_classes: see there.
+        skipped: see there.
+        vocabulary: see there.
+    """
+    order = np.flatnonzero(train)[np.argsort(split.device[train], kind="stable")]
+    dense = np.unique(split.device[order], return_inverse=True)[1]
+    user, device, role = (torch.from_numpy(each) for each in (split.user[order], dense, split.role[order]))
+    users = UserDataset(*part(order), user, device, role, check_images=False)
+    rows = np.flatnonzero(held)
+    test = part(rows)
+    user_test = (*test, torch.from_numpy(split.user[rows]))
+    return FederatedBundle(name, users, user_test, test, background, n_classes, skipped, vocabulary)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fl_linkability.data.bundle import FederatedBundle
 from fl_linkability.data.reading import Reading
 from fl_linkability.data.styled import make_digits_users, make_mnist_users
-from fl_linkability.settings import Settings
+from fl_linkability.settings import TEXTS, Settings
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -18,7 +18,7 @@ def load_bundle(settings: Settings, seed: int, reading: Reading, fabric: Fabric)
 
     Raises:
         FileNotFoundError: the data set is not below the data root.
-        ValueError: too few users or images in it.
+        ValueError: too few users or samples in it.
     """
     s = settings
     if s.dataset in ("digits", "mnist"):
@@ -34,6 +34,10 @@ def load_bundle(settings: Settings, seed: int, reading: Reading, fabric: Fabric)
         from fl_linkability.data.femnist import load_femnist
 
         return load_femnist(s, seed, reading)
+    if s.dataset in TEXTS:
+        from fl_linkability.data.texts import load_texts
+
+        return load_texts(s, seed, reading)
     from fl_linkability.data.photos import load_photos
 
     return load_photos(s, seed, reading, fabric)

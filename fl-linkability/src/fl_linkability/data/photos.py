@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_linkability.data.bundle import ANONYMOUS, PRIOR, Background, FederatedBundle, Rows, UserDataset
-from fl_linkability.data.lists import Item, choose_users, read_flair, read_table, split_devices
+from fl_linkability.data.bundle import ANONYMOUS, PRIOR, Background, FederatedBundle, Rows
+from fl_linkability.data.lists import Item, choose_users, on_devices, read_flair, read_table, split_devices
 from fl_linkability.data.reading import Reading, alone
 from fl_linkability.settings import Settings
 from fl_linkability.train import as_input
@@ -70,21 +70,12 @@ def photo_bundle(
     if s.model == "mobilenet-head":
         x, bx = embed(x, s.pretrained, reading.cache, fabric), features
     y, by = (multi_hot(part, names) for part in (items, background))
-    order = np.flatnonzero(keep)[np.argsort(split.device[keep], kind="stable")]
-    dense = np.unique(split.device[order], return_inverse=True)[1]
-
-    def rows(numbers: np.ndarray) -> Rows:
-        return Rows(x, torch.from_numpy(numbers))
-
-    user, device, role = (torch.from_numpy(each) for each in (split.user[order], dense, split.role[order]))
-    users = UserDataset(rows(order), y[order], user, device, role, check_images=False)
-    held = np.flatnonzero(whole & split.test)
-    user_test = (rows(held), y[held], torch.from_numpy(split.user[held]))
     left = np.delete(np.arange(len(background)), background_broken)
     behind = Background(Rows(bx, torch.from_numpy(left)), by[left], features[left])
-    return FederatedBundle(
-        s.dataset, users, user_test, user_test[:2], behind, len(names), skipped=len(broken) + len(background_broken)
-    )
+    return on_devices(
+        s.dataset, lambda rows: (Rows(x, torch.from_numpy(rows)), y[rows]), split, keep, whole & split.test, behind,
+        len(names), skipped=len(broken) + len(background_broken),
+    )  # fmt: skip
 
 
 def multi_hot(items: Sequence[Item], names: Sequence[str]) -> Tensor:
