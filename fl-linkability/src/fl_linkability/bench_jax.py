@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # befo
 
 def whole_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
     """A scan over the batches, vmapped over the clients and compiled: FedJAX's way, taken to its end."""
-    import jax
-
+    jax = import_module("jax")
     params, images, classes = _arrays(state, x, y)
 
     def client(params: Any, rows: Any, weights: Any) -> Any:
@@ -44,16 +44,13 @@ def whole_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
 
 def fedjax_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
     """FedJAX's own training for each client, on its own default backend: a compiled step per batch."""
-    import jax
-    from fedjax import optimizers
-    from fedjax.algorithms.fed_avg import create_train_for_each_client
-
+    jax, fedjax, fed_avg = map(import_module, ("jax", "fedjax", "fedjax.algorithms.fed_avg"))
     params, images, classes = _arrays(state, x, y)
 
     def gradient(params: Any, batch: Any, key: Any) -> Any:
         return jax.grad(_loss)(params, images[batch["rows"]], classes[batch["rows"]], batch["weights"])
 
-    train, key = create_train_for_each_client(gradient, optimizers.sgd(lr)), jax.random.PRNGKey(0)
+    train, key = fed_avg.create_train_for_each_client(gradient, fedjax.optimizers.sgd(lr)), jax.random.PRNGKey(0)
 
     def work(rows: Tensor, weights: Tensor) -> np.ndarray:
         batches = zip(rows.numpy().astype(np.int32), weights.numpy(), strict=True)
@@ -68,17 +65,14 @@ def fedjax_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
 
 
 def _arrays(state: State, x: Tensor, y: Tensor) -> tuple[dict[str, Any], Any, Any]:
-    import jax.numpy as jnp
-
+    jnp = import_module("jax.numpy")
     params = {name: jnp.asarray(value.numpy()) for name, value in state.items()}
     return params, jnp.asarray(x.flatten(1).numpy()), jnp.asarray(y.numpy().astype(np.int32))
 
 
 def _loss(params: Any, x: Any, y: Any, weights: Any) -> Any:
     """Weighted cross-entropy of `models.MLP` on one batch."""
-    import jax
-    import jax.numpy as jnp
-
+    jax = import_module("jax")
     hidden = jax.nn.relu(x @ params["fc1.weight"].T + params["fc1.bias"])
     log_p = jax.nn.log_softmax(hidden @ params["fc2.weight"].T + params["fc2.bias"])
-    return -(jnp.take_along_axis(log_p, y[:, None], 1)[:, 0] * weights).sum()
+    return -(jax.numpy.take_along_axis(log_p, y[:, None], 1)[:, 0] * weights).sum()
