@@ -106,7 +106,7 @@ def test_models_from_code_and_torchscript(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="none.pt: file not found; a model is torchvision:<name>"):
         load_model("none.pt", 3, MEAN, STD)
     (tmp_path / "bad.pt").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="bad.pt: neither weights nor TorchScript"):
+    with pytest.raises(ValueError, match="bad.pt: is neither weights nor TorchScript"):
         load_model(str(tmp_path / "bad.pt"), 3, MEAN, STD)
 
 

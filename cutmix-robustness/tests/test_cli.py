@@ -136,7 +136,7 @@ def test_a_table_is_rehearsed():
 @pytest.mark.parametrize(
     "words, code, message",
     [
-        (("run", "table-99"), 2, "unknown table 'table-99'; there are figure-2"),
+        (("run", "table-99"), 2, "unknown table 'table-99'; the tables are figure-2"),
         (("eval", "none.pt"), 2, "none.pt: checkpoint not found"),
         (("corrupt", "nowhere", "out", "--names", "fogg"), 2, "nowhere: no such folder"),
     ],

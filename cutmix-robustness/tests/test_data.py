@@ -89,7 +89,7 @@ def test_missing_or_damaged_sets_are_named(tmp_path):
         voc.VocImages(tmp_path, voc.TEST)
     with pytest.raises(FileNotFoundError, match="images.txt: missing"):
         imagenet.load_cub(tmp_path, "wsol", "cpu")
-    with pytest.raises(FileNotFoundError, match="no folder with one folder of images per class"):
+    with pytest.raises(FileNotFoundError, match="is not a folder with one folder of images per class"):
         imagenet.load(tmp_path / "imagenet", "imagenet", "cpu")
 
 
@@ -273,7 +273,7 @@ def test_an_image_folder_of_one_s_own(tmp_path, write_image_folder, save_picture
     assert {"top1_error", "ece", "fgsm_accuracy", "pgd_accuracy"} <= outcome.metrics.keys()
     assert "top5_error" not in outcome.metrics
     (tmp_path / "test" / "emu").mkdir()
-    with pytest.raises(ValueError, match="emu: a class without an image"):
+    with pytest.raises(ValueError, match="emu: a class without images"):
         open_benchmark(Settings(dataset="image-folder", suites=("clean",)), 0, tmp_path)
     save_picture(tmp_path / "test" / "emu" / "deeper" / "e.png")
     with pytest.raises(ValueError, match="train and test have different class folders"):

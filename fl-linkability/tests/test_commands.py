@@ -79,7 +79,7 @@ def test_train_then_attack_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("run", "table-9"), "unknown table 'table-9'; there are"),
+        (("run", "table-9"), "unknown table 'table-9'; the tables are"),
         (("attack", "none"), "none: no federation here (settings.json is missing)"),
     ],
 )

@@ -101,7 +101,7 @@ def test_what_is_no_feature_matrix(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.npy: no such feature file"):
         load_features(tmp_path / "none.npy")
     (tmp_path / "f.txt").write_text("1,2")
-    with pytest.raises(ValueError, match=r"f\.txt: a feature file ends in one of \.npy"):
+    with pytest.raises(ValueError, match=r"f\.txt: a feature file must end in one of \.npy"):
         load_features(tmp_path / "f.txt")
     for array, reason in [
         (FEATURES[0], r"\(7,\)"),
@@ -185,7 +185,7 @@ def test_tables_of_numbers_and_archives(tmp_path):
     for name in ("plain.csv", "headed.csv", "reps.npz"):
         np.testing.assert_allclose(load_features(tmp_path / name).numpy(), x)
     (tmp_path / "words.csv").write_text("name,a\nx.png,1\n")
-    with pytest.raises(ValueError, match="words.csv.*'name' holds no numbers"):
+    with pytest.raises(ValueError, match="words.csv.*'name' is not numeric"):
         load_features(tmp_path / "words.csv")
     np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="need the samples themselves"):
@@ -258,7 +258,7 @@ def test_corrupt_image_is_named_or_handed_back(suffix, share, tmp_path):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         ImageFiles(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         ImageFiles(tmp_path)
     (tmp_path / "file.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"file\.png: is a file; expected an image folder or a .zip"):

@@ -246,7 +246,7 @@ def test_weights_of_another_network_are_refused_in_short(tmp_path):
     with pytest.raises(ValueError) as error:
         load_embedding("vgg16-fc2", weights=path)
     message = str(error.value)
-    assert "other.pth" in message and "not torchvision's vgg16" in message
+    assert "other.pth" in message and "not weights of torchvision's vgg16" in message
     assert "31 missing (classifier.0.bias" in message and "2 unexpected (0.bias, 0.weight)" in message
     assert "1 of another shape (features.0.bias)" in message
     assert len(message) < len(str(path)) + 250

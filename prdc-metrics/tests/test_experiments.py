@@ -70,7 +70,7 @@ def test_too_few_images_are_a_caveat(tmp_path, monkeypatch):
     common = {"experiment": "folders", "dataset": "ffhq", "embedding": "random-vgg16-64", "side": 32}
     settings = [common | {"num_real": asked, "num_fake": 30, "nearest_k": 3} for asked in (10_000, 40)]
     outcomes = [execute([each], [0], tmp_path)[0] for each in settings]
-    assert [outcome.caveats for outcome in outcomes] == [("40 real images of the 10,000 asked",), ()]
+    assert [outcome.caveats for outcome in outcomes] == [("40 real images of the 10,000 asked for",), ()]
     assert outcomes[0].weights == {"random-vgg16-64": "random, seed 0"}
 
 

@@ -50,7 +50,7 @@ def disagreement(rank: int) -> None:
     """Other features, other order, other shape, other type: an error on every rank."""
     others = [REAL + 1e-9 * rank, REAL[:: 1 - 2 * rank], REAL[: 400 - rank], REAL.astype("f" if rank else "d")]
     for other in others:
-        with pytest.raises(ValueError, match="real: ranks 1 of the group hold other features"):
+        with pytest.raises(ValueError, match="real: ranks 1 of the group hold different features"):
             compute_prdc(other, FAKE, 5, group=dist.group.WORLD)
     with pytest.raises(ValueError, match="fake: ranks 1"):
         compute_prdc(REAL, FAKE + rank, 5, group=dist.group.WORLD)

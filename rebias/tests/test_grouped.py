@@ -40,7 +40,7 @@ def test_own_images_from_a_csv_file(tmp_path):
     for change, message in (
         (table.drop(columns="bias"), "lacks the columns bias; it has image, label, split"),
         (table.assign(label="cat"), "label must hold 0, 1, 2 .., got 'cat'"),
-        (table.assign(split="train"), "names no image for own test"),
+        (table.assign(split="train"), "has no image path for own test"),
     ):
         change.to_csv(tmp_path / "own.csv", index=False)
         with pytest.raises(ValueError, match=message):

@@ -338,7 +338,7 @@ def test_train_then_eval_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "words, code, message",
     [
-        (("run", "table-9"), 2, "unknown table 'table-9'; there are"),
+        (("run", "table-9"), 2, "unknown table 'table-9'; the tables are"),
         (
             ("run", "table-1", "--scale", "mnist", "--jobs", "1", "--data-root", "nowhere"),
             2,

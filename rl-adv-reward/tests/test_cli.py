@@ -54,7 +54,7 @@ def test_train_attack_eval_and_play_from_the_command_line(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("run", "table-9"), "unknown table 'table-9'; there are"),
+        (("run", "table-9"), "unknown table 'table-9'; the tables are"),
         (("run", "--scale", "huge"), "no table has a scale 'huge'"),
         (("eval", "--victim", "nothing.pt", "smoke"), "nothing.pt: checkpoint not found"),
         (("attack", "smoke", "--eps", "1.5"), "eps must lie in [0, 1]"),

@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):
     loop, path = small().loop("victim"), tmp_path / "c.pt"
     train(loop, path)
     assert "replay" not in read(path)  # finished
-    with pytest.raises(ValueError, match="of another run .other loop."):
+    with pytest.raises(ValueError, match="of another run .different loop."):
         train(replace(loop, lr=0.5), path)
     with pytest.raises(ValueError, match="of another run .other goal."):
         train(loop, path, identity={"goal": "other"})

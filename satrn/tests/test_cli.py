@@ -254,7 +254,7 @@ def test_wrong_input_is_named(tmp_path, checkpoint, verb, message):
 @pytest.mark.parametrize(
     "words, code, message",
     [
-        (("run", "table-9"), 2, "satrn: unknown table 'table-9'; there are"),
+        (("run", "table-9"), 2, "satrn: unknown table 'table-9'; the tables are"),
         (("run", "--scale", "huge"), 2, "satrn: no table has a scale 'huge'"),
         (("read", "none.png", "--checkpoint", "none.pt"), 2, "satrn: none.pt: checkpoint not found"),
         (("train", "--frobnicate"), 2, "frobnicate"),

@@ -112,7 +112,7 @@ def test_checkpoints_that_are_refused(tmp_path, checkpoint, small_settings):
     content = read_checkpoint(checkpoint)
     content["run"]["settings"]["ffn"] = 32
     torch.save(content, copy)
-    with pytest.raises(ValueError, match="the weights do not fit the settings"):
+    with pytest.raises(ValueError, match="the weights do not fit the stored settings"):
         load_model(copy, FABRIC)
     copy.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):

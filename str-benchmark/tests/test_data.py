@@ -397,7 +397,7 @@ def test_a_stream_goes_on_where_its_state_says():
     "act, message",
     [
         (lambda: batch_shares([0.5, 0], 8), "expected positive numbers"),
-        (lambda: batch_shares([1, 0.001], 8), "leave a set without a sample"),
+        (lambda: batch_shares([1, 0.001], 8), "leave a set without samples"),
         (lambda: BalancedBatchSampler([range(3)], [0.5, 0.5], 8, 0), "expected 1, one per data set, got 2"),
         (lambda: BalancedBatchSampler([range(3)], [1], 8, 0, world=3), "cannot be shared by 3 ranks"),
         (lambda: BalancedBatchSampler([[]], [1], 8, 0), "number 0 is empty"),

@@ -299,7 +299,7 @@ def test_reading_one_s_own_images(tmp_path):
     assert len(beam.beams) == 5 and beam.text == beam.beams[0][0] and beam.confidence <= 1
     with pytest.raises(ValueError, match="beam search is for CTC models"):
         predict(build_model("None-VGG-None-Attn", output_channel=16), files, beam=2)
-    with pytest.raises(FileNotFoundError, match="file not found"):
+    with pytest.raises(FileNotFoundError, match="file or folder not found"):
         find_images([tmp_path / "none"])
     (tmp_path / "x.png").write_text("broken")
     with pytest.raises(BrokenFile, match="x.png: this is not an image"):
@@ -467,7 +467,7 @@ def test_from_a_list_of_images_to_a_reading(tmp_path, program):
 @pytest.mark.parametrize(
     "words, code, message",
     [
-        (("run", "table-99"), 2, "unknown table 'table-99'; there are cost"),
+        (("run", "table-99"), 2, "unknown table 'table-99'; the tables are cost"),
         (("run", "--scale", "mnist"), 2, "no table has a scale 'mnist'"),
         (
             ("run", "table-2", "--scale", "paper", "--data-root", "nowhere"),
@@ -475,7 +475,7 @@ def test_from_a_list_of_images_to_a_reading(tmp_path, program):
             "nowhere/evaluation/CUTE80): put the released",
         ),
         (("data", "inspect", "nowhere"), 2, "neither a set"),
-        (("predict", "none.pt", "x.png"), 2, "x.png: no such"),
+        (("predict", "none.pt", "x.png"), 2, "x.png: file or folder not found"),
         (("predict", "english_g2"), 2, "expected one or more files"),
         (("eval", "str.pt", "--height", "64"), 2, "name its network with --model"),
         (("run", "modules", "--scale", "smoke", "--no-such-flag"), 2, "no-such-flag"),

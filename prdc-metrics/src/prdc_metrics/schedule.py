@@ -134,7 +134,7 @@ class Schedule:
             other = (marks != marks[0]).any(1).nonzero()[:, 0].tolist()
             if other:
                 raise ValueError(
-                    f"{name}: ranks {', '.join(map(str, other))} of the group hold different features from rank 0;  "
+                    f"{name}: ranks {', '.join(map(str, other))} of the group hold different features from rank 0; "
                     "pass the same features on every rank, or sharded=True if each rank holds a part"
                 )
 

@@ -114,7 +114,7 @@ def join_clusters(names: list[str], table: pd.DataFrame) -> Tensor:
     if unknown or unused:
         first = f", first {unknown[0]}" if unknown else ""
         raise ValueError(
-            f"{len(names)} images but {len(known)} cluster labels: {len(unknown)} images have none{first},  "
+            f"{len(names)} images but {len(known)} cluster labels: {len(unknown)} images have none{first}, "
             f"{unused} labels have no image"
         )
     columns = [column for column in known.columns if column.startswith("cluster")]
