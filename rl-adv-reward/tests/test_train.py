@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):
     assert "replay" not in read(path)  # finished
     with pytest.raises(ValueError, match="of another run .different loop."):
         train(replace(loop, lr=0.5), path)
-    with pytest.raises(ValueError, match="of another run .other goal."):
+    with pytest.raises(ValueError, match="of another run .different goal."):
         train(loop, path, identity={"goal": "other"})
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a checkpoint of this project .*name another file"):
