@@ -213,6 +213,8 @@ def _minipong(num_envs: int) -> VecEnv:
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
             return [False] * num_envs
 
+        # stable-baselines3 wants these two of every VecEnv; its DQN calls neither
+
         def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
             raise NotImplementedError
 
