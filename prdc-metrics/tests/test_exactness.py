@@ -128,12 +128,18 @@ def test_the_bracket_holds(precision, kind):
     }[kind]
     frame = Frame(x, precision=precision)
     points = frame.points(x)
-    out = points.values.new_empty(128 * 128)
-    lower = frame.lower_bounds(points, slice(0, 128), points, slice(0, 128), out).double()
     exact = torch.cdist(x * frame.scale, x * frame.scale, compute_mode="donot_use_mm_for_euclid_dist").square()
-    upper = lower + points.slack.double()[:, None] + points.slack.double()
-    assert (lower <= exact * (1 + 1e-12)).all()
-    assert (exact <= upper * (1 + 1e-12)).all()
+
+    def check(lower, exact, slack):
+        assert (lower.double() <= exact * (1 + 1e-12)).all()
+        assert (exact <= (lower.double() + slack[:, None] + slack) * (1 + 1e-12)).all()
+
+    out, slack = points.values.new_empty(128 * 128), points.slack.double()
+    check(frame.lower_bounds(points, slice(0, 128), points, slice(0, 128), out), exact, slack)
+    for part in (slice(0, 128), slice(30, 127), slice(5, 7)):  # strips of equal and of unequal width
+        within = frame.lower_bounds_within(points, part, out)
+        assert (within.diagonal() == torch.inf).all()
+        check(within.fill_diagonal_(0), exact[part, part].fill_diagonal_(0), slack[part])
 
 
 def test_order_scale_and_roles():
@@ -234,15 +240,18 @@ def test_hours_of_distances_go_on_where_they_were_cut_off(tmp_path, monkeypatch,
     real, fake = rng.standard_normal((300, 6)), rng.standard_normal((280, 6))
     options = {"ks": (2, 5), "tile": 32, "masks": True}
     tiles = [0]
-    usual = Frame.lower_bounds
 
-    def counted(self, a, rows, b, columns, out):
-        if tiles[0] == 0:
-            raise KeyboardInterrupt
-        tiles[0] -= 1
-        return usual(self, a, rows, b, columns, out)
+    def counted(usual):
+        def tile_of(*arguments):
+            if tiles[0] == 0:
+                raise KeyboardInterrupt
+            tiles[0] -= 1
+            return usual(*arguments)
 
-    monkeypatch.setattr(Frame, "lower_bounds", counted)
+        return tile_of
+
+    for name in ("lower_bounds", "lower_bounds_within"):
+        monkeypatch.setattr(Frame, name, counted(getattr(Frame, name)))
     tiles[0] = 10**6
     whole = prdc(real, fake, **options)
     total = 10**6 - tiles[0]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 GROUP = 16  # sets are padded to a multiple of this, so that any tile splits into equal groups of columns
+STRIPS = 4  # in which a tile on the diagonal is computed
 PRECISIONS = ("float32", "tf32", "bf16", "float64")
 
 _MANTISSA_BITS = {"float32": 23, "tf32": 10, "bf16": 7, "float64": 52}
@@ -70,7 +71,8 @@ class Frame:
     def __init__(self, *sets: Tensor, precision: str = "float32"):
         self.precision = precision
         self.centre = torch.stack([c.double().sum(0) for c in _chunks(sets[0])]).sum(0) / len(sets[0])
-        largest = max(float((c.double() - self.centre).abs().max()) for x in sets for c in _chunks(x))
+        ends = [end.double() - self.centre for x in sets for end in (x.amin(0), x.amax(0))]
+        largest = max(float(end.abs().max()) for end in ends)
         exponent = math.frexp(largest)[1] + math.ceil(math.log2(self.centre.numel()) / 2)
         self.scale = math.ldexp(1.0, -exponent)
 
@@ -90,7 +92,8 @@ class Frame:
         n, dim = x.shape
         dtype = torch.float64 if self.precision == "float64" else torch.float32
         padded = -(-n // GROUP) * GROUP
-        values = torch.zeros(padded, dim, dtype=dtype, device=x.device)
+        values = torch.empty(padded, dim, dtype=dtype, device=x.device)
+        values[n:] = 0
         bias = torch.full((padded,), math.inf, dtype=dtype, device=x.device)
         slack = torch.zeros(padded, dtype=dtype, device=x.device)
         rounding = 2.0 ** -(_MANTISSA_BITS[self.precision] + 1)
@@ -103,9 +106,9 @@ class Frame:
             centred = (chunk.double() - self.centre).mul_(self.scale)
             values[rows] = _round(centred, self.precision)
             rounded = values[rows].double()
-            norm2 = rounded.square().sum(1)
-            norm = norm2.sqrt()
-            rho = centred.sub_(rounded).square_().sum(1).sqrt_() + norm * 2.0**-52  # centring rounds once
+            norm = torch.linalg.vector_norm(rounded, dim=1)
+            norm2 = norm.square()
+            rho = torch.linalg.vector_norm(centred.sub_(rounded), dim=1) + norm * 2.0**-52  # centring rounds once
             error = relative * norm2 + 2 * rho * norm + (2 + 1 / rounding) * rho.square() + underflow
             error *= 1.001  # for the rounding in this bound itself
             bias[rows] = norm2 - error
@@ -114,14 +117,32 @@ class Frame:
 
     def lower_bounds(self, a: Points, rows: slice, b: Points, columns: slice, out: Tensor) -> Tensor:
         """Lower bounds of the scaled squared distances of one tile, (rows, columns); +inf where padded."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        tile = out[: height * width].view(height, width)
+        self._fill(tile, a, rows, b, columns)
+        return tile
+
+    def lower_bounds_within(self, a: Points, rows: slice, out: Tensor) -> Tensor:
+        """Lower bounds between all pairs of some rows of one set, (rows, rows); +inf on the diagonal.
+
+        The tile is symmetric: strip by strip, only the part from the diagonal on is computed.
+        """
+        side = rows.stop - rows.start
+        tile = out[: side * side].view(side, side)
+        height = -(-side // STRIPS)
+        for top in range(0, side, height):
+            end, first = min(top + height, side), rows.start + top
+            self._fill(tile[top:end, top:], a, slice(first, rows.start + end), a, slice(first, rows.stop))
+            tile[end:, top:end] = tile[top:end, end:].t()
+        return tile.fill_diagonal_(math.inf)
+
+    def _fill(self, tile: Tensor, a: Points, rows: slice, b: Points, columns: slice) -> None:
         left, right = a.values[rows], b.values[columns].t()
-        tile = out[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1])
+        torch.add(a.bias[rows, None], b.bias[columns], out=tile)
         if self.precision == "bf16" and left.is_cuda:
-            torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32, out=tile)
-            tile.mul_(-2).add_(b.bias[columns])
+            tile.sub_(torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32), alpha=2)
         else:
-            torch.addmm(b.bias[columns], left, right, alpha=-2, out=tile)
-        return tile.add_(a.bias[rows, None])
+            tile.addmm_(left, right, alpha=-2)
 
     def threshold(self, squared: Tensor, toward: float) -> Tensor:
         """Raw squared distances as scaled thresholds of the working type, rounded toward -inf or +inf."""

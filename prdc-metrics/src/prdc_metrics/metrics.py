@@ -283,15 +283,15 @@ def as_features(x: Features, name: str, device: str | torch.device | None = None
         raise ValueError(f"{name} must have shape (samples, dimensions), both at least 1, got {tuple(x.shape)}")
     if not x.is_floating_point():
         x = x.double()
-    if not x.sum(dtype=torch.float64).isfinite() and not (finite := x.isfinite().all(1)).all():
-        bad = (~finite).nonzero()[:, 0]
+    low, high = x.aminmax() if len(x) else (x.new_zeros(()),) * 2
+    if not (low.isfinite() and high.isfinite()):
+        bad = (~x.isfinite().all(1)).nonzero()[:, 0]
         raise ValueError(
             f"{name} has NaN or infinite values in {len(bad)} of {len(x)} rows, first in row {int(bad[0])}"
         )
-    if x.dtype == torch.float64 and len(x):
-        largest = float(x.abs().max())
-        if largest > 2.0**500 or 0 < largest < 2.0**-450:
-            raise ValueError(f"{name} has magnitude {largest:g}: rescale both sets, the metrics do not depend on scale")
+    largest = max(-float(low), float(high))
+    if largest > 2.0**500 or 0 < largest < 2.0**-450:
+        raise ValueError(f"{name} has magnitude {largest:g}: rescale both sets, the metrics do not depend on scale")
     return x.contiguous()
 
 

@@ -124,9 +124,10 @@ def _filtered(
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks)) if active[i] or active[j]]
     out = points.values.new_empty((places[0].stop - places[0].start) ** 2)
     for i, j in schedule.share(pairs, blocks, ("nearest", x, ks, wanted, precision)):
-        tile = frame.lower_bounds(points, places[i], points, places[j], out)
         if i == j:
-            tile.fill_diagonal_(math.inf)
+            tile = frame.lower_bounds_within(points, places[i], out)
+        else:
+            tile = frame.lower_bounds(points, places[i], points, places[j], out)
         if active[i]:
             blocks[i].take(tile, 0, places[j].start)
         if active[j] and i != j:
