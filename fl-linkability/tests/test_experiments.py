@@ -150,6 +150,22 @@ def test_a_sum_of_one_update_is_that_update(small, attack):
     assert studies.groups(adversary)[0]["hit"] == pytest.approx(adversary.reid()[0]["top1"])
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_resample_without_both_kinds_of_pairs_has_no_average_precision():
+    """Three users, one of whom never answered: some resamples hold one user only, some nobody at all."""
+    rng, store = np.random.default_rng(0), UpdateStore({"fc": (0, 8)})
+    for number in range(6):
+        for role in (0, 1):
+            updates, users = rng.normal(size=(2, 8)) + 2 * np.eye(2, 8), np.arange(2)
+            store.append(updates, round=number, device=2 * users + role, user=users, role=role, n_examples=1)
+    drawn = (user_resamples(3, 0)[:, :2] > 0).all(1)
+    adversary = Adversary(store, 3, 0, replace(SMALL, layers="all", attack="cosine"))
+    for measure in (adversary.pairs, adversary.all_pairs):
+        metrics, details = measure()
+        replicates = np.array(details["replicates"]["matching_ap"], float)
+        assert np.isfinite(metrics["matching_ap"]) and (np.isfinite(replicates) == drawn).all()
+
+
 def test_sums_do_not_overlap_and_stay_within_a_round(small, monkeypatch):
     taken = []
     monkeypatch.setattr(studies, "group_sums", lambda raw, group: taken.append((raw, group)) or group_sums(raw, group))

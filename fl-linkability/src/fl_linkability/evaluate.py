@@ -106,6 +106,13 @@ def user_resamples(n_users: int, seed: int, n: int = REPLICATES) -> np.ndarray:
     return np.random.default_rng([seed, 99]).multinomial(n_users, [1 / n_users] * n_users, size=n)
 
 
+def weighted_ap(same: np.ndarray, scores: np.ndarray, weight: np.ndarray) -> float:
+    """Average precision of weighted pairs; NaN if a resample of few users leaves out all pairs of a kind."""
+    if not (weight[same].any() and weight[~same].any()):
+        return np.nan
+    return average_precision_score(same, scores, sample_weight=weight)
+
+
 @dataclass
 class Adversary:
     """What the server can find out from one federation's updates; metrics in % where they are shares.
@@ -187,7 +194,7 @@ class Adversary:
         draws = []
         for count in user_resamples(self.n_users, self.seed):
             weight = np.where(same, count[user_a], count[user_a] * count[user_b])
-            draws.append(100 * average_precision_score(same, scores, sample_weight=weight))
+            draws.append(100 * weighted_ap(same, scores, weight))
         return {"matching_ap": ap}, {"replicates": {"matching_ap": _rounded(draws, 2)}}
 
     def all_pairs(self) -> tuple[dict, dict]:
@@ -205,7 +212,7 @@ class Adversary:
         for count in user_resamples(self.n_users, self.seed):
             a, b = count[users_a][:, None], count[users_b]
             weight = np.where(same, a, a * b)  # copies of one user are not new pairs of one user
-            draws.append(average_precision_score(same.ravel(), scores.ravel(), sample_weight=weight.ravel()))
+            draws.append(weighted_ap(same.ravel(), scores.ravel(), weight.ravel()))
         prevalence = found["prevalence"]
         replicates = {"matching_ap": 100 * np.array(draws), "times_prevalence": np.array(draws) / prevalence}
         return metrics, {"replicates": {name: _rounded(value, 2) for name, value in replicates.items()}}
