@@ -70,6 +70,9 @@ doctor:  ## what this machine and .venv have, and a command that fixes each prob
 drill: demo  ## SIGKILL every demo five times, restart it, compare the final metrics; into runs/drill.jsonl
 	.venv/bin/python tools/drill.py $(PROJECT)
 
+mutants: setup  ## plant small faults one at a time and count those that no test notices, into results/mutants.json; slow
+	.venv/bin/python tools/mutants.py $(PROJECT)
+
 alone:   ## each project in a separate environment: install, import, --help, smoke tables
 	$(PYTHON3) tools/alone.py $(PROJECT)
 
@@ -81,4 +84,4 @@ clean:   ## remove .venv, site/ and caches; runs/ and results/ stay
 	rm -rf .venv site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup wheels demo keep tables test site rehearse campaign gpucheck bench record doctor drill alone lint clean
+.PHONY: help setup wheels demo keep tables test site rehearse campaign gpucheck bench record doctor drill mutants alone lint clean

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from machines import machines
+from mutants import TARGETS, share
 from shared_utils.benchmark import CAPTION, summary
 from shared_utils.report import NOT_MEASURED, Verdict, judge, values, verdicts
 from shared_utils.runlog import RunLog
@@ -151,7 +152,8 @@ def results(root: Path = ROOT) -> str:
     all_projects = [Project(entry, root) for entry in projects(built=False, root=root)]
     parts = ["# Results", INTRO, overview(all_projects, with_summary=False), *map(_section, all_projects)]
     parts += [f"## Other machines\n\n{other_machines(root)}", f"## Speed\n\n{targets(root)}"]
-    return "\n\n".join([*parts, f"## Kill drill\n\n{kill_drill(root)}"]) + "\n"
+    parts += [f"## Kill drill\n\n{kill_drill(root)}", f"## Mutants\n\n{mutants(root)}"]
+    return "\n\n".join(parts) + "\n"
 
 
 def benches(entry: dict, root: Path = ROOT) -> list[Path]:
@@ -230,6 +232,27 @@ def kill_drill(root: Path = ROOT) -> str:
     return f"{intro}\n\n" + _markdown(
         ["project", "killed at", "runs done then", "final metrics", "device", "commit"], lines
     )
+
+
+def mutants(root: Path = ROOT) -> str:
+    """The share of planted faults that each project's tests notice, module by module."""
+    path = root / "results" / "mutants.json"
+    if not path.exists():
+        return NOT_MEASURED
+    wanted = ", ".join(f"{target} % in {kind} modules" for kind, target in TARGETS.items())
+    lines = []
+    for name, record in json.loads(path.read_text()).items():
+        for module, found in record["modules"].items():
+            harmless = sum(bool(reason) for reason in found["survivors"].values())
+            met = "yes" if share(found) >= TARGETS[found["kind"]] else "no"
+            counts = [str(found["planted"]), str(found["killed"]), str(harmless), f"{share(found):.0f}"]
+            lines.append([name, f"{module} ({found['kind']})", *counts, met, record["commit"][:12]])
+    head = ["project", "module", "planted", "noticed", "harmless, with a reason", "noticed in %", "met", "commit"]
+    intro = (
+        "`make mutants`: small faults are planted one at a time, and the tests run on each (mutmut). "
+        f"Target: {wanted}. results/mutants.json lists every fault that no test noticed."
+    )
+    return f"{intro}\n\n" + _markdown(head, lines)
 
 
 def _section(project: Project) -> str:

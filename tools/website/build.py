@@ -21,7 +21,7 @@ import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
 
-from results import CommittedLog, benches, kill_drill, speed
+from results import CommittedLog, benches, kill_drill, mutants, speed
 from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured, verdicts
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Row, Table, load_tables
@@ -184,7 +184,9 @@ def build(site: Path, root: Path = ROOT) -> None:
         speeds = [f"## {each.entry['name']}\n\n{speed(benches(each.entry, root))}" for each in built]
         (sources / "speed.md").write_text("\n\n".join(["# Speed", *speeds]) + "\n")
         (sources / "drill.md").write_text(f"# Kill drill\n\n{kill_drill(root)}\n")
+        (sources / "mutants.md").write_text(f"# Mutants\n\n{mutants(root)}\n")
         pages = {"Home": "index.md", "All claims": "claims.md", "Speed": "speed.md", "Kill drill": "drill.md"}
+        pages |= {"Mutants": "mutants.md"}
         navigation: list[dict[str, Any]] = [{title: page} for title, page in pages.items()]
         for project in built:
             name = project.entry["name"]

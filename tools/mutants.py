@@ -1,0 +1,140 @@
+"""`make mutants PROJECT=`: how many small planted faults a project's tests notice, module by module, by mutmut.
+
+A project's mutants.toml names its idea modules, its training modules and the tests that must notice. The faults are
+planted in a temporary copy; the result goes into results/mutants.json. Decorated functions and lines that only word a
+message are left out. A fault that no test notices is listed with its line, and with a reason where it changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from shared_utils.logging import get_logger
+from shared_utils.runlog import provenance
+from workspace import ROOT, chosen
+
+TARGETS = {"ideas": 90, "training": 75}  # per cent of the faults that must be noticed
+WORDING = [r"^\s*(raise|logger\.|warnings\.warn)\b", r"^\s*f?\"[^\"]*\",?$"]  # lines that only word a message
+SURVIVED = (0, 5, 33)  # mutmut's exit codes: the tests passed, or no test runs the function
+SHOW = """
+import json, sys
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+print(json.dumps({name: get_diff_for_mutant(name) for name in json.load(sys.stdin)}))
+"""
+logger = get_logger("mutants")
+
+
+def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any]]:
+    """Plant faults in a copy of the project and run the tests on each.
+
+    Returns:
+        By module: its kind, how many faults were planted and killed, and the survivors with their reasons.
+
+    Raises:
+        RuntimeError: the tests fail without a fault, or mutmut ends early.
+    """
+    plan = tomllib.loads((project / "mutants.toml").read_text())
+    kinds = {module: kind for kind in TARGETS for module in plan[kind]}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / project.name
+        shutil.copytree(project, copy, ignore=shutil.ignore_patterns(".venv", "runs", "__pycache__", ".*_cache"))
+        content = tomllib.loads((copy / "pyproject.toml").read_text())
+        content["tool"]["mutmut"] = {
+            "source_paths": ["src/"],
+            "only_mutate": [f"src/{package}/{module}.py" for module in kinds],
+            "do_not_mutate_patterns": WORDING,
+            "also_copy": sorted(path.name for path in copy.iterdir() if path.name not in ("src", "tests", "mutants")),
+            "pytest_add_cli_args": ["-m", "not gpu"],
+            "pytest_add_cli_args_test_selection": plan["tests"],
+            "timeout_multiplier": 5.0,
+        }
+        content["tool"]["pytest"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
+        (copy / "pyproject.toml").write_text(tomli_w.dumps(content))
+        mutmut = [sys.executable, "-m", "mutmut", "run", "--max-children", str(workers)]
+        with open(copy / "mutmut.log", "w") as log:
+            done = subprocess.run(mutmut, cwd=copy, stdout=log, stderr=subprocess.STDOUT, env=_environment())
+        if done.returncode:
+            end = (copy / "mutmut.log").read_text(errors="replace").replace("\r", "\n").splitlines()[-15:]
+            raise RuntimeError("\n".join([f"{project.name}: mutmut ended with {done.returncode}", *end]))
+        codes = {module: _exit_codes(copy, package, module) for module in kinds}
+        left = [name for of_module in codes.values() for name, code in of_module.items() if code in SURVIVED]
+        shown = subprocess.run(
+            [sys.executable, "-c", SHOW], cwd=copy, input=json.dumps(left), capture_output=True, text=True, check=True
+        )
+    diffs = json.loads(shown.stdout.splitlines()[-1])
+    found = {}
+    for module, kind in kinds.items():
+        survivors = Counter(_changed(name, diffs[name]) for name in codes[module] if name in diffs)
+        found[module] = {
+            "kind": kind,
+            "planted": len(codes[module]),
+            "killed": len(codes[module]) - survivors.total(),
+            "survivors": {change: plan.get("reasons", {}).get(module, {}).get(change, "") for change in survivors},
+        }
+    return found
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
+
+
+def _exit_codes(copy: Path, package: str, module: str) -> dict[str, int | None]:
+    meta = copy / "mutants" / "src" / package / f"{module}.py.meta"
+    return json.loads(meta.read_text())["exit_code_by_key"] if meta.exists() else {}
+
+
+def _changed(name: str, diff: str) -> str:
+    """A fault in one line: the function, and what became of its line."""
+    function = name.rsplit(".", 1)[1].split("__mutmut_")[0].removeprefix("x_").replace("xǁ", "").replace("ǁ", ".")
+    lines = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    before, after = (" ".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
+    return f"{function}: {before} -> {after}"
+
+
+def share(module: dict[str, Any]) -> float:
+    """Per cent of the faults that were noticed, those that change nothing left out."""
+    harmless = sum(bool(reason) for reason in module["survivors"].values())
+    counted = module["planted"] - harmless
+    return 100 * module["killed"] / counted if counted else 100.0
+
+
+def main(names: list[str]) -> None:
+    """Plant faults in the named projects, or in all that have a mutants.toml."""
+    path = ROOT / "results" / "mutants.json"
+    for entry in chosen(names):
+        project = ROOT / entry["name"]
+        if not (project / "mutants.toml").exists():
+            logger.info("%s: no mutants.toml", entry["name"])
+            continue
+        begin, origin = time.perf_counter(), provenance(ROOT)
+        if not origin["clean"]:
+            raise RuntimeError("uncommitted changes: commit them first, so that the result belongs to a commit")
+        modules = mutate(project, entry["package"], os.cpu_count() or 1)
+        record = {"commit": origin["commit"], "date": date.today().isoformat(), "mutmut": version("mutmut")}
+        record |= {"seconds": round(time.perf_counter() - begin), "modules": modules}
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(known | {entry["name"]: record}, indent=1, ensure_ascii=False) + "\n")
+        for module, result in modules.items():
+            logger.info("%s %s: %.0f %% of %d", entry["name"], module, share(result), result["planted"])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RuntimeError as error:
+        sys.exit(f"mutants: {error}")
