@@ -10,19 +10,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import mutants  # noqa: E402
 import results  # noqa: E402
 
-RULE = '''
+RULE = """
 def clipped(x, low):
     if x < low:
         raise ValueError(f"{x} is too small")
     return x + low
-'''
-PLAN = '''
+"""
+PLAN = """
 ideas    = ["rule"]
 training = []
 tests    = ["tests/test_rule.py"]
 [reasons.rule]
 "clipped: if x < low: -> if x <= low:" = "no test compares equal numbers on purpose"
-'''
+"""
 
 
 @pytest.fixture
