@@ -61,6 +61,7 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
             "pytest_add_cli_args": ["-m", "not gpu"],
             "pytest_add_cli_args_test_selection": plan["tests"],
             "timeout_multiplier": 5.0,
+            "process_isolation": "forkserver",  # nothing of an earlier run stays in the process
         }
         content["tool"]["pytest"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
         (copy / "pyproject.toml").write_text(tomli_w.dumps(content))
