@@ -42,7 +42,7 @@ class Run:
     jobs: int = 0
     """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     precision: str = "auto"
-    """auto (bf16-mixed on CUDA from Ampere on, else 32-true), or a precision of Fabric. CUDA compiles the losses."""
+    """auto (bf16-mixed on CUDA from Ampere on, else 32-true) or a precision of Fabric. On CUDA, losses are compiled."""
     force: bool = False
     """Repeat runs that are already there."""
     dry_run: bool = False

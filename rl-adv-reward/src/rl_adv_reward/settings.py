@@ -172,7 +172,7 @@ class Settings:
     distill_iterations: int = 4000
     """iterations of the ATN's distillation from the critic"""
     distill_own: int = 1000
-    """iterations of these in which the critic plays, before the attacked victim does"""
+    """how many of these the critic plays, before the attacked victim takes over"""
     distill_lr: float = 1e-4
     """learning rate of the distillation"""
     distill_batch: int = 256

@@ -101,7 +101,7 @@ def check_envs(envs: VectorEnv) -> None:
     """Training and evaluation need image stacks in uint8, discrete actions and NEXT_STEP.
 
     Raises:
-        ValueError: with what was expected and what it got.
+        ValueError: says what was expected and what it got.
     """
     check_image_space(envs.single_observation_space)
     if envs.single_observation_space.dtype != np.uint8:
