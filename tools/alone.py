@@ -1,9 +1,9 @@
-"""`make alone`: each project in environments of its own, as users who want only that one would have it.
+"""`make alone`: install each project in separate environments, as a user would who wants only that one.
 
 Once from a checkout: `make -C <project> install`, editable. Once as a wheel: `pip install` from a git URL with the
-project's subdirectory, used in an empty folder. Both must bring everything that the project needs and no other project;
-then the package is imported, `--help` shown, every table that has a smoke scale run, and the wheel's tables drawn. All
-of it happens beside a temporary worktree of HEAD: the user's own environments and runs are not touched.
+project's subdirectory, used in an empty folder. Both must install everything that the project needs and no other
+project; then the package is imported, `--help` shown, every table with a smoke scale run, and the wheel's tables drawn.
+Everything happens in or next to a temporary worktree of HEAD: the user's environments and runs do not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SMOKE = ["run", "--scale", "smoke", "--jobs", "1"]
 
 
 def checks(entry: dict, python: Path, root: Path) -> dict[str, list[str]]:
-    """Name and command of what must work once the project is installed."""
+    """Names and commands of the checks on an installed project."""
     others = [each["package"] for each in projects(root=root) if each["name"] != entry["name"]]
     find = f"import importlib.util as u; print(*(n for n in {others} if u.find_spec(n)))"
     module = [str(python), "-m", entry["package"]]
@@ -31,7 +31,7 @@ def checks(entry: dict, python: Path, root: Path) -> dict[str, list[str]]:
 
 
 def editable(entry: dict, root: Path) -> str:
-    """What went wrong in the checkout; empty where nothing did."""
+    """What went wrong in the checkout; empty if nothing did."""
     folder = root / entry["name"]
     python = folder / ".venv" / "bin" / "python"
     steps = {"install": ["make", "-C", str(folder), "install"]}
@@ -39,7 +39,7 @@ def editable(entry: dict, root: Path) -> str:
 
 
 def wheel(entry: dict, root: Path) -> str:
-    """What went wrong outside the checkout; empty where nothing did."""
+    """What went wrong outside the checkout; empty if nothing did."""
     folder = root.parent / f"{entry['name']}-installed"
     folder.mkdir()
     python = folder / ".venv" / "bin" / "python"
@@ -54,7 +54,7 @@ def wheel(entry: dict, root: Path) -> str:
 
 
 def problem(steps: dict[str, list[str]], folder: Path) -> str:
-    """The first step that fails, and what it printed."""
+    """The first step that fails, and its output."""
     for step, command in steps.items():
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:

@@ -1,9 +1,9 @@
-"""`make campaign MINUTES=10`: from the top of campaign.toml, run what fits into the time, and show what is new.
+"""`make campaign MINUTES=10`: run what fits into the time, from the top of campaign.toml, and show the new results.
 
-A unit is one command: a seed of an entry, or all its seeds where one process trains them stacked. Units run side by
-side, of one entry or of several, as long as their shares of the GPU add up to one (small networks leave a GPU idle).
-No unit starts that would not end in time; what still runs at the limit is interrupted, and the next campaign goes on
-from its checkpoint. What is in runs/ or results/ is not run again.
+A unit is one command: one seed of an entry, or all its seeds if one process trains them stacked. Units of one or more
+entries run in parallel as long as their shares of the GPU add up to at most one (small networks leave a GPU idle).
+A unit starts only if it should end in time; units still running at the limit are interrupted, and the next campaign
+resumes from their checkpoints. Runs that are already in runs/ or results/ are not repeated.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ GRACE_SECONDS = 20  # from the interrupt at the limit to the kill
 
 @dataclass
 class Entry:
-    """One line of the campaign: rows of tables, and what a unit of them is expected to take."""
+    """One entry of the campaign: rows of tables, and the expected time of a unit."""
 
     project: str
     tables: list[str]
     scale: str
     minutes: float
-    """of one unit, on one GPU"""
+    """expected time of one unit on one GPU"""
     why: str
     rows: list[str] | None = None
     seeds: list[int] | None = None
     together: int = 1
-    """units that one GPU carries side by side"""
+    """number of units that one GPU can run in parallel"""
     jobs: int | None = None
-    """processes of a single unit with all seeds, which are trained stacked; None: a unit per seed"""
+    """number of processes of a single unit that trains all seeds stacked; None: one unit per seed"""
     root: Path = ROOT
     package: str = field(init=False)
     found: list[Table] = field(init=False)
@@ -71,7 +71,7 @@ class Entry:
         return [seeds] if self.jobs else [[seed] for seed in seeds]
 
     def runs(self, seeds: list[int]) -> list[Run]:
-        """All its runs of some seeds."""
+        """All runs of the entry with these seeds."""
         return [run for table in self.found for run in table.runs(self.scale, self.rows, seeds)]
 
     def log(self, folder: str) -> RunLog:
@@ -79,26 +79,26 @@ class Entry:
         return RunLog(self.root / self.project / folder / f"{self.scale}.jsonl")
 
     def missing(self, seeds: list[int]) -> list[Run]:
-        """Its runs of some seeds that are in no log."""
+        """Runs of the entry with these seeds that are in no log."""
         known = self.log("runs").keys() | self.log("results").keys()
         return [run for run in self.runs(seeds) if run.key not in known]
 
     def expected(self, seeds: list[int]) -> float:
-        """Seconds for what is missing of a unit: as measured in this campaign, else as listed."""
+        """Expected seconds for a unit's missing runs: as measured in this campaign, otherwise as listed."""
         usual = max(self.measured) if self.measured else self.minutes * 60 / len(self.runs(seeds))
         return usual * len(self.missing(seeds))
 
     def name(self, seeds: list[int]) -> str:
-        """What a line of the campaign's output starts with."""
+        """Start of an output line about this unit."""
         return f"{self.project} {' '.join(self.tables)} {self.scale} seed {' '.join(map(str, seeds))}"
 
     @property
     def output(self) -> Path:
-        """What the commands of this project printed."""
+        """Output of this project's commands."""
         return self.log("runs").path.with_name("campaign.log")
 
     def start(self, seeds: list[int]) -> subprocess.Popen:
-        """The project's own command line, in a session of its own."""
+        """Start the project's command line, in a separate session."""
         sources = [str(self.root / name / "src") for name in (self.project, "shared-utils")]
         path = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", self.package, "run", *self.tables, "--scale", self.scale]
@@ -120,7 +120,7 @@ class Entry:
 
 @dataclass
 class Unit:
-    """A command of an entry that is running."""
+    """A running command of an entry."""
 
     entry: Entry
     seeds: list[int]
@@ -134,14 +134,14 @@ class Unit:
         self.child = self.entry.start(self.seeds)
 
     def ended(self) -> bool:
-        """Say how it ended; whether it failed."""
+        """Print how the unit ended; return whether it failed."""
         if self.child.returncode == 0:
             seconds = time.monotonic() - self.started
             self.entry.measured.append(seconds / self.runs)
             print(f"{self.entry.name(self.seeds)}: {self.runs} runs in {duration(seconds)}", flush=True)
             return False
         if self.child.returncode in (-signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGINT):
-            print(f"{self.entry.name(self.seeds)}: interrupted at the limit; the next campaign goes on")
+            print(f"{self.entry.name(self.seeds)}: interrupted at the limit; the next campaign resumes it")
             return False
         printed = self.entry.output.read_text(errors="replace")[-2000:]
         print(f"{self.entry.name(self.seeds)}: exit code {self.child.returncode}\n{printed}", file=sys.stderr)
@@ -149,7 +149,7 @@ class Unit:
 
 
 def read_entries(path: Path, root: Path = ROOT) -> list[Entry]:
-    """The list, in its order. ValueError for an unknown key, project, table or scale."""
+    """The entries, in order. ValueError for an unknown key, project, table or scale."""
     known = ["project", "tables", "scale", "minutes", "why", "rows", "seeds", "together", "jobs"]
     entries = []
     for body in tomllib.loads(path.read_text())["entry"]:
@@ -160,7 +160,7 @@ def read_entries(path: Path, root: Path = ROOT) -> list[Entry]:
 
 
 def campaign(entries: list[Entry], seconds: float) -> int:
-    """Run units until the time is over; 0, or 1 when a unit failed."""
+    """Run units until the time is over; exit code 1 if a unit failed, otherwise 0."""
     end = time.monotonic() + seconds
     before = {id(entry): entry.log("runs").keys() for entry in entries}
     waiting = [(entry, seeds) for entry in entries for seeds in entry.units if entry.missing(seeds)]

@@ -1,7 +1,7 @@
-"""`make demo`: every project's tables at embedded scale, projects side by side, one progress display.
+"""`make demo`: run every project's tables at embedded scale, projects in parallel, with one progress display.
 
-Each project is its own command, `python -m <package> run --scale embedded`, which resumes from its own runs/. So a
-demo that is interrupted or killed anywhere is continued by the next one.
+Each project is a separate command, `python -m <package> run --scale embedded`, which resumes from its runs/. So the
+next demo continues one that was interrupted or killed.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Job:
 
     @property
     def log(self) -> RunLog:
-        """The user's own runs."""
+        """The user's runs."""
         return RunLog(self.root / self.name / "runs" / f"{SCALE}.jsonl")
 
     @property
     def output(self) -> Path:
-        """What the project printed when it was last started."""
+        """Output of the project's last start."""
         return self.log.path.with_name("demo.log")
 
     @property
@@ -73,7 +73,7 @@ class Job:
         return self._left
 
     def start(self, jobs: int) -> subprocess.Popen:
-        """Run what is missing in `jobs` processes (0: as many as the project finds good), in a session of its own."""
+        """Run what is missing in `jobs` processes (0: the project decides), in a separate session."""
         self.output.parent.mkdir(exist_ok=True)
         sources = [str(self.root / name / "src") for name in (self.name, "shared-utils")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sources)}
@@ -86,21 +86,21 @@ class Job:
                 env=environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches it through this process alone, once
+                start_new_session=True,  # Ctrl-C reaches it once, and only through this process
             )
 
 
 def side_by_side(projects: int) -> tuple[int, int]:
-    """How many projects run at once, and with how many processes each: one at a time if there is a GPU."""
+    """How many projects run in parallel, and the processes of each: one project at a time if there is a GPU."""
     cores = os.cpu_count() or 1
     beside = 1 if torch.cuda.is_available() else min(projects, cores)
     return beside, -(-cores // beside) if beside > 1 else 0
 
 
 def demo(entries: list[dict], root: Path = ROOT) -> int:
-    """Run the projects of these entries of workspace.toml; exit code of the first that fails, else 0."""
+    """Run the projects of these entries of workspace.toml; exit code of the first that fails, otherwise 0."""
     everyone = [Job(entry["name"], entry["package"], root) for entry in entries]
-    waiting = sorted(everyone, key=Job.left, reverse=True)  # longest first: no long one is left alone at the end
+    waiting = sorted(everyone, key=Job.left, reverse=True)  # longest first, so that no long one runs alone at the end
     running: list[tuple[Job, subprocess.Popen]] = []
     codes: list[int] = []
     beside, jobs = side_by_side(len(everyone))
@@ -146,7 +146,7 @@ def _display() -> Progress:
 
 
 def _interrupt(children: list[subprocess.Popen]) -> None:
-    """Pass Ctrl-C on, and wait until every project has saved its state; a second Ctrl-C kills."""
+    """Pass on Ctrl-C and wait until every project has saved its state; a second Ctrl-C kills them."""
     try:
         for child in children:
             child.send_signal(signal.SIGINT)
@@ -166,11 +166,11 @@ def _farewell(names: list[str], code: int) -> None:
     print("\nWhere to look")
     print("  RESULTS.md                            every table and claim, as we measured them")
     for name in names:
-        print(f"  {name + '/results/RESULTS.md':<37} published | ours, with figures beside it")
+        print(f"  {name + '/results/RESULTS.md':<37} published | ours, with figures")
         print(f"  {f'{name}/runs/{SCALE}.jsonl':<37} your own runs, one JSON line each; printed tables in demo.log")
-    print("  make keep                             keeps this machine's verdicts beside those of other kinds")
+    print("  make keep                             saves this machine's verdicts next to those of others")
     if code:
-        print(f"A project failed (exit code {code}), see its message above.", file=sys.stderr)
+        print(f"A project failed (exit code {code}); see its message above.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`make doctor`: what this machine and .venv have, what is wrong, and the one line that mends it.
+"""`make doctor`: what this machine and .venv have, what is wrong, and the command that fixes it.
 
-It needs the standard library alone, since it is wanted most when the installation is broken: everything about .venv
-is asked from .venv's own Python.
+It needs only the standard library, because it is needed most when the installation is broken: it queries .venv through
+.venv's Python.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REINSTALL = ".venv/bin/uv pip install --python .venv/bin/python --reinstall -r r
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and how to mend it (empty: nothing to mend)."""
+    """One line: what was checked, what was found, and how to fix it (empty: nothing to fix)."""
 
     what: str
     found: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def diagnose(root: Path = ROOT) -> Iterator[Finding]:
-    """All findings, the machine first, then .venv, then the data sets."""
+    """All findings: first the machine, then .venv, then the data sets."""
     yield from _machine(root)
     if sys.version_info < OLDEST_PYTHON:
         return
@@ -48,7 +48,9 @@ def diagnose(root: Path = ROOT) -> Iterator[Finding]:
 
 def _machine(root: Path) -> Iterator[Finding]:
     old = sys.version_info < OLDEST_PYTHON
-    yield Finding("Python", platform.python_version(), "make PYTHON3=python3.11 setup, or newer" if old else "")
+    yield Finding(
+        "Python", platform.python_version(), "make PYTHON3=python3.11 setup (or a newer Python)" if old else ""
+    )
     for tool in ("make", "git"):
         where = shutil.which(tool)
         yield Finding(tool, where or "missing", "" if where else f"install {tool} with the system's package manager")
@@ -62,7 +64,7 @@ def _machine(root: Path) -> Iterator[Finding]:
 
 
 def _packages(root: Path, python: Path) -> Iterator[Finding]:
-    """Installed versions against requirements.lock, and the built projects."""
+    """Compare installed versions with requirements.lock, and check that the built projects are installed."""
     uv: list[str | Path] = [python.with_name("uv"), "pip", "install", "--dry-run", "--offline", "--python", python]
     try:
         done = subprocess.run([*uv, "-r", root / "requirements.lock"], capture_output=True, text=True)
@@ -97,7 +99,7 @@ def _torch(python: Path) -> Iterator[Finding]:
 
 
 def _data_sets(root: Path) -> Iterator[Finding]:
-    """Data sets that a user provides or downloads: looked for where their project does."""
+    """Data sets that a user provides or downloads, searched where their project does."""
     for entry in _entries(root):
         data_root = Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / entry["name"])
         for data in entry["datasets"]:
@@ -124,17 +126,17 @@ def _last_line(text: str) -> str:
 
 
 def main() -> int:
-    """Print every finding; 1 when something other than a data set is to be mended."""
+    """Print all findings; exit code 1 if something other than a data set needs fixing."""
     findings = []
     for finding in diagnose():
-        mark = "ok  " if not finding.mend else "--  " if finding.optional else "MEND"
+        mark = "ok  " if not finding.mend else "--  " if finding.optional else "FIX "
         print(
             f"{mark} {finding.what}: {finding.found}" + (f"\n       {finding.mend}" if finding.mend else ""), flush=True
         )
         findings.append(finding)
     broken = sum(bool(finding.mend) and not finding.optional for finding in findings)
     absent = sum(bool(finding.mend) and finding.optional for finding in findings)
-    print(f"\n{broken} to mend; {absent} data sets are not here, which the demo does not need.")
+    print(f"\n{broken} to fix; {absent} data sets are missing, but the demo does not need them.")
     return int(broken > 0)
 
 

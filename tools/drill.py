@@ -1,8 +1,8 @@
-"""`make drill`: SIGKILL every project's demo at five random instants, start it again, compare the final metrics.
+"""`make drill`: SIGKILL every project's demo at five random times, restart it, and compare the final metrics.
 
-The undisturbed run is the user's own demo (runs/embedded.jsonl), which make finishes first. The disturbed one runs in
-a temporary worktree of the same commit, from nothing. Metrics that are times (a name ending in _ms or _seconds) differ
-between any two runs and are left out; all others must be equal to the last bit.
+The undisturbed run is the user's demo (runs/embedded.jsonl), which make completes first. The disturbed one starts
+from scratch in a temporary worktree of the same commit. Metrics that are times (names ending in _ms or _seconds) differ
+between any two runs and are excluded; all others must be bit-equal.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ logger = get_logger("drill")
 
 
 def drill(entries: list[dict], root: Path = ROOT) -> int:
-    """Drill the projects of these entries of workspace.toml; 0 when all final metrics are equal, else 1.
+    """Drill the projects of these entries of workspace.toml; exit code 0 if all final metrics are equal, otherwise 1.
 
     Appends one JSON line per project to runs/drill.jsonl.
 
     Raises:
-        RuntimeError: uncommitted changes, or an undisturbed run that is of other code or not finished.
+        RuntimeError: uncommitted changes, or an undisturbed run that is not finished or used other code.
     """
     origin = provenance(root)
     if not origin["clean"]:
-        raise RuntimeError("the working tree has uncommitted changes: commit, then drill")
+        raise RuntimeError("the working tree has uncommitted changes: commit them, then drill")
     for entry in entries:
         _check_undisturbed(Job(entry["name"], entry["package"], root), origin["commit"])
     origin["command"] = shlex.join(["make", "drill"])
@@ -63,13 +63,13 @@ def _check_undisturbed(job: Job, commit: str) -> None:
     if job.left():
         raise RuntimeError(f"{job.name}: the undisturbed run is not finished: make demo PROJECT={job.name}")
     if any(record["commit"] != commit or not record["clean"] for record in records):
-        raise RuntimeError(f"{job.name}: runs/{SCALE}.jsonl holds runs of other code: remove it, then make demo")
+        raise RuntimeError(f"{job.name}: runs/{SCALE}.jsonl holds runs of other code: remove it, then run make demo")
 
 
 def _kill_and_compare(undisturbed: Job, disturbed: Job, jobs: int) -> dict:
-    """Kill at times drawn uniformly over the undisturbed duration; the last start runs to the end."""
+    """Kill at times drawn uniformly from the undisturbed duration; the last start runs to the end."""
     records = undisturbed.log.records()
-    # without the time spent waiting for other programs, or the last kill could come after the end
+    # excludes time spent waiting for other programs; otherwise the last kill could come after the end
     duration = sum(min(r["seconds"], r["cpu_seconds"]) for r in records) / (jobs or os.cpu_count() or 1)
     instants = sorted(random.uniform(0, duration) for _ in range(KILLS))
     runs_at_kill: list[int] = []

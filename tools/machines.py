@@ -1,6 +1,6 @@
-"""`make keep`: the verdicts of your own demo, kept in results/machines/ with those of other kinds of machine.
+"""`make keep`: save the verdicts of your demo in results/machines/, next to those of other kinds of machine.
 
-A verdict that changes with the processor does not count: "holds" in the README means that it held on every kind tried.
+A verdict that depends on the processor does not count: "holds" in the README means that it held on every kind tried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCALE = "embedded"
 
 @dataclass(frozen=True)
 class Machine:
-    """Verdicts by project, table and text of the claim, as one machine's demo gave them."""
+    """Verdicts of one machine's demo, by project, table and text of the claim."""
 
     device: str
     commit: str
@@ -28,14 +28,14 @@ class Machine:
     verdicts: dict[str, dict[str, dict[str, str]]]
 
     def judged(self, project: str, table: str, verdict: Verdict) -> str:
-        """How the claim came out here; empty where it was not judged or is another scale's."""
+        """The verdict on this machine; empty if the claim was not judged or has another scale."""
         if verdict.scale != SCALE:
             return ""
         return self.verdicts.get(project, {}).get(table, {}).get(verdict.claim.text, "")
 
 
 def machines(root: Path = ROOT) -> list[Machine]:
-    """Those that were kept."""
+    """All saved machines."""
     return [Machine(**json.loads(path.read_text())) for path in sorted((root / "results" / "machines").glob("*.json"))]
 
 
@@ -55,7 +55,7 @@ def keep(root: Path = ROOT) -> Path:
             if judged:
                 verdicts.setdefault(entry["name"], {})[table.id] = judged
     if not verdicts:
-        raise RuntimeError("you have no runs yet: make demo")
+        raise RuntimeError("you have no runs yet: run make demo")
     here = provenance(root, ("numpy", "torchvision", "lightning"))
     machine = Machine(here["device"], here["commit"], here["versions"], verdicts)
     slug = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
@@ -67,6 +67,6 @@ def keep(root: Path = ROOT) -> Path:
 
 if __name__ == "__main__":
     try:
-        print(f"{keep().relative_to(ROOT)} written; make tables shows it in RESULTS.md")
+        print(f"{keep().relative_to(ROOT)} written; make tables adds it to RESULTS.md")
     except RuntimeError as error:
         raise SystemExit(f"keep: {error}") from None

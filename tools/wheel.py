@@ -1,6 +1,6 @@
-"""The build hook of every project's wheel: what the checkout keeps next to the package goes into it.
+"""The build hook of every project's wheel: it includes what the checkout keeps next to the package.
 
-An editable install reads all of this where it lies; see shared_utils/folders.py.
+An editable install reads it from the checkout; see shared_utils/folders.py.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class Wheel(BuildHookInterface):
-    """tables/ and results/ as data of the package, with shared_utils, so that no other package is needed."""
+    """Adds tables/ and results/ as package data, and shared_utils, so that no other package is needed."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":

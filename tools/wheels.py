@@ -1,7 +1,8 @@
-"""`make wheels FOR=cp312 INTO=folder`: what `make setup WHEELS=folder` needs on a machine without a network.
+"""`make wheels FOR=cp312 INTO=folder`: get what `make setup WHEELS=folder` needs on a machine without a network.
 
-What the projects themselves need, pytest and the build backend, as requirements.lock pins it for the target's Python;
-no peers of the benchmarks and no tools. A package of HAVE (`pip list --format=freeze` of that machine) is left out.
+These are the dependencies of the projects, pytest and the build backend, as requirements.lock pins them for the
+target's Python, without benchmark peers and tools. Packages listed in HAVE (`pip list --format=freeze` of that machine)
+are skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _normal(requirement: str) -> str:
 
 
 def download(wanted: list[str], version: str, machine: str, folder: Path) -> None:
-    """Wheels of pinned packages, all of them or an error."""
+    """Download the wheels of pinned packages; an error if any is missing."""
     if not wanted:
         return
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
@@ -44,20 +45,21 @@ def download(wanted: list[str], version: str, machine: str, folder: Path) -> Non
     for glibc in GLIBC:
         command += ["--platform", f"{glibc}_{machine}"]
     if subprocess.run([*command, *wanted]).returncode:
-        raise SystemExit(f"not every wheel for Python {version} on {machine} could be had; the last line says which")
+        raise SystemExit(f"some wheels for Python {version} on {machine} are not available; the last line says which")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("python", metavar="FOR", help="tag of the target's Python, such as cp312")
     parser.add_argument("folder", metavar="INTO", type=Path)
-    parser.add_argument("--have", type=Path, help="pip list --format=freeze of that machine")
+    parser.add_argument("--have", type=Path, help="output of pip list --format=freeze on that machine")
     parser.add_argument("--machine", default="x86_64", choices=["x86_64", "aarch64"])
     given = parser.parse_args()
     if not (tag := re.fullmatch(r"cp3(\d+)", given.python)):
-        parser.error(f"FOR: a tag such as cp312 was expected, got {given.python!r}")
+        parser.error(f"FOR: expected a tag such as cp312, got {given.python!r}")
     version = f"3.{tag[1]}"
     wanted = pins(version, given.machine, given.have.read_text().splitlines() if given.have else ())
     download(wanted, version, given.machine, given.folder)
     size = sum(path.stat().st_size for path in given.folder.glob("*.whl"))
-    print(f"{len(wanted)} wheels, {size / 1e6:.0f} MB, in {given.folder}; there: make setup WHEELS={given.folder}")
+    print(f"{len(wanted)} wheels, {size / 1e6:.0f} MB, in {given.folder}")
+    print(f"On that machine: make setup WHEELS={given.folder}")

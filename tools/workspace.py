@@ -1,4 +1,4 @@
-"""The projects in workspace.toml, and checkouts of them. Used before anything is installed: standard library alone."""
+"""The projects in workspace.toml, and checkouts of them. Used before anything is installed: standard library only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def projects(built: bool = True, root: Path = ROOT) -> list[dict]:
-    """Entries of workspace.toml, in its order; only the built ones unless told otherwise."""
+    """Entries of workspace.toml, in order; by default only those of built projects."""
     entries = tomllib.loads((root / "workspace.toml").read_text())["project"]
     return [entry for entry in entries if entry["status"] == "built" or not built]
 
 
 def chosen(names: list[str]) -> list[dict]:
-    """Entries of the named built projects, all of them for none; SystemExit 2 for a name that is not built."""
+    """Entries of the named built projects, or of all if none is named; SystemExit 2 for a project that is not built."""
     built = projects()
     unknown = [name for name in names if name not in [entry["name"] for entry in built]]
     if unknown:
@@ -31,7 +31,7 @@ def chosen(names: list[str]) -> list[dict]:
 
 @contextmanager
 def worktree(root: Path = ROOT) -> Iterator[Path]:
-    """A temporary checkout of HEAD, without environments and runs."""
+    """A temporary checkout of HEAD, without environments or runs."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         subprocess.run(["git", "-C", root, "worktree", "add", "--quiet", "--detach", copy, "HEAD"], check=True)

@@ -86,13 +86,13 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "no.png").write_bytes(b"no image")
     for words, message in (
         (["run", "table-11"], "unknown table 'table-11'"),
-        (["run", "--scale", "huge"], "none of these tables has a scale 'huge'"),
+        (["run", "--scale", "huge"], "none of these tables has the scale 'huge'"),
         (["run", "table-1", "--rows", "nonesuch"], "unknown row 'nonesuch'; did you mean"),
-        (["train", "--scale", "huge"], "scale: one of smoke, embedded, lenet, paper"),
+        (["train", "--scale", "huge"], "scale: expected one of smoke, embedded, lenet, paper"),
         (["train", "--samples", "7", "--components", "2"], "multiple of components"),
         (["eval", tmp_path / "none.pt"], "none.pt: no such file"),
         (["eval", tmp_path / "cut.pt"], "cut.pt: cannot be read"),
-        (["inspect", tmp_path / "no.png", "--checkpoint", tmp_path / "other.pt"], "no model of this package"),
+        (["inspect", tmp_path / "no.png", "--checkpoint", tmp_path / "other.pt"], "not a model of this package"),
         (["inspect", tmp_path / "no.png", "--checkpoint", model], "no.png: this is not an image"),
         (["data", "--output", tmp_path / "out", "--data-root", tmp_path], "MNIST was not found; searched"),
     ):

@@ -57,7 +57,7 @@ def test_idx_layouts(tmp_path, arrays, folder, packed):
     digits = read_mnist(tmp_path, verify=False)
     for tensor, array in zip(digits, arrays.values(), strict=True):
         assert np.array_equal(tensor.numpy(), array)
-    with pytest.raises(ValueError, match="train_images, .* are not those of MNIST"):
+    with pytest.raises(ValueError, match="train_images, .* differ from MNIST's"):
         read_mnist(tmp_path)
 
 
@@ -96,10 +96,10 @@ def test_dataset(tmp_path, arrays):
     with pytest.raises(IndexError):
         data[len(data)]
     for options, message in (
-        ({"split": "test_seen", "gap": "instance"}, "split: one of train, test"),
+        ({"split": "test_seen", "gap": "instance"}, "split: expected one of train, test"),
         ({"seed": 1}, "seed: the standard tables"),
-        ({"num_digits": 7, "standard": False}, "num_digits: 1 to 6"),
-        ({"gap": "x", "standard": False}, "gap: number or instance"),
+        ({"num_digits": 7, "standard": False}, "num_digits: expected 1 to 6"),
+        ({"gap": "x", "standard": False}, "gap: expected number or instance"),
     ):
         with pytest.raises(ValueError, match=message):
             NDigitMNIST(tmp_path, **options)
@@ -136,7 +136,7 @@ def test_four_digits_and_the_trap_of_seen_numbers():
 
 def test_impossible_tables():
     for options, message in (
-        ({"min_per_number": 0}, "min_per_number: >= 1"),
+        ({"min_per_number": 0}, "min_per_number: expected >= 1"),
         ({"min_per_number": 600, "total_test": 500}, "min_per_number: 600 images"),
         ({"min_per_number": 400, "total_train": 3000, "total_test": 3000}, "400 images of digit 0 are needed"),
         ({"ratio_train": 100}, "ratio_train"),
@@ -221,7 +221,7 @@ def test_neighbours_leave_out_the_query_itself():
     assert knn_predict(match_prob, labels, 1, own=torch.tensor([0])) == 1
     assert knn_predict(match_prob, labels, 3, own=torch.tensor([0])) == 2  # two votes beat the nearer one
     assert knn_predict(match_prob, labels, 2, own=torch.tensor([0])) == 1  # a tie goes to the larger sum
-    with pytest.raises(ValueError, match="k: 1 to 3"):
+    with pytest.raises(ValueError, match="k: expected 1 to 3"):
         knn_predict(match_prob, labels, 4, own=torch.tensor([0]))
 
 

@@ -112,11 +112,11 @@ def test_a_and_b_are_fitted_for_the_classical_loss(sets):
 def test_unknown_reports_splits_and_data_are_refused(tmp_path):
     base = TABLES["table-1"].runs("smoke")[0].settings
     for options, message in (
-        ({"report": "x"}, "report: one of verification, "),
-        ({"split": "x"}, "split: one of train, test"),
-        ({"split": "test_seen"}, "split: one of train, test was"),
-        ({"dataset": "x"}, "dataset: one of mnist, digits"),
-        ({"estimator": "x"}, "estimator: one of"),
+        ({"report": "x"}, "report: expected one of verification, "),
+        ({"split": "x"}, "split: expected one of train, test"),
+        ({"split": "test_seen"}, "split: expected one of train, test,"),
+        ({"dataset": "x"}, "dataset: expected one of mnist, digits"),
+        ({"estimator": "x"}, "estimator: expected one of"),
     ):
         with pytest.raises(ValueError, match=message):
             execute([base | options], [0], tmp_path, "cpu")

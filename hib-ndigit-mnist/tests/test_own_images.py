@@ -165,21 +165,21 @@ def test_what_a_dataset_may_give():
     assert torch.equal(read_item([(palette, 0)], 0)[0][0], 255 - expected[0])  # colours, not their numbers
     image = torch.rand(3, 9, 12)
     for item, message in (
-        (image, r"data\[0\]: \(image, label\) was expected, got Tensor of 3"),
+        (image, r"data\[0\]: expected \(image, label\), got Tensor of 3"),
         ({"image": image, "label": 0, "name": ""}, "got dict of 3"),
-        ((image * 4 - 2, 0), r"values in \[0, 1\] or uint8 .*normalises them itself"),
+        ((image * 4 - 2, 0), r"values in \[0, 1\] or uint8, .*normalises them itself"),
         ((image * float("nan"), 0), "got nan to nan"),
         ((image.numpy(), 0), r"array \(H, W, C\), got the shape \(3, 9, 12\)"),
-        ((torch.rand(4, 9, 12), 0), "1 or 3 channels were expected"),
+        ((torch.rand(4, 9, 12), 0), "expected 1 or 3 channels"),
     ):
         with pytest.raises(ValueError, match=message):
             read_item([item], 0)
     data, settings = [(image, label) for label in (0, 0, 1, 1)], BackboneTraining("timm:test_resnet", steps=1, batch=4)
     for labels, message in (
-        ([0, 0, 1], r"\(4,\) integers, one per image, were expected, got \(3,\) torch.int64"),
+        ([0, 0, 1], r"expected \(4,\) integers, one per image, got \(3,\) torch.int64"),
         ([0.0, 0.0, 1.0, 1.0], "torch.float32"),
-        (list("aabb"), "labels: integers were expected"),
-        ([1, 1, 0, 0], "the label . was expected, got"),
+        (list("aabb"), "labels: expected integers"),
+        ([1, 1, 0, 0], "expected the label ., got"),
     ):
         with pytest.raises(ValueError, match=message):
             train_on(data, labels, settings, pretrained=False, device="cpu")
@@ -199,24 +199,24 @@ def test_mistakes_and_broken_files(folders, model, tmp_path, monkeypatch, capsys
         ([*train, "--batch", 64], 1, "cut.jpg: this is not an image"),
         ([*train, "--workers", 1, "--batch", 64], 1, "cut.jpg: this is not an image"),
         (["train", tmp_path / "none", *SMALL], 2, "none: no such image or folder"),
-        (["train", tmp_path / "set.csv", *SMALL], 2, "set/a/none.png is not there"),
-        (["train", tmp_path / "names.csv", *SMALL], 2, "columns image and label were expected, got file, class"),
-        (["train", tmp_path / "set" / "a", *SMALL], 2, "a folder per class was expected, 0.png lies in none"),
+        (["train", tmp_path / "set.csv", *SMALL], 2, "set/a/none.png does not exist"),
+        (["train", tmp_path / "names.csv", *SMALL], 2, "expected the columns image and label, got file, class"),
+        (["train", tmp_path / "set" / "a", *SMALL], 2, "expected a folder per class, but 0.png is in none"),
         ([*train, "--backbone", "timm:nonesuch"], 2, "backbone: timm has no model 'nonesuch'"),
         ([*train, "--backbone", "torchvision:squeezenet1_1"], 2, "no linear classifier"),
-        ([*train, "--backbone", "resnet18"], 2, "timm:NAME or torchvision:NAME was expected"),
+        ([*train, "--backbone", "resnet18"], 2, "expected timm:NAME or torchvision:NAME"),
         ([*train, "--samples", 3, "--components", 2], 2, "a multiple of components"),
-        (["eval", model, folders / "others-test", *ON_CPU], 2, "a folder per class was expected"),
-        (["eval", model], 2, "a model of your own images: eval and embed take it with a folder"),
+        (["eval", model, folders / "others-test", *ON_CPU], 2, "expected a folder per class"),
+        (["eval", model], 2, "a model of your own images: use eval or embed, with a folder"),
         (
             ["embed", model, tmp_path / "set" / "a", "--output", tmp_path / "set"],
             2,
-            "set: a file to write was expected",
+            "set: expected a file to write",
         ),
-        ([*train, "--output", tmp_path / "set"], 2, "set: a file to write was expected"),
-        ([*train, "--lr", -1], 2, "lr > 0, lr_final >= 0, match_lr > 0 were expected, got -1.0"),
-        ([*train, "--beta", -1], 2, "beta >= 0, dropout in (0, 1), dim >= 1 were expected"),
-        ([*train, "--skip-broken", "--lr", 1e30], 1, " after 2 steps; a smaller lr may help"),
+        ([*train, "--output", tmp_path / "set"], 2, "set: expected a file to write"),
+        ([*train, "--lr", -1], 2, "expected lr > 0, lr_final >= 0, match_lr > 0, got -1.0"),
+        ([*train, "--beta", -1], 2, "expected beta >= 0, dropout in (0, 1), dim >= 1"),
+        ([*train, "--skip-broken", "--lr", 1e30], 1, " after 2 steps; try a smaller lr"),
     ):
         found, _, shown = hib(monkeypatch, capsys, *words)
         told = [line for line in shown.splitlines() if line.startswith("hib-ndigit-mnist: ")]

@@ -228,7 +228,7 @@ def test_encoders():
         assert lenet(torch.rand(2, 1, 28, 56)).mu.dtype == torch.float32
     for call, message in (
         (lambda: lenet(torch.zeros(3, 1, 28, 28)), r"\(B, 1, 28, 56\)"),
-        (lambda: HedgedEncoder(dim=0), "dim: >= 1"),
+        (lambda: HedgedEncoder(dim=0), "dim: expected >= 1"),
         (lambda: HedgedEncoder(components=2, point=True), "a point embedding has one"),
         (lambda: HedgedEncoder(tile=30), "multiple of 4"),
         (lambda: MLPEncoder(tile=9, pool=2), "multiple of pool"),

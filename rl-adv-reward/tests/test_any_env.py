@@ -192,7 +192,7 @@ def test_what_cleanrl_saves(tmp_path):
     with pytest.raises(ValueError, match="tensor: expected a state dict, got Tensor"):
         read_cleanrl(tmp_path / "tensor")
     torch.save({"other": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="no network of CleanRL's that is known"):
+    with pytest.raises(ValueError, match="not a known CleanRL network"):
         read_cleanrl(tmp_path / "other")
 
 

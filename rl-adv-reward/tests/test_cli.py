@@ -55,7 +55,7 @@ def test_train_attack_eval_and_play_from_the_command_line(tmp_path, monkeypatch,
     "words, message",
     [
         (("run", "table-9"), "unknown table 'table-9'; the tables are"),
-        (("run", "--scale", "huge"), "no table has a scale 'huge'"),
+        (("run", "--scale", "huge"), "no table has the scale 'huge'"),
         (("eval", "--victim", "nothing.pt", "smoke"), "nothing.pt: checkpoint not found"),
         (("attack", "smoke", "--eps", "1.5"), "eps must lie in [0, 1]"),
         (("play", "--output", "a.mp4", "smoke"), "must end in .gif or .png"),

@@ -75,11 +75,11 @@ def test_every_action_is_the_victim_s_on_what_it_was_shown(victim):
 
 
 def test_a_broken_bound_and_a_changed_victim_are_errors(victim):
-    with pytest.raises(RuntimeError, match="the bound is broken"):
+    with pytest.raises(RuntimeError, match="the bound is violated"):
         evaluate(victim, lambda x, v: (x + 0.2).clamp(0, 1), lose, "minipong", 2, 0, eps=0.1)
     with pytest.raises(RuntimeError, match="outside .0, 1."):
         evaluate(victim, lambda x, v: x + 0.2, lose, "minipong", 2, 0, eps=1.0)
-    with pytest.raises(RuntimeError, match="the bound is broken: nan"):
+    with pytest.raises(RuntimeError, match="the bound is violated: nan"):
         evaluate(victim, lambda x, v: x * float("nan"), lose, "minipong", 2, 0, eps=1.0)
 
     def vandal(x, victim):

@@ -93,9 +93,9 @@ class OwnExtractor(stable_baselines3.common.torch_layers.BaseFeaturesExtractor):
 @pytest.mark.parametrize(
     "algorithm, options, message",
     [
-        ("PPO", {"env": Board(actions=gym.spaces.Box(-1, 1, (2,)))}, "its actions are continuous"),
+        ("PPO", {"env": Board(actions=gym.spaces.Box(-1, 1, (2,)))}, "has continuous actions"),
         ("DQN", {"env": Board((4,), low=-1, high=1, dtype=np.float32)}, "expected uint8 observations .C, H, W., got"),
-        ("DQN", {"features_extractor_class": OwnExtractor}, "a network of the user's own .*Victim.module."),
+        ("DQN", {"features_extractor_class": OwnExtractor}, "holds a custom network .*Victim.module."),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, algorithm, options, message):
@@ -115,7 +115,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
         archive.writestr("data", json.dumps({}))
         torch.save({"actor.mu.weight": torch.zeros(1)}, tmp_path / "policy.pth")
         archive.write(tmp_path / "policy.pth", "policy.pth")
-    with pytest.raises(ValueError, match="no DQN, QR-DQN, PPO or A2C"):
+    with pytest.raises(ValueError, match="not a DQN, QR-DQN, PPO or A2C"):
         load_victim(tmp_path / "sac.zip", "pong", "sb3")
 
 

@@ -231,7 +231,9 @@ def test_many_claims_are_corrected_by_holm(tmp_path):
     assert second.verdict == "holds" and second.p_value == pytest.approx(0.041357, abs=1e-5)
     path.write_text(head + claim.format("a") + claim.format("b") + claim.format("b"))
     assert [v.verdict for v in judge(load_table(path), "embedded", log)] == ["holds", "undecided", "undecided"]
-    assert "holds by itself, not among 3 claims (Holm)" in str(judge(load_table(path), "embedded", log)[1])
+    assert "holds by itself, but not after Holm's correction for 3 claims" in str(
+        judge(load_table(path), "embedded", log)[1]
+    )
 
 
 def test_an_exact_claim_needs_no_interval(tmp_path):

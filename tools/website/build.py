@@ -1,7 +1,7 @@
-"""The results site: a home page, a page per project and per table, from table files and committed run logs alone.
+"""The results site: a home page, a page per project and per table, from table files and committed run logs only.
 
-Pages are Markdown with HTML tables, written from templates/ (which escape every string) into a temporary folder;
-MkDocs with the Material theme turns them into static files that need no server and no network.
+Pages are Markdown with HTML tables, rendered from templates/ (which escape every string) into a temporary folder;
+MkDocs with the Material theme turns them into static files that need no server or network.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Section:
     """One table at one scale."""
 
     scale: str
-    published: bool  # whether any published figure is shown beside
+    published: bool  # whether there is a column of published figures
     lines: list[Line]
     verdicts: list[Verdict]
     origins: list[dict[str, Any]]
@@ -59,7 +59,7 @@ class Section:
 
 @dataclass(frozen=True)
 class TablePage:
-    """One table with all its scales but smoke."""
+    """One table with all its scales except smoke."""
 
     table: Table
     sections: list[Section]
@@ -74,17 +74,17 @@ class TablePage:
 
 @dataclass(frozen=True)
 class Project:
-    """A built project: its entry in workspace.toml, its tables and what stands in its results folder."""
+    """A built project: its entry in workspace.toml, its tables and the contents of its results folder."""
 
     entry: dict[str, Any]
     tables: list[TablePage]
     figures: list[str]
     logs: list[str]
-    own_sections: str  # Markdown that the project itself adds to its RESULTS.md
+    own_sections: str  # Markdown that the project adds to its RESULTS.md
 
 
 def load_project(entry: dict[str, Any], root: Path) -> Project:
-    """Everything the site shows of a project."""
+    """Everything that the site shows about a project."""
     folder = root / entry["name"]
     results = folder / "results"
     logs = {path.stem: CommittedLog(path) for path in sorted(results.glob("*.jsonl"))}
@@ -103,7 +103,7 @@ def load_project(entry: dict[str, Any], root: Path) -> Project:
 
 
 def load_section(project: str, table: Table, scale: str, log: RunLog | None) -> Section:
-    """Rows as RESULTS.md has them, verdicts and provenance of one table at one scale."""
+    """Rows (as in RESULTS.md), verdicts and provenance of one table at one scale."""
     found, lines = measured(table, scale, log), []
     frame = comparison(table, scale, log)
     for row in table.rows_at(scale):
@@ -118,7 +118,7 @@ def load_section(project: str, table: Table, scale: str, log: RunLog | None) -> 
 
 
 def command(project: str, table: Table, row: Row, scale: str, seeds: Sequence[int]) -> str:
-    """The shell command that runs one row with the seeds that were measured; the table's own where none was."""
+    """The shell command that runs one row with the seeds that were measured; if none were, with the table's."""
     home = row.home or table
     words = [project, "run", home.id, "--scale", scale, "--rows", row.name]
     if seeds and set(seeds) != set(home.scales[scale].seeds):
@@ -149,7 +149,7 @@ def origins(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def data_sets(records: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Every data set that the runs name, once: name, further facts, checksum."""
+    """All data sets named by the runs, each once: name, further facts, checksum."""
 
     def named(node: Any) -> Iterator[dict[str, Any]]:
         if isinstance(node, dict) and ("name" in node or "set" in node):
@@ -166,13 +166,13 @@ def data_sets(records: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def count(pages: Sequence[TablePage]) -> dict[str, int]:
-    """Verdicts by word, in the order in which they are shown."""
+    """Number of verdicts by word, in display order."""
     words = Counter(verdict.verdict for page in pages for verdict in page.verdicts)
     return {word: words[word] for word in ("holds", "fails", "undecided", NOT_MEASURED) if words[word]}
 
 
 def build(site: Path, root: Path = ROOT) -> None:
-    """Write the whole site into the folder `site`, replacing what is there."""
+    """Write the whole site into the folder `site`, replacing its contents."""
     entries = projects(built=False, root=root)
     built = [load_project(entry, root) for entry in entries if entry["status"] == "built"]
     planned = [entry for entry in entries if entry["status"] != "built"]
@@ -202,7 +202,7 @@ def build(site: Path, root: Path = ROOT) -> None:
 
 
 def write(path: Path, template: str, **values: Any) -> None:
-    """One generated page."""
+    """Write one generated page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(PAGES.get_template(template).render(count=count, **values))
 

@@ -1,6 +1,6 @@
 """Hedged instance embedding and N-digit MNIST (arXiv 1810.00319).
 
-The names below are imported when they are first used, so that the command line starts without torch.
+Names are imported on first use, so the command line starts without torch.
 """
 
 from importlib import import_module

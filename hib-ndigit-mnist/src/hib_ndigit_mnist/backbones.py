@@ -27,12 +27,12 @@ class HedgedModel(nn.Module):
     """A backbone, a head on its features, and the loss that holds a and b.
 
     Args:
-        settings: which backbone, and the head's and the loss's arguments.
-        pretrained: fetch the library's weights of the backbone.
+        settings: the backbone, and the arguments of head and loss.
+        pretrained: download the library's weights for the backbone.
 
     Raises:
-        ValueError: no such backbone, one without a feature vector, or of timm where that is not installed.
-        RuntimeError: its weights cannot be fetched.
+        ValueError: an unknown backbone, one without a feature vector, or one of timm without timm installed.
+        RuntimeError: its weights cannot be downloaded.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class HedgedModel(nn.Module):
         with torch.no_grad():
             features = self.backbone.eval()(torch.zeros(1, 3, settings.image_size, settings.image_size))
         if features.ndim != 2:
-            raise ValueError(f"backbone: {settings.backbone} gives {tuple(features.shape)}, not one vector per image")
+            raise ValueError(f"backbone: {settings.backbone} returns {tuple(features.shape)}, not one vector per image")
         self.head, self.loss = self._head_and_loss(features.shape[1])
 
     def _head_and_loss(self, features: int) -> tuple[nn.Module, nn.Module]:
@@ -63,7 +63,7 @@ class HedgedModel(nn.Module):
 
     @property
     def match(self) -> MatchProbability:
-        """What holds a and b; AttributeError for mc-infonce, which has none."""
+        """The module that holds a and b; AttributeError for mc-infonce, which has none."""
         return cast(MatchProbability, self.loss.match)
 
     def forward(self, x: Tensor) -> GaussianMixtureEmbedding:
@@ -71,7 +71,7 @@ class HedgedModel(nn.Module):
         return self.head(self.backbone((x - self.mean) / self.std))
 
     def uncertainty(self, embedding: GaussianMixtureEmbedding) -> Tensor:
-        """Of each image, (n,): eta by quadrature, the same at every call; of a rival, what its paper takes."""
+        """Uncertainty of each image, (n,): eta by quadrature (deterministic), or the measure of a competing method."""
         if self.settings.method == "pfe":
             return harmonic_mean_sigma(embedding)
         if self.settings.method == "mc-dropout":
@@ -81,24 +81,24 @@ class HedgedModel(nn.Module):
         return self.match.self_mismatch(embedding, method="quadrature", tolerance=PAIR_TOLERANCE)
 
     def save(self, path: Path) -> None:
-        """Settings and weights, written under a temporary name and renamed."""
+        """Write settings and weights under a temporary name, then rename the file."""
         save_file(path, {"backbone": asdict(self.settings), "model": self.state_dict()})
 
     @classmethod
     def load(cls, path: Path) -> HedgedModel:
-        """From `save`, in eval mode on the CPU; FileNotFoundError, or ValueError for a file of another kind."""
+        """Load a saved model, in eval mode on the CPU; FileNotFoundError, or ValueError for a file of another kind."""
         state = load_file(path)
         try:
             given = {f.name: state["backbone"][f.name] for f in fields(BackboneTraining)}
             model = cls(BackboneTraining(**given))
             model.load_state_dict(state["model"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: no model of this package ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"{path}: not a model of this package ({str(error).splitlines()[0]})") from error
         return model.eval()
 
 
 def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, Any]]:
-    """The network of "timm:NAME" or "torchvision:NAME" without its classifier, and mean and deviation of its input."""
+    """The network of "timm:NAME" or "torchvision:NAME" without its classifier, and its input's mean and deviation."""
     library, _, model = name.partition(":")
     try:
         if library == "timm" and model:
@@ -112,18 +112,18 @@ def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, A
             network = get_model(model, weights="DEFAULT" if pretrained else None)
             linear = [each for each, layer in network.named_modules() if isinstance(layer, nn.Linear)]
             if not linear:
-                raise ValueError(f"backbone: {name} has no linear classifier that could be taken off")
+                raise ValueError(f"backbone: {name} has no linear classifier that could be removed")
             network.set_submodule(linear[-1], nn.Identity())
             return network, IMAGENET
     except ModuleNotFoundError as error:
         raise ValueError("backbone: timm is not installed: pip install timm") from error
-    except OSError as error:  # a subclass of ValueError too, where the hub raises it
+    except OSError as error:  # the hub raises a subclass that is a ValueError, too
         raise RuntimeError(
-            f"backbone: the weights of {name} could not be fetched ({str(error).splitlines()[0]}); connect, or start "
-            "at random: --no-pretrained, pretrained=False"
+            f"backbone: the weights of {name} could not be downloaded ({str(error).splitlines()[0]}); connect, or "
+            "start from random weights: --no-pretrained, pretrained=False"
         ) from error
     except (ValueError, RuntimeError) as error:
         if "Unknown model" in str(error):
             raise ValueError(f"backbone: {library} has no model {model!r}") from error
         raise
-    raise ValueError(f"backbone: timm:NAME or torchvision:NAME was expected, got {name!r}")
+    raise ValueError(f"backbone: expected timm:NAME or torchvision:NAME, got {name!r}")

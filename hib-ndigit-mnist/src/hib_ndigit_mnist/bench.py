@@ -1,7 +1,7 @@
 """The public pair loss against other ways to compute it, and the cost of all-pairs evaluation.
 
-All contenders score each pair of a batch once, matches and others weighing half each, and give the gradient of samples,
-a and b. Peers that gather work through chunks of pairs, so that none is slow for its memory alone.
+All contenders score each pair of a batch once, matches and other pairs weighing half each, and compute the gradient of
+samples, a and b. Peers that gather samples work in chunks of pairs, so that none is slow only because of its memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(repeats: int, threads: int) -> None:
 
 
 def _timings(device: torch.device, repeats: int) -> Iterator[Timing]:
-    for method in ("mc", "quadrature"):  # first: memory that the process holds already would not be seen
+    for method in ("mc", "quadrature"):  # first: it would not see memory that the process already holds
         seconds, megabytes = all_pairs(device.type, method)
         what = f"{IMAGES:,} x {IMAGES:,} match probabilities, {method}"
         yield Timing(what, None, [seconds], unit="s")
@@ -48,7 +48,7 @@ def _timings(device: torch.device, repeats: int) -> Iterator[Timing]:
         for dim in (2, 64, 512):
             what = f"VIBPairLoss, forward + backward, all pairs, B = {batch}, D = {dim}, K = {SAMPLES}"
             for peer, distances in PEERS.items():
-                if peer != PCME or batch * batch * dim <= 1 << 24:  # beyond, a call takes a minute
+                if peer != PCME or batch * batch * dim <= 1 << 24:  # beyond this, a call takes a minute
                     yield Timing(what, peer, *pair_loss(device, batch, dim, distances, repeats), target=">= 1")
     for models in (1, 12):
         target = ">= 3000" if device.type == "cuda" and models == 1 else ""
@@ -60,12 +60,12 @@ Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def by_differences(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """As PCME has it, with its index lists as tensors: (B, K, D) -> (P, K, K)."""
+    """As in PCME, with its index lists as tensors: (B, K, D) -> (P, K, K)."""
     return ((z[first].unsqueeze(2) - z[second].unsqueeze(1)).square().sum(-1) + EPS).sqrt()
 
 
 def by_products(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The plain way at its best: gathered samples, one product per pair."""
+    """The straightforward way at its best: gathered samples, one product per pair."""
     left, right = z[first], z[second]
     squares = left.square().sum(2)[:, :, None] + right.square().sum(2)[:, None]
     return (squares - 2 * left @ right.transpose(1, 2)).clamp_min(EPS).sqrt()
@@ -89,7 +89,7 @@ PEERS: dict[str, Distances] = {
 def pair_loss(
     device: torch.device, batch: int, dim: int, distances: Distances, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of ours and of a peer, in turn on the same samples; values and gradients must agree."""
+    """Milliseconds of ours and of a peer, timed in turn on the same samples; values and gradients must agree."""
     generator = torch.Generator().manual_seed(0)
     mu = (torch.randn(batch, 1, dim, generator=generator) / dim**0.5).to(device).requires_grad_()
     labels = (torch.arange(batch) // 2 % 70).to(device)
@@ -136,7 +136,7 @@ def all_pairs(device: str, method: str) -> tuple[float, float]:
     e = GaussianMixtureEmbedding(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator) - 3)
     e, match = e.to(device), MatchProbability(2.0, 3.5).to(device)
     match.pairwise(e[:64], e[:64], SAMPLES, method, tolerance=1e-3)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak to what is held now
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -151,7 +151,7 @@ def all_pairs(device: str, method: str) -> tuple[float, float]:
 
 
 def steps_per_second(device: str, models: int) -> float:
-    """Steps of the paper's network on two-digit images of noise, timed after warm-up."""
+    """Training speed of the paper's network on two-digit images of noise, after a warm-up."""
     generator = torch.Generator().manual_seed(0)
     digits = torch.randint(256, (2000, 28, 28), generator=generator, dtype=torch.uint8)
     data = NDigitSet(digits, torch.randint(2000, (7000, 2), generator=generator), torch.arange(7000) % 70)

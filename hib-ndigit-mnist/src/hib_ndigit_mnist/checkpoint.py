@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not there, and resumed where they were taken."""
+"""Checkpoints of a training run: written completely or not at all; a run resumes where its checkpoint was taken."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """The checkpoint file of a run: a kill leaves the old one or the new."""
+    """The checkpoint file of a run: if the process is killed, either the old or the new file is there."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any]):
         self.path, self.identity, self.saved = path, identity, 0
@@ -38,7 +38,7 @@ class Progress:
             return
         state = load_file(self.path)
         if state.get("identity") != self.identity:
-            raise ValueError(f"{self.path}: checkpoint of another run; name another --output, or move it away")
+            raise ValueError(f"{self.path}: checkpoint of another run; choose another --output, or move it away")
         run.step = self.saved = state["step"]
         self.visits = state["visits"]
         run.history = [(step, values.to(run.fabric.device)) for step, values in state["history"]]
@@ -50,7 +50,7 @@ class Progress:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C ends the run after the chunk it falls into, so that a whole state can be saved."""
+    """Ctrl-C ends the run after the current chunk, so that a complete state can be saved."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -63,19 +63,19 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def save_file(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save`: the file is whole or not there. OSError where it cannot be written."""
+    """`torch.save` that writes the file completely or not at all. OSError if it cannot be written."""
     with whole_file(path) as temporary:
         torch.save(state, temporary)
 
 
 def check_output(path: Path) -> None:
-    """ValueError where a file of this name cannot be written: told before the work, not after it."""
+    """ValueError if a file of this name cannot be written: raised before the work, not after it."""
     if path.is_dir():
-        raise ValueError(f"{path}: a file to write was expected, this is a folder")
+        raise ValueError(f"{path}: expected a file to write, got a folder")
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """`torch.load` with weights_only; ValueError naming the file where that fails."""
+    """`torch.load` with weights_only; ValueError naming the file if that fails."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -27,13 +27,13 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1 or figure-3; default: all tables with this scale."""
     scale: str = "embedded"
-    """smoke, embedded, lenet, lenet-20k or paper."""
+    """Scale to run: smoke, embedded, lenet, lenet-20k, mnist or paper."""
     rows: tuple[str, ...] = ()
     """Run only these rows."""
     seeds: tuple[int, ...] = ()
     """Use these seeds instead of the table's."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where MNIST is."""
+    """Folder that holds MNIST."""
     jobs: int = 0
     """Number of parallel groups of models; 0: one per core, or a single one on CUDA."""
     force: bool = False
@@ -53,7 +53,7 @@ class Run:
         chosen = [everything[name] for name in self.tables] or list(everything.values())
         chosen = [table for table in chosen if self.scale in table.scales]
         if not chosen:
-            raise ValueError(f"none of these tables has a scale {self.scale!r}")
+            raise ValueError(f"none of these tables has the scale {self.scale!r}")
         if self.rows and not self.tables:
             raise ValueError("rows: name the table that they belong to")
         if self.dry_run:
@@ -85,7 +85,7 @@ class Train(TrainedOn):
     seed: int = 0
     """Seed of weights, batches, occluders and samples."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where MNIST is."""
+    """Folder that holds MNIST."""
     device: str = "auto"
     """Where to compute: auto, cpu or cuda; use torchrun or Slurm for several processes."""
     checkpoint_every: int = 5000
@@ -149,21 +149,21 @@ class Eval:
     precision: str = "auto"
     """Precision of a backbone: auto (bf16-mixed on CUDA), 32-true, bf16-mixed or 16-mixed."""
     split: str | None = None
-    """test_seen, test_unseen or test; default: the first of the model's data set."""
+    """Split to evaluate: test_seen, test_unseen or test; default: the first test split of the model's data set."""
     conditions: tuple[str, ...] = ("clean", "corrupt")
-    """Whose figures to print."""
+    """Conditions to report: clean, corrupt or both."""
     estimator: str = "auto"
-    """quadrature, mc or auto."""
+    """How to compute match probabilities: quadrature, mc or auto."""
     samples: int = 8
-    """K of mc."""
+    """Samples per image (K) for mc."""
     images: int = 10_000
-    """Test images."""
+    """Number of test images."""
     pairs: str = "10000"
-    """Verification pairs, half of them matching, or all."""
+    """Number of verification pairs, half of them matching, or all."""
     queries: int = 10_000
-    """Images to identify."""
+    """Number of images to identify."""
     data_root: Path = field(default_factory=default_data_root)
-    """Where MNIST is."""
+    """Folder that holds MNIST."""
     device: str = "auto"
     """Where to compute: auto, cpu or cuda."""
 
@@ -201,7 +201,7 @@ class Embed:
     workers: int = WORKERS
     """Processes that read images, for a model of your own images."""
     device: str = "auto"
-    """auto, cpu or cuda, for a model of your own images."""
+    """Where to compute, for a model of your own images: auto, cpu or cuda."""
     precision: str = "auto"
     """Precision of a backbone: auto (bf16-mixed on CUDA), 32-true, bf16-mixed or 16-mixed."""
 
@@ -214,16 +214,16 @@ class Embed:
 
 @dataclass
 class Inspect:
-    """How a model sees one image of yours: Gaussians, uncertainty, and the numbers it may be. JSON on stdout."""
+    """Show how a model sees an image of yours: Gaussians, uncertainty and the numbers it may show. JSON on stdout."""
 
     image: tyro.conf.Positional[Path]
-    """Light digits on black; fitted into the model's input with its aspect ratio kept."""
+    """Image with light digits on black; resized to the model's input, keeping its aspect ratio."""
     checkpoint: Path = Path("hib-ndigit-mnist.pt")
     """Model written by train."""
     invert: bool = False
     """Invert the images: for dark digits on white."""
     top: int = 5
-    """Numbers to name."""
+    """How many numbers to list."""
 
     def __call__(self) -> None:
         import json
@@ -235,28 +235,28 @@ class Inspect:
 
 @dataclass
 class Data:
-    """What is needed, where it is looked for, and what is there; with --output, writes N-digit images as .npz."""
+    """List which data are needed, where they are searched and what is there; with --output, write N-digit images."""
 
     action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
-    """list, or verify: read everything to its end."""
+    """list; or verify, which reads every file completely."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     images: Path | None = None
-    """Folder of your own images, for verify."""
+    """Folder of your own images to verify."""
     download: bool = False
-    """Fetch MNIST through torchvision, checked by hash."""
+    """Download MNIST through torchvision, checked by hash."""
     tiny: Path | None = None
-    """Folder for small archives in the layout of the real ones: what yours should look like."""
+    """Folder to write small archives to, in the layout of the real ones: an example of what yours should look like."""
     output: Path | None = None
-    """Folder for <split>.npz with images (n, 28, 28 N) uint8 and labels (n,) int64, as google/n-digit-mnist writes."""
+    """Folder to write <split>.npz to: images (n, 28, 28 N) uint8, labels (n,) int64, like google/n-digit-mnist."""
     num_digits: int = 2
-    """N in 1 to 6."""
+    """Digits per image (N), 1 to 6."""
     gap: Literal["number", "instance"] = "number"
-    """number or instance."""
+    """What the test split holds that training does not: numbers (number) or only images (instance)."""
     standard: bool = True
-    """The published tables; with --no-standard drawn anew with --seed."""
+    """Use the published tables; --no-standard draws new ones with --seed."""
     seed: int = 714
-    """Of a draw."""
+    """Seed of the draw."""
 
     def __call__(self) -> None:
         if self.tiny:
@@ -301,7 +301,7 @@ class Tables:
         page = results_page(PROGRAM, experiments.tables(), results, f"{PROGRAM} run")
         (results / "RESULTS.md").write_text(page)
         readme = experiments.PROJECT / "README.md"
-        if readme.exists():  # a checkout's
+        if readme.exists():  # only in a checkout
             before, rest = readme.read_text().split(FOUND[0])
             readme.write_text(f"{before}{FOUND[0]}\n{experiments.summary()}\n{FOUND[1]}{rest.split(FOUND[1])[1]}")
 
@@ -321,12 +321,12 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed of the pair loss against other ways to compute it, time and memory of all-pairs evaluation."""
+    """Time the pair loss against other ways to compute it; measure time and memory of all-pairs evaluation."""
 
     repeats: int = 9
-    """Measurements per contender, taken in turn."""
+    """Measurements per contender, alternating between them."""
     threads: int = 1
-    """CPU threads."""
+    """Number of CPU threads."""
 
     def __call__(self) -> None:
         from hib_ndigit_mnist.bench import run
@@ -368,7 +368,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _defaults(words: list[str]) -> Train:
-    """What `train` takes where nothing is said: the settings of --scale."""
+    """Defaults of `train`: the settings of --scale."""
     given = [
         word.partition("=")[2] or after
         for word, after in zip(words, [*words[1:], ""], strict=True)
@@ -376,7 +376,7 @@ def _defaults(words: list[str]) -> Train:
     ]
     scale = given[-1] if given and words[0] == "train" else "embedded"
     if scale not in SCALES:
-        raise ValueError(f"scale: one of {', '.join(SCALES)} was expected, got {scale!r}")
+        raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
     return Train(**SCALES[scale], scale=scale)
 
 

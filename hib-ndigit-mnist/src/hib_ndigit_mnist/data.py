@@ -31,7 +31,7 @@ IDX_FILES = {
     "test_labels": "t10k-labels{}idx1-ubyte",
 }
 PNG_FOLDERS = (("train", "training"), ("test", "testing"))
-MEND = "replace the file, or fetch MNIST elsewhere: hib-ndigit-mnist data --download --data-root NEW"
+MEND = "replace the file, or download MNIST to another folder: hib-ndigit-mnist data --download --data-root NEW"
 DIGITS_TRAIN = 1200  # of scikit-learn's 1797 digits; the other 597 are for testing
 
 
@@ -51,15 +51,15 @@ def read_mnist(root: str | Path, *, verify: bool = True) -> Digits:
     """MNIST from a local folder; nothing is downloaded.
 
     Args:
-        root: holds the four IDX files, raw or .gz, directly or in raw/ or MNIST/raw/ (torchvision's layout); or PNG
-            folders train/<digit>/<index>.png and test/<digit>/<index>.png (also named training and testing), where
-            the number in the file name gives the original order.
-        verify: compare the arrays with the original's SHA-256; the standard tables hold for these alone.
+        root: folder with the four IDX files, raw or .gz, directly or in raw/ or MNIST/raw/ (torchvision's layout); or
+            with PNG folders train/<digit>/<index>.png and test/<digit>/<index>.png (also named training and testing),
+            where the number in the file name gives the original order.
+        verify: compare the arrays' SHA-256 with the original's; the standard tables are only valid for the original.
 
     Raises:
-        FileNotFoundError: none of these is there; lists the places searched.
+        FileNotFoundError: none of these exists; lists the places searched.
         BrokenFile: a damaged file.
-        ValueError: another content than MNIST's.
+        ValueError: the content is not MNIST's.
     """
     root = Path(root).expanduser()
     found = find_mnist(root)
@@ -73,12 +73,12 @@ def read_mnist(root: str | Path, *, verify: bool = True) -> Digits:
     else:
         digits = Digits(*_read_png_folder(found[0]), *_read_png_folder(found[1]))
     if verify and (others := not_mnist(digits)):
-        raise ValueError(f"{root}: {', '.join(others)} are not those of MNIST (their SHA-256 differs)")
+        raise ValueError(f"{root}: {', '.join(others)} differ from MNIST's (by SHA-256)")
     return digits
 
 
 def find_mnist(root: str | Path) -> list[Path] | None:
-    """The four IDX files below a folder, or the two PNG folders; None where neither is there."""
+    """The four IDX files below a folder, or the two PNG folders; None if neither exists."""
     root = Path(root).expanduser()
     for folder in _idx_folders(root):
         files = [path for pattern in IDX_FILES.values() if (path := _idx_path(folder, pattern))]
@@ -102,11 +102,11 @@ def read_idx(path: str | Path) -> np.ndarray:
     except (EOFError, gzip.BadGzipFile) as error:
         raise BrokenFile(f"{path}: damaged gzip file ({error}); {MEND}") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise BrokenFile(f"{path}: no IDX file of unsigned bytes; {MEND}")
+        raise BrokenFile(f"{path}: not an IDX file of unsigned bytes; {MEND}")
     shape = tuple(np.frombuffer(data, ">u4", data[3], offset=4).tolist())
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if len(body) != np.prod(shape):
-        raise BrokenFile(f"{path}: {np.prod(shape)} bytes for shape {shape} were expected, got {len(body)}; {MEND}")
+        raise BrokenFile(f"{path}: expected {np.prod(shape)} bytes for shape {shape}, got {len(body)}; {MEND}")
     return body.reshape(shape).copy()
 
 
@@ -122,7 +122,7 @@ def _idx_path(folder: Path, pattern: str) -> Path | None:
 def _read_png_folder(folder: Path) -> tuple[Tensor, Tensor]:
     files = [path for digit in range(10) for path in (folder / str(digit)).glob("[!.]*.png")]
     if not files:
-        raise FileNotFoundError(f"{folder}: no <digit>/<index>.png in it")
+        raise FileNotFoundError(f"{folder}: holds no <digit>/<index>.png")
     try:
         files.sort(key=lambda path: int(path.stem))
     except ValueError as error:
@@ -148,7 +148,7 @@ def read_digits() -> Digits:
 
 @dataclass(frozen=True)
 class NDigitSet:
-    """N-digit images as an index table over single digits; memory is that of the digits.
+    """N-digit images as an index table over single digits; uses no more memory than the digits.
 
     Args:
         digits: (n, h, h) uint8.
@@ -162,7 +162,7 @@ class NDigitSet:
 
     @classmethod
     def of(cls, digits: Digits, index: SplitIndex) -> NDigitSet:
-        """A split over its part of the digits."""
+        """A split and the part of the digits it indexes."""
         images = digits.train_images if index.source == "train" else digits.test_images
         return cls(images, torch.from_numpy(index.rows), torch.from_numpy(index.labels))
 
@@ -180,7 +180,7 @@ class NDigitSet:
         return self.digits.shape[-1]
 
     def to(self, device: torch.device | str) -> NDigitSet:
-        """All tensors on the device, once."""
+        """A copy with all tensors on the device."""
         return NDigitSet(*(part.to(device) for part in (self.digits, self.image_ids, self.labels)))
 
     def fingerprint(self) -> str:
@@ -204,7 +204,7 @@ def ndigit_sets(
     format. ValueError for another name.
     """
     if name not in ("mnist", "digits"):
-        raise ValueError(f"dataset: mnist or digits was expected, got {name!r}")
+        raise ValueError(f"dataset: expected mnist or digits, got {name!r}")
     digits = read_digits() if name == "digits" else read_mnist(root, verify=standard and not sizes)
     if name == "mnist" and standard and gap == "number" and num_digits in STANDARD_DIGITS and not sizes:
         tables = standard_indices(num_digits)
@@ -215,7 +215,7 @@ def ndigit_sets(
 
 
 def is_mnist(sets: dict[str, NDigitSet]) -> bool:
-    """Whether the digits of these splits are MNIST's own."""
+    """Whether the digits of these splits are MNIST's."""
     expected = {"train": "train_images"}
     return all(
         hashlib.sha256(data.digits.cpu().numpy().tobytes()).hexdigest()
@@ -228,18 +228,18 @@ class NDigitMNIST(Dataset):
     """N-digit MNIST as a map-style data set: (uint8 image (1, 28, 28 N), int label).
 
     Args:
-        root: where MNIST is, see `read_mnist`.
+        root: folder that holds MNIST, see `read_mnist`.
         num_digits: N in 1 .. 6.
         gap: "number" or "instance".
         split: train, test_seen or test_unseen; train or test for gap instance.
-        standard: the published tables (N = 2 and 3; drawn with the generator's defaults and seed 714 otherwise), for
-            which the content of MNIST is verified. False draws anew, from any data in MNIST's format.
-        seed: of that draw; only with standard=False.
+        standard: use the published tables (N = 2 and 3; for others, draw with the generator's defaults and seed 714)
+            and verify the content of MNIST. False draws new tables, from any data in MNIST's format.
+        seed: seed of that draw; only with standard=False.
         transform: applied to the image.
 
     Raises:
-        ValueError: an unknown split, a seed beside standard=True, or as in `build_ndigit_indices`.
-        FileNotFoundError: MNIST is not there.
+        ValueError: an unknown split, a seed together with standard=True, or as in `build_ndigit_indices`.
+        FileNotFoundError: MNIST was not found.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class NDigitMNIST(Dataset):
         transform: Callable[[Tensor], Tensor] | None = None,
     ):
         if gap in SPLITS and split not in SPLITS[gap]:
-            raise ValueError(f"split: one of {', '.join(SPLITS[gap])} was expected for gap {gap}, got {split!r}")
+            raise ValueError(f"split: expected one of {', '.join(SPLITS[gap])} for gap {gap}, got {split!r}")
         if standard and seed != SEED:
             raise ValueError(f"seed: the standard tables have seed {SEED}; pass standard=False to draw with {seed}")
         self.data = ndigit_sets("mnist", num_digits, gap, root, standard=standard, seed=seed)[split]

@@ -1,6 +1,6 @@
 """An image as a distribution: a uniform mixture of C diagonal Gaussians in D dimensions (section 3.2 of the paper).
 
-Stacked models are leading dimensions: everything here takes (..., B, C, D).
+Leading dimensions are stacked models: everything here takes (..., B, C, D).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class GaussianMixtureEmbedding:
 
     Raises:
         ValueError: fewer than three dimensions, C or D of 0, shapes that differ, a point with several components.
-        TypeError: not floating.
+        TypeError: not a floating-point tensor.
     """
 
     mu: Tensor
@@ -34,13 +34,13 @@ class GaussianMixtureEmbedding:
 
     def __post_init__(self) -> None:
         if self.mu.ndim < 3 or 0 in self.mu.shape[-2:]:
-            raise ValueError(f"mu: (..., B, C, D) with C, D >= 1 was expected, got {tuple(self.mu.shape)}")
+            raise ValueError(f"mu: expected (..., B, C, D) with C, D >= 1, got {tuple(self.mu.shape)}")
         if not self.mu.is_floating_point():
-            raise TypeError(f"mu: floating was expected, got {self.mu.dtype}")
+            raise TypeError(f"mu: expected a floating-point tensor, got {self.mu.dtype}")
         if self.logvar is None and self.components != 1:
-            raise ValueError(f"a point embedding has one component, mu has {self.components}")
+            raise ValueError(f"a point embedding has one component, but mu has {self.components}")
         if self.logvar is not None and self.logvar.shape != self.mu.shape:
-            raise ValueError(f"logvar: shape {tuple(self.mu.shape)} was expected, got {tuple(self.logvar.shape)}")
+            raise ValueError(f"logvar: expected shape {tuple(self.mu.shape)}, got {tuple(self.logvar.shape)}")
 
     @property
     def components(self) -> int:
@@ -61,11 +61,11 @@ class GaussianMixtureEmbedding:
         return self.mu.shape[-3]
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> GaussianMixtureEmbedding:
-        """Images `index` of an unstacked embedding (B, C, D)."""
+        """Select images of an unstacked embedding (B, C, D)."""
         return GaussianMixtureEmbedding(self.mu[index], None if self.logvar is None else self.logvar[index])
 
     def to(self, *args: Any) -> GaussianMixtureEmbedding:
-        """As `Tensor.to`."""
+        """Like `Tensor.to`."""
         return GaussianMixtureEmbedding(self.mu.to(*args), None if self.logvar is None else self.logvar.to(*args))
 
     def variance(self) -> Tensor:
@@ -87,11 +87,11 @@ class GaussianMixtureEmbedding:
 
         Args:
             samples: K; a point embedding repeats its mean K times.
-            generator: of the noise, on the device of mu.
-            noise: (..., B, K, D) standard normals instead of drawn ones.
+            generator: draws the noise, on the device of mu.
+            noise: (..., B, K, D) standard normals to use instead.
 
         Returns:
-            (..., B, K, D); the samples of one component lie side by side.
+            (..., B, K, D); the samples of a component are adjacent.
 
         Raises:
             ValueError: K < 1 or K not a multiple of C.
@@ -118,16 +118,16 @@ class GaussianMixtureEmbedding:
         """KL(p(z|x) || N(0, I)) in nats, (..., B); 0 for a point embedding.
 
         Args:
-            method: "closed" for one Gaussian; "mc" the mean over `z` of log p(z|x) - log N(z; 0, I), unbiased for
-                stratified samples; "upper_bound" the mean KL of the components (equal where they coincide);
-                "auto" closed where C = 1, else mc.
+            method: "closed" for one Gaussian; "mc": the mean over `z` of log p(z|x) - log N(z; 0, I), unbiased for
+                stratified samples; "upper_bound": the mean KL of the components (exact if they coincide);
+                "auto": closed if C = 1, else mc.
             z: (..., B, K, D) samples of this embedding, for mc.
 
         Raises:
             ValueError: unknown method, closed with C > 1, mc without z.
         """
         if method not in KL_METHODS:
-            raise ValueError(f"method: one of {', '.join(KL_METHODS)} was expected, got {method!r}")
+            raise ValueError(f"method: expected one of {', '.join(KL_METHODS)}, got {method!r}")
         if method == "auto":
             method = "closed" if self.components == 1 else "mc"
         if method == "closed" and self.components != 1:
@@ -144,11 +144,11 @@ class GaussianMixtureEmbedding:
 
 
 def default_logvar(dim: int) -> float:
-    """Initial log variance, -2 for D = 2; the distance of two samples of an image is then the same for every D."""
+    """Initial log variance, -2 for D = 2; two samples of an image are then equally far apart for every D."""
     return -2 - math.log(dim / 2)
 
 
 def check_samples(samples: int, components: int) -> None:
     """ValueError unless K >= 1 is a multiple of C."""
     if samples < 1 or samples % components:
-        raise ValueError(f"samples: a multiple of the {components} components was expected, got K = {samples}")
+        raise ValueError(f"samples: expected a multiple of the {components} components, got K = {samples}")

@@ -1,7 +1,7 @@
-"""The paper's protocol (section 4.2): verification, identification, and what the uncertainty eta is worth.
+"""The paper's protocol (section 4.2): verification, identification and the quality of the uncertainty eta.
 
 Test occluders are drawn once from a fixed seed, so that all methods see the same corrupted images. Match
-probabilities are computed by quadrature: scores carry no sampling noise.
+probabilities are computed by quadrature, so scores have no sampling noise.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from hib_ndigit_mnist.occlusion import OcclusionInfo, apply_occlusion, draw_occl
 from hib_ndigit_mnist.pairs import verification_pairs
 
 CONDITIONS = ("clean", "corrupt")
-TEST_SEED = 0  # of test occluders and pairs: the same for every model
+TEST_SEED = 0  # for test occluders and pairs: the same for every model
 PAIR_TOLERANCE = 1e-6
 RANKING_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Test images in both conditions, and the pairs and queries asked of them.
+    """Test images in both conditions, and the pairs and queries to evaluate.
 
     Args:
-        images: condition to (n, 1, H, W) uint8.
+        images: (n, 1, H, W) uint8 by condition.
         labels: (n,) int64.
-        occluders: fields (n, N) of the corrupt condition.
+        occluders: those of the corrupt condition, fields (n, N).
         pairs: first, second, match, (P,) each.
         queries: (Q,) indices of images that are identified among all n.
     """
@@ -58,11 +58,11 @@ class TestSet:
     pairs: tuple[Tensor, Tensor, Tensor]
     queries: Tensor
 
-    __test__ = False  # no test case, whatever its name says to pytest
+    __test__ = False  # not a test case, despite its name
 
     @classmethod
     def of(cls, data: NDigitSet, images: int = 10_000, pairs: int | str = 10_000, queries: int = 10_000) -> TestSet:
-        """Fixed random images of a split (all, if there are fewer), and as many pairs and queries among them."""
+        """Fixed random images of a split (all, if there are fewer), and the given numbers of pairs and queries."""
         generator = torch.Generator().manual_seed(TEST_SEED)
         rows = torch.randperm(len(data), generator=generator)[:images]
         clean = data.images(rows)
@@ -74,7 +74,7 @@ class TestSet:
         return cls(both, labels, occluders, verification_pairs(labels, pairs, TEST_SEED), asked)
 
     def hidden_ink(self) -> Tensor:
-        """(n,) share of the clean image's brightness that is occluded."""
+        """(n,) occluded share of the clean image's brightness."""
         clean, corrupt = (self.images[c].flatten(1).double().sum(1) for c in CONDITIONS)
         return 1 - corrupt / clean.clamp_min(1)
 
@@ -89,16 +89,16 @@ def embed(encoder: Encoder, images: Tensor, batch: int = 2048) -> GaussianMixtur
 
 
 class Evaluation:
-    """One model on one test set; everything is computed once, when it is first asked for.
+    """One model on one test set; everything is computed once, on first use.
 
     Args:
         encoder: on the device where the evaluation is to run.
         match: its match probability.
         test: images, pairs and queries.
         estimator: "quadrature", "mc", or "auto": quadrature unless D > 2 and the sigmoid is too steep for the closed
-            form, which all pairs of a large test set need.
+            form, without which all pairs of a large test set take too long.
         samples: K of the Monte Carlo estimator.
-        nearest_k: neighbours that vote.
+        nearest_k: number of neighbours that vote.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class Evaluation:
 
     @cached_property
     def embeddings(self) -> dict[str, GaussianMixtureEmbedding]:
-        """By condition."""
+        """Embeddings by condition."""
         return {condition: embed(self.encoder, images) for condition, images in self.test.images.items()}
 
     def draws(self) -> torch.Generator:
-        """Where samples come from: the same for every model, on its device."""
+        """Generator of the samples: the same for every model, on its device."""
         return torch.Generator(self.embeddings["clean"].mu.device).manual_seed(TEST_SEED)
 
     @cached_property
@@ -170,7 +170,7 @@ class Evaluation:
 
     @property
     def correct(self) -> dict[str, Tensor]:
-        """Whether the vote of `queries` is right, (Q',) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
+        """Whether the vote for `queries` is right, (Q',) bool: "clean", "corrupt" (clean gallery), "corrupt_same"."""
         return {name: most for name, (most, _) in self._votes.items()}
 
     # ---- tables ----
@@ -205,7 +205,7 @@ class Evaluation:
         return result
 
     def selective(self) -> dict[str, float]:
-        """R@1 by match probability, and what eta knows about it: R-AUROC and area under accuracy-rejection."""
+        """R@1 by match probability, and how well eta predicts it: R-AUROC and area under accuracy-rejection."""
         result = {}
         for condition in CONDITIONS:
             right, eta = self._votes[condition][1], self.eta[condition][self.queries]
@@ -237,7 +237,7 @@ class Evaluation:
         return {f"ece_{c}": expected_calibration_error(p, match).error for c, p in self.pair_scores.items()}
 
     def structure(self) -> dict[str, float]:
-        """Mean distance of class centroids that share a digit over that of other classes (clean images)."""
+        """Mean distance between centroids of classes that share a digit, over that of other classes (clean images)."""
         centroids, numbers = class_centroids(self.embeddings["clean"], self.test.labels)
         return {"shared_over_other": shared_digit_ratio(centroids, numbers, self.test.occluders.side.shape[1])}
 
@@ -249,7 +249,7 @@ def component_distance(embedding: GaussianMixtureEmbedding) -> Tensor:
 
 
 def class_centroids(embedding: GaussianMixtureEmbedding, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean embedding of each class (classes, D), and the classes."""
+    """Mean embedding per class (classes, D), and the classes."""
     numbers, which = labels.unique(return_inverse=True)
     sums = torch.zeros(len(numbers), embedding.dim, dtype=embedding.mu.dtype).index_add_(
         0, which, embedding.mean().cpu()
@@ -258,21 +258,21 @@ def class_centroids(embedding: GaussianMixtureEmbedding, labels: Tensor) -> tupl
 
 
 def shares_digit(numbers: Tensor, num_digits: int) -> Tensor:
-    """(classes, classes) bool: the same digit at one position or more; not a class with itself."""
+    """(classes, classes) bool: the same digit in at least one position; a class does not share with itself."""
     digits = torch.stack([numbers // 10**position % 10 for position in range(num_digits)], 1)
     shared = (digits[:, None] == digits[None]).any(2)
     return shared & ~torch.eye(len(numbers), dtype=torch.bool)
 
 
 def shared_digit_ratio(centroids: Tensor, numbers: Tensor, num_digits: int) -> float:
-    """Mean distance of classes that share a digit / mean distance of classes that do not; below 1: structured."""
+    """Mean distance of classes that share a digit, over that of classes that do not; below 1: structured."""
     distance, shared = torch.cdist(centroids, centroids), shares_digit(numbers, num_digits)
     other = ~shared & ~torch.eye(len(numbers), dtype=torch.bool)
     return float(distance[shared].mean() / distance[other].mean())
 
 
 def fit_match(encoder: Encoder, data: NDigitSet, occlusion_p: float, pairs: int = 10_000) -> MatchProbability:
-    """Fits a and b for points trained without them: logistic regression of match on distance, over training pairs."""
+    """Fit a and b for points trained without them: logistic regression of match on distance, over training pairs."""
     generator = torch.Generator().manual_seed(TEST_SEED)
     rows = torch.randperm(len(data), generator=generator)[:5000]
     occluders = draw_occlusion(torch.rand(len(rows), data.num_digits, 4, generator=generator), occlusion_p, data.tile)

@@ -3,7 +3,7 @@
 With sigmoid(b - x) ~ sum_j w_j exp(-x^2 / 2 t_j^2) for every x >= 0, the expectation over a Gaussian difference vector
 is a sum of Gaussian integrals, in any dimension and with any diagonal covariance. The largest deviation of the fit
 bounds the error of every probability. It costs about as much as 8 x 8 samples. The steeper the sigmoid (large b), the
-less exact it can be: 1e-6 is reached up to b = 6 or so, 1e-3 up to b = 15; `series.py` takes over from there.
+larger the error: 1e-6 is reached up to about b = 6, 1e-3 up to b = 15; `series.py` takes over from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NARROWEST = (3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
 def sigmoid_as_gaussians(b: float, tolerance: float) -> tuple[np.ndarray, np.ndarray] | None:
     """Widths t (J,) and weights w (J,) with |sigmoid(b - x) - sum_j w_j exp(-x^2 / 2 t_j^2)| <= tolerance, or None.
 
-    The fewest terms of a fixed list that reach it; float64.
+    Uses the shortest entry of a fixed list that reaches the tolerance; float64.
     """
     widest = 15 + 2 * max(b, 0.0)
     x = np.concatenate(
@@ -45,11 +45,11 @@ def expansion_of_sigmoid(mean: Tensor, variance: Tensor, a: float, b: float, tol
         mean: (D, ...), dimensions first.
         variance: (D, ...).
         a: positive.
-        b: any.
-        tolerance: bound of the absolute error.
+        b: any value.
+        tolerance: bound on the absolute error.
 
     Returns:
-        (...), or None where the tolerance cannot be met; float32 where that is exact enough, else float64.
+        (...), or None if the tolerance cannot be met; float32 if that is exact enough, else float64.
     """
     fit = sigmoid_as_gaussians(b, tolerance)
     if fit is None:

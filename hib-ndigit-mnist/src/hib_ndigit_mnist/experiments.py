@@ -1,4 +1,4 @@
-"""From the rows of the tables to finished run records. Rows that differ only in what is reported share their models."""
+"""Runs the rows of the tables and records them. Rows that differ only in what is reported share their models."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def run_tables(
     force: bool = False,
     jobs: int = 0,
 ) -> RunLog:
-    """Run what runs/ lacks of the chosen tables at a scale; returns that log."""
+    """Run what runs/ lacks of the chosen tables at a scale; returns its log."""
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     runs = [run for table in chosen for run in table.runs(scale, rows or None, seeds or None)]
     load = Counter(stackable(run) for run in runs)
     cost = {key: count * getattr(key[0], "steps", 0) for key, count in load.items()}
-    runs.sort(key=lambda run: -cost[stackable(run)])  # the longest first, so that no core waits at the end
+    runs.sort(key=lambda run: -cost[stackable(run)])  # the longest first, so that no core is idle at the end
     checkpoints = runs_folder(PROJECT) / "checkpoints"
     run_missing(
         "hib-ndigit-mnist",
@@ -86,7 +86,7 @@ def run_tables(
 
 
 def needs(settings: dict, data_root: Path) -> Iterator[Need]:
-    """What a run reads and where it writes."""
+    """What a run needs: its data and disk space."""
     if settings.get("dataset", "mnist") == "mnist":
         found = find_mnist(data_root) is not None
         yield Need(f"MNIST ({data_root})", "hib-ndigit-mnist data --download, or --data-root", found)
@@ -96,9 +96,9 @@ def needs(settings: dict, data_root: Path) -> Iterator[Need]:
 def print_missing(
     chosen: Sequence[Table], scale: str, data_root: Path, rows: Sequence[str], seeds: Sequence[int], force: bool
 ) -> None:
-    """Print what --dry-run promises: the runs and models each table lacks, the time, and what is not there.
+    """Print for --dry-run: the runs and models that each table lacks, the expected time, and missing data.
 
-    Rows of several tables share models; each model counts where it is met first.
+    Tables share models; each model is counted at its first occurrence.
     """
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
     done = set() if force else log.keys()
@@ -150,7 +150,7 @@ def _cell(sample: list[float]) -> str:
 
 
 def stackable(run: Run) -> tuple:
-    """Runs of equal value are trained in one process with stacked parameters."""
+    """Runs with the same key are trained in one process with stacked parameters."""
     settings = parse(run.settings)
     if settings.report == "dataset":
         return ("dataset",)
@@ -165,7 +165,7 @@ def execute(
     device: str = "auto",
     checkpoints: Path | None = None,
 ) -> list[Outcome]:
-    """Runs of one group: train every different model once, then report each run from its model."""
+    """Run one group: train every different model once, then report each run from its model."""
     parsed = [parse(each) for each in settings]
     if parsed[0].report == "dataset":
         return [_dataset(each, data_root) for each in parsed]
@@ -176,7 +176,7 @@ def execute(
     reporter = _Reporter(sets, device)
 
     def visit(step: int, trained: list[Trained]) -> list[list]:
-        """[run, metrics, details] of the runs that look at this step (0: the end)."""
+        """[run, metrics, details] of the runs that are reported at this step (0: the end)."""
         return [
             [number, *reporter.report(trained[models.index((each.training(), seed))], each)]
             for number, (each, seed) in enumerate(jobs)
@@ -210,7 +210,7 @@ def execute(
 
 
 def _caveats(name: str, other_sizes: bool, sets: dict[str, NDigitSet]) -> list[str]:
-    """Why a run on "mnist" is none on the paper's data."""
+    """Reasons why a run on "mnist" did not use the paper's data."""
     if name != "mnist":
         return []
     found = ["fewer images than the paper's"] if other_sizes else []
@@ -218,7 +218,7 @@ def _caveats(name: str, other_sizes: bool, sets: dict[str, NDigitSet]) -> list[s
 
 
 class _Reporter:
-    """Evaluates models on test sets that are made once."""
+    """Evaluates models on test sets that are built once."""
 
     def __init__(self, sets: dict[str, NDigitSet], device: str):
         self.sets = sets
@@ -230,7 +230,7 @@ class _Reporter:
     def report(self, model: Trained, settings: Settings) -> tuple[dict, dict]:
         key = _test_key(settings)
         if key[0] not in self.sets:
-            raise ValueError(f"split: one of {', '.join(self.sets)} was expected, got {key[0]!r}")
+            raise ValueError(f"split: expected one of {', '.join(self.sets)}, got {key[0]!r}")
         if key not in self.tests:
             self.tests[key] = TestSet.of(self.sets[key[0]], *key[1:])
         own = (id(model), settings.estimator, settings.eval_samples, *key)
@@ -248,7 +248,7 @@ class _Reporter:
         return {name: value for name, value in metrics.items() if value == value}, details
 
     def tested(self, settings: Settings) -> dict[str, Any]:
-        """How many images of the test split were used, and of each class."""
+        """How many images of the test split were used, in total and per class."""
         counts = self.tests[_test_key(settings)].labels.unique(return_counts=True)[1]
         return {"test_images": int(counts.sum()), "test_images_per_class": [int(counts.min()), int(counts.max())]}
 
@@ -258,7 +258,7 @@ def _test_key(settings: Settings) -> tuple:
 
 
 def _dataset(settings: Settings, data_root: Path) -> Outcome:
-    """A row of the data set's table: sizes, and the digest of the images that are built."""
+    """A row of the data set's table: sizes, and the SHA-256 of the built images."""
     name, num_digits, gap, sizes = settings.data()
     data = ndigit_sets(name, num_digits, gap, data_root, **dict(sizes))[settings.split]
     classes = len(data.labels.unique())

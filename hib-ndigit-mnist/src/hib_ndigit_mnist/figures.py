@@ -1,6 +1,6 @@
-"""The paper's figures, and those our users ask for, from the run log alone; each with a CSV of what is drawn.
+"""The paper's figures and further ones, drawn from the run log alone; each comes with a CSV of its data.
 
-Arrays lie in the details of the records; the lowest recorded seed is drawn.
+Arrays come from the details of the records; the lowest recorded seed is drawn.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def draw_all(tables: list[Table], results: Path) -> list[Path]:
 
 
 def _details(table: Table, scale: str, log: RunLog) -> dict[str, Details]:
-    """Details by row, of the lowest seed."""
+    """Details of the lowest seed, by row."""
     records = {key_of(record): record for record in log.records() if record["table"] == table.id}
     found: dict[str, Details] = {}
     for run in sorted(table.runs(scale), key=lambda run: run.seed):
@@ -68,7 +68,7 @@ def _grid(columns: int, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarr
 
 
 def _ellipses(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]:
-    """One- and two-sigma ellipses; colour = class, alpha by certainty; a mixture's components joined by a line."""
+    """One- and two-sigma ellipses: colour is the class, opacity the certainty; a line joins a mixture's components."""
     rows = _details(table, scale, log)
     figure, axes = _grid(2, len(rows), sharex="row", sharey="row")
     lines = []
@@ -143,7 +143,7 @@ def _heat(mu: np.ndarray, sigma: np.ndarray, a: float, b: float, x: np.ndarray, 
 
 
 def _centroids(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]:
-    """Class centroids; numbers that differ in one digit are joined."""
+    """Class centroids; lines join numbers that differ in one digit."""
     rows = _details(table, scale, log)
     figure, axes = _grid(len(rows))
     lines = []
@@ -199,7 +199,7 @@ def _sweep(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]
             left.annotate(str(side), centre, color=shades[side], fontsize=8)
     left.autoscale_view()
     left.set_aspect("equal", "datalim")
-    left.set_title(f"{row}: a {details['label']}, one-sigma by side of the occluder", fontsize=9)
+    left.set_title(f"{row}: a {details['label']}, one sigma, by side of the occluder", fontsize=9)
     inset = left.inset_axes([0.02, 0.72, 0.25, 0.25])
     inset.imshow(details["pixels"], cmap="gray")
     inset.set(xticks=[], yticks=[])
@@ -213,7 +213,7 @@ def _sweep(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]
 
 
 def _strip(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]:
-    """Corrupted images in order of eta, the occluders outlined."""
+    """Corrupted images sorted by eta, with the occluders outlined."""
     ((_, details),) = _details(table, scale, log).items()
     count = len(details["eta"])
     figure, axes = plt.subplots(2, count // 2, figsize=(count * 0.55, 3.2), constrained_layout=True)
@@ -231,7 +231,7 @@ def _strip(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]
 
 
 def _calibration(table: Table, scale: str, log: RunLog) -> tuple[Figure, pd.DataFrame]:
-    """Share of matches against p(m), by row and condition."""
+    """Share of matching pairs against p(m), by row and condition."""
     rows, found = _details(table, scale, log), values(table, scale, log)
     figure, axes = _grid(2)
     lines = []

@@ -1,6 +1,6 @@
 """Train a hedged embedding on a user's own images, and measure it as the URL benchmark does (arXiv 2307.03810).
 
-A step is a pure function of the weights, the seed and its number, so that a run that was killed goes on exactly.
+A step is a pure function of the weights, the seed and its number, so a killed run resumes exactly.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def train_on(
     """Train backbone and head together on any data set; the same call gives the same model, interrupted or not.
 
     Args:
-        data: map-style; data[i] is (image, label), the image a Pillow one, a tensor (C, H, W) or an array (H, W, C),
-            uint8 or in [0, 1].
+        data: map-style; data[i] is (image, label), with a Pillow image, a tensor (C, H, W) or an array (H, W, C), uint8
+            or in [0, 1].
         labels: (n,) integers, the label of every image; each class needs two images.
         settings: backbone, head, loss and schedule.
-        seed: of the head's weights and of all random numbers.
-        pretrained: start from the library's weights of the backbone.
+        seed: seed of the head's weights and of all random numbers.
+        pretrained: start from the library's weights for the backbone.
         workers: processes that read images.
         device: auto (CUDA if available), cpu or cuda.
         precision: auto (bf16-mixed on CUDA), 32-true, bf16-mixed or 16-mixed; head and loss stay float32.
@@ -68,16 +68,16 @@ def train_on(
         The model in eval mode on the CPU.
 
     Raises:
-        ValueError: labels without partners or that are not the data's, an image of another shape or range, several
-            processes, a checkpoint of another run.
-        RuntimeError: the backbone's weights cannot be fetched, the loss is no longer finite.
+        ValueError: a class with a single image, labels that differ from the data's, an image of another shape or range,
+            several processes, a checkpoint of another run.
+        RuntimeError: the backbone's weights cannot be downloaded, or the loss is no longer finite.
         BrokenFile: an image that cannot be read.
         KeyboardInterrupt: after the state was saved, if there is a checkpoint file.
     """
     labels = check_dataset_labels(labels, data)
     fabric = make_fabric(device, precision)
     if fabric.world_size > 1:
-        raise ValueError(f"one process was expected, got {fabric.world_size}")
+        raise ValueError(f"expected one process, got {fabric.world_size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HedgedModel(settings, pretrained)
@@ -92,7 +92,7 @@ def train_on(
     if checkpoint and checkpoint.exists():
         state = load_file(checkpoint)
         if state.get("identity") != identity:
-            raise ValueError(f"{checkpoint}: checkpoint of another run; name another --output, or move it away")
+            raise ValueError(f"{checkpoint}: checkpoint of another run; choose another --output, or move it away")
         start = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -112,7 +112,7 @@ def train_on(
         for step, (x, y) in enumerate(loader, start):
             for group, factor in zip(optimizer.param_groups, (1.0, settings.match_lr), strict=True):
                 group["lr"] = learning_rate(settings, step) * factor
-            torch.manual_seed(step_seed(seed, step))  # of dropout, wherever it is
+            torch.manual_seed(step_seed(seed, step))  # for dropout
             with fabric.autocast():
                 embedding = model(x)
             out = model.loss(embedding, y)
@@ -133,7 +133,7 @@ def train_on(
 
 def _check_finite(loss: Tensor, step: int) -> None:
     if not loss.isfinite():
-        raise RuntimeError(f"the loss is {float(loss.detach())} after {step} steps; a smaller lr may help")
+        raise RuntimeError(f"the loss is {float(loss.detach())} after {step} steps; try a smaller lr")
 
 
 class _Plain(Dataset):
@@ -151,13 +151,13 @@ class _Plain(Dataset):
 def embed_images(
     model: HedgedModel, data: Dataset, workers: int = 0, device: str = "auto", precision: str = "auto"
 ) -> GaussianMixtureEmbedding:
-    """All images of a data set, (n, C, D) float32 on the CPU, where the model ends as well; in eval mode."""
+    """Embed all images of a data set in eval mode: (n, C, D) float32 on the CPU; the model is moved to the CPU, too."""
     fabric = make_fabric(device, precision)
     fabric.to_device(model.eval())
     loader = DataLoader(_Plain(data, model.settings.image_size), EMBED_BATCH, num_workers=workers)
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with fabric.autocast(), torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(0)  # of passes with dropout
+        torch.manual_seed(0)  # for passes with dropout
         parts = [model(x).to("cpu") for x in _tracked(fabric.setup_dataloaders(loader))]
     model.cpu()
     mu = torch.cat([part.mu for part in parts])
@@ -175,9 +175,9 @@ def score(
     labels: Tensor,
     outside: GaussianMixtureEmbedding | None = None,
 ) -> dict[str, float]:
-    """R@1 (cosine of means), and what the uncertainty knows: R-AUROC, area under accuracy-rejection, OOD AUROC.
+    """R@1 (cosine of means) and scores of the uncertainty: R-AUROC, area under accuracy-rejection, OOD AUROC.
 
-    A point embedding is equally uncertain of every image: it is scored by R@1 alone.
+    A point embedding has no uncertainty: it is scored only by R@1.
     """
     right = recall_at_1(embedding.mean(), labels)
     found = {"r1": float(right.double().mean()), "images": len(labels)}

@@ -1,6 +1,6 @@
 """The match probability of points and of distributions (sections 3.1, 3.2 and 3.4 of arXiv 1810.00319).
 
-One convention everywhere: p(m | z1, z2) = sigmoid(-a ||z1 - z2|| + b), Euclidean distance, a > 0 (equation 2).
+The convention everywhere: p(m | z1, z2) = sigmoid(-a ||z1 - z2|| + b), Euclidean distance, a > 0 (equation 2).
 Everything is computed in float32 or float64, also under autocast.
 """
 
@@ -20,7 +20,7 @@ from hib_ndigit_mnist.quadrature import expected_sigmoid, is_isotropic
 from hib_ndigit_mnist.series import series_of_sigmoid
 
 ESTIMATORS = ("mc", "quadrature")
-TILE = 1 << 21  # distances at once in all-pairs work: 8 MB of float32 per intermediate
+TILE = 1 << 21  # distances computed at once for all pairs: 8 MB of float32 per intermediate
 
 
 class MatchProbability(nn.Module):
@@ -29,17 +29,17 @@ class MatchProbability(nn.Module):
     Args:
         a: initial slope, > 0; one number, or one per stacked model.
         b: initial offset; b / a acts as a learned soft margin.
-        eps: added to the squared distance, so that its gradient exists at zero.
+        eps: added to the squared distance, so that the gradient exists at zero.
 
     Raises:
-        ValueError: a not positive.
+        ValueError: a is not positive.
     """
 
     def __init__(self, a: float | Tensor = 1.0, b: float | Tensor = 1.0, eps: float = DISTANCE_EPS):
         super().__init__()
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         if not (a > 0).all():
-            raise ValueError(f"a: positive was expected, got {a.tolist()}")
+            raise ValueError(f"a: expected a positive number, got {a.tolist()}")
         dtype = a.dtype if a.is_floating_point() else torch.get_default_dtype()
         self.a_raw = nn.Parameter(torch.where(a > 20, a.double(), a.double().expm1().log()).to(dtype))
         self.b = nn.Parameter(b.to(dtype).expand_as(self.a_raw).clone())
@@ -56,7 +56,7 @@ class MatchProbability(nn.Module):
         return F.softplus(self.a_raw)
 
     def values(self) -> tuple[float, float]:
-        """Both a and b as numbers (one model)."""
+        """Return a and b as numbers (one model)."""
         return float(self.a.detach()), float(self.b.detach())
 
     @torch.autocast("cuda", enabled=False)
@@ -81,23 +81,23 @@ class MatchProbability(nn.Module):
         generator: torch.Generator | None = None,
         tolerance: float = 1e-6,
     ) -> Tensor:
-        """p(m | x1, x2) of equally many images: (B,), equations 4 and 5.
+        """p(m | x1, x2) of the pairs (first[i], second[i]): (B,), equations 4 and 5.
 
         Args:
             first: B images, (B, C1, D).
             second: B images, (B, C2, D).
-            samples: K of each image, for mc.
-            method: "mc" (K x K cross pairs), or "quadrature": deterministic.
-            generator: of the samples.
+            samples: K, samples per image, for mc.
+            method: "mc" (K x K cross pairs) or "quadrature" (deterministic).
+            generator: draws the samples.
             tolerance: absolute error of the quadrature.
 
         Raises:
-            ValueError: unknown method, lengths or D that differ, K not a multiple of C; a tolerance below 1e-6 that
-                quadrature cannot meet in more than two dimensions with variances that differ between them.
+            ValueError: unknown method, different lengths or D, K not a multiple of C; a tolerance below 1e-6 that
+                quadrature cannot meet in more than two dimensions with unequal variances.
         """
         self._check(first, second, method)
         if len(first) != len(second):
-            raise ValueError(f"as many first as second images were expected, got {len(first)} and {len(second)}")
+            raise ValueError(f"expected first and second of equal length, got {len(first)} and {len(second)}")
         if method == "quadrature":
             return self._quadrature(first, second, tolerance)
         z1, z2 = first.sample(samples, generator), second.sample(samples, generator)
@@ -113,7 +113,7 @@ class MatchProbability(nn.Module):
         generator: torch.Generator | None = None,
         tolerance: float = 1e-4,
     ) -> Tensor:
-        """p(m | x1, x2) of every first with every second image, in tiles: (B1, B2). Arguments as in `prob`."""
+        """p(m | x1, x2) of each image of `first` with each of `second`, in tiles: (B1, B2). Arguments as in `prob`."""
         self._check(first, second, method)
         dtype = torch.promote_types(first.mu.dtype, torch.float32)
         if first.is_point and second.is_point:
@@ -136,23 +136,23 @@ class MatchProbability(nn.Module):
     ) -> Tensor:
         """eta(x) = 1 - p(m | x, x), the uncertainty of each image (section 3.4): (B,).
 
-        Monte Carlo draws two independent sets of samples; one set against itself would be biased by its K zero
+        Monte Carlo draws two independent sets of samples; comparing one set with itself would be biased by the K zero
         distances. Arguments as in `prob`.
         """
         return 1 - self.prob(embedding, embedding, samples, method, generator, tolerance)
 
     def _check(self, first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding, method: str) -> None:
         if method not in ESTIMATORS:
-            raise ValueError(f"method: one of {', '.join(ESTIMATORS)} was expected, got {method!r}")
+            raise ValueError(f"method: expected one of {', '.join(ESTIMATORS)}, got {method!r}")
         if first.dim != second.dim:
-            raise ValueError(f"embeddings of one dimension were expected, got {first.dim} and {second.dim}")
+            raise ValueError(f"expected embeddings of equal dimension, got {first.dim} and {second.dim}")
         if self.a_raw.ndim:
-            raise ValueError("a and b of one model were expected, these are stacked")
+            raise ValueError("expected a and b of one model, got those of stacked models")
 
     def _pairwise_quadrature(
         self, first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding, tolerance: float
     ) -> Tensor:
-        """In closed form where that reaches the tolerance, else pair by pair."""
+        """In closed form if that reaches the tolerance, else pair by pair."""
         a, b = self.values()
         if sigmoid_as_gaussians(b, tolerance) is None:
             each = [first[[i] * len(second)] for i in range(len(first))]
@@ -161,7 +161,7 @@ class MatchProbability(nn.Module):
         (mu1, variance1), (mu2, variance2) = (
             (e.mu.movedim(-1, 0), e.variance().movedim(-1, 0)) for e in (first, second)
         )
-        rows = max(1, TILE // (16 * len(second)))  # a tile that stays in the cache
+        rows = max(1, TILE // (16 * len(second)))  # a tile fits the cache
 
         def tile(i: int, j: int, start: int) -> Tensor:
             part = slice(start, start + rows)
@@ -177,7 +177,7 @@ class MatchProbability(nn.Module):
     def _quadrature(
         self, first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding, tolerance: float
     ) -> Tensor:
-        """In closed form where that reaches the tolerance, else by integration or, for D > 2, as a cosine series."""
+        """In closed form if that reaches the tolerance, else by integration or, for D > 2, as a cosine series."""
         mean = first.mu.double()[:, :, None] - second.mu.double()[:, None]  # (B, C1, C2, D)
         variance = first.variance().double()[:, :, None] + second.variance().double()[:, None]
         mean, variance = mean.flatten(0, 2), variance.flatten(0, 2)
@@ -190,7 +190,7 @@ class MatchProbability(nn.Module):
         if terms is None:
             raise ValueError(
                 f"tolerance: {tolerance:g} cannot be met for D = {first.dim} and b = {b:.3g}; 1e-6 can, "
-                "but for extreme variances: there take mc"
+                "except for extreme variances: use mc for these"
             )
         return terms.view(len(first), -1).mean(1).to(torch.promote_types(first.mu.dtype, torch.float32))
 
@@ -212,5 +212,5 @@ def _mean_sigmoid(z1: Tensor, z2: Tensor, a: float, b: float, eps: float) -> Ten
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions as float32, others as they are."""
+    """Convert half precision to float32, leave others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,12 +13,12 @@ logger = get_logger("hib-ndigit-mnist")
 
 
 def verify(data_root: Path, images: Path | None) -> None:
-    """Read a folder of images to the end of every file, or MNIST; the first broken file is told.
+    """Read all of MNIST, or every file of a folder of images; stops at the first broken file.
 
     Raises:
         BrokenFile: a file that cannot be read.
-        ValueError: no image, digits that are not MNIST's.
-        FileNotFoundError: nothing is there.
+        ValueError: no images, or digits that are not MNIST's.
+        FileNotFoundError: nothing was found.
     """
     if images:
         files = files_of(images)

@@ -1,4 +1,4 @@
-"""What a hedged embedding is trained with: contrastive losses of pairs and the information bottleneck (section 3).
+"""The losses of a hedged embedding: contrastive losses of pairs and the information bottleneck (section 3).
 
 Everything is computed in float32 or float64, also under autocast.
 """
@@ -19,7 +19,7 @@ from hib_ndigit_mnist.pair_nll import DISTANCE_EPS, all_pairs_nll, pair_nll
 from hib_ndigit_mnist.pairs import Pairs, check_labels, pairs_of, sample_pairs
 
 OBJECTIVES = ("log_mean", "mean_log")
-HOPELESS = 0.95  # eta at the start, from which on nothing is learned
+HOPELESS = 0.95  # initial eta from which on nothing is learned
 
 
 def soft_contrastive_loss(
@@ -28,23 +28,23 @@ def soft_contrastive_loss(
     """-log p(m = match) of pairs from the logits of their K x K sample pairs (equation 3).
 
     Args:
-        logits: (P, K1, K2) floating, as `MatchProbability.logits` gives them.
+        logits: (P, K1, K2) floating point, as returned by `MatchProbability.logits`.
         match: (P,) bool or 0 / 1.
-        objective: "log_mean" = -log E[p], which pays for putting part of the mass right and so hedges; "mean_log" =
-            -E[log p], the bound of the paper. mean_log >= log_mean.
+        objective: "log_mean" = -log E[p], which rewards placing part of the mass correctly and therefore hedges;
+            "mean_log" = -E[log p], the bound of the paper. mean_log >= log_mean.
         reduction: "mean", "sum" or "none".
 
     Returns:
         A scalar, or (P,).
 
     Raises:
-        ValueError: values of match other than 0 and 1, shapes that do not fit, an unknown objective or reduction.
+        ValueError: values of match other than 0 and 1, mismatched shapes, an unknown objective or reduction.
     """
     match = _as_bool(match)
     if logits.ndim != 3 or match.shape != logits.shape[:1]:
-        raise ValueError(f"logits (P, K, K), match (P,) were expected, got {tuple(logits.shape)}, {tuple(match.shape)}")
+        raise ValueError(f"expected logits (P, K, K), match (P,), got {tuple(logits.shape)}, {tuple(match.shape)}")
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} was expected, got {objective!r}")
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     logits = at_least_float32(logits)
     log_right = F.logsigmoid(torch.where(match[:, None, None], logits, -logits)).flatten(1)  # (P, K1 K2)
     if objective == "log_mean":
@@ -64,9 +64,9 @@ def contrastive_loss(z1: Tensor, z2: Tensor, match: Tensor, margin: float = 1.0,
     """
     match = _as_bool(match)
     if z1.shape != z2.shape or match.shape != z1.shape[:-1]:
-        raise ValueError(f"z1, z2 (P, D), match (P,) were expected, got {[tuple(x.shape) for x in (z1, z2, match)]}")
+        raise ValueError(f"expected z1, z2 (P, D), match (P,), got {[tuple(x.shape) for x in (z1, z2, match)]}")
     if margin <= 0:
-        raise ValueError(f"margin: positive was expected, got {margin}")
+        raise ValueError(f"margin: expected a positive number, got {margin}")
     squares = (at_least_float32(z1) - at_least_float32(z2)).square().sum(-1)
     apart = (margin - (squares + DISTANCE_EPS).sqrt()).clamp_min(0).square()
     return _reduce(torch.where(match, squares, apart), reduction)
@@ -78,7 +78,7 @@ class LossOutput(NamedTuple):
     loss: Tensor
     nll_pos: Tensor
     nll_neg: Tensor
-    kl: Tensor  # of both images of a pair: twice the mean over images
+    kl: Tensor  # summed over both images of a pair: twice the mean over images
     a: Tensor
     b: Tensor
 
@@ -96,7 +96,7 @@ def vib_objective(
 
     Args:
         embedding: (..., B, C, D).
-        z: (..., B, K, D) its samples.
+        z: (..., B, K, D) samples of the embedding.
         pairs: (..., P), balanced by weight.
         match: a and b, () or (...).
         beta: weight of the KL term; a number or (...).
@@ -118,8 +118,8 @@ class VIBPairLoss(nn.Module):
         beta: weight of the KL term, >= 0.
         samples: K per image; a point embedding always has one.
         objective: "log_mean" or "mean_log".
-        negatives: "balanced" takes all matching pairs and as many random others, "all" every pair; matching and other
-            pairs weigh 1/2 each in both.
+        negatives: "balanced" takes all matching pairs and equally many random others, "all" every pair; with both,
+            matching and other pairs weigh 1/2 each.
         kl: see `GaussianMixtureEmbedding.kl`.
         a: initial slope of the match probability.
         b: initial offset.
@@ -140,12 +140,12 @@ class VIBPairLoss(nn.Module):
     ):
         super().__init__()
         if not beta >= 0:
-            raise ValueError(f"beta: >= 0 was expected, got {beta}")
+            raise ValueError(f"beta: expected >= 0, got {beta}")
         if objective not in OBJECTIVES:
-            raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} was expected, got {objective!r}")
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
         check_samples(samples, 1)
         if negatives not in ("balanced", "all"):
-            raise ValueError(f"negatives: balanced or all was expected, got {negatives!r}")
+            raise ValueError(f"negatives: expected balanced or all, got {negatives!r}")
         self.beta, self.samples, self.objective, self.negatives, self.kl = beta, samples, objective, negatives, kl
         self.match, self._started = MatchProbability(a, b), False
 
@@ -158,21 +158,21 @@ class VIBPairLoss(nn.Module):
         indices_tuple: tuple[Tensor, ...] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """Loss of a batch; differentiate `loss`.
+        """Loss of a batch; call backward on `loss`.
 
         Args:
             embedding: (B, C, D).
             labels: (B,) class of each image; an image is never paired with itself.
-            indices_tuple: pairs instead of labels, as miners of pytorch-metric-learning return them. Where a miner
-                finds none, the loss is 0 with gradients of 0, as that library has it.
-            generator: of samples and of the choice of negatives, on the embedding's device.
+            indices_tuple: pairs instead of labels, as returned by miners of pytorch-metric-learning. If a miner finds
+                none, the loss and its gradients are 0, as in that library.
+            generator: draws samples and negatives, on the embedding's device.
 
         Raises:
-            ValueError: neither labels nor pairs, labels of another length, a batch without a matching or without a
-                non-matching pair (with the counts per class), an image paired with itself, K not a multiple of C.
+            ValueError: neither labels nor pairs, labels of another length, a batch without a matching or a non-matching
+                pair (shows the counts per class), an image paired with itself, K not a multiple of C.
         """
         if embedding.mu.ndim != 3:
-            raise ValueError(f"embedding: (B, C, D) was expected, got {tuple(embedding.mu.shape)}")
+            raise ValueError(f"embedding: expected (B, C, D), got {tuple(embedding.mu.shape)}")
         embedding = embedding.to(torch.promote_types(embedding.mu.dtype, torch.float32))
         self._look_at_the_start(embedding)
         z = embedding.sample(1 if embedding.is_point else self.samples, generator)
@@ -192,7 +192,7 @@ class VIBPairLoss(nn.Module):
         return LossOutput(nll + self.beta * divergence, positive, negative, divergence, a, b)
 
     def _look_at_the_start(self, embedding: GaussianMixtureEmbedding) -> None:
-        """Warns once, at the first batch, where images of this variance do not even match themselves."""
+        """Warn once, at the first batch, if images of this variance do not even match themselves."""
         if self._started:
             return
         self._started = True
@@ -200,13 +200,13 @@ class VIBPairLoss(nn.Module):
         if not embedding.is_point and eta > HOPELESS:
             warnings.warn(
                 f"an image matches itself with a probability of {1 - eta:.2g} at the start, so that partners cannot "
-                "match either; lower logvar_bias (it goes with the dimension) or raise b",
+                "match either; lower logvar_bias (it depends on the dimension) or raise b",
                 stacklevel=3,
             )
 
 
 def eta_of_variance(total_variance: float, a: float, b: float) -> float:
-    """About the self-mismatch of a Gaussian with this sum of variances: two samples lie sqrt(2 total) apart."""
+    """Approximate self-mismatch of a Gaussian with this total variance: two samples are sqrt(2 total) apart."""
     return 1 / (1 + math.exp(min(b - a * math.sqrt(2 * total_variance), 700)))
 
 
@@ -214,11 +214,11 @@ def _as_bool(match: Tensor) -> Tensor:
     if match.dtype == torch.bool:
         return match
     if not ((match == 0) | (match == 1)).all():
-        raise ValueError(f"match: 0 / 1 or bool was expected, got values such as {match.flatten()[0].item()}")
+        raise ValueError(f"match: expected 0 / 1 or bool, got values such as {match.flatten()[0].item()}")
     return match.bool()
 
 
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: mean, sum or none was expected, got {reduction!r}")
+        raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
     return values if reduction == "none" else getattr(values, reduction)()

@@ -1,7 +1,7 @@
-"""MCInfoNCE, a rival: a von Mises-Fisher distribution per image, trained by InfoNCE averaged over its samples.
+"""MCInfoNCE, a competing method: a von Mises-Fisher distribution per image, trained by InfoNCE averaged over samples.
 
 Kirchhof, Kasneci, Oh, *Probabilistic Contrastive Learning Recovers the Correct Aleatoric Uncertainty of Ambiguous
-Inputs*, ICML 2023, arXiv 2302.02865. There the partners are two crops of an image; here they are images of one class.
+Inputs*, ICML 2023, arXiv 2302.02865. There, partners are two crops of an image; here, two images of a class.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from hib_ndigit_mnist.embedding import LOGVAR_RANGE, GaussianMixtureEmbedding, c
 from hib_ndigit_mnist.models import HedgedHead
 from hib_ndigit_mnist.pairs import check_labels
 
-INITIAL_KAPPA = 5.0  # times D: then a sample and its mean have a cosine of 0.9 in every dimension
+INITIAL_KAPPA = 5.0  # times D: a sample and its mean then have a cosine of 0.9, whatever the dimension
 INITIAL_SCALE = 20.0  # inverse temperature, as in the authors' code
 
 
 class MCInfoNCEHead(nn.Module):
-    """One linear layer for a mean direction and a concentration kappa.
+    """One linear layer that predicts a mean direction and a concentration kappa.
 
     Args:
         features: width of the backbone's output.
@@ -35,14 +35,14 @@ class MCInfoNCEHead(nn.Module):
     def __init__(self, features: int, dim: int):
         super().__init__()
         if dim < 2:
-            raise ValueError(f"dim: >= 2 was expected for directions, got {dim}")
+            raise ValueError(f"dim: expected >= 2 for directions, got {dim}")
         self.head = HedgedHead(features, dim + 1, point=True)
         nn.init.constant_(self.head.bias[-1], -math.log(INITIAL_KAPPA * dim))
 
     def forward(self, features: Tensor) -> GaussianMixtureEmbedding:
         """(B, features) -> (B, 1, D): the mean direction, of length 1, and -log kappa as every log variance.
 
-        1 / kappa is the variance along the sphere where kappa is large.
+        For large kappa, 1 / kappa is the variance along the sphere.
         """
         out = self.head(features).mu
         direction = F.normalize(out[..., :-1], dim=-1)
@@ -74,7 +74,7 @@ class MCInfoNCELoss(nn.Module):
         """Loss of the embedding (B, 1, D) of `MCInfoNCEHead` with labels (B,).
 
         Raises:
-            ValueError: a batch without a matching or without a non-matching pair, labels of another length.
+            ValueError: a batch without a matching or a non-matching pair, labels of another length.
         """
         check_labels(labels, len(embedding))
         kappa = inverse_concentration(embedding).reciprocal()
@@ -84,9 +84,9 @@ class MCInfoNCELoss(nn.Module):
 
 
 def infonce_of_samples(z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
-    """Of each matching pair, -log of the mean over K of its softmax among all non-matching ones; averaged over pairs.
+    """-log of the mean over K of a matching pair's softmax among all non-matching pairs, averaged over matching pairs.
 
-    It is the loss of that paper without its factor for the number of others, a constant.
+    This is the loss of that paper without its constant factor for the number of non-matching pairs.
 
     Args:
         z: (K, B, D) unit vectors; the k-th samples of all images are compared with each other.
@@ -104,8 +104,8 @@ def infonce_of_samples(z: Tensor, labels: Tensor, scale: float | Tensor) -> Tens
 def von_mises_fisher_samples(mean: Tensor, kappa: Tensor, samples: int) -> Tensor:
     """Samples of the density proportional to exp(kappa mean . z) on the sphere, by rejection (Wood 1994).
 
-    The gradient passes through the accepted draws alone, as is usual (arXiv 1804.00891): that of the mean cosine is
-    right within 10 % from kappa = 10 on.
+    As usual (arXiv 1804.00891), the gradient passes only through the accepted draws: that of the mean cosine is
+    correct within 10 % for kappa >= 10.
 
     Args:
         mean: (B, D) unit vectors, D >= 2.
@@ -129,7 +129,7 @@ def von_mises_fisher_samples(mean: Tensor, kappa: Tensor, samples: int) -> Tenso
 
 
 def _accepted(kappa: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Beta draws whose cosine has the right density: the envelope touches it at the cosine `top`."""
+    """Beta draws whose cosine has the correct density: the envelope touches it at the cosine `top`."""
     half = torch.full_like(kappa, (dim - 1) / 2)
     proposal = torch.distributions.Beta(half, half)
     top = (1 - b) / (1 + b)
@@ -145,5 +145,5 @@ def _accepted(kappa: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def inverse_concentration(embedding: GaussianMixtureEmbedding) -> Tensor:
-    """The uncertainty of that paper, 1 / kappa: (B, 1, D) -> (B,)."""
+    """That paper's uncertainty, 1 / kappa: (B, 1, D) -> (B,)."""
     return embedding.variance()[:, 0, 0]

@@ -13,23 +13,23 @@ from torch import Tensor
 
 
 def average_precision(match: Tensor, scores: Tensor) -> float:
-    """Non-interpolated average precision, ties in one threshold; a constant score gives the positive rate.
+    """Non-interpolated average precision; ties share a threshold, a constant score gives the positive rate.
 
     Args:
         match: (P,) bool.
-        scores: (P,) floating, higher for a likelier match.
+        scores: (P,) floating point, higher for a more likely match.
 
     Raises:
-        ValueError: no matching pair, scores that are NaN.
+        ValueError: no matching pair, NaN scores.
     """
     if not match.any():
-        raise ValueError("match: average precision needs a matching pair, there is none")
+        raise ValueError("match: average precision needs a matching pair, but there is none")
     _check_finite("scores", scores)
     return float(average_precision_score(match.cpu().numpy(), scores.cpu().numpy()))
 
 
 def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int | Tensor = 5, own: Tensor | None = None) -> Tensor:
-    """Majority vote of the k gallery images that match a query best.
+    """Majority vote of the k gallery images with the highest match probability.
 
     Neighbour ties go to the lower gallery index; vote ties to the larger summed match probability, then to the smaller
     class.
@@ -37,21 +37,21 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int | Tensor = 5,
     Args:
         match_prob: (Q, G).
         gallery_labels: (G,) integers.
-        k: neighbours; a number, or one per query (Q,).
-        own: (Q,) gallery index of each query's own image, which is left out.
+        k: number of neighbours; one for all, or one per query (Q,).
+        own: (Q,) gallery index of the query itself, which is excluded.
 
     Returns:
         (Q,) labels.
 
     Raises:
-        ValueError: k outside 1 .. gallery images, match probabilities that are NaN.
+        ValueError: k outside 1 .. number of gallery images, NaN match probabilities.
     """
     _check_finite("match_prob", match_prob)
     available = match_prob.shape[1] - (own is not None)
     k = torch.as_tensor(k, device=match_prob.device).expand(len(match_prob))
     least, most = int(k.min()), int(k.max())
     if least < 1 or most > available:
-        raise ValueError(f"k: 1 to {available} gallery images were expected, got {least if least < 1 else most}")
+        raise ValueError(f"k: expected 1 to {available} gallery images, got {least if least < 1 else most}")
     if own is not None:
         match_prob = match_prob.scatter(1, own[:, None], -1.0)
     scores, neighbours = match_prob.sort(dim=1, descending=True, stable=True)
@@ -66,17 +66,17 @@ def knn_predict(match_prob: Tensor, gallery_labels: Tensor, k: int | Tensor = 5,
 
 
 def count_partners(query_labels: Tensor, gallery_labels: Tensor, own: Tensor | None = None) -> Tensor:
-    """(Q,) how many other images of the query's class the gallery holds; without one no vote can be right."""
+    """(Q,) number of other gallery images of the query's class; without one, no vote can be right."""
     return (query_labels[:, None] == gallery_labels).sum(1) - (0 if own is None else 1)
 
 
 def knn_accuracy(
     match_prob: Tensor, query_labels: Tensor, gallery_labels: Tensor, k: int = 5, own: Tensor | None = None
 ) -> float:
-    """Share of queries whose vote is right, of those that have a partner in the gallery; arguments as in `knn_predict`.
+    """Share of correct votes among queries that have a partner in the gallery; arguments as in `knn_predict`.
 
-    A query with fewer than k partners is put to the vote of as many neighbours as it has partners, as in R-precision:
-    so a perfect embedding scores 1, however small its classes.
+    If a query has fewer than k partners, only that number of neighbours vote, as in R-precision: a perfect embedding
+    scores 1, however small the classes.
 
     Raises:
         ValueError: no query has a partner, or as in `knn_predict`.
@@ -90,13 +90,13 @@ def knn_accuracy(
 
 
 class BinnedCorrelation(NamedTuple):
-    """Kendall's tau between uncertainty and performance over bins, in the paper's sense: positive = worse if unsure.
+    """Kendall's tau between uncertainty and performance over bins, with the paper's sign: positive = worse if unsure.
 
-    NaN where one of the two is constant (print n/a, not 0).
+    NaN if either is constant (print n/a, not 0).
     """
 
     tau: float
-    bin_x: np.ndarray  # (bins,) mean uncertainty; fewer than asked for where many values are equal
+    bin_x: np.ndarray  # (bins,) mean uncertainty; fewer bins than requested if many values are equal
     bin_y: np.ndarray  # (bins,) performance
     p_value: float  # one-sided, by permutation of the bins
     dropped: int  # bins without a matching pair
@@ -109,24 +109,24 @@ def binned_correlation(
     match: Tensor | None = None,
     permutations: int = 9999,
 ) -> BinnedCorrelation:
-    """Sort by uncertainty into bins of equal count; minus tau-b between their uncertainty and their performance.
+    """Minus tau-b between uncertainty and performance of bins of equal count, sorted by uncertainty.
 
-    Values of equal uncertainty stay in one bin, so that the order of the rows does not matter; ties that are wider than
-    a bin leave fewer bins.
+    Equal uncertainties stay in one bin, so the order of the rows does not matter; ties wider than a bin result in
+    fewer bins.
 
     Args:
         uncertainty: (n,) eta.
-        performance: (n,) correctness, averaged per bin; or match scores, if `match` is given: then the performance of a
-            bin is its average precision.
+        performance: (n,) correctness, averaged per bin; if `match` is given, match scores: the performance of a bin is
+            then its average precision.
         bins: number of bins.
         match: (n,) bool.
-        permutations: of the p-value.
+        permutations: number of permutations for the p-value.
 
     Raises:
-        ValueError: fewer values than bins, lengths that differ, values that are NaN.
+        ValueError: fewer values than bins, different lengths, NaN.
     """
     if not len(uncertainty) == len(performance) >= bins:
-        raise ValueError(f"at least {bins} values of each were expected, got {len(uncertainty)}, {len(performance)}")
+        raise ValueError(f"expected at least {bins} values of each, got {len(uncertainty)}, {len(performance)}")
     _check_finite("uncertainty", uncertainty)
     _check_finite("performance", performance)
     eta = uncertainty.cpu().numpy()
@@ -151,7 +151,7 @@ def binned_correlation(
 
 
 def _p_value(x: np.ndarray, y: np.ndarray, permutations: int) -> float:
-    """Chance of as negative a sum of concordances under a random assignment of bins."""
+    """Probability of a sum of concordances at least as negative under a random assignment of bins."""
     sign_x, sign_y = (np.sign(v[:, None] - v) for v in (x, y))
     rng = np.random.default_rng(0)
     shuffled = rng.permuted(np.tile(np.arange(len(x)), (permutations, 1)), axis=1)  # (R, n)
@@ -159,13 +159,13 @@ def _p_value(x: np.ndarray, y: np.ndarray, permutations: int) -> float:
     return float((1 + (sums <= (sign_x * sign_y).sum()).sum()) / (1 + permutations))
 
 
-# ---- as the URL benchmark of transferable uncertainty has them (arXiv 2307.03810) ----
+# ---- as in the URL benchmark of transferable uncertainty (arXiv 2307.03810) ----
 
 
 def recall_at_1(features: Tensor, labels: Tensor) -> Tensor:
-    """Whether the image nearest by cosine, the image itself left out, is of its class: (n, D), (n,) -> (n,) bool.
+    """Whether each image's nearest other image by cosine is of the same class: (n, D), (n,) -> (n,) bool.
 
-    Its mean is R@1. An image without a partner counts as wrong there.
+    Its mean is R@1. An image without a partner counts as wrong, as in that benchmark.
     """
     _check_finite("features", features)
     unit = torch.nn.functional.normalize(features, dim=-1)
@@ -179,7 +179,7 @@ def _parts(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def r_auroc(uncertainty: Tensor, correct: Tensor) -> float:
-    """R-AUROC: how well a low uncertainty (n,) foretells that R@1 is right (n,); 0.5 is chance, NaN without both."""
+    """R-AUROC: how well a low uncertainty (n,) predicts that R@1 is right (n,); 0.5 is chance, NaN without both."""
     _check_finite("uncertainty", uncertainty)
     if correct.bool().all() or not correct.any():
         return float("nan")
@@ -187,7 +187,7 @@ def r_auroc(uncertainty: Tensor, correct: Tensor) -> float:
 
 
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:
-    """How well the uncertainty tells images from outside (m,) from those of the training distribution (n,)."""
+    """How well the uncertainty separates outside images (m,) from those of the training distribution (n,)."""
     both = torch.cat([inside, outside])
     _check_finite("uncertainty", both)
     return float(roc_auc_score((torch.arange(len(both)) >= len(inside)).numpy(), both.cpu().numpy()))
@@ -196,11 +196,11 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
 def accuracy_rejection_area(uncertainty: Tensor, correct: Tensor) -> float:
     """Area under the accuracy-rejection curve: mean accuracy over the k most certain images, k = 1 .. n.
 
-    1 for a faultless model, and the plain accuracy for an uncertainty that knows nothing (constant: its ties count as
-    in random order).
+    1 for a perfect model, and the accuracy for a constant, uninformative uncertainty (ties count as if in random
+    order).
     """
     if len(uncertainty) != len(correct) or not len(correct):
-        raise ValueError(f"as many uncertainties as outcomes were expected, got {len(uncertainty)}, {len(correct)}")
+        raise ValueError(f"expected equally many uncertainties and outcomes, got {len(uncertainty)}, {len(correct)}")
     _check_finite("uncertainty", uncertainty)
     _, which, counts = uncertainty.unique(return_inverse=True, return_counts=True)  # sorted
     right = torch.zeros(len(counts), dtype=torch.float64, device=correct.device).index_add_(0, which, correct.double())
@@ -209,7 +209,7 @@ def accuracy_rejection_area(uncertainty: Tensor, correct: Tensor) -> float:
 
 
 class Calibration(NamedTuple):
-    """Reliability of p(m) in equal-width bins; empty bins hold NaN and weight 0."""
+    """Reliability of p(m) in equal-width bins; empty bins have NaN and weight 0."""
 
     error: float  # expected calibration error
     confidence: np.ndarray  # (bins,) mean p(m)
@@ -230,7 +230,7 @@ def expected_calibration_error(match_prob: Tensor, match: Tensor, bins: int = 15
     """
     p, truth = match_prob.double().cpu().numpy(), match.double().cpu().numpy()
     if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"match_prob: [0, 1] was expected, got {p.min():g} to {p.max():g}")
+        raise ValueError(f"match_prob: expected values in [0, 1], got {p.min():g} to {p.max():g}")
     which = np.minimum((p * bins).astype(int), bins - 1)
     count = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):
@@ -244,4 +244,4 @@ def expected_calibration_error(match_prob: Tensor, match: Tensor, bins: int = 15
 def _check_finite(name: str, values: Tensor) -> None:
     wrong = values.isnan().sum()
     if wrong:
-        raise ValueError(f"{name}: numbers were expected, {int(wrong)} of {values.numel()} are NaN")
+        raise ValueError(f"{name}: expected numbers, but {int(wrong)} of {values.numel()} are NaN")

@@ -1,4 +1,4 @@
-"""Encoders: the small LeNet of the paper's family and an MLP for small scales; and several of them as one module."""
+"""Encoders: a small LeNet like the paper's and an MLP for small scales; and several models stacked in one module."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hib_ndigit_mnist.hedging import MatchProbability
 class HedgedHead(nn.Linear):
     """Turns the features of any backbone into an embedding: one linear layer for means and log variances.
 
-    `HedgedHead(model.num_features, dim=64)` behind `timm.create_model(name, num_classes=0)`, say; train both with
-    `VIBPairLoss`. It computes in float32 under autocast.
+    For example `HedgedHead(model.num_features, dim=64)` after `timm.create_model(name, num_classes=0)`; train both
+    with `VIBPairLoss`. It computes in float32 under autocast.
 
     Args:
         features: width of the backbone's output.
         dim: D.
         components: C.
-        point: no variance: C * D outputs in place of 2 * C * D.
-        logvar_bias: initial log variance; None takes `default_logvar`. With a small one the variance never becomes
-            input dependent, since its gradient is proportional to it.
+        point: no variance: C * D outputs instead of 2 * C * D.
+        logvar_bias: initial log variance; None takes `default_logvar`. If it is too small, the variance never depends
+            on the input, because its gradient is proportional to the variance.
 
     Raises:
         ValueError: a size below 1, a point with several components.
@@ -37,7 +37,7 @@ class HedgedHead(nn.Linear):
     ):
         for name, value in (("features", features), ("dim", dim), ("components", components)):
             if value < 1:
-                raise ValueError(f"{name}: >= 1 was expected, got {value}")
+                raise ValueError(f"{name}: expected >= 1, got {value}")
         if point and components > 1:
             raise ValueError(f"components: a point embedding has one, got {components}")
         super().__init__(features, components * dim * (1 if point else 2))
@@ -46,7 +46,7 @@ class HedgedHead(nn.Linear):
         self.reset_bias()
 
     def reset_bias(self) -> None:
-        """Zeros for the means, the initial value for the log variances."""
+        """Biases: zeros for the means, the initial value for the log variances."""
         nn.init.zeros_(self.bias)
         if not self.point:
             nn.init.constant_(self.bias[self.components * self.dim :], self.logvar_bias)
@@ -65,12 +65,12 @@ class HedgedHead(nn.Linear):
     def forward(self, features: Tensor) -> GaussianMixtureEmbedding:  # type: ignore[override]
         """(B, features) -> the embedding (B, C, D); ValueError for another shape."""
         if features.ndim != 2 or features.shape[1] != self.in_features:
-            raise ValueError(f"features: (B, {self.in_features}) was expected, got {tuple(features.shape)}")
+            raise ValueError(f"features: expected (B, {self.in_features}), got {tuple(features.shape)}")
         return self.split(self.outputs(features))
 
 
 class Encoder(nn.Module):
-    """What the encoders share: input check, heads, initialisation (Xavier-uniform weights, zero biases).
+    """Base of the encoders: input check, heads, initialisation (Xavier-uniform weights, zero biases).
 
     Mean and variance share everything before the last layer, which has C * D outputs for a point and 2 * C * D
     otherwise. It computes in float32 under autocast.
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
     """
 
     body: nn.Module
-    batched_on_cpu = True  # whether stacked models run faster as one batched operation there, too
+    batched_on_cpu = True  # whether stacked models run faster as one batched operation on a CPU, too
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         super().__init__()
         for name, value in (("num_digits", num_digits), ("tile", tile)):
             if value < 1:
-                raise ValueError(f"{name}: >= 1 was expected, got {value}")
+                raise ValueError(f"{name}: expected >= 1, got {value}")
         self.shape, self.dim, self.components, self.point = (1, tile, tile * num_digits), dim, components, point
         self.head = HedgedHead(features, dim, components, point, logvar_bias)
 
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
             ValueError: another shape.
         """
         if x.ndim != 4 or x.shape[1:] != self.shape:
-            raise ValueError(f"x: (B, {', '.join(map(str, self.shape))}) was expected, got {tuple(x.shape)}")
+            raise ValueError(f"x: expected (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         return self.head.split(self.outputs(to_unit(x, self.head.weight.dtype)))
 
 
@@ -165,7 +165,7 @@ class HedgedEncoder(Encoder):
     ):
         super().__init__(hidden, num_digits, dim, components, point, tile, logvar_bias)
         if tile % 4:
-            raise ValueError(f"tile: a multiple of 4 was expected, two poolings halve it, got {tile}")
+            raise ValueError(f"tile: expected a multiple of 4 (two poolings halve it), got {tile}")
         layers: list[nn.Module] = []
         channels = 1
         for count in width:
@@ -206,7 +206,7 @@ class MLPEncoder(Encoder):
     ):
         super().__init__(hidden[-1], num_digits, dim, components, point, tile, logvar_bias)
         if tile % pool:
-            raise ValueError(f"tile: a multiple of pool = {pool} was expected, got {tile}")
+            raise ValueError(f"tile: expected a multiple of pool = {pool}, got {tile}")
         layers: list[nn.Module] = [nn.AvgPool2d(pool)] if pool > 1 else []
         layers.append(nn.Flatten())
         inputs = (tile // pool) ** 2 * num_digits
@@ -221,25 +221,25 @@ ARCHITECTURES = {"lenet": HedgedEncoder, "mlp": MLPEncoder}
 
 
 def build_encoder(architecture: str, **options: Any) -> Encoder:
-    """The encoder of a name; ValueError for an unknown one."""
+    """Build an encoder by name; ValueError for an unknown name."""
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture: one of {', '.join(ARCHITECTURES)} was expected, got {architecture!r}")
+        raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     return ARCHITECTURES[architecture](**options)
 
 
 def to_unit(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 -> [0, 1]; floating values as they are."""
+    """uint8 -> [0, 1]; floating-point values are not changed."""
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
 
 
 class ModelStack(nn.Module):
-    """M models of one architecture with their a and b, trained as one: parameters (M, ...), images (M, B, 1, H, W).
+    """M models of one architecture with their a and b, trained together: parameters (M, ...), images (M, B, 1, H, W).
 
-    Every model sees its own images; no parameter touches another model's. At this size a training step is launch
-    bound, so that M models cost little more than one.
+    Every model has its own images and parameters. At this size a training step is launch-bound, so M models cost
+    little more than one.
 
     Args:
-        encoders: of equal architecture.
+        encoders: all of the same architecture.
         a: initial slope.
         b: initial offset.
     """
@@ -254,7 +254,9 @@ class ModelStack(nn.Module):
         for number, buffer in enumerate(buffers.values()):
             self.register_buffer(f"buffer_{number}", buffer)
         self.match = MatchProbability(torch.full((len(encoders),), float(a)), torch.full((len(encoders),), float(b)))
-        object.__setattr__(self, "template", copy.deepcopy(encoders[0]).to("meta"))  # no submodule: it has no weights
+        object.__setattr__(
+            self, "template", copy.deepcopy(encoders[0]).to("meta")
+        )  # not a submodule: it has no weights
 
     def __len__(self) -> int:
         return len(self.match.b)
@@ -293,7 +295,7 @@ def _outputs(template: Encoder, state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 class _Outputs(nn.Module):
-    """`functional_call` calls forward; training wants the raw outputs."""
+    """`functional_call` calls forward; training needs the raw outputs."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()

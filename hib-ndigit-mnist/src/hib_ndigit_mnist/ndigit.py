@@ -1,8 +1,8 @@
 """N-digit MNIST: which original digits each image consists of (section 4.1 of the paper).
 
 Bit-exact with google/n-digit-mnist: the same draws of numpy's legacy generator in the same order. Its standard tables
-for gap "number" are shipped (folder standard/), because one of them came from the set order of Python 2 and cannot be
-drawn again; here unseen numbers are enumerated in increasing order.
+for gap "number" are included (folder standard/), because one of them depends on Python 2's set order and cannot be
+reproduced; here unseen numbers are enumerated in increasing order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SplitIndex:
     """The index table of one split.
 
     Args:
-        numbers: (classes,) int64, the class labels in file order, which is not sorted.
+        numbers: (classes,) int64, the class labels in file order (not sorted).
         image_ids: (classes, samples per number, N) int64, indices into MNIST's training or test images.
         source: "train" or "test", the part of MNIST that image_ids index.
     """
@@ -58,16 +58,16 @@ def build_ndigit_indices(
     """Draw all splits of an N-digit data set.
 
     Args:
-        labels: digits of MNIST's training and of its test images, two (n,) integer arrays in the original order.
+        labels: digits of MNIST's training images and of its test images, two (n,) integer arrays in the original order.
         num_digits: N in 1 .. 6.
-        gap: "number" keeps numbers apart (train, test_seen, test_unseen); "instance" only images (train, test).
-        ratio_train: per cent of the numbers that are for training, in 1 .. 99 (gap number).
-        total_train: images to aim at in the training split.
-        total_test: images to aim at in each test split.
-        min_per_number: below this, gap number takes fewer numbers; gap instance refuses.
-        seed: of the whole draw.
-        seen_from: "split" draws a trimmed test_seen from all numbers meant for training, as the original does: with
-            N >= 4 most of them were never trained. "trained" draws from the trained ones.
+        gap: "number" separates numbers (train, test_seen, test_unseen); "instance" only images (train, test).
+        ratio_train: percentage of the numbers used for training, 1 .. 99 (gap number).
+        total_train: target number of images in the training split.
+        total_test: target number of images in each test split.
+        min_per_number: below this, gap number takes fewer numbers; gap instance raises an error.
+        seed: seed of the whole draw.
+        seen_from: "split" draws a trimmed test_seen from all numbers meant for training, like the original: for
+            N >= 4 most of them are not in the training set. "trained" draws from those that are.
 
     Returns:
         A table per split, in the order of drawing.
@@ -102,7 +102,7 @@ def build_ndigit_indices(
 
 
 def standard_indices(num_digits: int) -> dict[str, SplitIndex]:
-    """The shipped standard tables of gap "number"; ValueError unless N is 2 or 3."""
+    """The included standard tables of gap "number"; ValueError unless N is 2 or 3."""
     if num_digits not in STANDARD_DIGITS:
         raise ValueError(f"num_digits: standard tables exist for 2 and 3, got {num_digits}")
     path = files("hib_ndigit_mnist") / "standard" / f"standard_{num_digits}_number.npz"
@@ -131,10 +131,12 @@ def _draw(
         per_number = minimum
         numbers = rng.choice(numbers, total // minimum, replace=False)
     if not per_number or not len(numbers):
-        raise ValueError(f"{source}: a total of {total} images leaves none for each number")
+        raise ValueError(f"{source}: a total of {total} images is too small for one per number")
     for digit, pool in enumerate(pools):
         if len(pool) < per_number:
-            raise ValueError(f"{source}: {per_number} images of digit {digit} are needed per number, {len(pool)} exist")
+            raise ValueError(
+                f"{source}: {per_number} images of digit {digit} are needed per number, but only {len(pool)} exist"
+            )
     image_ids = np.empty((len(numbers), per_number, num_digits), np.int64)
     for row, number in enumerate(numbers):
         for position in range(num_digits):
@@ -145,14 +147,14 @@ def _draw(
 
 def _check(num_digits: int, gap: str, ratio: int, totals: tuple[int, int], minimum: int, seen_from: str) -> None:
     if isinstance(num_digits, bool) or num_digits not in range(1, 7):
-        raise ValueError(f"num_digits: 1 to 6 was expected, got {num_digits}")
+        raise ValueError(f"num_digits: expected 1 to 6, got {num_digits}")
     if gap not in GAPS:
-        raise ValueError(f"gap: {' or '.join(GAPS)} was expected, got {gap!r}")
+        raise ValueError(f"gap: expected {' or '.join(GAPS)}, got {gap!r}")
     if not 0 < ratio < 100 or not int(ratio * 10**num_digits / 100):
-        raise ValueError(f"ratio_train: 1 to 99 that leaves numbers on both sides was expected, got {ratio}")
+        raise ValueError(f"ratio_train: expected 1 to 99, with numbers left on both sides, got {ratio}")
     if minimum < 1:
-        raise ValueError(f"min_per_number: >= 1 was expected, got {minimum}")
+        raise ValueError(f"min_per_number: expected >= 1, got {minimum}")
     if gap == "number" and min(totals) < minimum:
         raise ValueError(f"min_per_number: {minimum} images of a number exceed the total of {min(totals)}")
     if seen_from not in ("split", "trained"):
-        raise ValueError(f"seen_from: split or trained was expected, got {seen_from!r}")
+        raise ValueError(f"seen_from: expected split or trained, got {seen_from!r}")

@@ -1,6 +1,6 @@
-"""The paper's corruption: in each digit tile, with probability p, a square of uniform side is painted over.
+"""The paper's corruption: in each digit tile, with probability p, a square of uniformly drawn side is painted over.
 
-Occluders are plain numbers: they can be stored, and replayed on the same or on other images.
+Occluders are plain numbers: they can be stored and applied to the same or other images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class OcclusionInfo:
     """One occluder per digit tile; every field (..., N).
 
     Args:
-        occluded: bool, whether the tile has one at all.
+        occluded: bool, whether the tile has one.
         side: int64 in 0 .. tile.
         top: int64, first row inside the tile.
         left: int64, first column inside the tile.
@@ -44,7 +44,7 @@ class OcclusionInfo:
 def draw_occlusion(uniform: Tensor, p: float | Tensor, tile: int) -> OcclusionInfo:
     """Occluders from uniform numbers in [0, 1): (..., N, 4) -> fields (..., N).
 
-    The side is uniform over 0 .. tile, the corner uniform over the places inside the tile; E[hidden area] at p = 1 is
+    The side is uniform over 0 .. tile, the corner over the positions inside the tile; E[hidden area] at p = 1 is
     (2 tile + 1) / (6 tile): 0.339 for 28.
     """
     occluded = uniform[..., 0] < p
@@ -57,7 +57,7 @@ def apply_occlusion(x: Tensor, info: OcclusionInfo, fill: float = 0) -> Tensor:
     """Paint the occluders into images.
 
     Args:
-        x: (B, 1, H, W) or (1, H, W), any dtype; N square tiles of side H = W / N beside each other.
+        x: (B, 1, H, W) or (1, H, W), any dtype; N square tiles of side H = W / N next to each other.
         info: fields (B, N) or (N,).
         fill: value of hidden pixels; 0 is MNIST's background.
 
@@ -85,7 +85,7 @@ class RandomOcclusion:
         fill: value of hidden pixels.
 
     Raises:
-        ValueError: p outside [0, 1], tile < 1; on a call: a height other than `tile`, a width that is no multiple.
+        ValueError: p outside [0, 1], tile < 1; on a call: a height other than `tile`, a width that is not a multiple.
     """
 
     p: float = 0.2
@@ -94,15 +94,15 @@ class RandomOcclusion:
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1 or self.tile < 1:
-            raise ValueError(f"p in [0, 1] and tile >= 1 were expected, got p={self.p}, tile={self.tile}")
+            raise ValueError(f"expected p in [0, 1] and tile >= 1, got p={self.p}, tile={self.tile}")
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, OcclusionInfo]:
         """Images (B, 1, H, W) or (1, H, W), any dtype -> the same shape, and the occluders (B, N) or (N,)."""
         if x.ndim not in (3, 4) or x.shape[-3] != 1:
-            raise ValueError(f"x: (B, 1, H, W) or (1, H, W) was expected, got {tuple(x.shape)}")
+            raise ValueError(f"x: expected (B, 1, H, W) or (1, H, W), got {tuple(x.shape)}")
         if x.shape[-2] != self.tile or x.shape[-1] % self.tile:
             size = f"{x.shape[-2]} x {x.shape[-1]}"
-            raise ValueError(f"x: height {self.tile} and a width that is a multiple of it were expected, got {size}")
+            raise ValueError(f"x: expected height {self.tile} and a width that is a multiple of it, got {size}")
         shape = (*x.shape[:-3], x.shape[-1] // self.tile, 4)
         uniform = torch.rand(shape, generator=generator, device=generator.device if generator else x.device)
         info = draw_occlusion(uniform.to(x.device), self.p, self.tile)

@@ -1,9 +1,9 @@
 """The soft contrastive loss of many pairs over all K x K sample pairs, forward and backward in one pass.
 
-Equal to `soft_contrastive_loss` of the logits, and faster: pairs are the innermost dimension, no logarithm is taken
-per sample pair, and the analytic gradient is made while the distances are at hand, so that autograd keeps nothing of
-size K x K. `pair_nll` takes a list of pairs; `all_pairs_nll` every pair of a batch once, a tile at a time. In more than
-a few dimensions, distances and gradients are matrix products.
+Equal to `soft_contrastive_loss` of the logits, but faster: pairs are the innermost dimension, there is no logarithm
+per sample pair, and the analytic gradient is computed while the distances are available, so autograd stores nothing of
+size K x K. `pair_nll` takes a list of pairs; `all_pairs_nll` takes every pair of a batch once, tile by tile. In more
+than a few dimensions, distances and gradients are matrix products.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DISTANCE_EPS = 1e-12  # under the root: the gradient of the distance is finite (0) at distance zero
-BY_DIFFERENCES = 4  # up to so many dimensions, differences are faster than matrix products, and exact near zero
+DISTANCE_EPS = 1e-12  # under the square root: the gradient of the distance is finite (0) at distance zero
+BY_DIFFERENCES = 4  # up to this many dimensions, differences are faster than matrix products, and exact near zero
 TILE = 1 << 17  # distances at once in `all_pairs_nll`
 
 
 def squared_distances(left: Tensor, right: Tensor) -> Tensor:
-    """(m, D), (n, D) -> (m, n). In many dimensions a matrix product: centre the vectors, so that little cancels."""
+    """(m, D), (n, D) -> (m, n). A matrix product in many dimensions: centre the vectors to limit cancellation."""
     if left.shape[1] > BY_DIFFERENCES:
         lengths = left.square().sum(1), right.square().sum(1)
         return torch.addmm(lengths[1][None], left, right.T, alpha=-2).add_(lengths[0][:, None]).clamp_min_(0)
@@ -31,7 +31,7 @@ def squared_distances(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Scores(NamedTuple):
-    """Of pairs whose K x K sample pairs lie along two axes of (K, .., K, ..); the derivatives per sample pair."""
+    """Scores of pairs, with K x K sample pairs along two axes of (K, .., K, ..); derivatives per sample pair."""
 
     nll: Tensor  # (.., ..) without the two axes
     slope: Tensor  # -d nll / d logit, logit = sign * (b - a * distance)
@@ -44,7 +44,9 @@ def _score(
     """Squared distances (overwritten) -> likelihoods and slopes; sign, a and b broadcast against them."""
     count = squares.shape[axes[0]] * squares.shape[axes[1]]
     distance = squares.add_(eps).sqrt_()
-    logits = torch.addcmul(sign * b, distance, -sign * a)  # of the truth: sigmoid is the chance to be right
+    logits = torch.addcmul(
+        sign * b, distance, -sign * a
+    )  # of the true label: their sigmoid is the probability of being right
     tail = logits.abs().neg_().exp_()
     wrong = torch.sigmoid(-logits)
     if log_mean:  # -log mean sigmoid(t)
@@ -80,7 +82,7 @@ class _PairNLL(torch.autograd.Function):
             for d in range(1, dim):
                 squares.addcmul_(*[left[d, :, None] - right[d, None]] * 2)
         else:
-            z = z - z.mean((0, 2), keepdim=True)  # short vectors: less cancels below
+            z = z - z.mean((0, 2), keepdim=True)  # shorter vectors: less cancellation below
             left, right = z.index_select(0, first), z.index_select(0, second)  # (P, D, K)
             lengths = [side.square().sum(1) for side in (left, right)]  # (P, K)
             products = torch.bmm(left.transpose(1, 2), right)
@@ -147,7 +149,7 @@ class _AllPairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # z (K, B, D), match (B, B)
         samples, batch, dim = z.shape
-        z = z - z.mean((0, 1))  # short vectors: less cancels below
+        z = z - z.mean((0, 1))  # shorter vectors: less cancellation below
         grad = torch.zeros_like(z)
         once = torch.ones_like(match).triu_(1)
         kinds = [once & match, once & ~match]
@@ -155,7 +157,7 @@ class _AllPairs(torch.autograd.Function):
         sign = match.to(z.dtype) * 2 - 1
         totals, grad_a, grad_b = z.new_zeros(2), z.new_zeros(()), z.new_zeros(())
         start = 0
-        while start < batch - 1:  # images start .. stop - 1 with all that come after the first of them
+        while start < batch - 1:  # images start .. stop - 1, each with all images after `start`
             width = batch - 1 - start
             stop = start + max(1, min(width, TILE // (samples * samples * width)))
             part = slice(start, stop), slice(start + 1, batch)
@@ -187,7 +189,7 @@ class _AllPairs(torch.autograd.Function):
 def all_pairs_nll(
     z: Tensor, labels: Tensor, a: Tensor, b: Tensor, objective: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean negative log-likelihood of all pairs i < j of a batch, matches and others with half the weight each.
+    """Mean negative log-likelihood of all pairs i < j of a batch, matching and other pairs with half the weight each.
 
     Args:
         z: (B, K, D) samples, float32 or float64.
@@ -198,7 +200,7 @@ def all_pairs_nll(
         eps: added to the squared distance.
 
     Returns:
-        Scalars: the balanced mean, differentiable once in z, a and b; and the means of its two halves, which are not.
+        Scalars: the balanced mean, differentiable once in z, a and b; and the means of its two halves, detached.
     """
     match = labels[:, None] == labels
     return _AllPairs.apply(z.transpose(0, 1).contiguous(), match, a, b, objective == "log_mean", eps)

@@ -17,7 +17,7 @@ class Pairs:
         first: (..., P) int64 indices into the batch.
         second: (..., P) int64.
         match: (..., P) bool.
-        weight: (..., P); sums to 1/2 over the matching and to 1/2 over the other pairs, 0 for padding.
+        weight: (..., P); sums to 1/2 over the matching pairs and to 1/2 over the others; 0 for padding.
     """
 
     first: Tensor
@@ -38,7 +38,7 @@ class ClassIndex:
 
     def __init__(self, labels: Tensor):
         if labels.ndim != 1 or not len(labels):
-            raise ValueError(f"labels: (n,) with n >= 1 was expected, got {tuple(labels.shape)}")
+            raise ValueError(f"labels: expected (n,) with n >= 1, got {tuple(labels.shape)}")
         classes, which, counts = labels.unique(return_inverse=True, return_counts=True)
         if counts.min() < 2:
             raise ValueError(f"labels: every class needs two images, class {int(classes[counts.argmin()])} has one")
@@ -49,7 +49,7 @@ class ClassIndex:
         self.rank -= self.start
 
     def partner(self, image: Tensor, uniform: Tensor) -> Tensor:
-        """Images of the same class, never the image itself; `uniform` in [0, 1) chooses."""
+        """Images of the same class, never the image itself, chosen by `uniform` in [0, 1)."""
         others = self.count[image] - 1
         step = 1 + torch.minimum((uniform * others).long(), others - 1)
         return self.order[self.start[image] + (self.rank[image] + step) % self.count[image]]
@@ -65,10 +65,10 @@ class TwoStreamSampler:
     """Batches with many matching pairs, for a `DataLoader(batch_sampler=...)`.
 
     Args:
-        labels: (n,) integers, every class with two images or more.
-        batch_size: even; half of the images are drawn uniformly, the other half are partners of their class.
-        seed: of the order; every pass continues the stream.
-        batches: per pass; default n // batch_size, at least 1.
+        labels: (n,) integers; every class has at least two images.
+        batch_size: even; half of the images are drawn uniformly, the other half are their partners of the same class.
+        seed: seed of the order; every pass continues the stream.
+        batches: number per pass; default n // batch_size, at least 1.
 
     Raises:
         ValueError: batch_size odd or below 2, labels as in `ClassIndex`.
@@ -76,7 +76,7 @@ class TwoStreamSampler:
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int, batches: int | None = None):
         if batch_size < 2 or batch_size % 2:
-            raise ValueError(f"batch_size: even and >= 2 was expected, got {batch_size}")
+            raise ValueError(f"batch_size: expected an even number >= 2, got {batch_size}")
         self.labels = torch.as_tensor(labels)
         self.index, self.batch_size = ClassIndex(self.labels), batch_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ class TwoStreamSampler:
 
 
 def sample_pairs(labels: Tensor, generator: torch.Generator | None = None) -> Pairs:
-    """All matching pairs of a batch and as many random others, without padding: labels (B,)."""
+    """All matching pairs of a batch and equally many random others, without padding: labels (B,)."""
     first, second, match = _upper_triangle(labels)
     matching, others = match.nonzero()[:, 0], (~match).nonzero()[:, 0]
     keys = torch.rand(len(others), generator=generator, device=labels.device)
@@ -103,12 +103,12 @@ def sample_pairs(labels: Tensor, generator: torch.Generator | None = None) -> Pa
 
 
 def balanced_pairs(labels: Tensor, keys: Tensor, limit: int) -> Pairs:
-    """All matching pairs of a batch and as many others; of fixed size, so that a CUDA graph can hold it.
+    """All matching pairs of a batch and equally many others; of fixed size, so that a CUDA graph can use them.
 
     Args:
         labels: (..., B).
-        keys: (..., B (B - 1) / 2) uniform in [0, 1): which non-matches are taken (and matches, beyond the limit).
-        limit: at most so many pairs of each kind; what a batch lacks is padding of weight 0.
+        keys: (..., B (B - 1) / 2) uniform in [0, 1): choose the non-matching pairs (and matching ones beyond `limit`).
+        limit: maximal number of pairs of each kind; missing ones are padded with weight 0.
     """
     first, second, match = _upper_triangle(labels)
     limit = min(limit, keys.shape[-1])
@@ -124,32 +124,30 @@ def balanced_pairs(labels: Tensor, keys: Tensor, limit: int) -> Pairs:
 
 
 def pairs_of(indices_tuple: tuple[Tensor, ...], batch: int) -> Pairs:
-    """Pairs a miner of pytorch-metric-learning chose: (anchor, positive, anchor, negative), or triplets.
+    """Pairs chosen by a miner of pytorch-metric-learning: (anchor, positive, anchor, negative), or triplets.
 
     Raises:
-        ValueError: neither three nor four tensors, lengths that differ, an index outside 0 .. batch - 1, an image as
-            its own partner.
+        ValueError: not three or four tensors, different lengths, an index outside 0 .. batch - 1, an image paired with
+            itself.
     """
     if len(indices_tuple) == 3:
         indices_tuple = (indices_tuple[0], indices_tuple[1], indices_tuple[0], indices_tuple[2])
     if len(indices_tuple) != 4 or any(len(a) != len(b) for a, b in (indices_tuple[:2], indices_tuple[2:])):
-        raise ValueError("indices_tuple: (anchor, positive, anchor, negative) or (anchor, positive, negative) expected")
+        raise ValueError("indices_tuple: expected (anchor, positive, anchor, negative) or (anchor, positive, negative)")
     first, second = torch.cat(indices_tuple[::2]), torch.cat(indices_tuple[1::2])
     for part in (first, second):
         if len(part) and (part.min() < 0 or part.max() >= batch):
-            raise ValueError(f"indices_tuple: indices in 0..{batch - 1} were expected, got {int(part.max())}")
+            raise ValueError(f"indices_tuple: expected indices in 0..{batch - 1}, got {int(part.max())}")
     if (own := (first == second).nonzero()).numel():
-        raise ValueError(
-            f"indices_tuple: pairs of different images were expected, got image {int(first[own[0]])} twice"
-        )
+        raise ValueError(f"indices_tuple: expected pairs of different images, got image {int(first[own[0]])} twice")
     match = torch.arange(len(first), device=first.device) < len(indices_tuple[0])
     return Pairs(first, second, match, _balance(match, torch.ones_like(match)))
 
 
 def check_labels(labels: Tensor, batch: int) -> None:
-    """ValueError unless labels are (batch,) and hold both a matching and a non-matching pair."""
+    """ValueError unless labels are (batch,) with a matching and a non-matching pair."""
     if labels.shape != (batch,):
-        raise ValueError(f"labels: shape ({batch},) was expected, as many as embeddings, got {tuple(labels.shape)}")
+        raise ValueError(f"labels: expected shape ({batch},), one per embedding, got {tuple(labels.shape)}")
     classes, counts = labels.unique(return_counts=True)
     shown = ", ".join(f"{label}: {count}" for label, count in zip(classes.tolist(), counts.tolist(), strict=True))
     if batch < 2 or counts.max() < 2:
@@ -163,13 +161,13 @@ def check_labels(labels: Tensor, batch: int) -> None:
 def verification_pairs(
     labels: Tensor, n: int | str = 10_000, seed: int = 0, positive_rate: float = 0.5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fixed pairs of a test set: first (P,), second (P,) int64, match (P,) bool; never an image with itself.
+    """Fixed pairs of a test set: first (P,), second (P,) int64, match (P,) bool; no image is paired with itself.
 
     Args:
         labels: (m,) integers.
-        n: pairs to draw, or "all" for every pair i < j.
-        seed: of the draw.
-        positive_rate: share of matching pairs; average precision depends on it strongly.
+        n: number of pairs to draw, or "all" for every pair i < j.
+        seed: seed of the draw.
+        positive_rate: share of matching pairs; average precision strongly depends on it.
 
     Raises:
         ValueError: n < 1, a rate outside [0, 1], or a kind of pair that the labels do not have.
@@ -178,7 +176,7 @@ def verification_pairs(
         first, second, match = (part.clone() for part in _upper_triangle(labels))
         return first, second, match
     if not isinstance(n, int) or n < 1 or not 0 <= positive_rate <= 1:
-        raise ValueError(f"n >= 1 or 'all', positive_rate in [0, 1] were expected, got n={n}, rate={positive_rate}")
+        raise ValueError(f"expected n >= 1 or 'all', positive_rate in [0, 1], got n={n}, rate={positive_rate}")
     positives = round(n * positive_rate)
     generator = torch.Generator().manual_seed(seed)
     _, counts = labels.unique(return_counts=True)
@@ -189,7 +187,7 @@ def verification_pairs(
         lonely = labels.unique()[counts < 2]
         usable = (~torch.isin(labels, lonely)).nonzero()[:, 0]
         if not len(usable):
-            raise ValueError("labels: no class has two images, there is no matching pair")
+            raise ValueError("labels: no class has two images, so there is no matching pair")
         anchor = torch.randint(len(usable), (positives,), generator=generator)
         partner = ClassIndex(labels[usable]).partner(anchor, torch.rand(positives, generator=generator))
         paired = torch.stack([usable[anchor], usable[partner]])

@@ -1,7 +1,7 @@
 """Probabilistic face embeddings, a competing method: a variance learned for a fixed point embedding.
 
-Shi, Jain, *Probabilistic Face Embeddings*, ICCV 2019, arXiv 1904.09658. There the mean is a face network's, trained
-before; here the soft contrastive loss trains it in the same run, and no gradient of the variance reaches it.
+Shi, Jain, *Probabilistic Face Embeddings*, ICCV 2019, arXiv 1904.09658. There, the mean comes from a face network
+trained beforehand; here, the soft contrastive loss trains it in the same run, unaffected by the variance's gradient.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from hib_ndigit_mnist.models import HedgedHead
 
 
 def mutual_likelihood_score(first: GaussianMixtureEmbedding, second: GaussianMixtureEmbedding) -> Tensor:
-    """Log likelihood that two Gaussians share one latent point (equation 3 of that paper): (P, 1, D) twice -> (P,)."""
+    """Log likelihood that two Gaussians share one latent point (equation 3 of that paper): two of (P, 1, D) -> (P,)."""
     variance = first.variance() + second.variance()
     terms = (first.mu - second.mu).square() / variance + variance.log() + math.log(2 * math.pi)
     return -0.5 * terms.sum((-2, -1))
 
 
 class PFEHead(HedgedHead):
-    """A `HedgedHead` whose log variances send no gradient into the features."""
+    """A `HedgedHead` whose log variances pass no gradient to the features."""
 
     def forward(self, features: Tensor) -> GaussianMixtureEmbedding:  # type: ignore[override]
         """(B, features) -> the embedding (B, 1, D)."""
@@ -33,15 +33,15 @@ class PFEHead(HedgedHead):
 
 
 class PFELoss(VIBPairLoss):
-    """The soft contrastive loss of the means, plus minus the mean mutual likelihood score of the matching pairs.
+    """The soft contrastive loss of the means, minus the mean mutual likelihood score of the matching pairs.
 
-    The score sees the means detached; `kl` of the output is the score's part (its sign turned).
+    The score uses detached means; `kl` of the output is the negative score.
     """
 
     def forward(
         self, embedding: GaussianMixtureEmbedding, labels: Tensor, generator: torch.Generator | None = None
     ) -> LossOutput:
-        """Loss of a batch (B, 1, D) with labels (B,); raises as `VIBPairLoss`."""
+        """Loss of a batch (B, 1, D) with labels (B,); raises like `VIBPairLoss`."""
         out = super().forward(GaussianMixtureEmbedding(embedding.mu), labels, generator=generator)
         first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
         match = labels[first] == labels[second]
@@ -51,6 +51,6 @@ class PFELoss(VIBPairLoss):
 
 
 def harmonic_mean_sigma(embedding: GaussianMixtureEmbedding) -> Tensor:
-    """The uncertainty of that paper's section 5: harmonic mean of the standard deviations, (B, 1, D) -> (B,)."""
+    """The uncertainty of section 5 of that paper: harmonic mean of the standard deviations, (B, 1, D) -> (B,)."""
     sigma = embedding.variance().clamp_min(math.exp(LOGVAR_RANGE[0])).sqrt()
     return sigma.flatten(1).shape[1] / sigma.flatten(1).reciprocal().sum(1)

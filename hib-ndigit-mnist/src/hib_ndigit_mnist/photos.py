@@ -1,4 +1,4 @@
-"""Labelled images of a user: class folders, a CSV of image and label, or any Dataset; batches of them for training."""
+"""A user's labelled images: class folders, a CSV of image and label, or any Dataset; and batches for training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = get_logger("hib-ndigit-mnist")
 
 
 class ImageFiles(Dataset):
-    """Image files as RGB Pillow images, (image, label).
+    """Image files as a data set of (RGB Pillow image, label).
 
     Args:
         files: paths.
-        names: what a report calls them.
-        labels: (n,) class numbers; all 0 where there are none.
-        classes: name of each class.
+        names: names in reports.
+        labels: (n,) class numbers; all 0 without labels.
+        classes: class names.
     """
 
     def __init__(self, files: Sequence[Path], names: Sequence[str], labels: Tensor, classes: Sequence[str] = ()):
@@ -37,11 +37,11 @@ class ImageFiles(Dataset):
 
     @classmethod
     def of(cls, source: Path, labelled: bool = True) -> ImageFiles:
-        """Of a folder with a folder per class, or of a CSV with the columns image (relative to it) and label.
+        """From a folder with one folder per class, or a CSV with the columns image (path relative to it) and label.
 
         Raises:
-            FileNotFoundError: no such folder or table, or an image of the table is not there.
-            ValueError: no image, images outside a class folder, other columns.
+            FileNotFoundError: no such folder or table, or an image of the table is missing.
+            ValueError: no images, images outside the class folders, other columns.
         """
         if source.suffix.lower() == ".csv":
             files, names, classes = _read_table(source)
@@ -52,7 +52,7 @@ class ImageFiles(Dataset):
         if not labelled:
             return cls(files, names, torch.zeros(len(files), dtype=torch.long))
         if "" in classes:
-            raise ValueError(f"{source}: a folder per class was expected, {names[classes.index('')]} lies in none")
+            raise ValueError(f"{source}: expected a folder per class, but {names[classes.index('')]} is in none")
         found = sorted(set(classes))
         number = {name: index for index, name in enumerate(found)}
         return cls(files, names, torch.tensor([number[name] for name in classes]), found)
@@ -70,7 +70,7 @@ class ImageFiles(Dataset):
         return ImageFiles(files, names, self.labels[chosen], self.classes)
 
     def without_broken(self, workers: int) -> ImageFiles:
-        """Those that can be read to their end; the others are named in the log. ValueError where none is left."""
+        """The images that can be read completely; the log names the others. ValueError if none is left."""
         problems = list(DataLoader(_Check(self), batch_size=None, num_workers=workers))
         for problem in filter(None, problems):
             logger.warning("skipped: %s", problem)
@@ -79,13 +79,13 @@ class ImageFiles(Dataset):
         return self.keep(torch.tensor([not problem for problem in problems]))
 
     def with_partners(self) -> ImageFiles:
-        """Those of classes with two images or more: the others have no matching pair. ValueError where none is left."""
+        """The images of classes with at least two: others have no matching pair. ValueError below two such classes."""
         counts = Counter(self.labels.tolist())
         lonely = [label for label, count in counts.items() if count < 2]
         if len(counts) - len(lonely) < 2:
-            raise ValueError(f"two classes with two images each were expected, got {len(counts) - len(lonely)}")
+            raise ValueError(f"expected two classes with two images each, got {len(counts) - len(lonely)}")
         if lonely:
-            logger.warning("left out, only one image: %s", ", ".join(self.classes[label] for label in lonely))
+            logger.warning("skipped, only one image: %s", ", ".join(self.classes[label] for label in lonely))
         return self.keep(~torch.isin(self.labels, torch.tensor(lonely, dtype=torch.long)))
 
 
@@ -96,11 +96,11 @@ def _read_table(path: Path) -> tuple[list[Path], list[str], list[str]]:
         rows = list(csv.DictReader(table))
     if not rows or not {"image", "label"} <= rows[0].keys():
         found = ", ".join(map(str, rows[0])) if rows else "no row"
-        raise ValueError(f"{path}: the columns image and label were expected, got {found}")
+        raise ValueError(f"{path}: expected the columns image and label, got {found}")
     files = [path.parent / row["image"] for row in rows]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{path}: {file} is not there")
+            raise FileNotFoundError(f"{path}: {file} does not exist")
     return files, [row["image"] for row in rows], [row["label"] for row in rows]
 
 
@@ -123,25 +123,25 @@ class _Check(Dataset):
 
 
 def read_item(data: Dataset, index: int) -> tuple[Tensor, Any]:
-    """data[index] as an image (1 or 3, H, W), uint8 or floating in [0, 1], and its label.
+    """data[index] as an image (1 or 3, H, W), uint8 or floating point in [0, 1], and its label.
 
     Raises:
-        ValueError: no (image, label), other channels, values outside [0, 1].
-        TypeError: neither a Pillow image nor a tensor nor an array.
+        ValueError: not (image, label), another number of channels, values outside [0, 1].
+        TypeError: not a Pillow image, tensor or array.
     """
     item = data[index]
     if not isinstance(item, tuple | list) or len(item) != 2:
         found = f"{type(item).__name__} of {len(item)}" if hasattr(item, "__len__") else type(item).__name__
-        raise ValueError(f"data[{index}]: (image, label) was expected, got {found}")
+        raise ValueError(f"data[{index}]: expected (image, label), got {found}")
     image = v2.functional.to_image(item[0].convert("RGB") if isinstance(item[0], Image.Image) else item[0])
     if image.shape[0] not in (1, 3):
         raise ValueError(
-            f"data[{index}]: 1 or 3 channels were expected, as a tensor (C, H, W) or an array (H, W, C), got the shape "
+            f"data[{index}]: expected 1 or 3 channels, as a tensor (C, H, W) or an array (H, W, C), got the shape "
             f"{tuple(item[0].shape)}"
         )
     if image.is_floating_point() and not (image.min() >= 0 and image.max() <= 1):
         raise ValueError(
-            f"data[{index}]: values in [0, 1] or uint8 were expected, got {float(image.min()):.3g} to "
+            f"data[{index}]: expected values in [0, 1] or uint8, got {float(image.min()):.3g} to "
             f"{float(image.max()):.3g}; the model normalises them itself"
         )
     return image, item[1]
@@ -151,12 +151,12 @@ _TO_UNIT = (v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
 
 
 def evaluation_transform(size: int) -> Callable[[Tensor], Tensor]:
-    """An image (1 or 3, H, W) -> RGB (3, size, size) in [0, 1]: shorter side, middle square."""
+    """An image (1 or 3, H, W) -> RGB (3, size, size) in [0, 1]: resize the shorter side, crop the central square."""
     return v2.Compose([v2.RGB(), v2.Resize(size, antialias=True), v2.CenterCrop(size), *_TO_UNIT])
 
 
 def training_transform(size: int, augment: str) -> Callable[[Tensor], Tensor]:
-    """The same with a random crop of at least half the area, or with a random mirror as well."""
+    """The same with a random crop of at least half the area, and optionally a random horizontal flip."""
     if augment == "none":
         return evaluation_transform(size)
     mirror = [v2.RandomHorizontalFlip()] if augment == "crop-flip" else []
@@ -165,9 +165,9 @@ def training_transform(size: int, augment: str) -> Callable[[Tensor], Tensor]:
 
 
 class Drawn(Dataset):
-    """Images by (index, seed): what chance does to an image depends on the seed alone, not on workers or restarts.
+    """Images by (index, seed): random changes of an image depend only on the seed, not on workers or restarts.
 
-    ValueError where an image's label is not the one in `labels` (n,), by which the batches are made.
+    ValueError if an image's label differs from the one in `labels` (n,), from which the batches are drawn.
     """
 
     def __init__(self, data: Dataset, labels: Tensor, transform: Callable[[Tensor], Tensor]):
@@ -176,7 +176,7 @@ class Drawn(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         image, label = read_item(self.data, key[0])
         if label != self.labels[key[0]]:
-            raise ValueError(f"data[{key[0]}]: the label {int(self.labels[key[0]])} was expected, got {label}")
+            raise ValueError(f"data[{key[0]}]: expected the label {int(self.labels[key[0]])}, got {label}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key[1])
             return self.transform(image), int(label)
@@ -187,24 +187,24 @@ def check_dataset_labels(labels: Any, data: Dataset) -> Tensor:
     try:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"labels: integers were expected ({error})") from error
+        raise ValueError(f"labels: expected integers ({error})") from error
     count = len(data)  # type: ignore[arg-type]  # map-style
     if labels.shape != (count,) or labels.is_floating_point():
         found = f"{tuple(labels.shape)} {labels.dtype}"
-        raise ValueError(f"labels: ({count},) integers, one per image, were expected, got {found}")
+        raise ValueError(f"labels: expected ({count},) integers, one per image, got {found}")
     return labels
 
 
 class SeededBatches:
-    """Batches of the two input streams as keys of `Drawn`, from a step onwards: each depends on seed and step alone.
+    """Batches of the two input streams as keys of `Drawn`, starting at a step: each depends only on seed and step.
 
-    ValueError where there is a single class, or a class of one image.
+    ValueError for a single class or a class with one image.
     """
 
     def __init__(self, labels: Tensor, batch: int, seed: int, start: int, steps: int):
         self.labels, self.index, self.batch, self.seed = labels, ClassIndex(labels), batch, seed
         if len(labels.unique()) < 2:
-            raise ValueError("labels: two classes or more were expected, got one")
+            raise ValueError("labels: expected at least two classes, got one")
         self.steps = range(start, steps)
 
     def __len__(self) -> int:
@@ -214,7 +214,9 @@ class SeededBatches:
         for step in self.steps:
             generator = torch.Generator().manual_seed(step_seed(self.seed, step))
             images = self._draw(generator)
-            while (self.labels[images] == self.labels[images[0]]).all():  # a batch of one class has no other pair
+            while (
+                self.labels[images] == self.labels[images[0]]
+            ).all():  # a batch of one class has no non-matching pair
                 images = self._draw(generator)
             seeds = torch.randint(2**31, (self.batch,), generator=generator)
             yield list(zip(images.tolist(), seeds.tolist(), strict=True))
@@ -224,5 +226,5 @@ class SeededBatches:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Of all random numbers of one step."""
+    """Seed of all random numbers of one step."""
     return seed * 1_000_003 + step

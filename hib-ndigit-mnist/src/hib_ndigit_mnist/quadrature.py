@@ -1,9 +1,9 @@
 """E[sigmoid(b - a r)] without Monte Carlo noise, where r is the length of a Gaussian vector.
 
-For two independent Gaussian embeddings z1 - z2 ~ N(mu1 - mu2, S1 + S2), so that the match probability is a D- and not
-a 2D-dimensional integral. In polar coordinates around zero distance the cone of the integrand disappears (the Jacobian
-is r): Gauss-Legendre in the radius and equal steps in the angle converge exponentially. Both are confined to where the
-density lives; the number of nodes follows from the tolerance and from the sharpest scale of the pair.
+For two independent Gaussian embeddings z1 - z2 ~ N(mu1 - mu2, S1 + S2), so the match probability is an integral in D
+dimensions, not 2D. In polar coordinates around zero distance the integrand has no cone (the Jacobian is r), so
+Gauss-Legendre in the radius and equal steps in the angle converge exponentially. Both cover only the region where the
+density is not negligible; the number of nodes follows from the tolerance and the smallest scale of the pair.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
 
     Args:
         mean: (n, D).
-        variance: (n, D), not negative; 0 stands for a point.
+        variance: (n, D), not negative; 0 means a point.
         a: (n,) or a scalar.
         b: (n,) or a scalar.
-        tolerance: absolute error aimed at; a looser one takes fewer nodes.
+        tolerance: target absolute error; a larger one needs fewer nodes.
 
     Returns:
         (n,) float64.
 
     Raises:
-        ValueError: D > 2 with variances that differ between the dimensions; tolerance not in (0, 0.1].
+        ValueError: D > 2 with variances that differ between dimensions; tolerance not in (0, 0.1].
     """
     if not 0 < tolerance <= 0.1:
-        raise ValueError(f"tolerance: in (0, 0.1] was expected, got {tolerance}")
+        raise ValueError(f"tolerance: expected a value in (0, 0.1], got {tolerance}")
     mean, variance = mean.double(), variance.double()
     n, dim = mean.shape
     a, b = (torch.as_tensor(x, dtype=torch.float64, device=mean.device).expand(n) for x in (a, b))
-    floor = (0.1 * tolerance / a).square()  # of the variance: moves r by less than the tolerance can see
-    if dim == 1:  # a second coordinate of no width: the polar form again
+    floor = (0.1 * tolerance / a).square()  # of the variance: moves r by less than the tolerance
+    if dim == 1:  # add a second coordinate of zero width to use the polar form
         variance = torch.cat([variance, torch.zeros_like(variance)], 1)
         mean = torch.cat([mean, torch.zeros_like(mean)], 1)
     if dim > 2 and not is_isotropic(variance):
-        raise ValueError(f"variance: equal in all {dim} dimensions was expected; MatchProbability takes any")
+        raise ValueError(f"variance: expected equal values in all {dim} dimensions; MatchProbability takes any")
     radius = mean.norm(dim=1)
     result = torch.sigmoid(b - a * radius)
     live = (variance.amax(1) > floor).nonzero()[:, 0]
@@ -58,13 +58,13 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
 
 
 def is_isotropic(variance: Tensor) -> bool:
-    """Whether every row (n, D) holds one value."""
+    """Whether the values of every row (n, D) are equal."""
     return torch.allclose(variance, variance[:, :1].expand_as(variance), rtol=1e-6, atol=1e-12)
 
 
 def _plane(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """D = 2. Pairs with similar needs share a grid; every grid has its own windows."""
-    thin = variance.amin(1) < 1e-6 * variance.amax(1)  # a line: one-dimensional
+    """D = 2. Pairs that need similar numbers of nodes share a grid; each has its own window."""
+    thin = variance.amin(1) < 1e-6 * variance.amax(1)  # practically one-dimensional
     result = torch.empty_like(a)
     for chosen, integrate in ((thin, _line), (~thin, _polar)):
         index = chosen.nonzero()[:, 0]
@@ -74,7 +74,7 @@ def _plane(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: floa
 
 
 def _reach(tolerance: float) -> tuple[float, float]:
-    """Half width of a Gaussian's window and step of an equidistant rule, in standard deviations."""
+    """Half width of the window and step of an equidistant rule for a Gaussian, in standard deviations."""
     log = -math.log(tolerance)
     return math.sqrt(2 * log), math.pi * math.sqrt(2 / log)
 
@@ -112,7 +112,7 @@ def _polar_grid(n_r: int, n_t: int, *inputs: Tensor) -> Tensor:
 
 
 def _line(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """One coordinate without width: an integral along the other, split where the distance is smallest (at 0)."""
+    """One coordinate has zero width: an integral along the other, split where the distance is smallest (at 0)."""
     axis = variance.argmax(1, keepdim=True)
     along, across = mean.gather(1, axis)[:, 0], mean.gather(1, 1 - axis)[:, 0]
     sd = variance.amax(1).sqrt()
@@ -133,7 +133,7 @@ def _line_grid(n_r: int, _: int, *inputs: Tensor) -> Tensor:
     centre, sd, across, a, b, low, high = inputs
     nodes, weights = _gauss_legendre(n_r, sd.device)
     half = (high - low)[:, None] / 2
-    u = (1 + nodes) / 2  # t = low + (high - low) u^2 crowds the nodes where the distance may bend
+    u = (1 + nodes) / 2  # t = low + (high - low) u^2 concentrates the nodes where the distance may bend
     t = low[:, None] + 2 * half * u.square()
     jacobian = 2 * half * u  # dt / d(nodes)
     density = (-0.5 * ((t - centre[:, None]) / sd[:, None]).square()).exp() / (sd[:, None] * math.sqrt(2 * math.pi))
@@ -142,7 +142,7 @@ def _line_grid(n_r: int, _: int, *inputs: Tensor) -> Tensor:
 
 
 def _isotropic(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """Any D, one variance: the squared length follows a noncentral chi-squared law, an integral over the length."""
+    """Any D, equal variances: an integral over the length; the squared length is noncentral chi-squared."""
     reach, step = _reach(tolerance)
     dim, sd, radius = mean.shape[1], variance[:, 0].sqrt(), mean.norm(dim=1)
     square = (radius / sd).square() + dim  # mean of the squared length; the length itself varies by less than sd
@@ -164,7 +164,7 @@ def _isotropic_grid(n_r: int, _: int, *inputs: Tensor, dim: int) -> Tensor:
 def _by_size(
     grid: Callable[..., Tensor], radial: Tensor, angular: Tensor, inputs: tuple[Tensor, ...], **options: int
 ) -> Tensor:
-    """Evaluate `grid` with as many nodes as each pair needs, rounded up to steps of about 20 %."""
+    """Evaluate `grid` with the nodes that each pair needs, rounded up in steps of about 20 %."""
     sizes = torch.stack([_round_up(radial), _round_up(angular)], 1)  # (n, 2)
     result = torch.empty(len(radial), dtype=torch.float64, device=radial.device)
     kinds, which = sizes.unique(dim=0, return_inverse=True)
@@ -181,5 +181,5 @@ def _round_up(need: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _gauss_legendre(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    nodes, weights = roots_legendre(n)  # O(n^2), where NumPy's leggauss takes n^3
+    nodes, weights = roots_legendre(n)  # O(n^2); NumPy's leggauss is O(n^3)
     return torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)

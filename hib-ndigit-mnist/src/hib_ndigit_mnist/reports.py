@@ -1,4 +1,4 @@
-"""What a run reports: the metrics of its table, and the arrays that its figure is drawn from (kept in the run log)."""
+"""What a run reports: the metrics of its table, and the arrays for its figure (stored in the run log)."""
 
 from __future__ import annotations
 
@@ -119,17 +119,17 @@ def calibration(e: Evaluation) -> Report:
 
 
 def divergence(e: Evaluation) -> Report:
-    """The sweep of beta."""
+    """Metrics of the sweep over beta."""
     return e.verification() | e.identification() | e.divergence() | e.spread(), {}
 
 
 def hedging(e: Evaluation) -> Report:
-    """What an objective or a beta does to sigma and eta."""
+    """How an objective or a beta changes sigma and eta."""
     return e.verification() | e.spread() | e.uncertainty(), {}
 
 
 def estimator(e: Evaluation) -> Report:
-    """The error of K x K samples against quadrature."""
+    """The error of the K x K estimate against quadrature."""
     first, second, _ = (part[:: max(1, len(part) // RMS_PAIRS)] for part in e.test.pairs)
     embedding, generator = e.embeddings["corrupt"], e.draws()
     pair = embedding[first], embedding[second]
@@ -151,7 +151,7 @@ REPORTS: dict[str, Callable[[Evaluation], Report]] = {
 
 
 def rounded(values: Tensor | np.ndarray, digits: int = 3) -> list:
-    """Nested lists, short enough for a run log."""
+    """Values as nested lists, rounded for the run log."""
     return torch.as_tensor(values).double().mul(10**digits).round().div(10**digits).tolist()
 
 

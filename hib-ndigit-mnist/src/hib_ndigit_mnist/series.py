@@ -2,7 +2,7 @@
 
 The squared length Q of a Gaussian vector has a characteristic function in closed form. With the sigmoid as a cosine
 series in Q, sigmoid(b - sqrt(q)) = sum_k c_k cos(k pi q / S), its expectation is sum_k c_k Re E[exp(i k pi Q / S)]. The
-larger b, the smoother the function at q = 0 and the faster the series converges: what `expansion.py` cannot reach.
+larger b, the smoother the function at q = 0 and the faster the series converges: it covers what `expansion.py` cannot.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def series_of_sigmoid(mean: Tensor, variance: Tensor, a: float, b: float, tolera
         mean: (n, D).
         variance: (n, D).
         a: positive.
-        b: any.
-        tolerance: bound of the absolute error.
+        b: any value.
+        tolerance: bound on the absolute error.
 
     Returns:
-        (n,) float64, or None where the tolerance cannot be met (small b, tight tolerance).
+        (n,) float64, or None if the tolerance cannot be met (small b, tight tolerance).
     """
     squares, variance = (a * mean.double()).square(), variance.double() * a * a
-    reach = math.sqrt(-2 * math.log(tolerance / 4))  # the length is within reach sd of its median, but for tolerance
+    reach = math.sqrt(-2 * math.log(tolerance / 4))  # the length is within reach sd of its median, up to the tolerance
     spread, radius = variance.amax(1).sqrt(), squares.sum(1).sqrt()
     longest, shortest = (squares + variance).sum(1).sqrt() + (reach + 1) * spread, radius - (reach + 1) * spread
-    end = max(b, 0.0) - math.log(tolerance / 4)  # the sigmoid is over
+    end = max(b, 0.0) - math.log(tolerance / 4)  # beyond, the sigmoid is negligible
     result = torch.zeros_like(radius)
     near = (shortest < end).nonzero()[:, 0]
     size = longest[near].clamp_min(end).log2().round()  # pairs of similar size share a period
@@ -57,7 +57,7 @@ def _rows_at_once(dim: int) -> int:
 
 @lru_cache(maxsize=64)
 def _cosines(b: float, period: float, tolerance: float) -> tuple[np.ndarray, float] | None:
-    """C (GRID + 1,) of sigmoid(b - sqrt(q)) on [0, period]; None where the grid is too coarse for the tolerance."""
+    """C (GRID + 1,) of sigmoid(b - sqrt(q)) on [0, period]; None if the grid is too coarse for the tolerance."""
     x = np.sqrt(np.linspace(0, period, GRID + 1))
     c = scipy.fft.dct(1 / (1 + np.exp(np.clip(x - b, -700, 700))), type=1) / GRID
     c[[0, -1]] /= 2

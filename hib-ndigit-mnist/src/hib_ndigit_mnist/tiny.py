@@ -1,4 +1,4 @@
-"""Small archives in the layout of the real ones, with their quirks: for rehearsals, and to show what a folder holds."""
+"""Small archives in the layout of the real ones, with their quirks: for rehearsals, and as an example."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _mnist(folder: Path) -> list[Path]:
         if array.ndim == 3:
             array = np.stack([_like_mnist(image) for image in array])
         header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        packed = name != "test_labels"  # one of the four was unpacked by hand
+        packed = name != "test_labels"  # one of the four is unpacked, as users may do
         path = folder / (pattern.format("-") + (".gz" if packed else ""))
         path.write_bytes(gzip.compress(header + array.tobytes(), 1) if packed else header + array.tobytes())
         written.append(path)
@@ -41,14 +41,14 @@ def _mnist(folder: Path) -> list[Path]:
 
 
 def _like_mnist(digit: np.ndarray) -> np.ndarray:
-    """8 x 8 -> 28 x 28: the digit in the middle 20 x 20."""
+    """8 x 8 -> 28 x 28, with the digit in the central 20 x 20 pixels."""
     canvas = np.zeros((SIDE, SIDE), np.uint8)
     canvas[4:24, 4:24] = np.asarray(Image.fromarray(digit).resize((20, 20), Image.Resampling.BILINEAR))
     return canvas
 
 
 def _photographs(folder: Path) -> list[Path]:
-    """Every kind of file that users have: turned by EXIF, CMYK, grey, 16 bits, palette, transparent, odd names."""
+    """All kinds of files that users have: rotated by EXIF, CMYK, grey, 16 bits, palette, transparent, odd names."""
     rng = np.random.default_rng(0)
     written = []
     for number, name in enumerate(("001.Größe", "002.jay", "003.owl", "004.rare")):

@@ -1,9 +1,9 @@
 """The training loop: several models in one process, everything resident on the device, exactly resumable.
 
-A step is a pure function of the parameters and of numbers drawn beforehand: uniforms choose images, occluders and
-pairs, normals make the samples. They are drawn per model, a chunk of steps at once, so that a model's course does not
-depend on its neighbours in the stack, on CUDA the whole step is one graph, and every rank of a distributed run sees the
-same global batch.
+A step is a pure function of the parameters and of random numbers drawn in advance: uniforms choose images, occluders
+and pairs, normals give the samples. They are drawn per model, for a chunk of steps at once, so a model does not depend
+on the others in the stack, a whole step is one CUDA graph, and every rank of a distributed run sees the same global
+batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLLAPSED = 0.02  # coefficient of variation of sigma over a batch
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained model on the CPU and its diagnostics, one entry per logged step."""
+    """A trained model on the CPU and its diagnostics, one entry per logged step."""
 
     encoder: Encoder
     match: MatchProbability
@@ -62,34 +62,34 @@ def train(
     visit_at: Sequence[int] = (),
     visit: Visit | None = None,
 ) -> tuple[list[Trained], list[list[Any]]]:
-    """Train one model per seed, all of them stacked, in float32: networks of this size gain nothing by less.
+    """Train one model per seed, all stacked, in float32: networks of this size gain nothing from lower precision.
 
     The same call gives the same models, interrupted or not.
 
-    Under torchrun the images of every batch are shared out over the ranks, and the loss is that of all pairs of the
-    whole batch: `batch` and `lr` mean the same on 1 and on N processes.
+    Under torchrun the ranks share the images of every batch, and the loss covers all pairs of the whole batch: `batch`
+    and `lr` mean the same with 1 and with N processes.
 
     Args:
         data: training images.
-        trainings: one per model, of equal `shape()`.
-        seeds: one per model: of its weights and of all its random numbers.
-        device: as in `make_fabric`.
+        trainings: one per model, all with the same `shape()`.
+        seeds: one per model, for its weights and all its random numbers.
+        device: see `make_fabric`.
         graph: on CUDA, replay the step as a CUDA graph (single process).
         checkpoint: file to resume from and to save to.
         checkpoint_every: steps between saves, rounded up to whole chunks.
         visit_at: steps after which `visit` is called.
-        visit: (step, models so far) -> anything made of plain values, one per model.
+        visit: (step, models so far) -> one result per model, made of plain values.
 
     Returns:
         The models, and for each visit its results.
 
     Raises:
-        ValueError: no models, trainings that cannot be stacked, a batch the ranks cannot share, a checkpoint of another
-            run.
+        ValueError: no models, trainings that cannot be stacked, a batch that the ranks cannot share equally,
+            a checkpoint of another run.
         KeyboardInterrupt: after the state was saved, if there is a checkpoint file.
     """
     if not trainings or len(trainings) != len(seeds):
-        raise ValueError(f"a training and a seed per model were expected, got {len(trainings)}, {len(seeds)}")
+        raise ValueError(f"expected a training and a seed per model, got {len(trainings)}, {len(seeds)}")
     if len({training.shape() for training in trainings}) > 1:
         raise ValueError("trainings: only beta and occlusion_p may differ within a stack")
     run = _Run(data, trainings, seeds, device, graph)
@@ -116,7 +116,7 @@ def train(
 
 
 class _Run:
-    """The stack, its optimizer and its random streams between two chunks."""
+    """The state between two chunks: the stack, its optimizer and its random streams."""
 
     def __init__(
         self,
@@ -150,10 +150,12 @@ class _Run:
         self.beta, self.occlusion_p = per_model("beta"), per_model("occlusion_p")
         self.graph = StepGraph(self._step) if cuda and graph and self.fabric.world_size == 1 else None
         if self.training.batch % self.fabric.world_size:
-            raise ValueError(f"batch: {self.training.batch} images cannot be shared by {self.fabric.world_size} ranks")
+            raise ValueError(
+                f"batch: {self.training.batch} images cannot be shared equally by {self.fabric.world_size} ranks"
+            )
 
     def chunk(self, steps: int) -> None:
-        """Take `steps` steps with fresh random numbers; log the last one."""
+        """Take `steps` steps with new random numbers; log the last one."""
         uniform, normal = self._draw(steps)
         for i in range(steps):
             for group, factor in zip(self.optimizer.param_groups, (1.0, self.training.match_lr), strict=True):
@@ -192,7 +194,7 @@ class _Run:
         return to_unit(join_tiles(tiles.masked_fill(info.hidden(self.data.tile), 0))), self.data.labels[rows], keys
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Outputs of the whole batch; each rank encodes its share, gradients flow back to the rank they belong to."""
+        """Outputs of the whole batch; each rank encodes its share, and gradients flow back to that rank."""
         ranks = self.fabric.world_size
         if ranks == 1:
             return self.module(images)
@@ -250,7 +252,7 @@ def _warn_if_hopeless(training: Training) -> None:
     if eta > HOPELESS:
         logger.warning(
             "logvar_bias %.2f with %d dimensions: an image matches itself with a probability of %.2g at the start, so "
-            "that partners cannot match either; a smaller one is needed",
+            "that partners cannot match either; use a smaller one",
             bias,
             training.dim,
             1 - eta,
@@ -264,22 +266,22 @@ def _classical(z: Tensor, pairs: Pairs, margin: float, match: MatchProbability) 
     apart = (margin - (squares + DISTANCE_EPS).sqrt()).clamp_min(0).square()
     terms = torch.where(pairs.match, squares, apart) * pairs.weight
     positive, negative = (terms * pairs.match).sum(1), (terms * ~pairs.match).sum(1)
-    idle = 0.0 * (match.a_raw + match.b)  # a and b take no part: they are fitted afterwards
+    idle = 0.0 * (match.a_raw + match.b)  # a and b are not used here: they are fitted after training
     return LossOutput(positive + negative + idle, 2 * positive, 2 * negative, idle, match.a, match.b)
 
 
 def learning_rate(training: Training | BackboneTraining, step: int) -> float:
-    """Cosine from lr to lr_final."""
+    """Cosine schedule from lr to lr_final."""
     share = (1 + math.cos(math.pi * step / training.steps)) / 2
     return training.lr_final + (training.lr - training.lr_final) * share
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
-    """Fabric on one process, or on all that torchrun or Slurm started (DDP).
+    """Fabric with one process, or with all that torchrun or Slurm started (DDP).
 
     Args:
         device: auto (CUDA if available), cpu or cuda.
-        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or a precision of Fabric.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -301,7 +303,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def _new_encoder(options: dict[str, Any], seed: int) -> Encoder:
-    """Weights that depend on the seed alone; the global random state stays as it is."""
+    """An encoder whose weights depend only on the seed; leaves the global random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_encoder(**options)

@@ -1,4 +1,4 @@
-"""Single models and a user's own images: what the verbs train, eval, embed, inspect and data do."""
+"""Single models and a user's own images: the work of the commands train, eval, embed, inspect and data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shared_utils.logging import get_logger, rank
 
 logger = get_logger("hib-ndigit-mnist")
 
-GALLERY = 2000  # clean training images that a model file keeps, embedded, so that `inspect` can name numbers
+GALLERY = 2000  # embeddings of clean training images stored in a model file, so that `inspect` can name numbers
 
 
 # ---- a model as a file ----
@@ -40,7 +40,7 @@ def train_to_file(
     """Train one model and write weights, settings and a gallery of embedded training images.
 
     Raises:
-        ValueError, FileNotFoundError: settings that make no sense, data that is not there.
+        ValueError, FileNotFoundError: invalid settings, missing data.
     """
     check_output(output)
     sets = _sets(settings, data_root)
@@ -74,13 +74,13 @@ class LoadedModel:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or one of another kind.
+        ValueError: a damaged file, or a file of another kind.
     """
 
     def __init__(self, path: Path):
         state = load_file(path)
         if "backbone" in state:
-            raise ValueError(f"{path}: a model of your own images: eval and embed take it with a folder or CSV of them")
+            raise ValueError(f"{path}: a model of your own images: use eval or embed, with a folder or CSV of images")
         try:
             saved = {f.name: state["settings"][f.name] for f in fields(TrainedOn)}
             given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
@@ -94,7 +94,7 @@ class LoadedModel:
             self.gallery = GaussianMixtureEmbedding(gallery["mu"], gallery["logvar"])
             self.gallery_labels: Tensor = gallery["labels"]
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: no model of this package ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"{path}: not a model of this package ({str(error).splitlines()[0]})") from error
         self.encoder.eval()
 
 
@@ -110,20 +110,20 @@ def evaluate_file(
     """All scores of a model file on its data set; `sizes` go to `TestSet.of`, `options` to `Evaluation`."""
     for condition in conditions:
         if condition not in CONDITIONS:
-            raise ValueError(f"conditions: {' or '.join(CONDITIONS)} were expected, got {condition!r}")
+            raise ValueError(f"conditions: expected {' or '.join(CONDITIONS)}, got {condition!r}")
     model = LoadedModel(path)
     sets = _sets(model.settings, data_root)
     splits = [name for name in sets if name != "train"]
     split = split or splits[0]
     if split not in splits:
-        raise ValueError(f"split: one of {', '.join(splits)} was expected, got {split!r}")
+        raise ValueError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     encoder = model.encoder.to("cuda" if on_cuda else "cpu")
     evaluation = Evaluation(encoder, model.match, TestSet.of(sets[split], **sizes), **options)
     scores = evaluation.verification() | evaluation.identification() | evaluation.calibration()
     if not encoder.point:
         scores |= evaluation.uncertainty() | evaluation.spread() | evaluation.selective()
-        if split == "test_seen" and "test_unseen" in sets:  # numbers that were never trained, as what lies outside
+        if split == "test_seen" and "test_unseen" in sets:  # numbers that were not trained are the outside images
             outside = Evaluation(encoder, model.match, TestSet.of(sets["test_unseen"], **sizes), **options)
             scores["ood_auroc_clean"] = ood_auroc(evaluation.eta["clean"], outside.eta["clean"])
     unwanted = [condition for condition in CONDITIONS if condition not in conditions]
@@ -174,7 +174,7 @@ def train_on_images(
 def evaluate_on_images(
     model_path: Path, source: Path, outside: Path | None, skip_broken: bool, reading: dict[str, Any]
 ) -> dict[str, float]:
-    """Scores of `score` on class folders or a CSV; `outside` needs no classes."""
+    """The scores of `score` on class folders or a CSV; `outside` needs no classes."""
     if "backbone" not in load_file(model_path):
         raise ValueError(f"{model_path}: a model of N-digit images; leave out {source}")
     model = HedgedModel.load(model_path)
@@ -190,11 +190,11 @@ def _readable(images: ImageFiles, skip_broken: bool, workers: int) -> ImageFiles
 
 
 def inspect_image(model_path: Path, image: Path, invert: bool, top: int) -> dict[str, Any]:
-    """Gaussians and eta of one image, and the numbers with the highest mean match probability."""
+    """Gaussians and eta of an image, and the numbers with the highest mean match probability."""
     model = LoadedModel(model_path)
     pixels = read_digit_images(image, model.encoder.shape, invert).images
     if len(pixels) != 1:
-        raise ValueError(f"{image}: one image was expected, got {len(pixels)}")
+        raise ValueError(f"{image}: expected one image, got {len(pixels)}")
     embedding = embed(model.encoder, pixels)
     match_prob = model.match.pairwise(embedding, model.gallery.to(torch.float64), method="quadrature")[0]
     numbers, which = model.gallery_labels.unique(return_inverse=True)

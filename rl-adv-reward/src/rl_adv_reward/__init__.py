@@ -1,6 +1,6 @@
 """Sequential attacks on agents for long-term adversarial goals (arXiv 1805.12487).
 
-Names are imported when they are first used, so that the command line's --help does not wait for torch.
+Names are imported on first use, so the command line's --help does not load torch.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""`train_attack`: an attack on anybody's agent in any gymnasium environment.
+"""`train_attack`: an attack on any agent in any gymnasium environment.
 
-Images or vectors, discrete or continuous actions, an adversarial reward of one's own. The attack is a residual ATN,
-x' = clip(x + eps * scale * tanh(f(x))), in front of the frozen agent. It is trained as deterministic policy gradients
-are: a critic learns the adversarial value of the attacked agent's actions, and f follows it through the agent.
+It takes images or vectors, discrete or continuous actions, and your own adversarial reward. The attack is a residual
+ATN, x' = clip(x + eps * scale * tanh(f(x))), in front of the frozen agent. It is trained like deterministic policy
+gradients: a critic learns the adversarial value of the attacked agent's actions, and f ascends it through the agent.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from rl_adv_reward.atn import ATN
 from rl_adv_reward.models import ExpectedReturn, Victim, cleanrl_weights, mlp, nature_cnn
 
 Policy = Callable[[Tensor], Tensor]
-"""Observations (N, ...), float32 in the environment's own units, to values or logits (N, A), or to actions (N, *A)."""
+"""Maps observations (N, ...), float32 in the environment's units, to values or logits (N, A) or actions (N, *A)."""
 Reward = Callable[[Any, Any, dict], float]
-"""(observation after the step, action, info) of one environment to the adversarial reward of the step."""
+"""Maps (observation after the step, action, info) of one environment to the adversarial reward of the step."""
 
 HIDDEN = 128
-SETTLING = 300  # steps of the victim's own play from which the spread of vector observations is taken
+SETTLING = 300  # steps of unattacked play that the spread of vector observations is estimated from
 
 
 class TrainedAttack(nn.Module):
-    """What `train_attack` returns. `attack.observe(observation)` and `attack.wrap(env)` are all that one needs.
+    """Result of `train_attack`. Use it through `attack.observe(observation)` or `attack.wrap(env)`.
 
     Args:
-        space: of the observations.
-        eps: bound of the perturbation of every value, in units of `scale`.
-        centre: what the network subtracts, a number or (*shape).
-        scale: the unit of eps, likewise.
+        space: observation space.
+        eps: bound on the perturbation of every value, in units of `scale`.
+        centre: offset that the network subtracts, a number or (*shape).
+        scale: unit of eps, a number or (*shape).
     """
 
     def __init__(self, space: gym.spaces.Box, eps: float, centre: np.ndarray | float, scale: np.ndarray | float):
@@ -51,21 +51,21 @@ class TrainedAttack(nn.Module):
             self.body = ATN(space.shape, 0.0).body
         else:
             last = nn.Linear(HIDDEN, int(np.prod(space.shape)))
-            nn.init.normal_(last.weight, std=0.01)  # untrained, it hardly changes anything
+            nn.init.normal_(last.weight, std=0.01)  # without training, it changes almost nothing
             self.body = nn.Sequential(mlp(space.shape, HIDDEN), nn.ReLU(), last, nn.Unflatten(1, space.shape))
 
     def unit(self, x: Tensor) -> Tensor:
-        """Observations in units of scale around the centre."""
+        """Observations relative to the centre, in units of scale."""
         return (x - self.get_buffer("centre")) / self.get_buffer("scale")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, *shape) float32 to the same, within the bound and the space."""
+        """Attack observations (N, *shape) float32; the result is within the bound and the space."""
         moved = x + self.eps * self.get_buffer("scale") * self.body(self.unit(x)).tanh()
         return torch.minimum(torch.maximum(moved, self.get_buffer("low")), self.get_buffer("high"))
 
     @torch.no_grad()
     def observe(self, observation: Any) -> np.ndarray:
-        """An observation, or a batch, as the environment gives it, to the attacked one; same shape and dtype."""
+        """Attack an observation of the environment, or a batch; same shape and dtype."""
         array = np.asarray(observation)
         x = torch.as_tensor(array.reshape(-1, *self.space.shape), dtype=torch.float32)
         x_adv = self(x.to(self.get_buffer("scale").device)).cpu()
@@ -74,7 +74,7 @@ class TrainedAttack(nn.Module):
         return x_adv.numpy().astype(array.dtype).reshape(array.shape)
 
     def wrap(self, env: Any) -> Any:
-        """The environment with attacked observations: gymnasium's, one or a vector, or a VecEnv of SB3."""
+        """The environment with attacked observations: a gymnasium environment, single or vector, or a VecEnv of SB3."""
         if isinstance(env, VectorEnv):
             return gym.wrappers.vector.TransformObservation(env, self.observe)
         if isinstance(env, gym.Env):
@@ -93,7 +93,7 @@ class TrainedAttack(nn.Module):
 
 
 class _Critic(nn.Module):
-    """Adversarial values (N, A) of discrete actions, or (N, 1) of a given continuous one."""
+    """Adversarial values (N, A) of discrete actions, or (N, 1) of a given continuous action."""
 
     def __init__(self, shape: tuple[int, ...], actions: gym.Space):
         super().__init__()
@@ -121,28 +121,28 @@ def train_attack(
     seed: int = 0,
     device: str = "cpu",
 ) -> TrainedAttack:
-    """Train an attack that makes an agent earn another reward.
+    """Train an attack that makes an agent earn a different reward.
 
     Args:
-        victim: a model of stable-baselines3, a file that CleanRL saved, a `Victim`, or any function from observations
+        victim: a model of stable-baselines3, a file saved by CleanRL, a `Victim`, or any function from observations
             (N, ...), float32 in the environment's units, to values or logits (N, A) or continuous actions (N, *A).
-            Gradients must flow through it; its weights are never changed (a module in eval mode is yours to see to).
-        env: an id, a function that makes an environment, or an environment (then one is stepped, not `num_envs`).
+            Gradients must flow through it; its weights are never changed (put a module into eval mode yourself).
+        env: an id, a function that makes an environment, or one environment (`num_envs` is then ignored).
         reward: (observation after the step, action, info) -> number.
-        eps: bound of every value: a share of 255 for uint8 images, of 1 for others of three dimensions, and else of
-            the value's standard deviation under the victim's own play.
-        steps: of all environments together.
+        eps: bound for every value: as a share of 255 for uint8 images, of 1 for other three-dimensional observations,
+            otherwise of the value's standard deviation in unattacked play.
+        steps: total over all environments.
         gamma: discount of the adversarial reward.
-        lr: of Adam, for critic and attack.
-        explore: share of random actions at first; falls to 0.02 over the first half of the training.
+        lr: learning rate of Adam, for critic and attack.
+        explore: initial share of random actions; falls to 0.02 over the first half of the training.
         batch_size: transitions per update; there is one update per step of all environments.
-        num_envs: stepped together.
-        seed: of everything drawn.
-        device: of the networks; a function of your own must compute there already.
+        num_envs: number of environments stepped together.
+        seed: seed of all random numbers.
+        device: device of the networks; your own function must already compute there.
 
     Raises:
-        TypeError: a victim or an environment of another kind, or observations that are no Box.
-        ValueError: actions neither Discrete nor Box, or a victim whose output does not fit them.
+        TypeError: a victim or an environment of another type, or observations that are not a Box.
+        ValueError: actions that are neither Discrete nor Box, or a victim whose output does not fit them.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -178,7 +178,7 @@ def train_attack(
         for i in np.flatnonzero(wild):
             chosen[i] = actions.sample()
         after, _, terminated, truncated, info = envs.step(chosen)
-        for i in np.flatnonzero(~over):  # where the last step ended an episode, this one only begins another
+        for i in np.flatnonzero(~over):  # if the last step ended an episode, this one only resets
             gained = reward(after[i], chosen[i], {name: each[i] for name, each in info.items()})
             memory.append((observation[i], chosen[i], gained, after[i], terminated[i]))
         over, observation = terminated | truncated, after
@@ -189,7 +189,7 @@ def train_attack(
             for loss, part in zip(losses, (critic, attack), strict=True):
                 part.zero_grad()
                 loss.backward(inputs=list(part.parameters()))
-            for optimizer in optimizers:  # after both: the attack's gradient runs through the critic as it was
+            for optimizer in optimizers:  # after both losses: the attack's gradient uses the critic before its update
                 optimizer.step()
             with torch.no_grad():
                 for slow, fast in zip(target.parameters(), critic.parameters(), strict=True):
@@ -212,7 +212,7 @@ def _losses(
     actions: gym.Space,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """Of the critic (one step of the attacked agent's value) and of the attack (ascent on the critic)."""
+    """Losses of the critic (one-step value of the attacked agent) and of the attack (ascent on the critic)."""
     now, later = attack.unit(x), attack.unit(then)
     out = policy(attack(x))
     with torch.no_grad():
@@ -237,7 +237,7 @@ def _losses(
 
 
 def as_policy(victim: Any, device: str = "cpu") -> Policy:
-    """Any victim that `train_attack` takes, as a function with gradients. TypeError, or ValueError for a file."""
+    """Turn any victim of `train_attack` into a differentiable function. TypeError, or ValueError for a file."""
     if isinstance(victim, str | Path):
         return read_cleanrl(victim).to(device)
     if isinstance(victim, Victim):
@@ -252,9 +252,9 @@ def as_policy(victim: Any, device: str = "cpu") -> Policy:
 
 
 def _of_sb3(model: Any, device: str) -> Policy:
-    """DQN, QR-DQN, PPO, A2C, SAC, TD3, DDPG: their network, preprocessing included."""
+    """The network of a DQN, QR-DQN, PPO, A2C, SAC, TD3 or DDPG model, including preprocessing."""
     policy = model.policy.to(device)
-    policy.set_training_mode(False)  # as `predict` does
+    policy.set_training_mode(False)  # like `predict`
     if hasattr(policy, "q_net"):
         return policy.q_net
     if hasattr(policy, "quantile_net"):
@@ -285,7 +285,7 @@ def read_cleanrl(path: Path | str) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, or is none of these.
+        ValueError: the file cannot be read, or is none of these.
     """
     weights, atoms = cleanrl_weights(Path(path))
     if "network.9.bias" in weights:
@@ -295,14 +295,12 @@ def read_cleanrl(path: Path | str) -> nn.Module:
         name.removesuffix("weight") for name in weights if re.fullmatch(r"(network\.|actor_mean\.|fc)\w+\.weight", name)
     ]
     if not names:
-        raise ValueError(
-            f"{path}: no network of CleanRL's that is known; its first weight is {next(iter(weights), None)}"
-        )
+        raise ValueError(f"{path}: not a known CleanRL network; its first weight is {next(iter(weights), None)}")
     layers: list[nn.Module] = []
     for name in names:
         weight = weights[f"{name}weight"]
         if weight.ndim != 2:
-            raise ValueError(f"{path}: {name}weight is of shape {tuple(weight.shape)}, expected a linear layer")
+            raise ValueError(f"{path}: {name}weight: expected a linear layer, got the shape {tuple(weight.shape)}")
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.load_state_dict({"weight": weight, "bias": weights[f"{name}bias"]})
         layers += [layer, nn.Tanh() if name.startswith("actor_mean") else nn.ReLU()]
@@ -318,7 +316,7 @@ class _Pixels(nn.Module):
 
 
 class _Scaled(nn.Module):
-    """tanh, stretched to the bounds of the actions: the actor of ddpg and td3."""
+    """tanh, scaled to the bounds of the actions: the actor of ddpg and td3."""
 
     def __init__(self, network: nn.Module, scale: Tensor, bias: Tensor):
         super().__init__()
@@ -334,7 +332,7 @@ class _Scaled(nn.Module):
 
 
 def greedy(out: Tensor, actions: gym.Space) -> Tensor:
-    """What an agent with this output does: the best action, or its continuous one within the bounds."""
+    """The action of an agent with this output: the best one, or its continuous action clipped to the bounds."""
     if isinstance(actions, gym.spaces.Discrete):
         return out.argmax(1)
     low, high = (torch.as_tensor(end, device=out.device) for end in (actions.low, actions.high))  # type: ignore[attr-defined]
@@ -354,7 +352,7 @@ def _vector(env: Any, num_envs: int) -> SyncVectorEnv:
 
 
 def _units(space: gym.spaces.Box, clean: np.ndarray) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """Centre and scale of observations: of images [0, 1], of others mean and standard deviation."""
+    """Centre and scale of observations: [0, 1] for images, otherwise mean and standard deviation."""
     if len(space.shape) == 3:
         return 0.0, 255.0 if space.dtype == np.uint8 else 1.0
     return clean.mean(0), clean.std(0) + 1e-6

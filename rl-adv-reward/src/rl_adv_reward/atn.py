@@ -1,6 +1,6 @@
-"""The adversarial transformer network (ATN) in front of a frozen victim, and the bound that every attack shares.
+"""The adversarial transformer network (ATN) in front of a frozen victim, and the bound common to all attacks.
 
-A residual ATN (section 3 of the paper, the bounded form is ours): x' = clip(x + eps * tanh(f(x)), 0, 1) under L_inf,
+A residual ATN (section 3 of the paper; the bounded form is ours): x' = clip(x + eps * tanh(f(x)), 0, 1) under L_inf,
 x' = clip(x + f(x) * min(1, eps / ||f(x)||_2), 0, 1) under L2. The bound holds by construction, for any weights.
 """
 
@@ -17,11 +17,11 @@ from rl_adv_reward.models import Centre, Victim, feature_size
 
 NORMS = ("linf", "l2")
 TOLERANCE = 1e-6
-LEVEL_TOLERANCE = 2e-4  # of a grey level, within TOLERANCE of eps: .007843 is meant as 2/255 and counts as two levels
+LEVEL_TOLERANCE = 2e-4  # in grey levels, within TOLERANCE of eps: .007843 means 2/255 and counts as two levels
 
 
 def check_bound(eps: float, norm: str) -> None:
-    """ValueError for an unknown norm, a negative or non-finite eps, or eps above 1 under L_inf; eps = 0 is legal."""
+    """ValueError for an unknown norm, a negative or non-finite eps, or eps above 1 under L_inf; eps = 0 is allowed."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if not math.isfinite(eps) or eps < 0 or (norm == "linf" and eps > 1):
@@ -30,7 +30,7 @@ def check_bound(eps: float, norm: str) -> None:
 
 
 def check_observation(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """TypeError unless x is floating, ValueError unless it is (N, *shape) within [0, 1] up to 1e-6 and without NaN."""
+    """TypeError unless x is floating point, ValueError unless it is (N, *shape) in [0, 1] up to 1e-6, without NaN."""
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point in [0, 1], got {x.dtype}: divide uint8 frames by 255")
     if shape is not None and tuple(x.shape[1:]) != tuple(shape):
@@ -55,17 +55,17 @@ def project(
     Args:
         x_adv: (N, ...) proposed observation, any real values.
         x: (N, ...) clean observation in [low, high].
-        eps: bound in units of x; the norm is taken per sample.
+        eps: bound in units of x, on the norm of each sample.
         norm: linf or l2 (the difference is scaled, not clipped per pixel).
         low: smallest valid value.
         high: largest valid value.
-        quantize: multiples of 1/255 only (x must be one): rounded half to even and kept within the ball. For [0, 1].
+        quantize: allow only multiples of 1/255 (x must be such): rounded half to even, within the ball. For [0, 1].
 
     Returns:
         (N, ...) of x's dtype, differentiable in x_adv unless quantized.
 
     Raises:
-        ValueError: eps, norm, or shapes that differ.
+        ValueError: invalid eps or norm, or different shapes.
     """
     check_bound(eps, norm)
     if x_adv.shape != x.shape:
@@ -96,17 +96,17 @@ def perturbation_size(x_adv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 class ATN(nn.Module):
-    """Adversarial transformer network: an observation to an observation of the same shape, within eps of it.
+    """Adversarial transformer network: maps an observation to one of the same shape, within eps of it.
 
     Args:
         obs_shape: (C, H, W).
-        eps: bound in units of [0, 1]; 0 is legal and changes nothing.
+        eps: bound in units of [0, 1]; 0 is allowed and changes nothing.
         norm: linf or l2.
-        width: channels of the convolutional bottleneck; 3 times as many hidden units in the dense body.
-        background: subtracted from x before the body; a constant offset stalls small networks.
+        width: channels of the convolutional bottleneck; the dense body has 3 times as many hidden units.
+        background: value subtracted from x before the body; a constant offset stalls small networks.
 
     Small observations (H < 36) get a dense body, larger ones a convolutional branch for detail plus a bottleneck,
-    since g must react to the whole scene (ball and paddle are far apart).
+    because g must react to the whole scene (ball and paddle are far apart).
 
     Raises:
         ValueError: eps or norm out of range, or a shape that is not (C, H, W).
@@ -129,12 +129,12 @@ class ATN(nn.Module):
     def attacked(self, x: Tensor) -> Tensor:
         """`forward` without the check of x, for hot loops."""
         raw = self.body(x).to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would break a bound of 1/255
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would violate a bound of 1/255
             step = self.eps * raw.tanh() if self.norm == "linf" else raw
             return project(x + step, x, self.eps, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] to the same shape and dtype, in [0, 1] and within eps. Errors: `check_observation`."""
+        """Maps (N, C, H, W) in [0, 1] to the same shape, dtype and range, within eps. Errors: `check_observation`."""
         check_observation(x, self.obs_shape)
         return self.attacked(x)
 
@@ -149,19 +149,19 @@ class AttackedQ(nn.Module):
     def __init__(self, atn: ATN, victim: Victim):
         super().__init__()
         self.atn = atn
-        self._victim = [victim]  # in a list: no submodule, so no optimizer and no state dict ever holds it
+        self._victim = [victim]  # in a list: not a submodule, so not in any optimizer or state dict
 
     def __deepcopy__(self, memo: dict) -> AttackedQ:
-        """A copy (the target network) has its own ATN and the same victim."""
+        """A copy (the target network) has its own ATN but shares the victim."""
         return AttackedQ(copy.deepcopy(self.atn, memo), self._victim[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] to the victim's values (N, A) of the attacked observation."""
+        """Maps (N, C, H, W) in [0, 1] to the victim's values (N, A) of the attacked observation."""
         return self._victim[0].q(self.atn.attacked(x))
 
 
 def _start_small(layer: Any) -> nn.Module:
-    """An untrained ATN hardly changes anything."""
+    """Small initial weights: an untrained ATN changes almost nothing."""
     with torch.no_grad():
         layer.weight.mul_(0.1)
         layer.bias.zero_()
@@ -184,7 +184,7 @@ class _DenseBody(nn.Sequential):
 
 
 class _ConvBody(nn.Module):
-    """Detail at half resolution, plus the scene through a bottleneck; cheaper than one gradient through the victim."""
+    """Details at half resolution, plus the scene through a bottleneck; cheaper than a gradient through the victim."""
 
     def __init__(self, shape: tuple[int, int, int], width: int, background: float):
         super().__init__()

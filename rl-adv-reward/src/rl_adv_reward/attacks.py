@@ -1,6 +1,6 @@
-"""Attacks to compare: each maps clean observations (N, C, H, W) in [0, 1] and a victim to attacked ones.
+"""Attacks for comparison: each maps clean observations (N, C, H, W) in [0, 1] and a victim to attacked ones.
 
-All go through `project` with one eps, so that none has a larger budget than another.
+All go through `project` with the same eps, so all have the same budget.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rl_adv_reward.atn import ATN, check_observation, project
 
 
 class HasValues(Protocol):
-    """What an attack needs of a victim, such as `models.Victim`."""
+    """What an attack needs from a victim, such as `models.Victim`."""
 
     def q(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to action values, or logits, (N, A)."""
+        """Maps (N, C, H, W) to action values or logits (N, A)."""
         ...
 
 
@@ -35,7 +35,7 @@ def none(x: Tensor, victim: HasValues) -> Tensor:
 def random_uniform(
     x: Tensor, victim: HasValues, *, eps: float, norm: str = "linf", quantize: bool = False, generator: torch.Generator
 ) -> Tensor:
-    """Uniform noise in [-eps, eps]; under L2 a uniformly drawn direction of length eps."""
+    """Uniform noise in [-eps, eps]; under L2, a random direction of length eps."""
     if norm == "l2":
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         return _moved(x, noise, eps, norm, quantize)
@@ -46,13 +46,13 @@ def random_uniform(
 def random_sign(
     x: Tensor, victim: HasValues, *, eps: float, norm: str = "linf", quantize: bool = False, generator: torch.Generator
 ) -> Tensor:
-    """Every value moved by the whole of eps, up or down at random: the strong random baseline."""
+    """Every value moved by eps, randomly up or down: the strong random baseline."""
     noise = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
     return _moved(x, (2 * noise - 1).to(x.dtype), eps, norm, quantize)
 
 
 def fgsm(x: Tensor, victim: HasValues, *, eps: float, norm: str = "linf", quantize: bool = False) -> Tensor:
-    """Untargeted (Huang et al. 2017): up the cross-entropy of the victim's own greedy action."""
+    """Untargeted (Huang et al. 2017): increases the cross-entropy of the victim's greedy action."""
     return _moved(x, gradient(x, victim, greedy(x, victim)), eps, norm, quantize)
 
 
@@ -65,7 +65,7 @@ def targeted_fgsm(
     norm: str = "linf",
     quantize: bool = False,
 ) -> Tensor:
-    """Down the cross-entropy of the action (N,) that `target` names for the clean x."""
+    """Decreases the cross-entropy of the action (N,) that `target` returns for the clean x."""
     return _moved(x, -gradient(x, victim, target(x)), eps, norm, quantize)
 
 
@@ -99,9 +99,9 @@ def mad(
     steps: int = 10,
     generator: torch.Generator,
 ) -> Tensor:
-    """Maximal action difference (Zhang et al. 2020): up the KL divergence from the victim's clean softmax(Q).
+    """Maximal action difference (Zhang et al. 2020): increases the KL divergence from the victim's clean softmax(Q).
 
-    From a random start, since the gradient is zero at x itself.
+    Starts from a random point, because the gradient is zero at x itself.
     """
     with torch.no_grad():
         clean = victim.q(x).log_softmax(1)
@@ -118,9 +118,9 @@ def mad(
 def strategically_timed(
     x: Tensor, victim: HasValues, *, attack: Attack, threshold: float, temperature: float = 1.0
 ) -> Tensor:
-    """`attack`, only where the victim's preference max - min of softmax(Q / temperature) exceeds the threshold.
+    """`attack`, but only if the victim's preference, max - min of softmax(Q / temperature), exceeds the threshold.
 
-    Lin et al. 2017: strike rarely, when the choice of the action matters.
+    Lin et al. 2017: attack rarely, when the choice of action matters.
     """
     chosen = preference(x, victim, temperature) > threshold
     return torch.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), attack(x, victim), x)
@@ -128,13 +128,13 @@ def strategically_timed(
 
 @torch.no_grad()
 def preference(x: Tensor, victim: HasValues, temperature: float = 1.0) -> Tensor:
-    """Max - min of softmax(Q / temperature), (N,): how much the choice of the action matters (Lin et al. 2017)."""
+    """Max - min of softmax(Q / temperature), (N,): how much the choice of action matters (Lin et al. 2017)."""
     chances = (victim.q(x) / temperature).softmax(1)
     return chances.amax(1) - chances.amin(1)
 
 
 class ATNAttack:
-    """One forward of a trained ATN per step."""
+    """One forward pass of a trained ATN per step."""
 
     def __init__(self, atn: ATN, quantize: bool = False):
         self.atn, self.quantize = atn, quantize
@@ -145,7 +145,7 @@ class ATNAttack:
 
 
 def greedy(x: Tensor, victim: HasValues) -> Tensor:
-    """The victim's actions (N,) on x, the first on ties."""
+    """The victim's actions (N,) on x; the first one wins ties."""
     with torch.no_grad():
         return victim.q(x).argmax(1)
 
@@ -153,7 +153,7 @@ def greedy(x: Tensor, victim: HasValues) -> Tensor:
 def gradient(x: Tensor, victim: HasValues, action: Tensor) -> Tensor:
     """Gradient in x of the summed cross-entropy between the victim's values (as logits) and actions (N,).
 
-    Values within rounding error of zero are zero: the sign of a rounding error must not become an attack.
+    Values within rounding error of zero are set to zero: the sign of a rounding error must not become an attack.
     """
     check_observation(x)
     with torch.enable_grad():
@@ -199,14 +199,14 @@ def make_attack(
         eps: bound.
         norm: linf or l2.
         quantize: 8-bit values only.
-        generator: of the noise, and of mad's start.
-        target: actions (N,) for clean observations, of the targeted attacks.
-        atn: of "atn".
-        threshold: of "timed".
-        steps: gradients that pgd and mad take.
+        generator: draws the noise and the start of mad.
+        target: actions (N,) for clean observations, for targeted attacks.
+        atn: the network, for "atn".
+        threshold: threshold of "timed".
+        steps: number of gradients for pgd and mad.
 
     Raises:
-        ValueError: an unknown name, or what it needs is not given.
+        ValueError: an unknown name, or a missing argument.
     """
     needs: dict[str, tuple[str, object]] = {
         "atn": ("atn", atn), "targeted-fgsm": ("target", target), "targeted-pgd": ("target", target)

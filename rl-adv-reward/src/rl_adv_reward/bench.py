@@ -1,4 +1,4 @@
-"""Speed against the usual forms, equality checked where both compute the same."""
+"""Speed against the usual implementations; checks equality where both compute the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = get_logger("rl-adv-reward")
 
 STEPS = 100  # agent steps of every environment per measurement
-NUM_ENVS = 8  # of the vector environment
+NUM_ENVS = 8  # environments in the vector environment
 
 
 def run(repeats: int, threads: int) -> None:
@@ -56,17 +56,17 @@ def run(repeats: int, threads: int) -> None:
 
 
 def _environments(repeats: int) -> Iterator[Timing]:
-    """ale-py's vector environment, which training uses, against its rivals; CPU time, also on a CUDA machine."""
+    """ale-py's vector environment, used in training, against alternatives; CPU time, also on a CUDA machine."""
     vector, single = _vector(NUM_ENVS), _single()
     _same_frames(_vector(1), single)
     for game in (vector, single):
-        game.reset(seed=0)  # an emulator's start, a tenth of a second, is not measured
+        game.reset(seed=0)  # starting an emulator takes 0.1 s and is not measured
     rivals: dict[str, tuple[Callable[[], None], int, str]] = {}
     rivals["gymnasium's wrappers"] = partial(_play_single, single), 1, ">= 1.4"
     if find_spec("envpool"):
         rivals["envpool"] = partial(_play_vector, _envpool(NUM_ENVS)), NUM_ENVS, ">= 1"
     else:
-        logger.info("envpool is not installed (pip install envpool, 0.8 GB): its row is left out")
+        logger.info("envpool is not installed (pip install envpool, 0.8 GB): its row is skipped")
     for peer, (play, games, target) in rivals.items():
         many, theirs = in_turn(partial(_play_vector, vector), play, repeats, torch.device("cpu"))
         per_step = [ms / (STEPS * NUM_ENVS) for ms in many], [ms / (STEPS * games) for ms in theirs]
@@ -98,12 +98,12 @@ def _single() -> gym.Env:
 
 
 def _same_frames(vector: VectorEnv, single: gym.Env) -> None:
-    """Both stacks of frames are equal over 60 steps. RuntimeError where they are not."""
+    """Check that both stacks of frames are equal over 60 steps. RuntimeError if not."""
     rng = np.random.default_rng(0)
     (a, _), (b, _) = vector.reset(seed=0), single.reset(seed=0)
     for _ in range(60):
         if not np.array_equal(a[0], np.asarray(b)):
-            raise RuntimeError("the vector environment and gymnasium's wrappers give different frames")
+            raise RuntimeError("the vector environment and gymnasium's wrappers return different frames")
         action = int(rng.integers(6))
         a, b = vector.step(np.array([action]))[0], single.step(action)[0]
 
@@ -124,7 +124,7 @@ def _play_single(env: gym.Env) -> None:
 
 
 def _training(fabric: Fabric, repeats: int) -> Iterator[Timing]:
-    """Training a victim with the settings of its preset, against stable-baselines3's DQN with the same settings."""
+    """Train a victim with its preset's settings, against stable-baselines3's DQN with the same settings."""
     on_minipong = partial(mlp, (2, 10, 10), 3, ENVIRONMENTS["minipong"].background)
     small = PRESETS["minipong"].loop("victim")
     games: list[tuple[str, Loop, Callable[[], nn.Module], Callable[[int], VecEnv], str, dict]]
@@ -146,7 +146,7 @@ def _ours(loop: Loop, network: Callable[[], nn.Module], fabric: Fabric) -> None:
 def _stable_baselines(
     make: Callable[[int], VecEnv], policy: str, options: dict, loop: Loop, device: torch.device
 ) -> None:
-    """As many transitions, updates, samples and copies of the target as `_ours`, in a network of the same layers."""
+    """The same number of transitions, updates, samples and target copies as `_ours`, with the same layers."""
     from stable_baselines3 import DQN
 
     envs = make(loop.num_envs)
@@ -181,7 +181,7 @@ def _pong(num_envs: int) -> VecEnv:
 
 
 def _minipong(num_envs: int) -> VecEnv:
-    """Our vector environment in stable-baselines3's form: a new episode starts in the step that ends the last."""
+    """Our vector environment with stable-baselines3's interface: the step that ends an episode also starts the next."""
     from stable_baselines3.common.vec_env import VecEnv
 
     class Adapter(VecEnv):
@@ -213,7 +213,7 @@ def _minipong(num_envs: int) -> VecEnv:
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
             return [False] * num_envs
 
-        # stable-baselines3 wants these two of every VecEnv; its DQN calls neither
+        # stable-baselines3 requires these two of every VecEnv; its DQN calls neither
 
         def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
             raise NotImplementedError
@@ -228,7 +228,7 @@ def _minipong(num_envs: int) -> VecEnv:
 
 
 def _attacks(device: torch.device, repeats: int) -> Iterator[Timing]:
-    """One ATN forward against one FGSM (forward and backward through the victim); the victim's action is in both."""
+    """One ATN forward pass against one FGSM (forward and backward through the victim), with the victim's action."""
     for game, shape, network in (
         ("MiniPong", (2, 10, 10), partial(mlp, (2, 10, 10), 3)),
         ("Atari", (4, 84, 84), partial(nature_cnn, (4, 84, 84), 6)),

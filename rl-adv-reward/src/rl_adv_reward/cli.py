@@ -34,7 +34,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1; default: all tables with this scale."""
     scale: str = "embedded"
-    """smoke, embedded, atari-short or paper."""
+    """Scale to run: smoke, embedded, atari-short or paper."""
     rows: tuple[str, ...] = ()
     """Run only these rows."""
     seeds: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class Run:
     jobs: int = 0
     """Number of parallel runs, one process each; 0: one per core on a CPU, one on CUDA."""
     precision: str = "auto"
-    """auto (bf16-mixed on CUDA from Ampere on, else 32-true), or one of Fabric's. On CUDA the losses are compiled."""
+    """auto (bf16-mixed on CUDA from Ampere on, else 32-true) or a precision of Fabric. On CUDA, losses are compiled."""
     force: bool = False
     """Repeat runs that are already there."""
     dry_run: bool = False
@@ -59,7 +59,7 @@ class Run:
                 raise ValueError(f"unknown table {name!r}; the tables are {', '.join(known)}")
         chosen = [known[name] for name in self.tables] or [t for t in known.values() if self.scale in t.scales]
         if not chosen:
-            raise ValueError(f"no table has a scale {self.scale!r}")
+            raise ValueError(f"no table has the scale {self.scale!r}")
         if self.dry_run:
             runs = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             return print_missing(chosen, self.scale, self.rows, self.seeds, runs)
@@ -83,7 +83,7 @@ class Common:
     device: str = "auto"
     """Where to compute: auto, cpu or cuda."""
     store: Path = Path("runs/artifacts")
-    """Folder of trainings: interrupted ones are resumed from there, finished ones are reused."""
+    """Folder of trainings: interrupted ones resume from there, finished ones are reused."""
 
     def subject(self, settings: Settings, victim: Victim | None = None) -> Subject:
         """The victim, loaded or trained, and the attacks to try on it."""
@@ -194,9 +194,9 @@ class Play(OnVictim):
     atn: Path | None = None
     """Trained attack; default: the attack named in the settings."""
     output: Path = Path("attack.gif")
-    """A GIF, or a PNG strip."""
+    """File to write: a GIF, or a PNG strip."""
     steps: int = 60
-    """Steps to draw."""
+    """Number of steps to draw."""
 
     def __call__(self) -> None:
         from rl_adv_reward.figures import draw_play
@@ -209,7 +209,7 @@ class Data:
     """List what is needed and what is there; nothing is ever downloaded."""
 
     tiny: Path | None = None
-    """Folder for tiny archives. It stays empty: no data are read, and Pong comes with ale-py."""
+    """Folder for tiny archives. It stays empty: this project reads no data, and Pong comes with ale-py."""
 
     def __call__(self) -> None:
         if self.tiny:
@@ -254,12 +254,12 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed: ALE's vector environment, DQN training, and one ATN forward against one FGSM."""
+    """Time ALE's vector environment, DQN training, and one ATN forward pass against one FGSM."""
 
     repeats: int = 5
-    """Measurements per contender, taken in turn."""
+    """Measurements per contender, alternating between them."""
     threads: int = 1
-    """CPU threads."""
+    """Number of CPU threads."""
 
     def __call__(self) -> None:
         from rl_adv_reward.bench import run

@@ -13,13 +13,13 @@ def dqn_targets(
     gamma: float | Tensor,
     q_online_next: Tensor | None = None,
 ) -> Tensor:
-    """Y = reward + gamma * (1 - terminated) * Q_target(s', a'); a' from the online network if it is given.
+    """Targets y = reward + gamma * (1 - terminated) * Q_target(s', a'); a' from the online network if it is given.
 
     Args:
         reward: (B,) reward, or n-step return.
-        terminated: (B,) bool; truncation must not be in it, since it bootstraps.
+        terminated: (B,) bool; must not include truncations, which bootstrap.
         q_target_next: (B, A) target network at s'.
-        gamma: discount, or (B,) one per sample (gamma ** n).
+        gamma: discount, or one per sample (B,), gamma ** n.
         q_online_next: (B, A) online network at s' (Double DQN); None: the maximum of the target network.
 
     Returns:
@@ -33,7 +33,7 @@ def dqn_targets(
 def window_returns(
     reward: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Discounted sum over a window of steps that ends early at a terminal or a truncation.
+    """Discounted sum over a window of steps, which ends early at a termination or truncation.
 
     Args:
         reward: (n, B) rewards of n consecutive steps.
@@ -43,7 +43,7 @@ def window_returns(
 
     Returns:
         returns (B,); terminated (B,) bool; discount (B,) gamma ** steps; steps (B,) int64 in 1 .. n, after which the
-        value of the observation is to be added (that of the true final one after a truncation).
+        value of the observation must be added (of the true final one after a truncation).
     """
     ended = (terminated | truncated).to(reward.dtype)
     alive = torch.cat([torch.ones_like(ended[:1]), 1 - ended[:-1]]).cumprod(0)  # (n, B)
@@ -70,14 +70,14 @@ def nstep_returns(
         truncated: (T, N) bool: bootstraps with final_value.
         bootstrap_value: (T + 1, N) value of the observation at time t.
         final_value: (T, N) value of the true final observation, read where truncated.
-        n: steps; fewer where the segment ends.
+        n: number of steps; fewer at the end of the segment.
         gamma: discount per step.
 
     Returns:
         (T, N).
 
     Raises:
-        ValueError: n below 1, or shapes that do not fit.
+        ValueError: n below 1, or mismatched shapes.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
@@ -95,9 +95,9 @@ def nstep_returns(
 
 
 def tabular_attack(transition: Tensor, reward: Tensor, allowed: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The exact optimum of an attacker who may make the victim take any allowed action of a finite MDP.
+    """The exact optimum of an attacker who can make the victim take any allowed action in a finite MDP.
 
-    With only the victim's own action allowed this is its value without attack; with all, that of full control.
+    If only the victim's action is allowed, this is the value without attack; if all are, the value of full control.
 
     Args:
         transition: (S, A, S) probabilities.
@@ -119,7 +119,7 @@ def tabular_attack(transition: Tensor, reward: Tensor, allowed: Tensor, gamma: f
         system = torch.eye(len(reward), dtype=reward.dtype) - gamma * transition[states, policy]
         values = torch.linalg.solve(system, reward[states, policy])
         q = (reward + gamma * transition @ values).masked_fill(~allowed, -torch.inf)
-        better = q.max(1).values > q[states, policy] + 1e-10  # a tie must not let the policy cycle
+        better = q.max(1).values > q[states, policy] + 1e-10  # a tie must not make the policy cycle
         if not better.any():
             return values, policy
         policy = torch.where(better, q.argmax(1), policy)

@@ -1,7 +1,7 @@
-"""What an attack achieves: whole episodes, greedy, on the clean game's adversarial reward; rates per 1000 steps.
+"""Evaluation of an attack: complete episodes, greedy, with the adversarial reward of the clean game; per 1000 steps.
 
-Every metric counts real steps of the first `episodes` episodes, the same number from every environment, so that short
-episodes are not preferred. The bound is checked on the tensor that reaches the victim.
+Every metric covers the steps of the first `episodes` episodes, the same number from every environment, so that short
+episodes are not preferred. The bound is checked on the tensor that the victim receives.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ MOST_ENVS = 64
 
 @dataclass
 class Evaluation:
-    """One array per episode, and what holds for all."""
+    """Arrays with one value per episode, and totals."""
 
     episodes: dict[str, np.ndarray]
-    """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits (of a zone on the
-    enemy's line only), l2, l0 (sums)"""
+    """(E,) float64 each: adv_return, victim_return (unclipped), steps, misses, flips, crossings, hits (only for a zone
+    on the enemy's line), l2, l0 (sums)"""
     linf: float
     """largest |x' - x| of any step"""
     excess: float
-    """largest excess of any step over the bound; 0: within it"""
+    """largest excess over the bound in any step; 0: within it"""
     landings: np.ndarray
-    """(20,) counts over the enemy's line, from its top"""
+    """(20,) counts along the enemy's line, from its top"""
     landing_mean: float
     """mean landing position in [0, 1]; NaN without a crossing"""
     trajectory: str
-    """SHA-256 of all actions: two attacks with the same one did the same"""
+    """SHA-256 of all actions: equal for two attacks that caused the same actions"""
     distinct: int
-    """episodes that differ in what was seen: fewer than all means that a deterministic game was repeated"""
+    """number of episodes with different observations: if below all, a deterministic game was repeated"""
     frames: dict[str, np.ndarray]
     """newest clean and attacked frame of the first environment at some steps, uint8"""
 
@@ -55,7 +55,7 @@ class Evaluation:
         return 1000 * float(self.episodes[name].sum() / self.episodes["steps"].sum())
 
     def metrics(self) -> dict[str, float]:
-        """All finite metrics; see the README for each."""
+        """All finite metrics; the README explains each."""
         e = self.episodes
         crossings = e["crossings"].sum()
         found = {
@@ -77,14 +77,14 @@ class Evaluation:
         return found
 
     def to_json(self) -> dict:
-        """All of it, exactly, as JSON takes it."""
+        """Everything, without loss, in a form for JSON."""
         arrays = {"episodes": {name: each.tolist() for name, each in self.episodes.items()}}
         frames = {name: pack(each) for name, each in self.frames.items()}
         return vars(self) | arrays | {"landings": self.landings.tolist(), "frames": frames}
 
     @classmethod
     def from_json(cls, content: dict) -> Evaluation:
-        """What `to_json` was called on."""
+        """The inverse of `to_json`."""
         episodes = {name: np.array(each) for name, each in content["episodes"].items()}
         frames = {name: unpack(each) for name, each in content["frames"].items()}
         return cls(**content | {"episodes": episodes, "landings": np.array(content["landings"]), "frames": frames})
@@ -96,21 +96,21 @@ def pack(frames: np.ndarray) -> dict:
 
 
 def unpack(packed: dict) -> np.ndarray:
-    """What `pack` was given."""
+    """The inverse of `pack`."""
     return np.frombuffer(zlib.decompress(base64.b64decode(packed["zlib"])), np.uint8).reshape(packed["shape"])
 
 
 class Frames:
-    """Perturbs only the newest frame of a stack; earlier ones stay as they reached the victim.
+    """Perturbs only the newest frame of a stack; earlier ones stay as the victim received them.
 
-    A camera is attacked once per frame, while an attack on the whole stack rewrites the past at every step.
+    An attack on a camera perturbs each frame once; an attack on the whole stack changes past frames at every step.
     """
 
     def __init__(self) -> None:
         self.shown: Tensor | None = None
 
     def __call__(self, x_adv: Tensor, fresh: Tensor) -> Tensor:
-        """(N, C, H, W) attacked stacks and where an episode begins (N,), to what the victim sees."""
+        """What the victim sees, from attacked stacks (N, C, H, W) and where an episode begins (N,)."""
         if self.shown is not None:
             moved = torch.cat([self.shown[:, 1:], x_adv[:, -1:]], 1)
             x_adv = torch.where(fresh.reshape(-1, 1, 1, 1), x_adv, moved)
@@ -134,24 +134,24 @@ def evaluate(
     keep_frames: int = 0,
     episode_steps: int = 0,
 ) -> Evaluation:
-    """Play whole episodes with the greedy victim under an attack.
+    """Play complete episodes with the greedy victim under an attack.
 
     Args:
         victim: on the device to use.
         attack: (x, victim) -> x'.
         goal: adversarial reward, from clean observations.
         env: name of the environment.
-        episodes: at least so many, the same number in each of up to 64 environments.
-        seed: of environments; the same seed gives the same starts to every attack.
-        eps: bound to be checked; None: none.
-        norm: of the bound.
+        episodes: minimal number; the same number in each of up to 64 environments.
+        seed: seed of the environments; the same seed gives the same starts to every attack.
+        eps: bound to check; None: no check.
+        norm: norm of the bound.
         temporal: "stack", or "frame" (see `Frames`).
-        policy: acts instead of the victim: x (N, C, H, W) -> actions (N,). For the full-control reference only.
-        keep_frames: so many steps of the first environment are kept as pictures.
-        episode_steps: after which an episode is cut off; 0: as usual.
+        policy: acts instead of the victim: x (N, C, H, W) -> actions (N,). Only for the full-control reference.
+        keep_frames: number of steps of the first environment to keep as pictures.
+        episode_steps: steps after which an episode is cut off; 0: the default.
 
     Raises:
-        RuntimeError: an observation that left the bound or [0, 1], or a victim whose weights changed.
+        RuntimeError: an observation outside the bound or [0, 1], or a victim whose weights changed.
     """
     device = next(victim.parameters()).device
     n = min(episodes, MOST_ENVS)
@@ -185,12 +185,12 @@ def evaluate(
     frames = {name: np.array(each) for name, each in pictures.items()}
     found = tally.evaluation(digest.hexdigest(), frames)
     if not isinstance(goal, Zone):
-        del found.episodes["hits"]  # no zone on the enemy's line that the ball could hit
+        del found.episodes["hits"]  # this goal has no zone on the enemy's line
     return found
 
 
 class _Tally:
-    """Sums per environment until an episode ends, on the device; only the end of an episode waits for it."""
+    """Sums per environment until an episode ends, on the device; only the end of an episode synchronises with it."""
 
     def __init__(self, num_envs: int, quota: int, device: torch.device):
         self.quota, self.device = quota, device
@@ -213,7 +213,7 @@ class _Tally:
         self.seen = [zlib.crc32(frame.tobytes(), before) for frame, before in zip(newest, self.seen, strict=True)]
 
     def bounded(self, x_adv: Tensor, x: Tensor, eps: float | None, norm: str) -> tuple[Tensor, Tensor]:
-        """L2 and the changed share (N,) of a perturbation, whose worst values are kept for `check`."""
+        """L2 and changed share (N,) of a perturbation; keeps its worst values for `check`."""
         linf, l2, l0 = perturbation_size(x_adv, x)
         size = l2 if norm == "l2" else linf
         excess = size - (size if eps is None else eps)
@@ -222,10 +222,10 @@ class _Tally:
         return l2, l0 / x[0].numel()
 
     def check(self) -> None:
-        """RuntimeError where the bound or the valid range was left, or an observation was NaN."""
+        """RuntimeError if an observation left the bound or the valid range, or was NaN."""
         _, excess, outside = self.worst.tolist()
         if not (excess <= TOLERANCE and outside <= TOLERANCE):
-            raise RuntimeError(f"the bound is broken: {excess:.3g} above eps, {outside:.3g} outside [0, 1]")
+            raise RuntimeError(f"the bound is violated: {excess:.3g} above eps, {outside:.3g} outside [0, 1]")
 
     def add(
         self,
@@ -239,7 +239,7 @@ class _Tally:
         valid: Tensor,
         over: Tensor,
     ) -> None:
-        """One step (N,) of everything, in the order of SUMS; dummies and episodes beyond the quota do not count."""
+        """Add one step (N,) to all sums, in the order of SUMS; dummies and episodes beyond the quota do not count."""
         counted = valid & torch.from_numpy(self.done < self.quota).to(self.device)
         crossed = ~position.isnan() & counted
         hit = crossed & (adversarial > 0)
@@ -261,7 +261,7 @@ class _Tally:
         total = int(self.landings.sum())
         mean = float(self.landing_sum) / total if total else float("nan")
         episodes = dict(zip(SUMS, np.concatenate(self.finished, 1), strict=True))
-        linf, excess, _ = self.worst.tolist()  # worst begins at 0: no excess is below it
+        linf, excess, _ = self.worst.tolist()  # worst starts at 0, so the excess is never negative
         landings = self.landings.cpu().numpy()
         return Evaluation(episodes, linf, excess, landings, mean, trajectory, len(self.episodes), frames)
 
@@ -269,7 +269,7 @@ class _Tally:
 def bootstrap_rate(
     evaluation: Evaluation, draws: int, rng: np.random.Generator, name: str = "adv_return"
 ) -> np.ndarray:
-    """(draws,) rates per 1000 steps of resampled episodes: a ratio of sums, since episodes differ in length."""
+    """(draws,) rates per 1000 steps of resampled episodes: a ratio of sums, because episodes differ in length."""
     value, steps = evaluation.episodes[name], evaluation.episodes["steps"]
     chosen = rng.integers(len(value), size=(draws, len(value)))
     return 1000 * value[chosen].sum(1) / steps[chosen].sum(1)
@@ -278,7 +278,7 @@ def bootstrap_rate(
 def lead(attack: Evaluation, others: dict[str, Evaluation], draws: int = 2000, seed: int = 0) -> dict[str, float]:
     """adv_rate of an attack minus the best of the others, with its 95 % bootstrap interval over episodes.
 
-    The best is chosen anew in every draw, so that choosing it after the fact is part of the interval.
+    The best is chosen again in every draw, so the interval accounts for this choice.
     """
     rng = np.random.default_rng(seed)
     best = np.max([bootstrap_rate(other, draws, rng) for other in others.values()], axis=0)
@@ -288,9 +288,9 @@ def lead(attack: Evaluation, others: dict[str, Evaluation], draws: int = 2000, s
 
 
 def landing_shift(attack: Evaluation, nothing: Evaluation) -> dict[str, float]:
-    """How far an attack moves the mean landing, and the two-sided p of Mann-Whitney on the landings (in 20 bins).
+    """How far an attack moves the mean landing, and the two-sided Mann-Whitney p of the landings (in 20 bins).
 
-    Landings of one episode are not independent: p is a measure of separation, the seeds are the test.
+    Landings within an episode are not independent: p measures separation; the test is over seeds.
     """
     samples = (np.repeat(np.arange(len(each.landings)), each.landings) for each in (attack, nothing))
     p = float(mannwhitneyu(*samples).pvalue)
@@ -298,6 +298,6 @@ def landing_shift(attack: Evaluation, nothing: Evaluation) -> dict[str, float]:
 
 
 def success_share(evaluation: Evaluation, nothing: Evaluation) -> float:
-    """Share of episodes whose adversarial return exceeds the 95th percentile of those without attack."""
+    """Share of episodes with an adversarial return above the 95th percentile of that without attack."""
     bar = np.quantile(nothing.episodes["adv_return"], 0.95)
     return float((evaluation.episodes["adv_return"] > bar).mean())

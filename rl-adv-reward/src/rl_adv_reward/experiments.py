@@ -1,4 +1,4 @@
-"""From the settings of a table's row to the outcome of a run: a victim, an attack on it, and what it achieves."""
+"""Runs the rows of the tables: trains a victim and an attack on it, and evaluates the attack."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SEEDS = {"victim": 0, "critic": 1, "atn": 2, "check": 3, "evaluation": 4}
 
 
 def seed_of(kind: str, seed: int) -> int:
-    """A seed of its own for each kind of work of each run; environments count up from it, and none shares a start."""
+    """A separate seed for each kind of work of each run; environments count up from it, and none share a start."""
     return (seed * len(SEEDS) + SEEDS[kind]) * 1000
 
 
@@ -72,7 +72,7 @@ def run_tables(
 
 
 def execute(settings: dict, seed: int, *, store: Path, precision: str = "auto") -> Outcome:
-    """One run of a table; what it trains is kept in the store, shared by all runs that need the same."""
+    """One run of a table; the store keeps what it trains for all runs that need the same."""
     s = Settings(**settings)
     subject = Subject(s, seed, fabric(precision), store)
     found = subject.evaluate(s.attack, s.target)
@@ -102,14 +102,14 @@ def execute(settings: dict, seed: int, *, store: Path, precision: str = "auto") 
 
 
 class Subject:
-    """A victim and everything that is tried on it; each part is trained when it is first asked for.
+    """A victim and everything that is tried on it; each part is trained on first use.
 
     Args:
         settings: settings of the run.
-        seed: of every training and evaluation.
+        seed: seed of every training and evaluation.
         fabric: device and precision.
         store: folder of trainings, finished and unfinished.
-        victim: the user's own; None: trained here.
+        victim: the user's victim; None: train one.
     """
 
     def __init__(self, settings: Settings, seed: int, fabric: Fabric, store: Path, victim: Victim | None = None):
@@ -125,7 +125,7 @@ class Subject:
     # ---- training ------------------------------------------------------------
 
     def train_victim(self, seed: int) -> Victim:
-        """The victim of a seed, which has passed its gate. RuntimeError where it has not."""
+        """The victim of a seed, which has passed its gate. RuntimeError if it has not."""
         s, environment = self.s, ENVIRONMENTS[self.s.env]
         loop = s.loop("victim")
         seed_everything(seed_of("victim", seed))
@@ -147,7 +147,7 @@ class Subject:
             short.append(environment.short_of(value))
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
             if iteration >= loop.iterations / 2 and len(short) > 1 and short[-1] > 0.9 * short[0]:
-                logger.warning("the victim has hardly improved since its first check: another seed may be needed")
+                logger.warning("the victim has hardly improved since its first check: try another seed")
             return {environment.gate: value}, environment.short_of(value) == 0
 
         every = (s.victim_check_every or s.victim_iterations) if s.victim_check_episodes else 0
@@ -167,13 +167,13 @@ class Subject:
         return Victim(module, scale=victim.scale, output=victim.output).to(self.fabric.device)
 
     def network(self) -> nn.Module:
-        """A fresh network of this environment's victims."""
+        """A new, untrained network for a victim of this environment."""
         environment = ENVIRONMENTS[self.s.env]
         return NETWORKS[environment.network](*sizes(self.s.env), environment.background)
 
     @cached_property
     def critic(self) -> nn.Module:
-        """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights on."""
+        """Q_A: trained on the adversarial reward with full control of the actions, from the victim's weights."""
         loop = self.s.loop("critic")
         seed_everything(seed_of("critic", self.seed))
         q = self.network()
@@ -188,11 +188,11 @@ class Subject:
         try:
             q.load_state_dict(self.victim.module.state_dict())
         except RuntimeError:
-            logger.info("the victim is another network: the critic starts from scratch")
+            logger.info("the victim has another architecture: the critic starts from random weights")
 
     @cached_property
     def atn(self) -> ATN:
-        """The trained attack; at eps = 0 it stays as it began, since nothing that it learned could show."""
+        """The trained attack; at eps = 0 it stays untrained, because training could have no effect."""
         s, background = self.s, ENVIRONMENTS[self.s.env].background
         critic = self.critic if s.learner == "critic" and s.eps > 0 else None
         seed_everything(seed_of("atn", self.seed))
@@ -202,7 +202,7 @@ class Subject:
         return atn.requires_grad_(False).eval()
 
     def train_atn(self, atn: ATN, critic: nn.Module | None) -> None:
-        """By frozen_q, or by distillation from the critic."""
+        """Train by frozen_q, or by distillation from the critic."""
         s = self.s
         if critic is None:
             if self.victim.output != "q":
@@ -271,14 +271,16 @@ class Subject:
     # ---- evaluation ------------------------------------------------------------
 
     def use(self, atn: ATN) -> None:
-        """Take this attack instead of training one. ValueError where its observations are not this environment's."""
+        """Use this attack instead of training one. ValueError if its observations are not this environment's."""
         shape, _ = sizes(self.s.env)
         if atn.obs_shape != shape:
-            raise ValueError(f"the attack is made for observations {atn.obs_shape}, those of {self.s.env} are {shape}")
+            raise ValueError(
+                f"the attack is made for observations {atn.obs_shape}, but those of {self.s.env} are {shape}"
+            )
         self.atn = atn.to(self.fabric.device)
 
     def evaluate(self, attack: str, target: str = "critic", keep_frames: int | None = None) -> Evaluation:
-        """Whole episodes under an attack of the table, the same seed for all; what any row has evaluated is kept."""
+        """Evaluate complete episodes under an attack of the table, with one seed for all; rows share the results."""
         s = self.s
         if keep_frames is None:
             keep_frames = 6 if s.env == "minipong" else 2
@@ -320,7 +322,7 @@ class Subject:
         return found
 
     def attack(self, name: str, target: str) -> Attack:
-        """An attack by name, with whatever it needs trained."""
+        """An attack by name; trains what it needs."""
         s = self.s
         return make_attack(
             name,
@@ -336,7 +338,7 @@ class Subject:
 
     @cached_property
     def timed_threshold(self) -> float:
-        """The preference that the victim exceeds at `timed_share` of its steps when it is not attacked."""
+        """The preference that the unattacked victim exceeds at `timed_share` of its steps."""
         seen: list[Tensor] = []
 
         def look(x: Tensor, victim: HasValues) -> Tensor:
@@ -348,7 +350,7 @@ class Subject:
         return float(np.quantile(torch.cat(seen).cpu().numpy(), 1 - self.s.timed_share))
 
     def warn_of_a_weak_victim(self) -> None:
-        """Say so where the victim would not pass the gate of one that is trained here."""
+        """Warn if the victim would not pass the gate for victims trained here."""
         environment = ENVIRONMENTS[self.s.env]
         value = self.evaluate("none").metrics()[environment.gate]
         if environment.short_of(value) > 0:
@@ -356,7 +358,7 @@ class Subject:
             logger.warning("a weak victim: %s %.2f is not within %s", environment.gate, value, bounds)
 
     def policy(self, target: str) -> Policy:
-        """A target by name; the critic, best for the adversarial reward, is trained here, not at the first call."""
+        """A target policy by name; the critic is trained here, not at the first call of the policy."""
         if target != "critic":
             zone = (self.goal.low, self.goal.high) if isinstance(self.goal, Zone | GoalZone) else None
             return make_policy(target, self.s.env, zone, sizes(self.s.env)[1])
@@ -364,12 +366,12 @@ class Subject:
         return lambda x: critic(x).argmax(1)
 
     def unlearned_targets(self) -> list[str]:
-        """Each constant action, and the script if the goal has one."""
+        """All constant actions, and the script if the goal has one."""
         scripted = self.s.env in SCRIPTED and isinstance(self.goal, Zone | GoalZone)
         return [*map(str, range(sizes(self.s.env)[1])), *(["scripted"] if scripted else [])]
 
     def compare(self, found: Evaluation) -> dict[str, float]:
-        """Lead over the best of all attacks that learn nothing, success, and the score up to full control."""
+        """Lead over the best of all attacks that learn nothing, success, and the score relative to full control."""
         others = {name: self.evaluate(name) for name in UNTARGETED}
         for target in self.unlearned_targets():
             for name in ("targeted-fgsm", "targeted-pgd"):

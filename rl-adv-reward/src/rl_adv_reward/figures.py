@@ -1,4 +1,4 @@
-"""The figures from the run log alone, and pictures of an attack at work."""
+"""The figures, drawn from the run log alone, and pictures of an attack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
 SCALES = ("paper", "atari-short", "embedded")
-AMPLIFIED = 5  # perturbations are drawn so many times larger
+AMPLIFIED = 5  # factor by which perturbations are enlarged in pictures
 
 
 def draw_all(tables: list[Table], results: Path) -> None:
@@ -35,13 +35,13 @@ def draw_all(tables: list[Table], results: Path) -> None:
 
 
 def details(table: Table, scale: str, log: RunLog) -> dict[str, list[dict]]:
-    """Details of a table's recorded runs by row, one entry per seed; rows that another table runs included."""
+    """Details of a table's recorded runs by row, one entry per seed; includes rows that another table runs."""
     found = measured(table, scale, log)
     return {row: [record["details"] for record in seeds.values()] for row, seeds in found.items()}
 
 
 def _curves(table: Table, scale: str, log: RunLog) -> plt.Figure:
-    """Figure 1: adversarial reward while the attack is trained; mean over seeds, shaded from lowest to highest."""
+    """Figure 1: adversarial reward during the attack's training; mean over seeds, shaded from lowest to highest."""
     figure, panel = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for row, seeds in details(table, scale, log).items():
         curves = [each["curve"] for each in seeds if "curve" in each]
@@ -80,7 +80,7 @@ def _sweep(table: Table, scale: str, log: RunLog) -> plt.Figure:
 
 
 def _landings(table: Table, scale: str, log: RunLog) -> plt.Figure:
-    """Figure 3: share of landings over the enemy's line, from its top; all seeds together."""
+    """Figure 3: distribution of landings along the enemy's line, from its top; all seeds together."""
     found = details(table, scale, log)
     figure, axes = plt.subplots(
         len(found), 1, figsize=(6.5, 1.15 * len(found) + 0.6), sharex=True, layout="constrained"
@@ -124,7 +124,7 @@ def _frames(table: Table, scale: str, log: RunLog) -> plt.Figure:
 
 
 def amplified(clean: np.ndarray, attacked: np.ndarray) -> np.ndarray:
-    """The difference of two uint8 frames around middle grey, AMPLIFIED times."""
+    """The difference of two uint8 frames around middle grey, enlarged AMPLIFIED times."""
     return np.clip(128 + AMPLIFIED * (attacked.astype(int) - clean.astype(int)), 0, 255).astype(np.uint8)
 
 
@@ -144,7 +144,7 @@ def draw_play(path: Path, frames: dict[str, np.ndarray]) -> None:
         frames: "clean" and "attacked", (T, H, W) uint8 each.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another file ending.
     """
     if path.suffix not in (".gif", ".png"):
         raise ValueError(f"output must end in .gif or .png, got {path.name}")

@@ -1,4 +1,4 @@
-"""Victims and attacks as files: written by the command line, loaded with weights_only."""
+"""Files of victims and attacks: written by the command line, loaded with weights_only."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
 
     Args:
         path: file.
-        env: environment that it plays.
+        env: environment of the victim.
         format: ours (`rl-adv-reward train`), cleanrl (dqn_atari) or sb3 (DQN, QR-DQN, PPO, A2C).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, of another kind or environment, or an unknown format.
+        ValueError: a damaged file, another kind or environment, or an unknown format.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -39,7 +39,7 @@ def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
         return Victim.from_sb3(path)
     content = _of_kind(path, "victim")
     if content["run"]["env"] != env:
-        raise ValueError(f"{path}: a victim of {content['run']['env']}, not of {env}")
+        raise ValueError(f"{path}: is a victim of {content['run']['env']}, not of {env}")
     module = NETWORKS[ENVIRONMENTS[env].network](*sizes(env), ENVIRONMENTS[env].background)
     _fill(path, module, content["modules"]["q"])
     return Victim(module)
@@ -70,4 +70,4 @@ def _fill(path: Path, module: nn.Module, weights: dict) -> None:
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path}: weights of another network ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: holds the weights of another network ({str(error).splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""What learns: a Q-network (victim, critic, or the ATN through the frozen victim's head), and an ATN from a critic."""
+"""Learners: a Q-network (victim, critic, or the ATN through the frozen victim's head), and an ATN from a critic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """What the loop in train.py drives."""
+    """What the loop in train.py trains."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...
@@ -42,7 +42,7 @@ def _adam(parameters: Iterable[nn.Parameter], loop: Loop) -> torch.optim.Adam:
 
 
 class _Values:
-    """A network in training, as an attack wants its victim."""
+    """A network in training, with the interface that attacks expect of a victim."""
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -55,8 +55,8 @@ class QLearner:
     """Double DQN with n-step returns.
 
     With `AttackedQ` this is the learner frozen_q: the targets use the target ATN and the same frozen victim. With
-    `hardened` above 0 the network learns on observations that FGSM of that bound has turned against its own greedy
-    action: light adversarial training, for a victim that resists.
+    `hardened` above 0 the network learns on observations attacked by FGSM with that bound, against its own greedy
+    action: light adversarial training for a more robust victim.
     """
 
     def __init__(self, q: nn.Module, loop: Loop, fabric: Fabric, hardened: float = 0.0):
@@ -95,11 +95,11 @@ class QLearner:
 
 
 class Distiller:
-    """The ATN learns to make the victim take the critic's action, on states of the critic's and then its own play.
+    """The ATN learns to make the victim take the critic's action, on states from the critic's play, then from its own.
 
     Loss: cross-entropy of (Q_v(g(s)) - mean) / tau with argmax Q_A(s), weighted by how much the choice matters,
-    max Q_A - mean Q_A. With temporal "frame" the victim is shown, in training too, older frames as the ATN left them a
-    step before and only the newest one perturbed anew (exact for stacks of two frames).
+    max Q_A - mean Q_A. With temporal "frame" the victim sees, in training too, older frames as the ATN perturbed them
+    one step before; only the newest frame is perturbed now (exact for stacks of two frames).
     """
 
     def __init__(
@@ -142,4 +142,4 @@ class Distiller:
         return (cross_entropy(logits, wanted.argmax(1), reduction="none") * matters).mean()
 
     def after(self, iteration: int) -> None:
-        """Nothing to do: there is no target network."""
+        """Do nothing: there is no target network."""

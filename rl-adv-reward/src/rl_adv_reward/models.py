@@ -16,7 +16,7 @@ OUTPUTS = ("q", "logits")
 
 
 class Centre(nn.Module):
-    """(x - background) * 3: without it a constant grey background stalls a small network completely."""
+    """(x - background) * 3: without this, a constant grey background completely stalls a small network."""
 
     def __init__(self, background: float):
         super().__init__()
@@ -27,7 +27,7 @@ class Centre(nn.Module):
 
 
 def feature_size(network: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Values per sample that a network makes of (C, H, W). ValueError where the input is too small for it."""
+    """Number of values per sample that a network outputs for (C, H, W). ValueError if the input is too small for it."""
     try:
         with torch.no_grad():
             return network(torch.zeros(1, *shape)).numel()
@@ -72,12 +72,12 @@ class Victim(nn.Module):
     """A frozen policy network: eval mode, no gradient to its weights, gradients to its input allowed.
 
     Args:
-        module: (N, C, H, W) to (N, A).
-        scale: of the module's input per pixel value 0 .. 255: 1/255 where it takes [0, 1], 1 where it takes raw pixels.
-        output: "q" (action values) or "logits" (of a policy); both act by argmax.
+        module: maps (N, C, H, W) to (N, A).
+        scale: the module's input per pixel value 0 .. 255: 1/255 if it expects [0, 1], 1 if it expects raw pixels.
+        output: "q" (action values) or "logits" (of a policy); in both cases actions are the argmax.
 
     Raises:
-        ValueError: an unknown output, or a batch norm layer in train mode, whose statistics every input would change.
+        ValueError: an unknown output, or a batch norm layer in train mode (inputs would change its statistics).
     """
 
     def __init__(self, module: nn.Module, *, scale: float = 1 / 255, output: str = "q"):
@@ -92,11 +92,11 @@ class Victim(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> Victim:
-        """Stays in eval mode whatever is asked for."""
+        """Always stay in eval mode."""
         return self
 
     def q(self, x: Tensor) -> Tensor:
-        """Values or logits (N, A), float32 or better, of observations (N, C, H, W) in [0, 1]."""
+        """Values or logits (N, A), at least float32, of observations (N, C, H, W) in [0, 1]."""
         factor = 255 * self.scale
         out = self.module(x if factor == 1 else x * factor)
         return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
@@ -105,7 +105,7 @@ class Victim(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Greedy actions (N,) int64, the first on ties, of uint8 frames or of floats in [0, 1]."""
+        """Greedy actions (N,) int64 for uint8 frames or floats in [0, 1]; the first one wins ties."""
         return self.q(to_unit(obs)).argmax(1)
 
     def weights_hash(self) -> str:
@@ -114,7 +114,7 @@ class Victim(nn.Module):
 
     @classmethod
     def from_cleanrl(cls, path: Path | str, obs_shape: tuple[int, int, int] = (4, 84, 84)) -> Victim:
-        """A network that CleanRL's `dqn_atari` or `c51_atari` saved (`--save-model`), on observations in [0, 1]."""
+        """A network saved by CleanRL's `dqn_atari` or `c51_atari` (`--save-model`), for observations in [0, 1]."""
         weights, atoms = cleanrl_weights(Path(path))
         try:
             module = nature_cnn(obs_shape, len(weights["network.9.bias"]))
@@ -125,13 +125,13 @@ class Victim(nn.Module):
 
     @classmethod
     def from_sb3(cls, path: Path | str) -> Victim:
-        """A stable-baselines3 DQN, QR-DQN (values), PPO or A2C (logits); see `sb3.read_sb3` for what is refused."""
+        """A stable-baselines3 DQN, QR-DQN (values), PPO or A2C (logits); see `sb3.read_sb3` for its limits."""
         module, scale, output = read_sb3(path)
         return cls(module, scale=scale, output=output)
 
 
 class ExpectedReturn(nn.Module):
-    """Logits of a return distribution (N, A * atoms) to values (N, A): the mean over its atoms (C51)."""
+    """Maps logits of a return distribution (N, A * atoms) to values (N, A): the mean over its atoms (C51)."""
 
     def __init__(self, atoms: Tensor):
         super().__init__()
@@ -145,7 +145,7 @@ class ExpectedReturn(nn.Module):
 class Smoothed(nn.Module):
     """A network's mean over noisy copies of the observation, a defence without training (after Cohen et al. 2019).
 
-    The noise is drawn once, so that the defended policy is deterministic and an attacker can take its gradient.
+    The noise is drawn only once, so the defended policy is deterministic and an attacker can use its gradient.
     """
 
     def __init__(self, module: nn.Module, obs_shape: tuple[int, int, int], std: float, copies: int = 8):
@@ -155,7 +155,7 @@ class Smoothed(nn.Module):
         self.register_buffer("noise", noise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, A)."""
+        """Maps (N, C, H, W) to (N, A)."""
         noisy = x[:, None] + self.get_buffer("noise")
         return self.module(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2]).mean(1)
 
@@ -170,7 +170,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def to_unit(obs: Tensor) -> Tensor:
-    """Floats in [0, 1] of uint8 frames; floats pass. TypeError for anything else."""
+    """Convert uint8 frames to floats in [0, 1]; floats are unchanged. TypeError for anything else."""
     if obs.dtype == torch.uint8:
         return obs.float() / 255
     if not obs.is_floating_point():
@@ -179,9 +179,9 @@ def to_unit(obs: Tensor) -> Tensor:
 
 
 def cleanrl_weights(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The policy's weights in a CleanRL file, and the atoms of its return distribution if it is a C51.
+    """The policy's weights in a CleanRL file, and for C51 the atoms of its return distribution.
 
-    FileNotFoundError, or ValueError where it cannot be read.
+    FileNotFoundError, or ValueError if it cannot be read.
     """
     saved = load_weights(path)
     if isinstance(saved, tuple | list) and saved:  # ddpg and td3: the actor, then its critics
@@ -193,13 +193,13 @@ def cleanrl_weights(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
 
 
 def _cleanrl_key(name: str) -> str:
-    """network.i is layer i + 1 here: ours has the background's layer in front."""
+    """network.i is layer i + 1 here, because ours has a layer for the background in front."""
     _, number, kind = name.split(".")
     return f"{int(number) + 1}.{kind}"
 
 
 def load_weights(path: Path) -> Any:
-    """Tensors that somebody saved, read with weights_only. FileNotFoundError, or ValueError in one line."""
+    """Read a file of tensors with weights_only. FileNotFoundError, or ValueError with one line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

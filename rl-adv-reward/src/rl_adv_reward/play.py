@@ -1,4 +1,4 @@
-"""Many environments stepped together, seen as clean transitions; training and evaluation both play through it."""
+"""Many environments stepped together as clean transitions; used by training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rl_adv_reward.rewards import AdversarialReward
 
 
 class Play:
-    """Environments in NEXT_STEP mode, with what every step needs: clean observations on the device and their age."""
+    """Environments in NEXT_STEP mode, with clean observations on the device and their age."""
 
     def __init__(self, env: str, num_envs: int, seed: int, device: torch.device, episode_steps: int = 0):
         self.envs = make_envs(env, num_envs, episode_steps)
@@ -27,9 +27,9 @@ class Play:
         return torch.as_tensor(array).to(self.device, copy=True)
 
     def step(self, action: Tensor, goal: AdversarialReward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict]:
-        """Adversarial reward, the game's own, terminated, truncated, valid (all (N,)), and info; moves on `obs`.
+        """Step: adversarial reward, game's reward, terminated, truncated, valid (all (N,)), and info; updates `obs`.
 
-        Where an episode ended in the step before, this one only resets: valid is False there.
+        If an episode ended in the step before, this step only resets it: valid is False.
         """
         array, own, terminated, truncated, info = self.envs.step(action.cpu().numpy())
         next_obs, own = self._upload(array), self._upload(own).float()
@@ -42,14 +42,14 @@ class Play:
         return adversarial, own, terminated, truncated, valid, info
 
     def state(self) -> dict | None:
-        """For a checkpoint; None where the environments cannot save theirs."""
+        """State for a checkpoint; None if the environments cannot save theirs."""
         if not hasattr(self.envs, "state"):
             return None
         envs = {k: torch.from_numpy(v) if hasattr(v, "dtype") else v for k, v in self.envs.state().items()}
         return {"envs": envs, "obs": self.obs.cpu(), "age": self.age.cpu(), "over": self.over.cpu()}
 
     def restore(self, state: dict) -> None:
-        """Put back a `state`."""
+        """Restore a `state`."""
         envs = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["envs"].items()}
         cast(MiniPongVec, self.envs).restore(envs)
         self.obs, self.age, self.over = (state[name].to(self.device) for name in ("obs", "age", "over"))

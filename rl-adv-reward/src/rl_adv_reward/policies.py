@@ -1,7 +1,7 @@
-"""Policies that learn nothing, as targets of targeted attacks and as references: what an attacker would try first.
+"""Policies that learn nothing: targets of targeted attacks and references, which an attacker would try first.
 
-A goal that a constant action reaches needs no sequence of attacks. So each constant action, and a policy written by
-hand for the goal, stand in every table, as what the victim is pushed towards and as what it would earn in full control.
+A goal that a constant action reaches needs no sequential attack. So every table includes each constant action and a
+hand-written policy for the goal, both as the target of an attack and under full control.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rl_adv_reward.envs import pixels
 from rl_adv_reward.envs.minipong import BALL, PADDLE, SIZE, VICTIM
 
 Policy = Callable[[Tensor], Tensor]
-"""(N, C, H, W) in [0, 1] to actions (N,) int64"""
+"""maps (N, C, H, W) in [0, 1] to actions (N,) int64"""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class MiniPongAim:
-    """Meets each ball where the stroke sends it to a row of the enemy's line; by hand, from clean frames.
+    """Hits each ball so that it flies to a given row of the enemy's line; hand-written, reads clean frames.
 
-    The stroke's angle depends on where the paddle is met: with `offset` half the distance of ball and paddle's centre,
-    the ball leaves with offset / 2 rows per step and flies SIZE - 3 steps.
+    The angle depends on where the ball hits the paddle: with `offset` half the distance between ball and paddle's
+    centre, the ball leaves with offset / 2 rows per step and flies SIZE - 3 steps.
     """
 
     target: float
-    """share of the enemy's line, 0 at its top"""
+    """position on the enemy's line as a share of it, 0 at its top"""
 
     def __call__(self, x: Tensor) -> Tensor:
         frames = (255 * x).round()
@@ -62,10 +62,10 @@ class MiniPongAim:
 
 @dataclass(frozen=True)
 class PongAim:
-    """Meets each ball with the end of the paddle that sends it towards the target; by hand, from clean frames."""
+    """Hits each ball with the end of the paddle that sends it towards the target; hand-written, reads clean frames."""
 
     target: float
-    """share of the enemy's line, 0 at its top"""
+    """position on the enemy's line as a share of it, 0 at its top"""
     noop: int = 0
     up: int = 2
     down: int = 3
@@ -83,7 +83,7 @@ class PongAim:
 
 
 def reflected(row: Tensor) -> Tensor:
-    """Rows of a field with walls at 0 and SIZE - 1, unfolded, back into it."""
+    """Reflect rows beyond the walls (at 0 and SIZE - 1) back into the field."""
     return (SIZE - 1) - ((row % (2 * (SIZE - 1))) - (SIZE - 1)).abs()
 
 
@@ -97,10 +97,10 @@ def make_policy(name: str, env: str, zone: tuple[float, float] | None, n_actions
         name: an action's number, or "scripted".
         env: minipong, pong or breakout.
         zone: ends of the goal's zone on the enemy's line; "scripted" aims at its middle.
-        n_actions: of the environment.
+        n_actions: number of actions of the environment.
 
     Raises:
-        ValueError: an unknown name, an action that the environment lacks, or no script for this goal.
+        ValueError: an unknown name, an action that the environment does not have, or no script for this goal.
     """
     if name.isdigit():
         if int(name) >= n_actions:
@@ -109,5 +109,5 @@ def make_policy(name: str, env: str, zone: tuple[float, float] | None, n_actions
     if name != "scripted":
         raise ValueError(f"target must be an action's number, scripted or critic, got {name!r}")
     if env not in SCRIPTED or zone is None:
-        raise ValueError(f"target scripted: there is a script for goals on the enemy's line of {', '.join(SCRIPTED)}")
+        raise ValueError(f"target scripted: scripts exist only for goals on the enemy's line of {', '.join(SCRIPTED)}")
     return SCRIPTED[env](sum(zone) / 2)

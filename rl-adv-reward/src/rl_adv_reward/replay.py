@@ -1,8 +1,8 @@
-"""A replay on the device: single uint8 frames in the order they came, stacks and n-step returns rebuilt at sampling.
+"""A replay on the device: stores single uint8 frames in order; sampling rebuilds stacks and n-step returns.
 
 A row holds one step of all environments. In NEXT_STEP mode the row after an end holds the true final frame and the
-dummy action that resets, so the observation after any step is the stack at the next row; the dummy itself is marked
-invalid and has weight 0 wherever it is drawn.
+dummy action that resets, so the observation after any step is the stack at the next row; the dummy step is marked
+as invalid and has weight 0 when it is drawn.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rl_adv_reward.dqn import window_returns
 
 
 class Batch(NamedTuple):
-    """B transitions of n steps."""
+    """B n-step transitions."""
 
     obs: Tensor  # (B, C, H, W) uint8
     action: Tensor  # (B,) int64
     returns: Tensor  # (B,) float32
     terminated: Tensor  # (B,) bool: no bootstrap
-    discount: Tensor  # (B,) float32, of the bootstrap
+    discount: Tensor  # (B,) float32, for the bootstrap
     next_obs: Tensor  # (B, C, H, W) uint8, after up to n steps
     weight: Tensor  # (B,) float32: 0 for dummy steps
 
@@ -31,14 +31,14 @@ class Replay:
     """Ring of `capacity // num_envs` rows.
 
     Args:
-        capacity: transitions.
+        capacity: number of transitions.
         num_envs: environments per row.
         obs_shape: (C, H, W), C frames of a stack, oldest first.
-        padding: what precedes an episode's first frame: "first" (repeated) or "zero".
-        device: where it lies.
+        padding: fills stacks before an episode's first frame: "first" (that frame, repeated) or "zero".
+        device: device of the replay.
 
     Raises:
-        ValueError: too small for a stack and a return.
+        ValueError: the capacity is too small for a stack and a return.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Replay:
         truncated: Tensor,
         valid: Tensor,
     ) -> None:
-        """One step of all environments: obs (N, C, H, W) uint8 is the clean one before it, `age` steps old."""
+        """Add one step of all environments: obs (N, C, H, W) uint8 is the clean one before it, `age` steps old."""
         row = self.head
         self.frames[row] = obs[:, -1]
         for name, value in (("age", age), ("action", action), ("reward", reward), ("valid", valid)):
@@ -78,12 +78,10 @@ class Replay:
         self.size = min(self.size + 1, self.rows)
 
     def sample(self, batch_size: int, n_step: int = 1, gamma: float = 1.0) -> Batch:
-        """Uniformly drawn transitions whose whole return is stored. ValueError while there are too few rows."""
+        """Draw transitions uniformly among those whose whole return is stored. ValueError if there are too few rows."""
         first, last = self.stack - 1, self.size - n_step
         if last <= first:
-            raise ValueError(
-                f"{self.size} stored steps hold no return of {n_step} steps behind a stack of {self.stack}"
-            )
+            raise ValueError(f"{self.size} stored steps hold no return of {n_step} steps after a stack of {self.stack}")
         row = torch.randint(first, last, (batch_size,), device=self.device)
         env = torch.randint(self.num_envs, (batch_size,), device=self.device)
         if self.size == self.rows:
@@ -99,7 +97,7 @@ class Replay:
         return Batch(obs, self.action[now, env], returns, terminated, discount, next_obs, weight)
 
     def stacked(self, row: Tensor, env: Tensor) -> Tensor:
-        """The observation (B, C, H, W) at rows (B,) of environments (B,), as the environment gave it."""
+        """The original observation (B, C, H, W) at rows (B,) of environments (B,)."""
         back = torch.arange(self.stack - 1, -1, -1, device=self.device)  # oldest first
         age = self.age[row, env][:, None]
         frames = self.frames[(row[:, None] - torch.minimum(back, age)) % self.rows, env[:, None]]
@@ -108,18 +106,18 @@ class Replay:
         return frames
 
     def cut(self, n_step: int) -> None:
-        """The stream breaks here (environments that could not be restored): no return may reach across."""
+        """Mark a break in the stream (environments that could not be restored): no return may span it."""
         rows = (self.head - 1 - torch.arange(min(n_step, self.size), device=self.device)) % self.rows
         self.valid[rows] = False
 
     NAMES = ("frames", "age", "action", "reward", "terminated", "truncated", "valid")
 
     def state(self) -> dict:
-        """The filled part, for a checkpoint."""
+        """The used part, for a checkpoint."""
         return {name: getattr(self, name)[: self.size].cpu() for name in self.NAMES} | {"head": self.head}
 
     def restore(self, state: dict) -> None:
-        """Put back a `state`."""
+        """Restore a `state`."""
         self.head, self.size = state["head"], len(state["action"])
         for name in self.NAMES:
             getattr(self, name)[: self.size] = state[name].to(self.device)

@@ -1,9 +1,9 @@
 """Adversarial rewards: pure functions of one transition of the clean game, batched on the device.
 
-Signature of every one, built in or the user's own:
+Signature of all rewards, built in or the user's own:
 `reward(obs, action, reward, terminated, next_obs, info) -> (N,) float32`, with obs and next_obs (N, C, H, W) uint8,
 action (N,) int64, reward (N,) the game's own unclipped reward, terminated (N,) bool, info the environment's
-dictionary. None has memory, so episodes that end and restart need no care.
+dictionary. None has memory, so the end of an episode needs no special treatment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GOAL: dict[str, Position] = {"pong": pixels.pong_goal, "minipong": pixels.minipo
 
 
 class AdversarialReward(Protocol):
-    """What a reward must be callable with; see the module's docstring."""
+    """The signature of a reward; see the module's docstring."""
 
     def __call__(
         self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict
@@ -39,7 +39,7 @@ class AdversarialReward(Protocol):
 
 @dataclass(frozen=True)
 class Zone:
-    """+1 when the ball reaches the enemy's line within [low, high] of the field, defended or not; -penalty per miss."""
+    """+1 when the ball reaches the enemy's line within [low, high] of the field, returned or not; -penalty per miss."""
 
     position: Position
     low: float
@@ -90,12 +90,12 @@ def lose(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_o
 
 
 def inside(position: Tensor, zone: Zone | GoalZone | PaddleZone) -> Tensor:
-    """1.0 within the zone, else (and for NaN) 0.0."""
+    """1.0 within the zone, otherwise (and for NaN) 0.0."""
     return ((position >= zone.low) & (position <= zone.high)).float()
 
 
 THIRD = 1 / 3
-PARK = 0.22  # the paddle's centre at the very edge: row 0 in MiniPong, 0.2
+PARK = 0.22  # includes the paddle's centre at the very edge: row 0 in MiniPong, 0.2
 KINDS: dict[str, tuple[type[Zone | GoalZone | PaddleZone], dict[str, Position], dict[str, float]]] = {
     "zone": (Zone, CROSSING, {}),
     "aim_top": (Zone, CROSSING, {"low": 0.0, "high": THIRD}),
@@ -113,13 +113,13 @@ def make_reward(name: str, env: str, **options: float) -> AdversarialReward:
     """A reward by name, or the user's own function as "module:function".
 
     Args:
-        name: one of REWARDS. "centre_line_paper" is nearest to the paper's drawing: 1 in the middle quarter of the
+        name: one of REWARDS. "centre_line_paper" is closest to the paper's drawing: 1 in the middle quarter of the
             enemy's line, no penalty; "zone" and "paddle_zone" need low and high.
-        env: minipong, pong or breakout: how positions are read.
-        **options: low, high, miss_penalty, and bonus (paddle zones), instead of the preset's.
+        env: minipong, pong or breakout; determines how positions are read.
+        **options: low, high, miss_penalty, and bonus (paddle zones); replace the preset's.
 
     Raises:
-        ValueError: an unknown name or option, an environment without that position, or 0 <= low <= high <= 1 broken.
+        ValueError: an unknown name or option, an environment without that position, or not 0 <= low <= high <= 1.
     """
     if ":" in name:
         return _imported(name)
@@ -135,7 +135,7 @@ def make_reward(name: str, env: str, **options: float) -> AdversarialReward:
     except TypeError as error:
         raise ValueError(f"goal {name!r}: {error}") from error
     if not 0 <= reward.low <= reward.high <= 1:
-        raise ValueError(f"goal {name!r}: 0 <= low <= high <= 1 is needed, got {reward.low} and {reward.high}")
+        raise ValueError(f"goal {name!r}: expected 0 <= low <= high <= 1, got {reward.low} and {reward.high}")
     return reward
 
 
@@ -148,7 +148,7 @@ def _imported(name: str) -> AdversarialReward:
 
 
 def crossing(env: str, obs: Tensor, next_obs: Tensor, info: dict) -> Tensor:
-    """Landing positions (N,) on the enemy's line in this step, NaN where the ball did not reach it."""
+    """Landing positions (N,) on the enemy's line in this step, NaN if the ball did not reach it."""
     if env not in CROSSING:
         return torch.full((len(obs),), torch.nan, device=obs.device)
     return CROSSING[env](obs, next_obs, info)

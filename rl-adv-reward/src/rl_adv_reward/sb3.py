@@ -1,7 +1,7 @@
-"""Policies saved by stable-baselines3, read without it: tensors with weights_only, settings from the readable JSON.
+"""Reads policies saved by stable-baselines3 without it: tensors with weights_only, settings from the plain JSON.
 
 An archive is a zip of `policy.pth` (a state dict) and `data` (JSON). Pickled parts of the JSON are never loaded, so
-that archives of any age and origin are safe, and old ones do not ask for the package `gym`.
+archives of any age and origin are safe, and old ones do not need the package `gym`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NATURE_KERNELS, NATURE_STRIDES = (8, 4, 3), (4, 2, 1)
 
 
 class QuantileMean(nn.Module):
-    """(N, quantiles * A) to (N, A), the mean over quantiles."""
+    """Maps (N, quantiles * A) to (N, A): the mean over quantiles."""
 
     def __init__(self, n_actions: int):
         super().__init__()
@@ -42,23 +42,23 @@ def read_sb3(path: Path | str) -> tuple[nn.Module, float, str]:
         path: zip file of `model.save`.
 
     Returns:
-        The network, (N, C, H, W) to (N, A); the scale of its input per pixel value 0 .. 255 (1/255, or 1 where the
-        policy was trained with normalize_images=False); "q" or "logits".
+        The network, (N, C, H, W) to (N, A); its input per pixel value 0 .. 255 (1/255, or 1 if the policy was trained
+        with normalize_images=False); "q" or "logits".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such an archive, continuous actions, observations that are no image stack, or a network of
-            the user's own.
+        ValueError: not such an archive, continuous actions, observations that are not an image stack, or a custom
+            network.
     """
     weights, data = _parts(Path(path))
     algorithm = next((name for name, parts in HEADS.items() if any(k.startswith(parts[1][0]) for k in weights)), "")
     if not algorithm and "action_net.weight" in weights:
-        algorithm = "PPO or A2C"  # without hidden layers of its own
+        algorithm = "PPO or A2C"  # without hidden layers
     if not algorithm:
-        raise ValueError(f"{path}: no DQN, QR-DQN, PPO or A2C; its first weight is {next(iter(weights), 'missing')}")
+        raise ValueError(f"{path}: not a DQN, QR-DQN, PPO or A2C; its first weight is {next(iter(weights), 'missing')}")
     space, actions = data.get("observation_space", {}), data.get("action_space", {})
     if "log_std" in weights or "n" not in actions:
-        raise ValueError(f"{path}: its actions are continuous; a victim needs Discrete ones")
+        raise ValueError(f"{path}: has continuous actions; a victim needs Discrete ones")
     shape = tuple(space.get("_shape") or space.get("shape") or ())
     if len(shape) != 3 or str(space.get("dtype")) != "uint8":
         raise ValueError(f"{path}: expected uint8 observations (C, H, W), got {space.get('dtype')} {shape}")
@@ -71,7 +71,7 @@ def read_sb3(path: Path | str) -> tuple[nn.Module, float, str]:
         features = _features({k.removeprefix(extractor): v for k, v in weights.items() if k.startswith(extractor)})
         layers = [layer for head in heads for layer in _head(weights, head, activation)]
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: a network of the user's own ({error}); pass it as Victim(module)") from error
+        raise ValueError(f"{path}: holds a custom network ({error}); pass it as Victim(module)") from error
     network = nn.Sequential(*features, *layers, *([QuantileMean(n_actions)] if algorithm == "QR-DQN" else []))
     try:
         with torch.no_grad():
@@ -79,7 +79,7 @@ def read_sb3(path: Path | str) -> tuple[nn.Module, float, str]:
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit observations {shape} ({error})") from error
     if found != n_actions:
-        raise ValueError(f"{path}: {n_actions} actions, but its network has {found} outputs")
+        raise ValueError(f"{path}: has {n_actions} actions, but its network has {found} outputs")
     return network, (1 / 255 if options.get("normalize_images", True) else 1.0), output
 
 
@@ -97,13 +97,13 @@ def _parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _features(weights: dict[str, Tensor]) -> list[nn.Module]:
-    """NatureCNN, or nothing but flattening."""
+    """NatureCNN, or only flattening."""
     if not weights:
         return [nn.Flatten()]
     convolutions = [weights.pop(f"cnn.{number}.weight") for number in (0, 2, 4)]
     biases = [weights.pop(f"cnn.{number}.bias") for number in (0, 2, 4)]
     if tuple(c.shape[-1] for c in convolutions) != NATURE_KERNELS:
-        raise ValueError(f"kernels {[tuple(c.shape[2:]) for c in convolutions]}, expected those of NatureCNN")
+        raise ValueError(f"expected the kernels of NatureCNN, got {[tuple(c.shape[2:]) for c in convolutions]}")
     layers: list[nn.Module] = []
     for weight, bias, stride in zip(convolutions, biases, NATURE_STRIDES, strict=True):
         layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[-1], stride=stride)
@@ -116,7 +116,7 @@ def _features(weights: dict[str, Tensor]) -> list[nn.Module]:
 
 
 def _head(weights: dict[str, Tensor], prefix: str, activation: type[nn.Module]) -> list[nn.Module]:
-    """Linear layers of a prefix in order; hidden ones, and all of mlp_extractor, are followed by the activation."""
+    """The linear layers under a prefix, in order; the activation follows hidden ones and all of mlp_extractor."""
     names = [name.removesuffix("weight") for name in weights if name.startswith(prefix) and name.endswith("weight")]
     names.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     layers: list[nn.Module] = []
@@ -129,7 +129,7 @@ def _head(weights: dict[str, Tensor], prefix: str, activation: type[nn.Module]) 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     if weight.ndim != 2:
-        raise ValueError(f"a layer of shape {tuple(weight.shape)} where a linear one was expected")
+        raise ValueError(f"expected a linear layer, got one of shape {tuple(weight.shape)}")
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer

@@ -1,4 +1,4 @@
-"""Everything that a run may set, and the settings by environment and scale."""
+"""All settings of a run, and their values by environment and scale."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Loop:
     """One training loop: acting in many environments, a replay on the device, updates."""
 
     env: str
-    """minipong, pong or breakout"""
+    """environment: minipong, pong or breakout"""
     iterations: int
-    """steps of all environments"""
+    """number of iterations; each steps all environments once"""
     num_envs: int
     """number of environments stepped together"""
     batch_size: int
     """transitions per update"""
     updates: int
-    """per iteration"""
+    """updates per iteration"""
     capacity: int
-    """transitions that the replay holds"""
+    """capacity of the replay, in transitions"""
     starts: int
     """iterations before the first update"""
     lr: float
@@ -56,13 +56,13 @@ class Loop:
     gamma: float
     """discount per step"""
     n_step: int
-    """steps of return before the bootstrap"""
+    """steps in a return before the bootstrap"""
     sync_every: int
     """iterations between copies to the target network"""
     episode_steps: int
     """steps after which an episode is cut off; 0: the environment's default"""
     explore: tuple[float, float, float]
-    """exploration: first, last, and the share of the iterations between them"""
+    """exploration: first value, last value, and the share of the iterations over which it falls"""
 
     def longer(self, times: int) -> Loop:
         """This many times the iterations, with unchanged exploration during the original ones."""
@@ -75,9 +75,9 @@ class Settings:
     """One run: a victim, an attack on it towards a goal, its evaluation. The defaults are Atari Pong at paper scale."""
 
     env: str = "pong"
-    """minipong, pong or breakout"""
+    """environment: minipong, pong or breakout"""
     goal: str = "aim_top"
-    """adversarial reward: aim_top, aim_bottom, park, centre_goal, centre_line, zone ..., or module:function"""
+    """adversarial reward: aim_top, aim_bottom, park, centre_goal, centre_line, zone, ..., or module:function"""
     miss_penalty: float = -1.0
     """subtracted from the adversarial reward per miss; -1: the goal's own (1, and 0 for centre_line_paper)"""
     bonus: float = 0.1
@@ -96,9 +96,9 @@ class Settings:
     eps: Fractional = 8 / 255
     """bound, in units of [0, 1], also as a fraction: 8/255"""
     norm: str = "linf"
-    """linf or l2"""
+    """norm of the bound: linf or l2"""
     quantize: bool = False
-    """perturbed observations are 8-bit values"""
+    """restrict perturbed observations to 8-bit values"""
     temporal: str = "stack"
     """what a step perturbs: the whole stack again, or only the newest frame, leaving earlier ones unchanged"""
     smoothing: Fractional = 0.0
@@ -110,11 +110,11 @@ class Settings:
     compare: bool = False
     """also evaluate all attacks that do not learn and (critic) full control: lead, success, normalised score"""
     episodes: int = 30
-    """of an evaluation"""
+    """number of episodes per evaluation"""
     episode_steps: int = 0
     """steps after which an episode is cut off, also in training; 0: the default (300 in MiniPong, 27,000 in Atari)"""
     pgd_steps: int = 10
-    """gradients per step of the game that PGD and MAD take"""
+    """number of gradients that PGD and MAD take per step of the game"""
     eval_every: int = 1000
     """iterations between points of the attack's training curve; 0: none"""
     save_every: int = 10_000
@@ -124,31 +124,31 @@ class Settings:
     batch_size: int = 256
     """transitions per update"""
     updates: int = 1
-    """per step of all environments"""
+    """updates per iteration"""
     capacity: int = 200_000
-    """transitions that the replay holds"""
+    """capacity of the replay, in transitions"""
     starts: int = 200
     """iterations before the first update"""
     sync_every: int = 500
     """iterations between copies to the target network"""
     victim_iterations: int = 40_000
-    """x num_envs steps"""
+    """iterations of the victim's training; each steps all environments once"""
     victim_longest: int = 3
-    """as a multiple of victim_iterations: how long a victim that fails its gate trains on before it is given up"""
+    """maximal training of a victim that does not pass its gate, as a multiple of victim_iterations"""
     victim_lr: float = 2.5e-4
     """learning rate of the victim"""
     victim_gamma: float = 0.99
     """discount of the victim"""
     victim_n_step: int = 3
-    """steps of return of the victim"""
+    """steps in a return of the victim"""
     victim_hardened: Fractional = 0.0
-    """light adversarial training: the victim learns on observations under FGSM of this bound"""
+    """light adversarial training: the victim learns on observations attacked by FGSM with this bound"""
     victim_explore: tuple[float, float, float] = (1.0, 0.01, 0.1)
-    """exploration of the victim: first, last, share of the iterations between them"""
+    """exploration of the victim: first value, last value, share of the iterations over which it falls"""
     victim_check_every: int = 1000
-    """iterations between checks of the victim's gate; training ends when it is passed; 0: checked only at the end"""
+    """iterations between checks of the victim's gate; training ends when it passes; 0: check only at the end"""
     victim_check_episodes: int = 20
-    """episodes of a check"""
+    """number of episodes per check"""
     frozen_iterations: int = 16_000
     """iterations of frozen_q"""
     frozen_lr: float = 1e-4
@@ -156,9 +156,9 @@ class Settings:
     frozen_gamma: float = 0.99
     """discount of the adversarial reward for frozen_q; 0 is the myopic ablation"""
     frozen_n_step: int = 3
-    """steps of return of frozen_q"""
+    """steps in a return of frozen_q"""
     frozen_explore: tuple[float, float, float] = (0.2, 0.02, 0.5)
-    """exploration of frozen_q: first, last, share of the iterations between them"""
+    """exploration of frozen_q: first value, last value, share of the iterations over which it falls"""
     critic_iterations: int = 16_000
     """iterations of the critic"""
     critic_lr: float = 1e-4
@@ -166,13 +166,13 @@ class Settings:
     critic_gamma: float = 0.99
     """discount of the adversarial reward for the critic; 0 is the myopic ablation"""
     critic_n_step: int = 3
-    """steps of return of the critic"""
+    """steps in a return of the critic"""
     critic_explore: tuple[float, float, float] = (0.2, 0.02, 0.5)
-    """exploration of the critic: first, last, share of the iterations between them"""
+    """exploration of the critic: first value, last value, share of the iterations over which it falls"""
     distill_iterations: int = 4000
     """iterations of the ATN's distillation from the critic"""
     distill_own: int = 1000
-    """of these, iterations played by the critic before the attacked victim plays"""
+    """how many of these the critic plays, before the attacked victim takes over"""
     distill_lr: float = 1e-4
     """learning rate of the distillation"""
     distill_batch: int = 256
@@ -180,7 +180,7 @@ class Settings:
     distill_tau: float = 0.05
     """temperature of the victim's values in the distillation"""
     distill_temporal: str = "stack"
-    """what the ATN is trained to perturb: as `temporal`"""
+    """what the ATN is trained to perturb: see `temporal`"""
     atn_width: int = 32
     """width of the ATN"""
     adam_eps: float = 1.5e-4
@@ -199,13 +199,13 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temporal == "frame" and self.norm == "l2":
-            raise ValueError("temporal 'frame' needs norm 'linf': frames attacked apart add up in L2")
+            raise ValueError("temporal 'frame' needs norm 'linf': in L2, separately attacked frames add up")
         for name in ("victim_gamma", "frozen_gamma", "critic_gamma"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def goal_options(self) -> dict[str, float]:
-        """What this run changes in its goal's preset."""
+        """The options of the goal that this run overrides."""
         options = {name: getattr(self, name) for name in ("low", "high") if getattr(self, name) >= 0}
         if self.goal in ("park", "paddle_zone"):
             options["bonus"] = self.bonus
@@ -237,7 +237,7 @@ class Settings:
         )
 
     def key(self, kind: str) -> dict:
-        """The settings that a training ("victim", "critic" or "atn") depends on: runs that agree in them share it."""
+        """The settings that a training ("victim", "critic" or "atn") depends on: runs with the same values share it."""
         evaluation = {"attack", "target", "quantize", "temporal", "measure", "transfer", "compare", "episodes"}
         evaluation |= {"timed_share", "save_every", "pgd_steps"}
         bound = {"eps", "norm", "learner", "atn_width", "eval_every", "smoothing"}

@@ -1,4 +1,4 @@
-"""The store of trainings and evaluations: a file per piece of work, named by everything that decides its outcome."""
+"""The store of trainings and evaluations: one file each, named by everything that determines its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def place(store: Path, kind: str, seed: int, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Where work of this identity and this code is kept (without a suffix), and the identity made whole."""
+    """Path (without a suffix) for results of this identity and this code, and the complete identity."""
     identity = {"kind": kind, "code": code_hash()} | identity
     name = hashlib.sha256(json.dumps([identity, seed], sort_keys=True).encode()).hexdigest()[:16]
     return store / f"{kind}-{seed}-{name}", identity
@@ -22,7 +22,7 @@ def place(store: Path, kind: str, seed: int, identity: dict[str, Any]) -> tuple[
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """One process at a time for a path; others wait."""
+    """Lock a path for one process at a time; others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -30,7 +30,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def goal_code(goal: str) -> str:
-    """Of the file of a user's own goal, module:function, which changes what is learned; "" for the built-in ones."""
+    """Hash of the file of a user's goal, module:function, because it changes what is learned; "" for built-in goals."""
     if ":" not in goal:
         return ""
     source = importlib.import_module(goal.partition(":")[0]).__file__ or ""
@@ -39,7 +39,7 @@ def goal_code(goal: str) -> str:
 
 @lru_cache(maxsize=1)
 def code_hash() -> str:
-    """Of this package's source: what another version trained is never taken for this one's."""
+    """Hash of this package's source, so that results of another version are not reused."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

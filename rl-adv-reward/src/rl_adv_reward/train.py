@@ -1,8 +1,8 @@
-"""The training loop: any learner, many environments, a replay on the device; it can be killed at any time and resumed.
+"""The training loop: any learner, many environments, a replay on the device; it can be killed and resumed at any time.
 
-One step of all environments, then the learner's updates. On the CPU a killed and continued MiniPong training ends
-bit-equal to one that was not. ALE's vector environment cannot save its state: there a continued training starts new
-episodes and keeps everything else.
+An iteration steps all environments once, then updates the learner. On the CPU a killed and resumed MiniPong training
+gives bit-equal results to an uninterrupted one. ALE's vector environment cannot save its state: a resumed training
+starts new episodes there and keeps everything else.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ logger = get_logger("rl-adv-reward")
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
-    """Fabric on one device; runs, not ranks, are what is spread over several.
+    """Fabric on one device; several devices run different runs, not ranks of one.
 
     Args:
         device: auto (CUDA if available), cpu or cuda.
-        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or one of Fabric's.
+        precision: auto (bf16-mixed on CUDA from Ampere on, else 32-true) or a precision of Fabric.
     """
-    from lightning.fabric import Fabric  # seconds; who only reads tables need not wait
+    from lightning.fabric import Fabric  # takes seconds, which reading tables should not
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":  # Fabric makes torch ask NVML for GPUs, and Adam asks at every step
+    if device == "cpu":  # Fabric makes torch query NVML for GPUs, and Adam queries at every step
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     if precision == "auto":
         modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
@@ -55,7 +55,7 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def own_reward(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, info: dict) -> Tensor:
-    """The game's own reward, clipped to its sign: what victims are trained on."""
+    """The game's reward, clipped to its sign, on which victims are trained."""
     return reward.sign()
 
 
@@ -69,7 +69,7 @@ class State(TypedDict):
 
 
 class Trained(NamedTuple):
-    """What a training produces besides the learner's weights."""
+    """Results of a training besides the learner's weights."""
 
     curve: list[dict]
     iterations: int
@@ -93,17 +93,17 @@ def fit(
     """Train; the same arguments give the same weights on a CPU (MiniPong), even if it was killed and restarted.
 
     Args:
-        learner: see learners.py; fresh.
-        goal: the reward that is learned.
+        learner: see learners.py; not yet trained.
+        goal: the reward to learn.
         loop: sizes and rates.
-        seed: of everything drawn here.
+        seed: seed of all random numbers here.
         fabric: device and precision.
-        evaluate: called with the iterations done; what it measured, and whether training may end.
-        evaluate_every: iterations between calls; 0: none.
-        checkpoint: file to continue from and to save to; that of another run is refused.
-        checkpoint_every: iterations between saves; the end of training saves as well.
-        identity: what else, beside loop and seed, makes a checkpoint that of this run.
-        before: called with the iterations done, before each one.
+        evaluate: called with the number of iterations done; returns its measurements, and whether training may end.
+        evaluate_every: iterations between calls; 0: never.
+        checkpoint: file to resume from and to save to; a checkpoint of another run is an error.
+        checkpoint_every: iterations between saves; the end of training also saves.
+        identity: what identifies this run's checkpoint, in addition to loop and seed.
+        before: called before each iteration with the number of iterations done.
         compile: torch.compile the loss.
 
     Returns:
@@ -126,7 +126,7 @@ def fit(
     if saved and checkpoint is not None:
         state, loss = saved["state"], saved["loss"].to(fabric.device)
         _restore(saved, learner, replay, play, loop)
-        logger.info("continuing at iteration %d from %s", state["iteration"], checkpoint.name)
+        logger.info("resuming at iteration %d from %s", state["iteration"], checkpoint.name)
     compute_loss = torch.compile(learner.loss) if compile else learner.loss
 
     while not state["finished"]:
@@ -175,9 +175,9 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 
 def _save(path: Path, run: dict, state: State, loss: Tensor, learner: Learner, replay: Replay, play: Play) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one.
+    """Write to a temporary name, then rename: a killed process leaves the old checkpoint or the new one.
 
-    A finished training keeps no replay: it is large, and nobody needs it any more.
+    A finished training keeps no replay: it is large and no longer needed.
     """
     content: dict[str, Any] = {"run": run, "state": state, "loss": loss.cpu()}
     content["modules"] = {name: module.state_dict() for name, module in learner.modules.items()}
@@ -188,13 +188,13 @@ def _save(path: Path, run: dict, state: State, loss: Tensor, learner: Learner, r
 
 
 def write_atomically(path: Path, content: dict) -> None:
-    """torch.save: the file is whole or not there. OSError where it cannot be written."""
+    """torch.save that writes the file completely or not at all. OSError if it cannot be written."""
     with whole_file(path) as temporary:
         torch.save(content, temporary)
 
 
 def read(path: Path) -> dict:
-    """A file of `write_atomically` on the CPU. FileNotFoundError, or ValueError if it is damaged."""
+    """Load a file of `write_atomically` to the CPU. FileNotFoundError, or ValueError if it is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: checkpoint not found")
     try:
@@ -218,7 +218,7 @@ def _open(path: Path, run: dict, learner: Learner) -> dict:
 
 
 def _restore(content: dict, learner: Learner, replay: Replay, play: Play, loop: Loop) -> None:
-    """Everything else that decides the future."""
+    """Random and other state that determines the rest of the training."""
     learner.optimizer.load_state_dict(content["optimizer"])
     replay.restore(content["replay"])
     if content["play"] is None:

@@ -1,7 +1,6 @@
-"""Speed against a peer: measured in turn, shown as one table of ratios, kept with machine, versions and raw samples.
+"""Speed against a peer: measured in turn, shown as a table of ratios, saved with machine, versions and raw samples.
 
-Part of the run log's job: `bench.json` (on a GPU `bench-cuda.json`) is to a benchmark what `<scale>.jsonl` is to a
-table.
+`bench.json` (on a GPU `bench-cuda.json`) is for a benchmark what the run log `<scale>.jsonl` is for a table.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from shared_utils import runlog
 from shared_utils.folders import is_installed, runs_folder
 from shared_utils.logging import console, progress
 
-SAMPLE_MS = 20.0  # work that is shorter is called several times per sample
+SAMPLE_MS = 20.0  # shorter work is called several times per sample
 CAPTION = (
     "ratio: how many times ours is faster or smaller, median (min .. max); a target of 1/1.4 allows ours 1.4 times "
     "the peer's cost. ms: CPU time with one thread on a CPU, otherwise wall time; s: wall time"
@@ -38,21 +37,21 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of ours and of a peer, or ours alone: a fact such as steps per second."""
+    """Samples of ours and of a peer, or only ours: a figure such as steps per second."""
 
     what: str
     peer: str | None
     ours: Sequence[float]
     theirs: Sequence[float] = ()
-    """the peer's samples, as many as ours; none without a peer"""
+    """the peer's samples, the same number as ours; none without a peer"""
     unit: str = "ms"
     target: str = ""
-    """bound on the ratio (on our median without a peer), ">= 2" or "<= 120"; ">= 1/1.4" where an overhead is allowed"""
+    """bound on the ratio (on our median without a peer), ">= 2" or "<= 120"; ">= 1/1.4" allows an overhead"""
     note: str = ""
 
     @property
     def ratio(self) -> tuple[float, float, float] | None:
-        """Median, min and max over pairs of samples of the peer's cost divided by ours; None without a peer."""
+        """Median, min and max of the peer's cost divided by ours, over pairs of samples; None without a peer."""
         if self.peer is None:
             return None
         ratios = [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
@@ -72,9 +71,9 @@ class Timing:
 def in_turn(
     ours: Callable[[], object], peer: Callable[[], object] | None, repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds per call of both (of ours alone without a peer), warmed up, then measured in turn, `repeats` times.
+    """Milliseconds per call of both (without a peer, only of ours), measured in turn `repeats` times after a warm-up.
 
-    On a CPU with one thread it is the process's CPU time, which other programs disturb least; else wall time.
+    On a CPU with one thread this is the process's CPU time, which other programs affect least; otherwise wall time.
     """
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -100,15 +99,15 @@ def in_turn(
 
 
 def share_of_peak(work: Callable[[], object], milliseconds: Sequence[float], dtype: torch.dtype) -> str:
-    """The FLOP/s of matrix products and convolutions that a call reaches, as a share of what the CUDA device can do.
+    """The FLOP/s of matrix products and convolutions that a call reaches, as a share of the CUDA device's peak.
 
     Args:
-        work: what was timed.
+        work: the work that was timed.
         milliseconds: its samples.
-        dtype: of the matrix product, 8192 x 8192 by 8192 x 8192, whose rate counts as the device's peak.
+        dtype: data type of the matrix product (8192 x 8192 by 8192 x 8192) that defines the device's peak.
 
     Returns:
-        such as "41 % of 790 TFLOP/s (bfloat16)"; empty without CUDA.
+        For example "41 % of 790 TFLOP/s (bfloat16)"; empty without CUDA.
     """
     if not torch.cuda.is_available():
         return ""
@@ -124,20 +123,20 @@ def share_of_peak(work: Callable[[], object], milliseconds: Sequence[float], dty
 def report(
     project: str, timings: Iterable[Timing], root: Path, packages: Sequence[str], settings: dict[str, Any]
 ) -> None:
-    """Measure (where `timings` is a generator), write `<root>/runs/bench.json` or bench-cuda.json, print the table.
+    """Measure (if `timings` is a generator), write `<root>/runs/bench.json` or bench-cuda.json, print the table.
 
     Args:
         project: name, as on the command line.
         timings: in the order of the table.
         root: the project's folder, in the checkout whose commit is recorded.
-        packages: whose versions are recorded, peers included; exit code 1 where one is not installed.
-        settings: of this measurement, such as its repeats.
+        packages: packages to record the versions of, including peers; exit code 1 if one is not installed.
+        settings: settings of this measurement, such as its repeats.
     """
     source = runlog.provenance(root, packages)
     missing = [name for name in packages if name not in source["versions"]]
     if missing:
         extra = f"pip install './{project}[bench]'"
-        raise SystemExit(f"{project}: {missing[0]} is missing; the extra `bench` brings it: {extra}")
+        raise SystemExit(f"{project}: {missing[0]} is missing; the extra `bench` installs it: {extra}")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with progress() as bar:
         measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
@@ -152,7 +151,7 @@ def report(
 
 
 def summary(paths: Iterable[Path]) -> pd.DataFrame:
-    """One line per timing of these bench.json files, its cells as text; `device` and `versions` say where."""
+    """One line per timing of these bench.json files, with cells as text; `device` and `versions` say where."""
     lines = []
     for path in paths:
         found = json.loads(path.read_text())
@@ -168,7 +167,7 @@ def summary(paths: Iterable[Path]) -> pd.DataFrame:
 
 
 def print_summary(frame: pd.DataFrame) -> None:
-    """Print a `summary` to stdout, without its empty columns, and where each project was measured."""
+    """Print a `summary` to stdout without its empty columns, and where each project was measured."""
     places = frame[["project", "device"]].drop_duplicates()
     shown = frame.drop(columns=["device", "versions"])
     shown = shown.loc[:, shown.any()]
@@ -183,9 +182,9 @@ def print_summary(frame: pd.DataFrame) -> None:
 
 
 def record(root: Path) -> int:
-    """Move a project's finished runs and its benchmarks from runs/ to results/; returns how many runs.
+    """Move a project's finished runs and its benchmarks from runs/ to results/; returns the number of runs.
 
-    RuntimeError where the working tree is not clean, or where one of them was measured on one that was not; ValueError
+    RuntimeError if the working tree is not clean, or if one of them was measured on uncommitted code; ValueError
     outside a source checkout.
     """
     if is_installed(root):

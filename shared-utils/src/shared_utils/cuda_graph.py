@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: the step of a small network takes as long as its launches do."""
+"""A training step as one CUDA graph: kernel launches dominate the step of a small network."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ WARMUP = 3  # eager steps before the capture
 
 
 class StepGraph:
-    """Replays a step, a function of tensors, with a single launch.
+    """Replays a step, which is a function of tensors, with a single launch.
 
-    The first calls run eagerly, on the side stream that capturing asks for; they are steps like all others. What the
-    step reads beside its inputs (weights, the optimizer's state, its learning rate as a tensor) must stay where it is,
-    and it may neither wait for a value nor draw from a generator of its own.
+    The first calls run eagerly, on the side stream that capturing requires; they are normal steps. What the step reads
+    besides its inputs (weights, optimizer state, the learning rate as a tensor) must stay at its address. The step may
+    not wait for a value or draw from its own generator.
 
     Args:
-        step: CUDA tensors, of the same shapes in every call, to anything made of tensors without a gradient.
+        step: takes CUDA tensors, of the same shapes in every call; returns any structure of tensors without gradient.
     """
 
     def __init__(self, step: Callable[..., Any]):
@@ -27,7 +27,7 @@ class StepGraph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the step returns; the next call overwrites it."""
+        """Result of the step; the next call overwrites it."""
         if self.calls < WARMUP:
             self.calls += 1
             side = torch.cuda.Stream()
@@ -48,12 +48,12 @@ class StepGraph:
 
 
 def set_learning_rate(group: dict[str, Any], rate: float) -> None:
-    """Of an optimizer's group; a learning rate that is a tensor, as a graph needs it, is set in place."""
+    """Set the learning rate of an optimizer's group; in place if it is a tensor, as a graph needs it."""
     group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` that leaves learning rates where a graph looks for them, and what a graph needs as it was."""
+    """`load_state_dict` that keeps learning rates at their addresses, and the settings that a graph needs."""
     needed = ("lr", "capturable")
     kept: list[dict[str, Any]] = [{name: g[name] for name in needed if name in g} for g in optimizer.param_groups]
     rates = [float(group["lr"]) for group in state["param_groups"]]

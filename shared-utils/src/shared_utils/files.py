@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """A name next to `path` to write to. It becomes `path` when the block ends, and is removed if the block fails.
+    """A temporary name next to `path` to write to. It becomes `path` when the block ends, and is removed if it fails.
 
-    A kill leaves the old file or the new one; processes that write the same file do not disturb each other. Folders are
-    made.
+    If the process is killed, the old file or the new one is there; processes that write the same file do not disturb
+    each other. Folders are created.
 
     Raises:
-        OSError: the file cannot be written, with its name, the reason and the free space. The RuntimeError that
-            torch.save raises on a full disk becomes one.
+        OSError: the file cannot be written; names the file, the reason and the free space. It replaces the RuntimeError
+            that torch.save raises on a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where a project's tables, results and runs are: in its source checkout, or, installed, in the package and around."""
+"""Where a project's tables, results and runs are: in its source checkout, or in and around the installed package."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def project_folder(module: str) -> Path:
-    """The folder that holds tables/ and results/: the source checkout, else the installed package.
+    """The folder that holds tables/ and results/: the source checkout, otherwise the installed package.
 
     Args:
-        module: `__file__` of a module directly in the package, which lies in src/ of its checkout.
+        module: `__file__` of a module directly in the package, which is in src/ of its checkout.
     """
     package = Path(module).parent
     checkout = package.parents[1]
@@ -18,7 +18,7 @@ def project_folder(module: str) -> Path:
 
 
 def is_installed(project: Path) -> bool:
-    """Whether a project folder is an installed package, to which nothing is written."""
+    """Whether a project folder is an installed package (nothing is written there)."""
     return (project / "__init__.py").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Read images of every kind that users have, all projects alike."""
+"""Read images of all kinds that users have, in the same way in all projects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 class BrokenFile(RuntimeError):
     """A file that cannot be read completely: one line with the file, the reason and what to do.
 
-    A DataLoader wraps an error of its workers in their traceback; only the line itself is kept.
+    A DataLoader wraps an error of its workers in their traceback; only the line is kept.
     """
 
     def __init__(self, message: str):
@@ -25,15 +25,15 @@ class BrokenFile(RuntimeError):
 
 
 def read_image(source: Path | str | BinaryIO, mode: Literal["RGB", "L"] = "RGB", name: str = "") -> Image.Image:
-    """Decode an image to its last byte and bring it to 8-bit RGB or grey, as a viewer would show it.
+    """Decode an image completely and convert it to 8-bit RGB or grey, as a viewer would show it.
 
-    EXIF orientation is applied, 16-bit values are scaled to 8 bits, transparent pixels lie on white, palettes and CMYK
-    are converted; of an animation the first frame counts.
+    EXIF orientation is applied, 16-bit values are scaled to 8 bits, transparent pixels are put on white, palettes and
+    CMYK are converted; of an animation, the first frame is used.
 
     Args:
-        source: a file, or an open one.
+        source: a path or an open file.
         mode: "RGB" or "L".
-        name: what messages call it; the path unless given.
+        name: name in messages; default: the path.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,8 +73,8 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 def image_files(folder: Path | str) -> tuple[list[Path], Counter[str]]:
     """Image files below a folder in sorted order, and the number of skipped files for each reason.
 
-    Symbolic links are followed. Hidden files and folders (.DS_Store, .ipynb_checkpoints, ._cat.jpg) are passed over and
-    counted as "hidden"; other files by their suffix.
+    Symbolic links are followed. Hidden files and folders (.DS_Store, .ipynb_checkpoints, ._cat.jpg) are skipped and
+    counted as "hidden"; other files are counted by their suffix.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -84,7 +84,7 @@ def image_files(folder: Path | str) -> tuple[list[Path], Counter[str]]:
         raise FileNotFoundError(f"{folder}: no such folder")
     found: list[Path] = []
     left_out: Counter[str] = Counter()
-    seen: set[str] = set()  # a link that leads upwards must not be followed for ever
+    seen: set[str] = set()  # a link to a parent folder must not be followed forever
     for here, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(here))
         left_out["hidden"] += sum(name.startswith(".") for name in [*folders, *names])

@@ -1,4 +1,4 @@
-"""Console output: log and progress on stderr, tables on stdout; only rank 0 speaks."""
+"""Console output: log and progress on stderr, tables on stdout; only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from rich.progress import (
 
 
 def rank() -> int:
-    """This process's rank under torch.distributed or torchrun, else 0."""
+    """This process's rank under torch.distributed or torchrun, otherwise 0."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", 0))
 
 
 def quiet() -> bool:
-    """No live output: stderr is not a terminal, CI is set, or this is not rank 0."""
+    """Whether live output is off: stderr is not a terminal, CI is set, or this is not rank 0."""
     return not sys.stderr.isatty() or bool(os.environ.get("CI")) or rank() != 0
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to what sys.stderr is at that time: notebooks and tests replace it."""
+    """Writes to the current sys.stderr, because notebooks and tests replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -56,7 +56,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def progress() -> Progress:
-    """A progress display with count and time left, to be used as a context manager."""
+    """A progress display with count and time left, used as a context manager."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

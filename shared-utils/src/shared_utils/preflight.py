@@ -1,4 +1,4 @@
-"""Look before the first step at everything that a run will need, and say all that is missing at once."""
+"""Check everything that a run will need before its first step, and list all that is missing at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Missing(ValueError):
-    """What a run needs and cannot find, a line each with the remedy."""
+    """Lists what a run needs and cannot find, one line each with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Need:
     """One thing that a run needs."""
 
     what: str
-    """such as "ImageNet-O (64 x 64 crops)" """
+    """for example "ImageNet-O (64 x 64 crops)" """
     remedy: str
     """what to do if it is missing"""
     met: bool
 
 
 def file(path: Path | str, what: str, remedy: str) -> Need:
-    """A file or folder that must be there."""
+    """A file or folder that must exist."""
     return Need(f"{what} ({path})", remedy, Path(path).exists())
 
 
@@ -35,32 +35,32 @@ def package(name: str, remedy: str) -> Need:
 
 
 def disk_space(folder: Path | str, megabytes: float) -> Need:
-    """Free space where something will be written; the folder itself may not be there yet."""
+    """Free space where something will be written; the folder need not exist yet."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 2**20
-    return Need(f"{megabytes:,.0f} MB free in {folder} ({free:,.0f} MB are)", "make room there", free >= megabytes)
+    return Need(f"{megabytes:,.0f} MB free in {folder} ({free:,.0f} MB are free)", "make room there", free >= megabytes)
 
 
 def device_memory(gigabytes: float) -> Need:
     """Memory of the CUDA device, if there is one."""
     import torch
 
-    what, remedy = f"{gigabytes:g} GB of device memory", "take a larger device or a smaller batch"
+    what, remedy = f"{gigabytes:g} GB of device memory", "use a larger device or a smaller batch"
     if not torch.cuda.is_available():
         return Need(what, remedy, True)
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Need(f"{what} ({total:.0f} GB are there)", remedy, total >= gigabytes)
+    return Need(f"{what} (this one has {total:.0f} GB)", remedy, total >= gigabytes)
 
 
 def unmet(needs: Iterable[Need]) -> list[str]:
-    """A line for each different need that is not met."""
+    """One line for each different need that is not met."""
     return list(dict.fromkeys(f"{need.what}: {need.remedy}" for need in needs if not need.met))
 
 
 def require(needs: Iterable[Need]) -> None:
-    """Missing, with a line for each need that is not met."""
+    """Raise Missing, with one line for each need that is not met."""
     lines = unmet(needs)
     if lines:
         raise Missing("missing:\n" + "\n".join(f"  {line}" for line in lines))

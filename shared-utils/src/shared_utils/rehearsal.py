@@ -1,9 +1,9 @@
-"""`make rehearse`: each table of a project at its paper scale, end to end, on tiny archives in a temporary copy.
+"""`make rehearse`: run each table of a project at paper scale, end to end, on tiny archives in a temporary copy.
 
-A table without that scale is rehearsed at the one that rehearsal.toml names under [scales].
+A table without that scale is rehearsed at the scale that rehearsal.toml names under [scales].
 
-The copy is a git repository of its own in which rehearsal.toml has made the counts of the table files small. There the
-project's own command line writes the archives, runs the tables, and records the runs, which draws the pages.
+The copy is a separate git repository, in which the counts of the table files are reduced as rehearsal.toml says. There
+the project's command line writes the archives, runs the tables, and records the runs, which also draws the pages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCALE = "paper"
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """How one table fared."""
+    """Result of rehearsing one table."""
 
     table: str
     seconds: float
@@ -50,17 +50,17 @@ class Rehearsed:
 
     @property
     def passed(self) -> bool:
-        """Each row has its figures, each claim a verdict, and the figure is drawn."""
+        """Whether each row has its metrics, each claim has a verdict, and the figure was drawn."""
         return not (self.problem or self.impossible)
 
 
 def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> list[Rehearsed]:
-    """Run a project's tables at scale paper, or as named, on tiny archives; nothing in the project itself is touched.
+    """Run a project's tables at scale paper, or as named, on tiny archives; nothing in the project itself changes.
 
     Args:
-        project: its folder, with rehearsal.toml.
-        tables: ids; default: all tables with such a scale.
-        debug: show tracebacks and everything that the commands print.
+        project: the project's folder, with rehearsal.toml.
+        tables: table ids; default: all tables with such a scale.
+        debug: show tracebacks and all output of the commands.
     """
     project = Path(project).resolve()
     plan = tomllib.loads((project / "rehearsal.toml").read_text())
@@ -97,9 +97,9 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
 def shrunk(
     raw: dict[str, Any], smaller: dict[str, Any], in_rows: dict[str, Any], seeds: int, scale: str = SCALE
 ) -> dict[str, Any]:
-    """A table file with the first seeds only, and each named setting reduced at one scale if it is larger.
+    """A table file with only the first seeds, and with each named setting of one scale reduced if it is larger.
 
-    Settings of in_rows are replaced where a row names them; rows that do not have them stay without.
+    Settings of in_rows are replaced in rows that have them; other rows do not get them.
     """
 
     def replaced(value: Any, new: dict[str, Any], name: str = "") -> Any:
@@ -124,14 +124,14 @@ def shrunk(
 
 
 def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
-    """In the copy, by its own command line."""
+    """Rehearse in the copy, with its command line."""
     package = next(path.parent.name for path in (copy / "src").glob("*/cli.py"))
     cli = importlib.import_module(f"{package}.cli")
     if not Path(cli.__file__ or "").is_relative_to(copy):
         raise RuntimeError(f"{package} was imported from {cli.__file__}, not from the copy")
 
     def call(*words: str) -> str:
-        """Why the command failed; empty where it did not."""
+        """Why the command failed; empty if it did not."""
         sys.argv = [package, *words, *(["--debug"] if orders["debug"] else [])]
         shown = io.StringIO()
         try:
@@ -151,7 +151,7 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
     if problem:
         raise RuntimeError(problem)
     root = Path(os.environ["DATA_ROOT"])
-    for path in (root, *root.rglob("*")):  # archives often lie where their user cannot write
+    for path in (root, *root.rglob("*")):  # archives are often where the user cannot write
         path.chmod(path.stat().st_mode & ~0o222)
     scale_of = {table.id: orders["scales"].get(table.id, SCALE) for table in load_tables(copy / "tables")}
     known = [table for table in load_tables(copy / "tables") if scale_of[table.id] in table.scales]
@@ -165,7 +165,7 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
         seconds[table.id] = round(time.perf_counter() - begin, 1)
         told = problems.get(table.id) or "ran"
         print(f"{copy.name} {table.id}: {told}, {duration(seconds[table.id])}", file=sys.stderr, flush=True)
-    closing = call("record")  # draws the tables as well
+    closing = call("record")  # also draws the tables
     drawn = set(getattr(importlib.import_module(f"{package}.figures"), "DRAW", ())) | set(orders["figures"])
     found = []
     for table in chosen:
@@ -180,7 +180,7 @@ def _inside(copy: Path, orders: dict[str, Any]) -> list[Rehearsed]:
 
 
 def _lacking(table: Any, scale: str, results: Path) -> str:
-    """The first figure or verdict that is missing."""
+    """The first metric or verdict that is missing."""
     log = RunLog(results / f"{scale}.jsonl")
     measured = values(table, scale, log)
     for row in table.rows_at(scale):
@@ -194,10 +194,10 @@ def _lacking(table: Any, scale: str, results: Path) -> str:
 
 
 def main() -> None:
-    """0: all passed, 1: not all did."""
+    """Exit code: 0 if all passed, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("project", type=Path, help="folder of the project")
-    parser.add_argument("tables", nargs="*", help="ids; none means all")
+    parser.add_argument("tables", nargs="*", help="table ids; default: all")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and all output")
     parser.add_argument("--inside", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Published | measured, and the verdict on each claim, from a table file and run logs alone."""
+"""Published | measured, and the verdict on each claim, from a table file and run logs only."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Verdict:
     high: float = float("inf")
     n_seeds: int = 0
     remark: str = ""
-    """caveats of its runs, and what Holm's correction changed"""
+    """caveats of the claim's runs, and what Holm's correction changed"""
     p_value: float = 1.0
-    """two-sided, of the nearest bound"""
+    """two-sided, for the nearest bound"""
 
     @property
     def figures(self) -> str:
-        """Effect, its interval and the number of seeds; empty where it was not measured."""
+        """Effect, its interval and the number of seeds; empty if not measured."""
         if self.effect is None:
             return ""
         interval = f" [{number(self.low)}, {number(self.high)}]" if self.n_seeds > 1 else ""
@@ -64,7 +64,7 @@ def values(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, 
 
 
 def measured(table: Table, scale: str, log: RunLog | None) -> dict[str, dict[int, dict[str, Any]]]:
-    """Records by row and seed; those whose settings are not the table's present ones do not count."""
+    """Records by row and seed; excludes those whose settings differ from the table's current ones."""
     if log is None or scale not in table.scales:
         return {}
     homes = {table.id, *(row.home.id for row in table.rows if row.home)}
@@ -89,18 +89,18 @@ def interval(sample: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
-    """A verdict on every claim of the table that is to be judged at this scale, with Holm's correction over them."""
+    """A verdict on every claim that the table makes at this scale, with Holm's correction over them."""
     found = measured(table, scale, log)
     claims = [claim for claim in table.claims if claim.scales is None or scale in claim.scales]
     return _holm([_judged(table, claim, scale, found) for claim in claims])
 
 
 def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
-    """Claims in their order, each at every scale but smoke where it was measured, else once as not measured.
+    """Claims in order, each at every scale (except smoke) where it was measured, otherwise once as not measured.
 
     Args:
-        table: with its claims.
-        logs: the committed runs of each scale that has any.
+        table: the table with its claims.
+        logs: the committed runs of each scale, if any.
     """
     at_scales = [judge(table, scale, logs.get(scale)) for scale in table.scales if scale != "smoke"]
     found = []
@@ -112,7 +112,7 @@ def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
 
 
 def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, dict[str, Any]]]) -> Verdict:
-    """The verdict on a claim by itself, and the p value at which it would turn undecided."""
+    """The verdict on a claim by itself, and the p-value at which it would become undecided."""
     by_row = {row: _sample(found, row, claim.metric) for row in claim.named_rows}
     seeds = sorted(set.intersection(*map(set, by_row.values())))
     if not seeds:
@@ -136,7 +136,7 @@ def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, d
         low_bound = 0.0
     mean, half = interval(effect)
     low, high = mean - half, mean + half
-    rounding = 1e-9  # a mean of equal values may differ from them in the last digit
+    rounding = 1e-9  # the mean of equal values may differ from them in the last digit
     open_below = bool(claim.better or claim.trend)
     reached = (effect > low_bound if open_below else effect >= low_bound - rounding) & (effect <= high_bound + rounding)
     records = [found[row][seed] for row in by_row for seed in seeds]
@@ -155,7 +155,7 @@ def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, d
 
 
 def _holm(alone: list[Verdict], level: float = 0.05) -> list[Verdict]:
-    """Holm's correction: of several claims in a table, only those are decided that survive it over all of them."""
+    """Holm's correction: if a table makes several claims, only those are decided that survive it over all of them."""
     judged = [number for number, verdict in enumerate(alone) if verdict.effect is not None]
     corrected, decided = list(alone), True
     for rank, number in enumerate(sorted(judged, key=lambda number: alone[number].p_value)):
@@ -163,7 +163,11 @@ def _holm(alone: list[Verdict], level: float = 0.05) -> list[Verdict]:
         decided = decided and verdict.p_value <= level / (len(judged) - rank)
         if not decided:
             by_itself = verdict.p_value <= level
-            remark = f"{verdict.verdict} by itself, not among {len(judged)} claims (Holm)" if by_itself else ""
+            remark = (
+                f"{verdict.verdict} by itself, but not after Holm's correction for {len(judged)} claims"
+                if by_itself
+                else ""
+            )
             remark = "; ".join(filter(None, [verdict.remark, remark]))
             corrected[number] = replace(verdict, verdict="undecided", remark=remark)
     return corrected
@@ -172,10 +176,10 @@ def _holm(alone: list[Verdict], level: float = 0.05) -> list[Verdict]:
 def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | None = None) -> pd.DataFrame:
     """One line per row and metric: published, ours, yours, agreement.
 
-    Published figures are left out at a scale that is neither the paper's nor says what it is `measured_on`. Runs with
-    caveats have lines of their own, under the row's name with the caveats behind it and without a published figure.
-    Agreement is "same" where common seeds give equal values (1e-6 relative), "agrees" where the 95 % intervals
-    overlap, else "differs"; empty where either is missing.
+    Published figures are omitted at scales other than paper that do not say what they are `measured_on`. Runs with
+    caveats have separate lines, with the caveats after the row's name and without a published figure.
+    Agreement is "same" if common seeds give equal values (1e-6 relative), "agrees" if the 95 % intervals
+    overlap, otherwise "differs"; empty if either is missing.
     """
     mine, other = measured(table, scale, ours), measured(table, scale, yours)
     beside_published = scale == "paper" or (scale in table.scales and table.scales[scale].measured_on)
@@ -204,7 +208,7 @@ def comparison(table: Table, scale: str, ours: RunLog | None, yours: RunLog | No
 def _sample(
     found: dict[str, dict[int, dict[str, Any]]], row: str, metric: str, caveats: tuple[str, ...] | None = None
 ) -> dict[int, float]:
-    """Values by seed, of the runs with just these caveats; a row whose runs are another table's may lack a metric."""
+    """Values by seed of the runs with exactly these caveats; a row that another table runs may lack a metric."""
     records = {
         seed: record
         for seed, record in found.get(row, {}).items()
@@ -254,7 +258,7 @@ def print_table(table: Table, scale: str, ours: RunLog | None, yours: RunLog | N
 
 
 def _heads(table: Table, scale: str) -> dict[str, str]:
-    """What follows "published" and "measured" in column headings."""
+    """Column headings with what the published and our figures were measured on."""
     on = table.scales[scale].measured_on if scale in table.scales else ""
     return {
         "published": f"published: {table.published_on}" if table.published_on else "",
@@ -263,7 +267,7 @@ def _heads(table: Table, scale: str) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: "3 d 4 h", "2 h 5 min", "12 min", "8 s"."""
+    """A readable duration: "3 d 4 h", "2 h 5 min", "12 min", "8 s"."""
     left, parts = max(1, round(seconds if seconds < 600 else seconds / 60)), []
     left = left if seconds < 600 else left * 60
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -281,15 +285,15 @@ def print_missing(
     log: RunLog,
     needs: Callable[[dict[str, Any]], Iterable[Need]] | None = None,
 ) -> None:
-    """Print how many runs each table lacks in a log, how long they may take and what they need in vain (--dry-run).
+    """Print for --dry-run: how many runs of each table a log lacks, how long they may take and what is missing.
 
     Args:
-        tables: those that are to be run.
-        scale: such as "embedded".
-        rows: only these; none means all.
-        seeds: instead of the tables' own; none means those.
+        tables: tables to run.
+        scale: for example "embedded".
+        rows: run only these rows; default: all.
+        seeds: use these seeds; default: those of the tables.
         log: where finished runs are.
-        needs: as of `run_missing`.
+        needs: see `run_missing`.
     """
     done, total, lacking = log.keys(), 0.0, []
     shown = rich.table.Table("table", "missing runs", "expected time")
@@ -319,10 +323,10 @@ def results_page(title: str, tables: Sequence[Table], results: Path, command: st
     """The whole RESULTS.md of a project.
 
     Args:
-        title: of the page.
+        title: title of the page.
         tables: all tables of the project.
         results: folder with <scale>.jsonl and figures/<table>.png.
-        command: such as "prdc-metrics run".
+        command: for example "prdc-metrics run".
     """
     parts = [
         f"# {title}: results",

@@ -1,4 +1,4 @@
-"""A finished run is one JSON line. Logs survive kills and many writers; nothing in them is ever edited."""
+"""A finished run is one JSON line. Logs survive killed processes and several writers; lines are never edited."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
     """further facts, such as integer counts"""
     dataset: dict[str, Any] = field(default_factory=dict)
-    """name, images used (of each class if it is a subset) and checksum"""
+    """name, number of images (per class for a subset) and checksum"""
     weights: dict[str, str] = field(default_factory=dict)
     """name and SHA-256 of pretrained weights"""
     precision: str = "32-true"
-    """as Fabric names it"""
+    """precision, by Fabric's name"""
     caveats: Sequence[str] = ()
-    """why the figures cannot be compared with the paper's, such as "3 files skipped" """
+    """reasons why the figures cannot be compared with the paper's, such as "3 files skipped" """
 
 
 def key_of(record: dict) -> tuple:
@@ -62,11 +62,11 @@ class RunLog:
         self.path = Path(path)
 
     def append(self, *records: dict, force: bool = False) -> int:
-        """Add records in one locked write; returns how many.
+        """Add records in one locked write; returns their number.
 
-        A run that is there already is left out, unless `force` is given: then the new record supersedes the old one at
-        reading. ValueError for NaN or infinite metrics; OSError naming the log where it cannot be written, which leaves
-        it as it was.
+        A run that is already there is skipped, unless `force` is given: then the new record replaces the old one when
+        the log is read. ValueError for NaN or infinite metrics; OSError naming the log if it cannot be written; the
+        log is then unchanged.
         """
         lines = {key_of(record): json.dumps(record, allow_nan=False).encode() + b"\n" for record in records}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class RunLog:
             if length:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
-                    new.insert(0, b"\n")  # a kill tore the last line: keep it apart
+                    new.insert(0, b"\n")  # the last line was cut off by a kill: keep it separate
             try:
                 left = b"".join(new)
                 while left:
@@ -90,7 +90,7 @@ class RunLog:
         return len([line for line in new if line != b"\n"])
 
     def records(self) -> list[dict]:
-        """All records, the last of each run; lines that are not records are reported and skipped."""
+        """All records, only the last of each run; lines that are not records are reported and skipped."""
         found: dict[tuple, dict] = {}
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
@@ -98,7 +98,7 @@ class RunLog:
                     record = json.loads(line)
                     found[key_of(record)] = record
                 except (ValueError, KeyError, TypeError):
-                    logger.warning("%s line %d is cut off or no record; skipped", self.path.name, number)
+                    logger.warning("%s line %d is cut off or not a record; skipped", self.path.name, number)
         return list(found.values())
 
     def keys(self) -> set[tuple]:
@@ -106,15 +106,15 @@ class RunLog:
         return {key_of(record) for record in self.records()}
 
     def frame(self) -> pd.DataFrame:
-        """One row per record, its metrics as columns."""
+        """One row per record, with metrics as columns."""
         return pd.DataFrame([{**record, **record["metrics"]} for record in self.records()])
 
 
 def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]:
     """Device, versions, git commit and whether all code was committed (None and False outside a checkout).
 
-    A package that is not installed is left out. What is generated from run logs is no code: several projects may be
-    recorded one after the other.
+    Packages that are not installed are omitted. Files generated from run logs do not count as code, so several projects
+    may be recorded one after the other.
     """
 
     def git(*words: str) -> str | None:
@@ -123,7 +123,7 @@ def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]
 
     cuda = torch.cuda.is_available()
     versions = {name: _version(name) for name in ("torch", *packages)}
-    ours = git("ls-files", "--error-unmatch", "pyproject.toml") is not None  # not whatever repository lies around it
+    ours = git("ls-files", "--error-unmatch", "pyproject.toml") is not None  # not some other repository around it
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({_processor()})",
         "versions": {"python": platform.python_version()} | {name: text for name, text in versions.items() if text},
@@ -150,22 +150,22 @@ def run_missing(
     Args:
         project: name written into the records.
         runs: from `Table.runs`.
-        log: where to look and to append.
-        execute: settings and seed to an `Outcome`; with `group`: a list of settings and a list of seeds to a list.
+        log: run log to read and to append to.
+        execute: (settings, seed) -> `Outcome`; with `group`: (list of settings, list of seeds) -> list of outcomes.
         repository: checkout whose commit is recorded.
-        packages: further packages whose versions are recorded.
-        force: run all, superseding what is there.
-        jobs: processes that run side by side, each with its share of the cores; 0 takes one per core, or a single
-            one where there is CUDA. With more than one, `execute` must be picklable.
+        packages: further packages to record the versions of.
+        force: run all, replacing existing records.
+        jobs: number of parallel processes, each with its share of the cores; 0: one per core, or a single one with
+            CUDA. With more than one, `execute` must be picklable.
         group: runs that it maps to the same value are executed in one call (models trained with stacked
             parameters); each record then holds its share of the time.
-        needs: settings to all that a run needs; what is missing for any of the runs is told before the first starts.
+        needs: settings -> all that a run needs; lists everything missing for any run before the first one starts.
 
     Returns:
         The new records.
 
     Raises:
-        Missing: what is not there, all of it.
+        Missing: lists everything that is missing.
     """
     done = set() if force else log.keys()
     units: dict[Hashable, list[Run]] = {}
@@ -227,16 +227,16 @@ def _measure(project: str, runs: list[Run], execute: Callable, together: bool) -
 
 
 def record(moves: Sequence[tuple[RunLog, RunLog]], repository: Path) -> int:
-    """Move finished runs from the user's logs to the committed ones; returns how many.
+    """Move finished runs from the user's logs to the committed ones; returns their number.
 
-    A kill in between loses and doubles nothing: records are copied first and removed after.
+    A kill in between loses or duplicates nothing: records are copied first, then removed.
 
     Args:
         moves: (from, to), one pair per scale.
-        repository: must have no uncommitted changes but in what is generated from run logs.
+        repository: must have no uncommitted changes except in files generated from run logs.
 
     Raises:
-        RuntimeError: the working tree is not clean, or a run was measured on one that was not.
+        RuntimeError: the working tree is not clean, or a run was measured on uncommitted code.
     """
     if not provenance(repository)["clean"]:
         raise RuntimeError("the working tree has uncommitted changes: commit the code, then record")

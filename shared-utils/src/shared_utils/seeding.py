@@ -1,4 +1,4 @@
-"""One integer for every random draw, and the whole RNG state for an exact resume."""
+"""Seeds all random numbers with one integer; saves and restores the whole RNG state for an exact resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> torch.Generato
 
 
 def rng_state() -> dict:
-    """State of all generators, made of tensors and plain values so that `weights_only` loading accepts it."""
+    """State of all generators, made of tensors and plain values, so that it can be loaded with `weights_only`."""
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     kind, twister, has_gauss, cached = (numpy[name] for name in ("bit_generator", "state", "has_gauss", "gauss"))
@@ -43,7 +43,7 @@ def rng_state() -> dict:
 
 
 def restore_rng_state(state: dict) -> None:
-    """Put all generators back to a state taken by `rng_state`."""
+    """Restore all generators to a state from `rng_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

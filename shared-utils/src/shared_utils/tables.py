@@ -17,19 +17,19 @@ DIRECTIONS = ("higher", "lower", "neutral")
 
 @dataclass(frozen=True)
 class Scale:
-    """Settings that every row shares at a scale, and the seeds to run."""
+    """Settings that all rows share at a scale, and the seeds to run."""
 
     name: str
     seeds: tuple[int, ...]
     expected_seconds: float | None
     settings: dict[str, Any]
     measured_on: str = ""
-    """data and network in words, where they are not the paper's; heads the column"""
+    """data and network in words if they differ from the paper's; heading of our column"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what the paper prints for it and how we run it."""
+    """One row: the paper's figures and how we run it."""
 
     name: str
     published: dict[str, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Row:
     scales: tuple[str, ...] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     home: Table | None = None
-    """the table whose row of this name is run and logged, if not this one"""
+    """the table that runs and logs the row of this name, if it is not this one"""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Claim:
     trend: str | None = None
     every_seed: bool = False
     exact: bool = False
-    """counts and the like, which no seed moves: judged without an interval"""
+    """a value that does not depend on the seed, such as a count: judged without an interval"""
     note: str = ""
     scales: tuple[str, ...] | None = None
 
     @property
     def named_rows(self) -> tuple[str, ...]:
-        """Every row the claim speaks of."""
+        """All rows of the claim."""
         return tuple(name for name in (self.better, self.than, self.row, self.minus, *self.rows) if name)
 
 
@@ -98,10 +98,10 @@ class Table:
     claims: tuple[Claim, ...]
     note: str = ""
     published_on: str = ""
-    """data and network of the published figures; heads their column"""
+    """data and network of the published figures; heading of their column"""
 
     def row(self, name: str) -> Row:
-        """The row of a name. ValueError if there is none."""
+        """The row with this name. ValueError if there is none."""
         _known(self.id, "row", [name], [row.name for row in self.rows])
         return next(row for row in self.rows if row.name == name)
 
@@ -110,13 +110,13 @@ class Table:
         return [row for row in self.rows if row.scales is None or scale in row.scales]
 
     def settings(self, row: Row, scale: str) -> dict[str, Any]:
-        """Resolved settings: the scale's, then the row's, then the row's at that scale."""
+        """Resolved settings: those of the scale, then of the row, then of the row at that scale."""
         if row.home:
             return row.home.settings(row.home.row(row.name), scale)
         return self.scales[scale].settings | row.run | row.overrides.get(scale, {})
 
     def runs(self, scale: str, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Run]:
-        """All runs of a scale. ValueError for a scale or row that the table lacks."""
+        """All runs of a scale. ValueError for a scale or row that the table does not have."""
         _known(self.id, "scale", [scale], self.scales)
         _known(self.id, "row", rows or (), [row.name for row in self.rows])
         return [
@@ -147,7 +147,7 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
     """Read and check one table file.
 
     Raises:
-        ValueError: a key, row, scale, metric or setting that is not known, with file and nearest valid name.
+        ValueError: an unknown key, row, scale, metric or setting; names the file and the nearest valid name.
     """
     where = Path(path).name
     try:
@@ -206,7 +206,7 @@ def _row(
         its_scales = home.row(body["name"]).scales or tuple(home.scales)
         only = tuple(name for name in only or scales if name in its_scales)
         if "run" in body or overrides:
-            raise ValueError(f"{where}: row {body['name']!r} takes its settings from {home.id}, it can have none here")
+            raise ValueError(f"{where}: row {body['name']!r} takes its settings from {home.id} and can have none here")
     return Row(**body, scales=only, overrides=overrides, home=home)
 
 

@@ -1,4 +1,4 @@
-// Every table sorts by a click on a column head: figures as numbers, by their mean; what was not measured stays last.
+// A click on a column heading sorts its table: figures as numbers, by their mean; cells that were not measured stay last.
 
 const MISSING = new Set(["", "–", "not measured"]);
 

@@ -23,31 +23,31 @@ if "MiniPong-v0" not in gym.registry:
 
 @dataclass(frozen=True)
 class Environment:
-    """What training and evaluation must know of an environment."""
+    """What training and evaluation must know about an environment."""
 
     make: Callable[..., VectorEnv]
-    """number of environments, and optionally the steps after which an episode is cut off, to a vector environment"""
+    """makes a vector environment from the number of environments and, optionally, the maximal steps of an episode"""
     network: str
     """the victim's network"""
     background: float
-    """grey of most pixels, in [0, 1]; networks subtract it"""
+    """grey value of most pixels, in [0, 1]; networks subtract it"""
     padding: str
-    """what precedes the first frame of an episode in a stack: "first" (repeated) or "zero" """
+    """fills a stack before an episode's first frame: "first" (that frame, repeated) or "zero" """
     gate: str
-    """the metric of an evaluation that a victim must pass before it may be attacked ..."""
+    """evaluation metric that decides whether a victim is good enough to be attacked ..."""
     bounds: tuple[float, float]
-    """... between these values"""
+    """... which must be between these values"""
 
     def short_of(self, value: float) -> float:
-        """How far a victim's value is from the gate's bounds; 0: it may be attacked."""
+        """Distance of a victim's metric from the gate's bounds; 0: it may be attacked."""
         return max(self.bounds[0] - value, value - self.bounds[1], 0.0)
 
 
 def atari(game: str) -> Callable[..., VectorEnv]:
     """Maker of ale-py's vector environment: 84 x 84 grey, stack of 4, skip of 4 with the maximum over the last two.
 
-    Sticky actions (an action is repeated with probability 0.25, Machado et al. 2018): without them a greedy victim has
-    a handful of different episodes. Up to 30 no-ops at reset, unclipped reward, NEXT_STEP.
+    Sticky actions (the last action is repeated with probability 0.25, Machado et al. 2018): without them a greedy
+    victim plays only a few different episodes. Up to 30 no-ops at reset, unclipped reward, NEXT_STEP.
     """
 
     def make(num_envs: int, episode_steps: int = 27_000) -> VectorEnv:
@@ -77,9 +77,9 @@ ENVIRONMENTS = {
 
 
 def make_envs(name: str, num_envs: int, episode_steps: int = 0) -> VectorEnv:
-    """A checked vector environment; episodes are cut off after so many steps, 0: as many as the game usually has.
+    """Make and check a vector environment; episodes are cut off after `episode_steps`, 0: the game's default.
 
-    ValueError for an unknown name or what `check_envs` refuses.
+    ValueError for an unknown name or as in `check_envs`.
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"env must be one of {', '.join(ENVIRONMENTS)}, got {name!r}")
@@ -101,7 +101,7 @@ def check_envs(envs: VectorEnv) -> None:
     """Training and evaluation need image stacks in uint8, discrete actions and NEXT_STEP.
 
     Raises:
-        ValueError: what was expected, and what came.
+        ValueError: says what was expected and what it got.
     """
     check_image_space(envs.single_observation_space)
     if envs.single_observation_space.dtype != np.uint8:

@@ -1,10 +1,10 @@
-"""MiniPong: a 10 x 10 Pong without downloads, stepped for many environments at once in numpy.
+"""MiniPong: a 10 x 10 Pong in numpy that steps many environments at once; nothing to download.
 
 The victim plays the right paddle (column 9, 147), the enemy the left one (column 0, 148); paddles are 4 rows high, the
 ball is one pixel (236), the background grey (87). An observation is the last two frames, uint8 (2, 10, 10). Actions:
-0 up, 1 stay, 2 down, one row per step. Every serve flies from the enemy's line towards the victim, so that every
-later crossing of the enemy's line is the victim's doing. An episode terminates at 5 goals or 5 misses and is
-truncated after 300 steps.
+0 up, 1 stay, 2 down, one row per step. Every serve flies from the enemy's line towards the victim, so every later
+crossing of the enemy's line results from a stroke of the victim. An episode terminates at 5 goals or 5 misses and
+is truncated after 300 steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gymnasium.vector.utils import batch_space
 
 SIZE, PADDLE = 10, 4
 BACKGROUND, BALL, VICTIM, ENEMY = 87, 236, 147, 148
-ENEMY_SPEED = 0.25  # rows per step towards an approaching ball, half of it back to the centre otherwise
+ENEMY_SPEED = 0.25  # rows per step towards an approaching ball; otherwise half as fast, back to the centre
 POINTS, MAX_STEPS = 5, 300
 
 _OBSERVATION = Box(0, 255, (2, SIZE, SIZE), np.uint8)
@@ -28,7 +28,7 @@ _STATE = ("x", "y", "vx", "vy", "top", "enemy", "goals", "misses", "steps", "ove
 
 
 def _column(grey: int) -> np.ndarray:
-    """(7, 10): the pixels of a paddle's column for each row of its top."""
+    """(7, 10): pixels of a paddle's column, for each row of its upper end."""
     rows = np.arange(SIZE) - np.arange(SIZE - PADDLE + 1)[:, None]
     return np.where((rows >= 0) & (rows < PADDLE), grey, BACKGROUND).astype(np.uint8)
 
@@ -39,8 +39,8 @@ _VICTIM_COLUMN, _ENEMY_COLUMN = _column(VICTIM), _column(ENEMY)
 class MiniPongVec(VectorEnv):
     """MiniPong as a gymnasium vector environment in NEXT_STEP mode: the step after an end only resets.
 
-    `info["crossing_y"]` (N,) float64: the row at which the ball reached the enemy's line in this step, defended or not;
-    -1 where it did not (NaN would break the comparison of infos). `info["top"]` (N,): the upper row of the victim's
+    `info["crossing_y"]` (N,) float64: the row at which the ball reached the enemy's line in this step, returned or not;
+    -1 if it did not (NaN would break the comparison of infos). `info["top"]` (N,): the upper row of the victim's
     paddle.
     """
 
@@ -110,7 +110,7 @@ class MiniPongVec(VectorEnv):
         reward[arrived & ~hit] = -1
 
     def _at_enemy(self, live: np.ndarray, reward: np.ndarray, chance: np.ndarray) -> np.ndarray:
-        """The enemy's return or the victim's goal; where the ball reached the enemy's line."""
+        """The enemy returns the ball or the victim scores; gives where the ball reached the enemy's line."""
         arrived = live & (self.vx < 0) & (self.x <= 1)
         offset = (self.y - (self.enemy + (PADDLE - 1) / 2)) / 2
         hit = arrived & (np.abs(offset) <= 1)
@@ -147,11 +147,11 @@ class MiniPongVec(VectorEnv):
         return {"crossing_y": crossing, "top": self.top.copy()}
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the future: arrays and the generator's state, for an exact resume."""
+        """Everything that determines the future: arrays and the generator's state, for an exact resume."""
         return {name: getattr(self, name).copy() for name in _STATE} | {"rng": self._rng.bit_generator.state}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put the environments back to a `state`."""
+        """Restore a `state`."""
         for name in _STATE:
             setattr(self, name, state[name].copy())
         self._rng.bit_generator.state = state["rng"]

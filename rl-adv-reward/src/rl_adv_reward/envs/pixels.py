@@ -1,6 +1,6 @@
-"""Where ball and paddle are, read from clean frames on whatever device they lie. Pure functions.
+"""Positions of ball and paddle, read from clean frames on their device. Pure functions.
 
-Positions are shares of the field's length, 0 at its top (Breakout: left) and 1 at its bottom (right); NaN where
+Positions are shares of the field's length, 0 at its top (Breakout: left) and 1 at its bottom (right); NaN if
 nothing was seen. Pong at 84 x 84: background 87, ball and walls 236, paddles 147 and 148; the enemy's paddle covers
 columns 8 to 10, the agent's 73 to 75. Against RAM: row = (y - 12) * 0.4 - 0.5, column = (x - 48) * 0.525 - 0.5.
 """
@@ -17,7 +17,7 @@ PONG_BALL_COLUMNS = (slice(0, 7), slice(12, 72))  # right and left of the enemy'
 PONG_LINE = 10.0  # column of the enemy's line (RAM x = 68)
 PONG_AGENT = slice(73, 76)
 PONG_FASTEST = 4.5  # columns per step
-BALL_PIXELS = 16  # more than that is not a ball: the zero padding before an episode's first frame
+BALL_PIXELS = 16  # more are not a ball but the zero padding before an episode's first frame
 BREAKOUT_ROW, BREAKOUT_FIELD = 75, slice(4, 80)
 
 
@@ -28,7 +28,7 @@ def pong_ball(frames: Tensor) -> tuple[Tensor, Tensor]:
         frames: (..., 84, 84) uint8.
 
     Returns:
-        row and column (...,) float32, within a pixel of the RAM's; NaN where the ball is out of play or hidden in the
+        row and column (...,) float32, within a pixel of the RAM's; NaN if the ball is out of play or hidden in the
         columns of a paddle.
     """
     contrast = (frames.float() - PONG_BACKGROUND).abs()
@@ -43,18 +43,18 @@ def pong_ball(frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pong_crossing(obs: Tensor, next_obs: Tensor, info: dict) -> Tensor:
-    """Where the ball reached the enemy's line in this step, defended or not: linear from its last two positions.
+    """Where the ball reached the enemy's line in this step, returned or not: extrapolated from its last two positions.
 
-    Seen is that it flew left close to the line in the two frames before, and is now hidden, past the line, or on its
-    way back. Within a step of the RAM's crossing.
+    It counts if the ball flew left close to the line in the two previous frames and is now hidden, past the line, or
+    on its way back. Accurate to one step of the crossing in RAM.
 
     Args:
         obs: (N, 4, 84, 84) uint8 before the step.
         next_obs: (N, 4, 84, 84) uint8 after it.
-        info: not read.
+        info: not used.
 
     Returns:
-        (N,) positions, NaN where it did not.
+        (N,) positions, NaN if it did not.
     """
     row, column = pong_ball(torch.cat([obs[:, -2:], next_obs[:, -1:]], 1))  # (N, 3)
     speed = column[:, 1] - column[:, 0]
@@ -66,7 +66,7 @@ def pong_crossing(obs: Tensor, next_obs: Tensor, info: dict) -> Tensor:
 
 
 def pong_goal(obs: Tensor, next_obs: Tensor, info: dict) -> Tensor:
-    """Where the ball was last seen, newest frame first; read it where a goal fell. (N,) positions."""
+    """Where the ball was last seen, newest frame first; for steps with a goal. (N,) positions."""
     row, _ = pong_ball(torch.cat([obs, next_obs[:, -1:]], 1))  # (N, 5), oldest first
     last = torch.full_like(row[:, 0], torch.nan)
     for each in row.unbind(1):
@@ -90,7 +90,7 @@ def breakout_paddle(next_obs: Tensor, info: dict) -> Tensor:
 
 
 def minipong_crossing(obs: Tensor, next_obs: Tensor, info: dict) -> Tensor:
-    """The simulator's own landing row (a frame of 10 rows would round it), (N,) positions."""
+    """The simulator's landing row (a frame of 10 rows would round it), (N,) positions."""
     y = torch.as_tensor(info["crossing_y"], dtype=torch.float32, device=obs.device)
     return ((y + 0.5) / 10).masked_fill(y < 0, torch.nan)
 

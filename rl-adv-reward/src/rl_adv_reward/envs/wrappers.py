@@ -1,4 +1,4 @@
-"""An attack between any gymnasium environment and any policy: the policy sees attacked observations, no more."""
+"""An attack between any gymnasium environment and any policy: only the policy's observations change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rl_adv_reward.envs import check_image_space
 
 
 class _Seen:
-    """What both wrappers do to a batch of observations."""
+    """Shared by both wrappers: attacks a batch of observations."""
 
     def __init__(self, space: gym.Space, attack: Attack, victim: HasValues, eps: float, norm: str, device: str):
         check_image_space(space)
@@ -23,7 +23,7 @@ class _Seen:
         self.bytes = space.dtype == np.uint8
 
     def __call__(self, obs: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(N, C, H, W) to the same dtype; uint8 stays within the bound after rounding."""
+        """Attack (N, C, H, W), keeping the dtype; uint8 stays within the bound after rounding."""
         x = torch.as_tensor(obs).to(self.device)
         x = x.float() / 255 if self.bytes else x
         x_adv = project(self.attack(x, self.victim), x, self.eps, self.norm, quantize=self.bytes)
@@ -34,18 +34,18 @@ class _Seen:
 
 
 class AttackWrapper(gym.Wrapper):
-    """One environment. `info["attack"]` holds linf and l2 of the perturbation in [0, 1], and the clean observation.
+    """For one environment. `info["attack"]` holds linf and l2 of the perturbation in [0, 1] and the clean observation.
 
     Args:
-        env: with image stacks: Box(0, 255, (C, H, W), uint8) or Box(0, 1, (C, H, W), float32).
+        env: has image stacks: Box(0, 255, (C, H, W), uint8) or Box(0, 1, (C, H, W), float32).
         attack: (x in [0, 1], victim) -> x'; see `attacks.make_attack` and `ATNAttack`.
-        victim: handed to the attack; the policy that acts may be any, such as one of stable-baselines3.
-        eps: bound, enforced here once more.
+        victim: passed to the attack; any policy may act, for example one of stable-baselines3.
+        eps: bound, enforced here again.
         norm: linf or l2.
         device: where the attack is computed.
 
     Raises:
-        ValueError: an observation space that does not fit, or a bound out of range.
+        ValueError: an unsupported observation space, or a bound out of range.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class AttackWrapper(gym.Wrapper):
 
 
 class AttackVectorWrapper(gym.vector.VectorWrapper):
-    """A vector environment, of any autoreset mode; arguments and errors as for `AttackWrapper`.
+    """For a vector environment, in any autoreset mode; arguments and errors as for `AttackWrapper`.
 
     Final observations that SAME_STEP puts into info stay clean: no policy acts on them.
     """
