@@ -45,7 +45,7 @@ name = "b"
 
 def log_runs(root, folder, b):
     log = RunLog(root / "toy" / folder / "embedded.jsonl")
-    for run in load_table(root / "toy" / "tables" / "table-1.toml").runs("embedded"):
+    for run in load_table(root / "toy" / "tables" / "table-1.toml").runs("embedded", seeds=range(20, 20 + len(b))):
         record = {
             "table": "table-1",
             "row": run.row,
@@ -91,6 +91,18 @@ def test_a_headline_says_on_how_many_kinds_of_machine_it_stands(root, monkeypatc
     line = results.overview([project(root)], with_summary=False).splitlines()[-1]
     assert standing in line and "| digits |" in line
     assert ("holds; there undecided" in results.other_machines(root)) == ("undecided" in standing)
+
+
+def test_fewer_seeds_are_not_another_machine(root, monkeypatch):
+    """The demo ran one seed, too few for a verdict; on that one the record is undecided as well."""
+    log_runs(root, "runs", [2])
+    monkeypatch.setattr(
+        machines, "provenance", lambda *_: {"device": "CPU (other)", "commit": "c0ffee", "versions": {}}
+    )
+    assert json.loads(machines.keep(root).read_text())["seeds"] == {"toy": {"table-1": [20]}}
+    line = results.overview([project(root)], with_summary=False).splitlines()[-1]
+    assert "| holds |" in line
+    assert "| CPU (other) | c0ffee | 1 | 0 |" in results.other_machines(root)
 
 
 def test_verdicts_on_uncommitted_code_are_not_kept(root):

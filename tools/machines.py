@@ -26,6 +26,7 @@ class Machine:
     commit: str
     versions: dict[str, str]
     verdicts: dict[str, dict[str, dict[str, str]]]
+    seeds: dict[str, dict[str, list[int]]]  # that its demo ran, by project and table: the record may have more
 
     def judged(self, project: str, table: str, verdict: Verdict) -> str:
         """The verdict on this machine; empty if the claim was not judged or has another scale."""
@@ -46,10 +47,14 @@ def keep(root: Path = ROOT) -> Path:
         RuntimeError: no demo was run, or it ran on uncommitted code.
     """
     verdicts: dict[str, dict[str, dict[str, str]]] = {}
+    seeds: dict[str, dict[str, list[int]]] = {}
     for entry in projects(root=root):
         log = RunLog(root / entry["name"] / "runs" / f"{SCALE}.jsonl")
         if any(not record["clean"] for record in log.records()):
             raise RuntimeError(f"{entry['name']}: runs/{SCALE}.jsonl was measured on uncommitted code")
+        for record in sorted(log.records(), key=lambda record: record["seed"]):
+            of_table = seeds.setdefault(entry["name"], {}).setdefault(record["table"], [])
+            of_table += [record["seed"]] * (record["seed"] not in of_table)
         for table in load_tables(root / entry["name"] / "tables"):
             judged = {v.claim.text: v.verdict for v in judge(table, SCALE, log) if v.verdict != NOT_MEASURED}
             if judged:
@@ -57,7 +62,7 @@ def keep(root: Path = ROOT) -> Path:
     if not verdicts:
         raise RuntimeError("you have no runs yet: run make demo")
     here = provenance(root, ("numpy", "torchvision", "lightning"))
-    machine = Machine(here["device"], here["commit"], here["versions"], verdicts)
+    machine = Machine(here["device"], here["commit"], here["versions"], verdicts, seeds)
     slug = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
     path = root / "results" / "machines" / f"{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

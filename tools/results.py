@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from machines import machines
+from machines import Machine, machines
 from mutants import TARGETS, share
 from shared_utils.benchmark import CAPTION, summary
 from shared_utils.report import NOT_MEASURED, Verdict, judge, values, verdicts
@@ -29,6 +29,17 @@ class CommittedLog(RunLog):
     """A run log that does not grow: read once for all tables."""
 
     records = functools.cache(RunLog.records)
+
+
+class OfSeeds(RunLog):
+    """The records of each table's named seeds only."""
+
+    def __init__(self, log: RunLog, seeds: dict[str, list[int]]):
+        super().__init__(log.path)
+        self.log, self.seeds = log, seeds
+
+    def records(self) -> list[dict]:
+        return [record for record in self.log.records() if record["seed"] in self.seeds.get(record["table"], ())]
 
 
 class Project:
@@ -63,14 +74,24 @@ class Project:
                         found.setdefault(scale, {}).setdefault(_what(table, verdict.claim), (table, verdict))
         return {scale: list(of_scale.values()) for scale, of_scale in found.items()}
 
+    def elsewhere(self, table: Table, verdict: Verdict) -> list[tuple[Machine, str, str]]:
+        """Other kinds of machine: the verdict there, and that of the record on the seeds that ran there."""
+        found = []
+        for machine in self.machines:
+            if there := machine.judged(self.name, table.id, verdict):
+                log = OfSeeds(self.logs[verdict.scale], machine.seeds[self.name])
+                here = {each.claim.text: each.verdict for each in judge(table, verdict.scale, log)}
+                found.append((machine, there, here[verdict.claim.text]))
+        return found
+
     def standing(self, table: Table, verdict: Verdict) -> str:
-        """The verdict, and on how many kinds of machine it is the same."""
-        others = [m for m in self.machines if m.judged(self.name, table.id, verdict)]
-        differing = [m for m in others if m.judged(self.name, table.id, verdict) != verdict.verdict]
-        if differing:
-            words = "; ".join(f"{m.judged(self.name, table.id, verdict)} on {m.device}" for m in differing)
+        """The verdict, and on how many kinds of machine it was the same."""
+        others = self.elsewhere(table, verdict)
+        if differing := [(machine, there) for machine, there, here in others if there != here]:
+            words = "; ".join(f"{there} on {machine.device}" for machine, there in differing)
             return f"{verdict.verdict} on the machine of the record, {words}"
-        return f"{verdict.verdict} on {len(others) + 1} kinds of machine" if others else verdict.verdict
+        same = sum(there == verdict.verdict for _, there, _ in others)
+        return f"{verdict.verdict} on {same + 1} kinds of machine" if same else verdict.verdict
 
 
 def _what(table: Table, claim: Claim) -> tuple:
@@ -196,20 +217,23 @@ def other_machines(root: Path = ROOT) -> str:
     found = machines(root)
     if not found:
         return "No verdicts of other machines have been saved yet (`make keep`)."
-    all_projects = [Project(entry, root) for entry in projects(root=root)]
-    lines = []
-    for machine in found:
-        same, other = 0, []
-        for project in all_projects:
-            for table, verdict in project.judged().get("embedded", []):
-                there = machine.judged(project.name, table.id, verdict)
-                same += there == verdict.verdict
-                if there and there != verdict.verdict:
-                    text = f"{project.name}, {table.id}: {verdict.claim.text} ({verdict.verdict}; there {there})"
-                    other.append(text)
-        lines.append([machine.device, machine.commit[:12], str(same), str(len(other)), "; ".join(other)])
+    same: Counter[str] = Counter()
+    other: dict[str, list[str]] = {machine.device: [] for machine in found}
+    for project in (Project(entry, root) for entry in projects(root=root)):
+        for table, verdict in project.judged().get("embedded", []):
+            for machine, there, here in project.elsewhere(table, verdict):
+                if there == here:
+                    same[machine.device] += 1
+                else:
+                    other[machine.device].append(
+                        f"{project.name}, {table.id}: {verdict.claim.text} ({here}; there {there})"
+                    )
+    lines = [
+        [m.device, m.commit[:12], str(same[m.device]), str(len(other[m.device])), "; ".join(other[m.device])]
+        for m in found
+    ]
     head = ["machine", "commit", "same verdicts", "different", "which"]
-    return "Verdicts of `make demo` at scale embedded.\n\n" + _markdown(head, lines)
+    return "Verdicts of `make demo`; the record is judged on the same seeds.\n\n" + _markdown(head, lines)
 
 
 def kill_drill(root: Path = ROOT) -> str:
