@@ -13,8 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from shared_utils import report
 from shared_utils.report import interval, values
-from shared_utils.runlog import RunLog, key_of
+from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
 if TYPE_CHECKING:
@@ -51,12 +52,8 @@ def _save(figure: plt.Figure, path: Path, dpi: int = 90) -> None:
 
 def _details(table: Table, scale: str, results: Path) -> dict[str, list[dict]]:
     """Details of the recorded runs of a table's present settings, by row."""
-    records = {key_of(record): record for record in RunLog(results / f"{scale}.jsonl").records()}
-    found: dict[str, list[dict]] = {}
-    for run in table.runs(scale):
-        if run.key in records:
-            found.setdefault(run.row, []).append(records[run.key]["details"])
-    return found
+    found = report.measured(table, scale, RunLog(results / f"{scale}.jsonl"))
+    return {row: [record["details"] for record in seeds.values()] for row, seeds in found.items()}
 
 
 def _means(table: Table, scale: str, results: Path, metric: str) -> dict[str, tuple[float, float]]:

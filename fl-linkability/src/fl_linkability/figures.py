@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fl_linkability.catalogue import PROJECT
-from shared_utils.runlog import RunLog, key_of
+from shared_utils import report
+from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
 SCALES = ("paper", "embedded", "mnist")
@@ -55,14 +56,8 @@ def draw_all(tables: list[Table], results: Path) -> None:
 
 def measured(table: Table, scale: str, results: Path) -> dict[str, list[dict]]:
     """Records of a table's recorded runs by row, one per seed."""
-    if scale not in table.scales:
-        return {}
-    records = {key_of(record): record for record in RunLog(results / f"{scale}.jsonl").records()}
-    found: dict[str, list[dict]] = {}
-    for run in table.runs(scale):
-        if run.key in records:
-            found.setdefault(run.row, []).append(records[run.key])
-    return found
+    found = report.measured(table, scale, RunLog(results / f"{scale}.jsonl"))
+    return {row: list(seeds.values()) for row, seeds in found.items()}
 
 
 def _mean(records: list[dict], metric: str) -> float:

@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared_utils.runlog import RunLog, key_of
+from shared_utils import report
+from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
 SCALES = ("paper", "mnist", "embedded")
@@ -36,12 +37,8 @@ def draw_all(tables: list[Table], results: Path) -> None:
 
 def details(table: Table, scale: str, results: Path) -> dict[str, list[dict]]:
     """Details of a table's recorded runs by row, one entry per seed."""
-    records = {key_of(record): record for record in RunLog(results / f"{scale}.jsonl").records()}
-    found: dict[str, list[dict]] = {}
-    for run in table.runs(scale):
-        if run.key in records:
-            found.setdefault(run.row, []).append(records[run.key]["details"])
-    return found
+    found = report.measured(table, scale, RunLog(results / f"{scale}.jsonl"))
+    return {row: [record["details"] for record in seeds.values()] for row, seeds in found.items()}
 
 
 def _group_matrices(table: Table, scale: str, found: dict[str, list[dict]]) -> plt.Figure:
