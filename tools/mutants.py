@@ -66,8 +66,9 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
         content["tool"]["pytest"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
         (copy / "pyproject.toml").write_text(tomli_w.dumps(content))
         mutmut = [sys.executable, "-m", "mutmut", "run", "--max-children", str(workers)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
         with open(copy / "mutmut.log", "w") as log:
-            done = subprocess.run(mutmut, cwd=copy, stdout=log, stderr=subprocess.STDOUT, env=_environment())
+            done = subprocess.run(mutmut, cwd=copy, stdout=log, stderr=subprocess.STDOUT, env=environment)
         if done.returncode:
             end = (copy / "mutmut.log").read_text(errors="replace").replace("\r", "\n").splitlines()[-15:]
             raise RuntimeError("\n".join([f"{project.name}: mutmut ended with {done.returncode}", *end]))
@@ -87,10 +88,6 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
             "survivors": {change: plan.get("reasons", {}).get(module, {}).get(change, "") for change in survivors},
         }
     return found
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
 
 
 def _exit_codes(copy: Path, package: str, module: str) -> dict[str, int | None]:
