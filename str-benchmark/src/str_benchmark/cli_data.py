@@ -81,22 +81,24 @@ class Data:
 
 @dataclass
 class CreateLmdb:
-    """Write an LMDB from a list of images and labels."""
+    """Write an LMDB from a list of images and labels, or from the photographs of ICDAR 2003."""
 
     gt: tyro.conf.Positional[Path]
-    """Text file with lines `path<TAB>label`."""
+    """Text file with lines `path<TAB>label`, or ICDAR 2003's words.xml."""
     output: tyro.conf.Positional[Path]
     """Folder of the new LMDB."""
     images: Path = Path(".")
-    """Folder that the paths start from."""
+    """Folder that the paths of a text file start from."""
     skip_broken: bool = False
     """Go on without broken images (they are counted and named)."""
 
     def __call__(self) -> None:
-        from str_benchmark.data.create import listed_images
+        from str_benchmark.data.create import icdar2003_words, listed_images
         from str_benchmark.data.lmdb_store import write_lmdb
 
-        print(f"{write_lmdb(listed_images(self.gt, self.images, self.skip_broken), self.output)} words written")
+        photographs = self.gt.suffix == ".xml"
+        words = icdar2003_words(self.gt) if photographs else listed_images(self.gt, self.images, self.skip_broken)
+        print(f"{write_lmdb(words, self.output)} words written")
 
 
 @dataclass

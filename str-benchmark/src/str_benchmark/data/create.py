@@ -1,14 +1,15 @@
-"""Contents of new LMDBs: listed image files, or rendered words."""
+"""Contents of new LMDBs: listed image files, words cut from ICDAR 2003's photographs, or rendered words."""
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from shared_utils.images import BrokenFile
+from shared_utils.images import BrokenFile, read_image
 from shared_utils.logging import get_logger
 from str_benchmark.data import images
 from str_benchmark.render import random_words, render_words
@@ -44,6 +45,33 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
             logger.warning("skipped: %s", error)
             continue
         yield data, label.strip()
+
+
+def icdar2003_words(xml: Path) -> Iterator[tuple[Image.Image, str]]:
+    """Gray crops and labels of the words in ICDAR 2003's photographs, in the order of its words.xml.
+
+    A word is its rectangle, cut at the photograph's edges. Photographs are next to the file.
+
+    Raises:
+        FileNotFoundError: no such file, or a photograph that is missing.
+        ValueError: not such a file; a rectangle outside its photograph; an empty label.
+        BrokenFile: a photograph that cannot be read completely.
+    """
+    try:
+        root = ElementTree.parse(xml).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{xml}: expected ICDAR 2003's words.xml: {error}") from None
+    for image in root.iter("image"):
+        name = image.findtext("imageName", "").strip()
+        photo = read_image(Path(xml).parent / name, "L")
+        for word in image.iter("taggedRectangle"):
+            label = word.findtext("tag", "").strip()
+            left, top, width, height = (float(word.attrib[side]) for side in ("x", "y", "width", "height"))
+            corners = max(0, left), max(0, top), min(photo.width, left + width), min(photo.height, top + height)
+            box = tuple(round(corner) for corner in corners)
+            if not label or box[0] >= box[2] or box[1] >= box[3]:
+                raise ValueError(f"{xml}: {name}: word {label!r} at {box}: empty, or outside its photograph")
+            yield photo.crop(box), label
 
 
 def rendered_items(
