@@ -44,25 +44,32 @@ def toy(tmp_path):
 def test_a_fault_is_noticed_or_listed_with_its_line(toy):
     found = mutants.mutate(toy, "toy", 2)["rule"]
     reason = {"clipped: if x < low: -> if x <= low:": "no test compares equal numbers on purpose"}
-    assert found == {"kind": "ideas", "planted": 2, "killed": 1, "survivors": reason}
+    assert found == {"kind": "ideas", "possible": 2, "planted": 2, "killed": 1, "survivors": reason}
     assert mutants.share(found) == 100, "a fault that changes nothing does not count"
     assert mutants.share(found | {"survivors": {name: "" for name in reason}}) == 50
     assert not (toy / "mutants").exists(), "faults are planted in a copy"
 
 
+def test_of_many_faults_a_sample_is_planted(toy, monkeypatch):
+    monkeypatch.setattr(mutants, "FAULTS", 1)
+    found = mutants.mutate(toy, "toy", 2)["rule"]
+    assert (found["possible"], found["planted"], found["killed"] + len(found["survivors"])) == (2, 1, 1)
+
+
 def test_tests_that_fail_without_a_fault_end_the_search(toy):
     (toy / "src" / "toy" / "rule.py").write_text(RULE.replace("x + low", "x - low"))
-    with pytest.raises(RuntimeError, match="toy: mutmut ended with 1"):
+    with pytest.raises(RuntimeError, match="toy: mutmut ended early"):
         mutants.mutate(toy, "toy", 2)
 
 
 def test_the_page_says_which_modules_reach_the_target(tmp_path):
     assert results.mutants(tmp_path) == "not measured"
-    modules = {"rule": {"kind": "ideas", "planted": 20, "killed": 17, "survivors": {"a": "", "b": "", "c": "same"}}}
-    modules |= {"train": {"kind": "training", "planted": 4, "killed": 3, "survivors": {"d": ""}}}
+    rule = {"possible": 30, "planted": 20, "killed": 17, "survivors": {"a": "", "b": "", "c": "same"}}
+    modules = {"rule": {"kind": "ideas"} | rule}
+    modules |= {"train": {"kind": "training", "possible": 4, "planted": 4, "killed": 3, "survivors": {"d": ""}}}
     record = {"commit": "0123456789abcdef", "date": "2026-11-28", "mutmut": "3", "seconds": 1, "modules": modules}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "mutants.json").write_text(json.dumps({"toy": record}))
     text = " ".join(results.mutants(tmp_path).split())
-    assert "| toy | rule (ideas) | 20 | 17 | 1 | 89 | no | 0123456789ab |" in text
-    assert "| toy | train (training) | 4 | 3 | 0 | 75 | yes | 0123456789ab |" in text
+    assert "| toy | rule (ideas) | 30 | 20 | 17 | 1 | 89 | no | 0123456789ab |" in text
+    assert "| toy | train (training) | 4 | 4 | 3 | 0 | 75 | yes | 0123456789ab |" in text

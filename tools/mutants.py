@@ -1,14 +1,16 @@
 """`make mutants PROJECT=`: how many small planted faults a project's tests notice, module by module, by mutmut.
 
-A project's mutants.toml names its idea modules, its training modules and the tests that must notice. The faults are
-planted in a temporary copy; the result goes into results/mutants.json. Decorated functions and lines that only word a
-message are left out. A fault that no test notices is listed with its line, and with a reason where it changes nothing.
+A project's mutants.toml names its idea modules, its training modules and the tests that must notice. Of each module's
+possible faults a random sample of FAULTS is planted, in a temporary copy; the result goes into results/mutants.json.
+Decorated functions and lines that only word a message are left out. A fault that no test notices is listed with its
+line, and with a reason where it changes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from shared_utils.logging import get_logger
 from shared_utils.runlog import provenance
 from workspace import ROOT, chosen
 
+FAULTS = 50  # of each module; the same ones every time
 TARGETS = {"ideas": 90, "training": 75}  # per cent of the faults that must be noticed
 WORDING = [r"^\s*(raise|logger\.|warnings\.warn)\b", r"^\s*f?\"[^\"]*\",?$"]  # lines that only word a message
 SURVIVED = (0, 5, 33)  # mutmut's exit codes: the tests passed, or no test runs the function
@@ -42,7 +45,8 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
     """Plant faults in a copy of the project and run the tests on each.
 
     Returns:
-        By module: its kind, how many faults were planted and killed, and the survivors with their reasons.
+        By module: its kind, how many faults are possible, were planted and were killed, and the survivors with their
+        reasons.
 
     Raises:
         RuntimeError: the tests fail without a fault, or mutmut ends early.
@@ -65,14 +69,15 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
         }
         content["tool"]["pytest"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
         (copy / "pyproject.toml").write_text(tomli_w.dumps(content))
-        mutmut = [sys.executable, "-m", "mutmut", "run", "--max-children", str(workers)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
-        with open(copy / "mutmut.log", "w") as log:
-            done = subprocess.run(mutmut, cwd=copy, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        if done.returncode:
-            end = (copy / "mutmut.log").read_text(errors="replace").replace("\r", "\n").splitlines()[-15:]
-            raise RuntimeError("\n".join([f"{project.name}: mutmut ended with {done.returncode}", *end]))
+        _mutmut(copy, workers, ["none"])  # plants every fault and runs the tests without any; no fault has this name
+        possible = {module: sorted(_exit_codes(copy, package, module)) for module in kinds}
+        draw = random.Random(0)
+        sample = {module: draw.sample(names, min(FAULTS, len(names))) for module, names in possible.items()}
+        log = _mutmut(copy, workers, [name for names in sample.values() for name in names])
         codes = {module: _exit_codes(copy, package, module) for module in kinds}
+        codes = {module: {name: codes[module][name] for name in sample[module]} for module in kinds}
+        if any(code is None for of_module in codes.values() for code in of_module.values()):
+            raise RuntimeError("\n".join([f"{project.name}: mutmut ended early", *log[-15:]]))
         left = [name for of_module in codes.values() for name, code in of_module.items() if code in SURVIVED]
         shown = subprocess.run(
             [sys.executable, "-c", SHOW], cwd=copy, input=json.dumps(left), capture_output=True, text=True, check=True
@@ -83,11 +88,21 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
         survivors = Counter(_changed(name, diffs[name]) for name in codes[module] if name in diffs)
         found[module] = {
             "kind": kind,
+            "possible": len(possible[module]),
             "planted": len(codes[module]),
             "killed": len(codes[module]) - survivors.total(),
             "survivors": {change: plan.get("reasons", {}).get(module, {}).get(change, "") for change in survivors},
         }
     return found
+
+
+def _mutmut(copy: Path, workers: int, names: list[str]) -> list[str]:
+    """Run mutmut in the copy on the named faults, and return the lines that it prints."""
+    words = [sys.executable, "-m", "mutmut", "run", "--max-children", str(workers), *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
+    with open(copy / "mutmut.log", "w") as log:
+        subprocess.run(words, cwd=copy, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return (copy / "mutmut.log").read_text(errors="replace").replace("\r", "\n").splitlines()
 
 
 def _exit_codes(copy: Path, package: str, module: str) -> dict[str, int | None]:

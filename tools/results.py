@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from machines import Machine, machines
-from mutants import TARGETS, share
+from mutants import FAULTS, TARGETS, share
 from shared_utils.benchmark import CAPTION, summary
 from shared_utils.report import NOT_MEASURED, Verdict, judge, values, verdicts
 from shared_utils.runlog import RunLog
@@ -269,11 +269,14 @@ def mutants(root: Path = ROOT) -> str:
         for module, found in record["modules"].items():
             harmless = sum(bool(reason) for reason in found["survivors"].values())
             met = "yes" if share(found) >= TARGETS[found["kind"]] else "no"
-            counts = [str(found["planted"]), str(found["killed"]), str(harmless), f"{share(found):.0f}"]
+            numbers = found["possible"], found["planted"], found["killed"], harmless
+            counts = [*map(str, numbers), f"{share(found):.0f}"]
             lines.append([name, f"{module} ({found['kind']})", *counts, met, record["commit"][:12]])
-    head = ["project", "module", "planted", "noticed", "harmless, with a reason", "noticed in %", "met", "commit"]
+    head = ["project", "module", "possible", "planted", "noticed", "harmless, with a reason", "noticed in %"]
+    head += ["met", "commit"]
     intro = (
-        "`make mutants`: small faults are planted one at a time, and the tests run on each (mutmut). "
+        f"`make mutants` plants {FAULTS} of each module's possible small faults, or all if there are fewer, one at a "
+        "time, and runs the tests on each (mutmut). "
         f"Target: {wanted}. results/mutants.json lists every fault that no test noticed."
     )
     return f"{intro}\n\n" + _markdown(head, lines)
