@@ -17,18 +17,15 @@ from PIL import Image
 
 from shared_utils.images import BrokenFile
 from str_benchmark import bench
-from str_benchmark.charset import PRESETS, resolve_charset
+from str_benchmark.charset import resolve_charset
 from str_benchmark.data import images
-from str_benchmark.data.create import listed_images, rendered_items
 from str_benchmark.data.filters import LabelFilter, by_rule, ctc_columns, subset
-from str_benchmark.data.inventory import inventory, verify
+from str_benchmark.data.inventory import verify
 from str_benchmark.data.lmdb_store import LMDBDataset, check_file, write_lmdb
 from str_benchmark.data.mixture import BalancedBatchSampler, TrainingData, batch_shares
 from str_benchmark.data.names import EVALUATION_NAMES, IRREGULAR, REGULAR, each_word_once
-from str_benchmark.data.rendered import RENDERED, rendered_lmdb
 from str_benchmark.data.samples import decode_samples, load_samples
-from str_benchmark.data.sets import Parts, find_stores, locate, open_set
-from str_benchmark.render import WARPS, font_files, random_words, render_words
+from str_benchmark.data.sets import Parts, find_stores
 from str_benchmark.settings import Settings
 from str_benchmark.tokenizers import CTCTokenizer
 
@@ -300,27 +297,6 @@ def test_writing_leaves_nothing_half_done(tmp_path, word_lmdb):
         word_lmdb(tmp_path / "w", ["a"])
 
 
-def test_lists_of_images(tmp_path):
-    Image.new("L", (20, 10)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("broken")
-    gt = tmp_path / "gt.txt"
-    gt.write_text("a.png\thello world\n\n")
-    assert [label for _, label in listed_images(gt, tmp_path)] == ["hello world"]
-    for text, error, message in (
-        ("a.png hello", ValueError, "line 1: expected path<TAB>label"),
-        ("a.png\t ", ValueError, "line 1: expected path<TAB>label"),
-        ("b.png\tx", BrokenFile, "line 1: .*b.png: this is not an image"),
-        ("c.png\tx", FileNotFoundError, "line 1: "),
-    ):
-        gt.write_text(text)
-        with pytest.raises(error, match=message):
-            list(listed_images(gt, tmp_path))
-    gt.write_text("a.png\tx", encoding="utf-8-sig")  # a BOM, as Windows writes it
-    assert [label for _, label in listed_images(gt, tmp_path)] == ["x"]
-    gt.write_text("b.png\tx\na.png\ty")
-    assert [label for _, label in listed_images(gt, tmp_path, skip_broken=True)] == ["y"]
-
-
 # ---- mixtures ------------------------------------------------------------------------------------------
 
 
@@ -406,106 +382,3 @@ def test_a_stream_goes_on_where_its_state_says():
 def test_wrong_mixtures(act, message):
     with pytest.raises(ValueError, match=message):
         act()
-
-
-# ---- sets by name --------------------------------------------------------------------------------------
-
-
-def test_sets_by_name(tmp_path, released_layout, word_lmdb):
-    root = released_layout(tmp_path, n=3)
-    word_lmdb(root / "training" / "MJ" / "valid", ["x1", "x2"])
-    assert [len(part) for part in open_set("MJ", root)] == [3, 2]
-    assert {row[4] for row in inventory(root)} == {"yes"}
-    shutil.rmtree(root / "evaluation" / "SVT")
-    (root / "evaluation" / "CUTE80" / "data.mdb").write_bytes(b"short")
-    found = {row[0]: row[4:] for row in inventory(root)}
-    assert found["SVT_647"] == ("no", "evaluation/SVT", "put the released set there")
-    assert found["CUTE_288"][0] == "damaged"
-    with pytest.raises(FileNotFoundError, match="no LMDB at or below it"):
-        locate("SVT_647", root)
-    with pytest.raises(FileNotFoundError, match="neither a set .*MJ.* nor a folder or list"):
-        locate("MJS", root)
-
-
-def test_sets_in_parseq_s_layout(tmp_path, word_lmdb):
-    synthetic = ("train/synth/MJ/train", "train/synth/MJ/val")
-    for place in ("test/IIIT5k", "test/IC13_1095", "val/IC13", "val/IC15", *synthetic):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        word_lmdb(tmp_path / place, ["ab", "c"])
-    for name, parts in (("IIIT_3000", 1), ("IC13_1095", 1), ("validation", 2), ("MJ", 2)):
-        assert len(open_set(name, tmp_path)) == parts, name
-    assert {row[0]: row[5] for row in inventory(tmp_path)}["IIIT_3000"] == "test/IIIT5k"
-    word_lmdb(tmp_path / "evaluation" / "IIIT5k_3000", ["x"])
-    assert len(open_set("IIIT_3000", tmp_path)[0]) == 1  # the paper's release comes first
-
-
-def test_a_list_of_images_in_union14m_s_layout(tmp_path):
-    root = tmp_path / "Union14M-L"
-    (root / "full_images" / "art").mkdir(parents=True)
-    (root / "train_annos" / "mmocr-0.x").mkdir(parents=True)
-    for i in range(3):
-        Image.new("L", (20 + i, 10), 60 * i).save(root / "full_images" / "art" / f"{i}.png")
-    annotations = root / "train_annos" / "mmocr-0.x" / "train_easy.jsonl"
-    words = ["Café bar", "no", "!!", "gone"]
-    lines = [json.dumps({"filename": f"full_images/art/{i}.png", "text": word}) for i, word in enumerate(words)]
-    annotations.write_text("\n".join([*lines[:2], "", *lines[2:]]), encoding="utf-8-sig")
-    (data,) = open_set(str(annotations), tmp_path, filter="off")
-    assert (len(data), data.total) == (4, 4) and data.key(2) == "full_images/art/2.png"
-    assert [data.text(i) for i in range(4)] == words
-    assert [data.label(i) for i in range(4)] == ["cafbar", "no", "", "gone"]
-    assert data[1][0].size == (21, 10) and data.first(2)[1][1] == "no" and len(data.first(2)) == 2
-    with pytest.raises(BrokenFile, match=r"train_easy.jsonl full_images/art/3.png: missing; .* --skip-broken"):
-        data[3]
-    assert verify([str(annotations)], tmp_path)[0].endswith("pass --skip-broken")
-    (strict,) = open_set(str(annotations.parent), tmp_path, nfkd=True, drop_whitespace=True)
-    assert [strict.label(i) for i in range(len(strict))] == ["cafebar", "no", "gone"] and strict.report.kept == 3
-    for text, message in (
-        ('{"filename": "a.png"}', "line 1: expected"),
-        ("a.png no", "line 1: expected"),
-        ("\n", "no annotations"),
-    ):
-        annotations.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            open_set(str(annotations), tmp_path)
-    annotations.write_text(lines[3])
-    with pytest.raises(FileNotFoundError, match="its first image full_images/art/3.png is in none of"):
-        open_set(str(annotations), tmp_path)
-
-
-# ---- renderer ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("warp", WARPS)
-def test_rendering_is_reproducible_and_visible(warp):
-    words = random_words(6, PRESETS["36"], (1, 8), np.random.default_rng(0))
-    first, labels = render_words(words, 5, "all", warp)
-    again, _ = render_words(words, 5, "all", warp)
-    assert labels == words and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    for image in first:
-        assert image.dtype == np.uint8 and image.ndim == 2 and image.std() > 20  # contrast 0.35 or more
-    other, _ = render_words(words, 6, "all", warp)
-    assert any(a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_a_folder_of_fonts(tmp_path):
-    shutil.copy(font_files("sans")[0], tmp_path / "mine.ttf")
-    assert font_files(tmp_path) == [tmp_path / "mine.ttf"]
-    assert len(render_words(["ab"], 0, tmp_path)[0]) == 1
-    for act, message in (
-        (lambda: font_files(tmp_path / "none"), "expected one of sans, serif, all or a folder"),
-        (lambda: render_words(["a"], 0, warp="wave"), "warp: expected one of none, rotate"),
-        (lambda: render_words([" "], 0), "expected something to draw"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            act()
-
-
-def test_rendered_sets_are_lmdbs(tmp_path):
-    path = rendered_lmdb("tiny", tmp_path)
-    data = LMDBDataset(path, "0123456789")
-    assert len(data) == RENDERED["tiny"].n == 64 and all(len(data.label(i)) == 3 for i in range(64))
-    assert rendered_lmdb("tiny", tmp_path) == path
-    assert len(Parts([data]).take(0.5)) == 32
-    with pytest.raises(ValueError, match="expected one of A, B"):
-        rendered_lmdb("C", tmp_path)
-    assert [label for _, label in rendered_items(["hi"], 0, "", "sans", "none", 0)] == ["hi"]

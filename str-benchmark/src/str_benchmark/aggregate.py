@@ -101,13 +101,13 @@ def subset_of_runs(runs: Sequence[Run], logs: Sequence[RunLog], part: str, whole
     if not all(whole in record["metrics"] for record in records):
         return Outcome({}, details, caveats=[f"{whole} was not there"])
     ruled = [record["details"]["by_rule"].get(whole, {}).get(part) for record in records]
-    scores = np.array([[record["metrics"][name] for name in sets] for record in records])
+    scores = np.array([[record["metrics"].get(name, np.nan) for name in sets] for record in records])
     if all(ruled):
         scores[:, 0] = [100 * correct / n for n, correct in ruled]
     n = ruled[0][0] if all(ruled) else records[0]["details"]["n"][part]
     details |= {"n": [n, records[0]["details"]["n"][whole]], "by_rule": all(ruled)}
     caveats = _caveats(records)
-    if SETS[part].n != n:
+    if part in SETS and SETS[part].n != n:
         caveats.append(f"{part}: {n:,} words are left")
     mean = scores.mean(0)
     metrics = {"part": float(mean[0]), "whole": float(mean[1]), "effect": float(mean[0] - mean[1])}

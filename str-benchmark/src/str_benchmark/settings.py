@@ -87,6 +87,8 @@ class Settings:
     """passes over the fine-tuning sets"""
     measure: str = "accuracy"
     """accuracy (train and evaluate), cost (of the untrained network), mean, failures or subset (of other runs)"""
+    released: str = ""
+    """public checkpoint to evaluate as it is, instead of training: english_g2"""
     of: tuple[str, ...] = ()
     """mean, failures, subset: the table, then the rows (or one stage's choice, such as trans=TPS)"""
 
@@ -100,6 +102,8 @@ class Settings:
         for name, choices in (("measure", MEASURES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.released and self.released not in PUBLIC:
+            raise ValueError(f"released: expected one of {', '.join(PUBLIC)}, got {self.released!r}")
         if len(self.ratios) != len(self.train):
             raise ValueError(f"ratios: expected {len(self.train)}, one per training set, got {len(self.ratios)}")
         if self.variable_width and not self.pad:

@@ -67,11 +67,12 @@ def icdar2003_words(xml: Path) -> Iterator[tuple[Image.Image, str]]:
         for word in image.iter("taggedRectangle"):
             label = word.findtext("tag", "").strip()
             left, top, width, height = (float(word.attrib[side]) for side in ("x", "y", "width", "height"))
-            corners = max(0, left), max(0, top), min(photo.width, left + width), min(photo.height, top + height)
-            box = tuple(round(corner) for corner in corners)
-            if not label or box[0] >= box[2] or box[1] >= box[3]:
-                raise ValueError(f"{xml}: {name}: word {label!r} at {box}: empty, or outside its photograph")
-            yield photo.crop(box), label
+            right, bottom = min(photo.width, round(left + width)), min(photo.height, round(top + height))
+            left, top = max(0, round(left)), max(0, round(top))
+            if not label or left >= right or top >= bottom:
+                where = f"{left}, {top} to {right}, {bottom}"
+                raise ValueError(f"{xml}: {name}: word {label!r} at {where}: empty, or outside its photograph")
+            yield photo.crop((left, top, right, bottom)), label
 
 
 def rendered_items(

@@ -140,6 +140,8 @@ SUBSET_RULES: dict[str, Callable[[str], bool]] = {
     "IC13_1015": is_alphanumeric,
     "IC13_857": lambda label: is_alphanumeric(label) and len(label) >= 3,
     "IC03_867": lambda label: is_alphanumeric(label) and len(label) >= 3,
+    "IC03_train_1097": is_alphanumeric,
+    "IC03_train_936": lambda label: is_alphanumeric(label) and len(label) >= 3,
     "IC15_2077": lambda label: True,
 }
 """subsets with a common name that follow from the label alone; IC03_860 and IC15_1811 are hand-made lists"""

@@ -31,7 +31,14 @@ GROUPS = {
     "union14m": UNION14M,
 }
 """what `eval --evaluate` takes in place of its sets: the paper's ten, PARSeq's three groups, Union14M's benchmark"""
-PART_OF = {"IC03_860": "IC03_867", "IC13_857": "IC13_1015", "IC13_1015": "IC13_1095", "IC15_1811": "IC15_2077"}
+PART_OF = {
+    "IC03_860": "IC03_867",
+    "IC13_857": "IC13_1015",
+    "IC13_1015": "IC13_1095",
+    "IC15_1811": "IC15_2077",
+    "IC03_train_936": "IC03_train_1097",
+    "IC03_train_1097": "IC03_train",
+}
 
 
 def wholes_of(name: str) -> list[str]:

@@ -57,6 +57,7 @@ EVALUATION = (
 )
 OTHERS = (
     WordSet("COCO_Text", "evaluation/COCO-Text", None, "irregular", "test/COCOv1.4"),
+    WordSet("IC03_train", "evaluation/IC03_train", 1156, "ICDAR 2003's training photographs; see create-lmdb"),
     WordSet("IC13_1095", "evaluation/IC13_1095", 1095, "regular", "test/IC13_1095"),
     WordSet("ArT", "test/ArT", None, "irregular"),
     WordSet("Uber", "test/Uber", None, "irregular"),
