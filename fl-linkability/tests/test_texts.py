@@ -65,7 +65,7 @@ def test_a_blog_is_no_xml(tmp_path):
         path.write_bytes(f"<Blog>\n\n{post('1,May,2004', said)}</Blog>".encode(encoding))
         (only,) = read_blog(path)
         assert "I <3 Q&A, caf\xe9s" in only and "& &unheard;" in only
-        assert sentences(only) == [only.split("\n")[2].strip().removesuffix("It's").strip()]  # a single word has no next one
+        assert sentences(only) == [only.split("\n")[2].strip().removesuffix("It's").strip()]  # one word: no next one
     path.write_bytes(b"<Blog><date>1,May,2004</date><post>never closed<date>2,May,2004</date><post>cut off \x80 here")
     assert [" ".join(each.split()) for each in read_blog(path)] == ["never closed", "cut off € here"]
 
