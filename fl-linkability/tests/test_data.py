@@ -88,8 +88,8 @@ def test_mnist_users(tmp_path, write_mnist):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": torch.rand(3, 2)}, "one length, got 3 and 4"),
-        ({"user": torch.tensor([0, 0, 1])}, "x, user, device and role must be of one length"),
+        ({"x": torch.rand(3, 2)}, "the same length, got 3 and 4"),
+        ({"user": torch.tensor([0, 0, 1])}, "x, user, device and role must have the same length"),
         ({"device": torch.tensor([0, 0, 1, 3])}, "device 2 has no images"),
         ({"device": torch.tensor([0, 0, 0, 1])}, "device 0 has images of two users"),
         ({"user": torch.tensor([0, 0, 2, 2])}, "user 1 has no images: number the users 0 .. n_users - 1"),
@@ -188,7 +188,7 @@ def replace_rounds(run):
 
 
 def test_flair(tmp_path, write_flair):
-    with pytest.raises(FileNotFoundError, match="FLAIR is not there"):
+    with pytest.raises(FileNotFoundError, match="FLAIR is missing"):
         Experiment(photos("flair", users=3), 0, Reading(tmp_path), FABRIC).bundle  # noqa: B018
     write_flair(tmp_path / "flair")
     settings = photos("flair", users=3, images_per_device=2, model="mobilenet-head", clients_at_once=0)
@@ -200,7 +200,7 @@ def test_flair(tmp_path, write_flair):
 
 def test_femnist(tmp_path, write_femnist):
     settings = replace(PRESETS["femnist"], users=3, images_per_device=2, rounds=2, clients_per_round=3)
-    with pytest.raises(FileNotFoundError, match="no JSON of LEAF"):
+    with pytest.raises(FileNotFoundError, match="no JSON file from LEAF"):
         Experiment(settings, 0, Reading(tmp_path), FABRIC).bundle  # noqa: B018
     write_femnist(tmp_path / "femnist")
     run = Experiment(settings, 0, Reading(tmp_path), FABRIC)
@@ -316,13 +316,13 @@ def test_tables_as_people_write_them(tmp_path):
         ({"encoding": "latin-1"}, "users.csv: not UTF-8 .byte .*; save it as UTF-8"),
         ({"header": HEADER.replace(",", ";")}, "no column image_path, user_id, device_id, labels between commas"),
         ({"header": "image_path,user_id,device_id"}, "no column labels"),
-        ({"lines": []}, "no line below the header"),
+        ({"lines": []}, "no lines below the header"),
         ({"lines": [",ann,old,cat,prior"]}, "line 2: image_path is empty"),
         ({"lines": [*GOOD, "ann/3.jpg,ann,old, | ,prior"]}, "line 5: labels is empty"),
         ({"lines": ["ann/3.jpg,ann"]}, "line 2: device_id is empty"),
         (
             {"lines": [*GOOD, "ann/1.jpg,ann,new,cat,anonymous"]},
-            "line 5: ann/1.jpg is on device old of user ann already",
+            "line 5: ann/1.jpg is already on device old of user ann",
         ),
         ({"lines": ["ann/3.jpg,ann,old,cat,shadow"]}, "role must be prior or anonymous, got 'shadow'"),
     ):

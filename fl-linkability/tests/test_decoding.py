@@ -41,7 +41,7 @@ def test_broken_images_end_it_or_are_left_out(tmp_path):
     assert broken.tolist() == [2] and (images[2] == 0).all() and (images[3] > 0).any()
     with pytest.raises(BrokenFile, match="2.png"):  # what was skipped once is still broken
         decode(paths, 8, reading)
-    with pytest.raises(FileNotFoundError, match=r"gone.png: no such image \(1 of 6 are not there\)"):
+    with pytest.raises(FileNotFoundError, match=r"gone.png: no such image \(1 of 6 are missing\)"):
         decode([*paths, tmp_path / "gone.png"], 8, reading)
 
 

@@ -97,7 +97,7 @@ def test_every_device_is_as_likely(bundle):
 
 
 class Conv(nn.Module):
-    """Without a stacked form of its own, so that vmap is used."""
+    """Without a stacked form, so that vmap is used."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,7 @@ def test_store_on_disk_and_in_memory_are_one(bundle, tmp_path):
     for options in ({}, {"layers": "fc2", "center": "leave-one-out"}, {"normalize": False}):
         np.testing.assert_allclose(disk.features(**options), memory.features(**options), rtol=0, atol=1e-12)
     assert disk.features("fc2").shape == (20, 330)
-    with pytest.raises(ValueError, match="no layer begins with 'conv'; there are fc1.weight"):
+    with pytest.raises(ValueError, match="no layer begins with 'conv'; the layers are fc1.weight"):
         disk.features("conv")
     with pytest.raises(ValueError, match="center must be none or leave-one-out"):
         disk.features(center="mean")

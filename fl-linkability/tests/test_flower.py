@@ -38,7 +38,7 @@ def test_the_grid_keeps_flower_s_contract(bundle):
     assert first.content["metrics"]["partition-id"] == 1 and first.metadata.src_node_id == 2
     assert second.has_error() and "No evaluate function" in second.error.reason and list(grid.pull_messages(ids)) == []
     assert grid.create_message(RecordDict(), "query", 1, "g").metadata.group_id == "g"
-    with pytest.raises(RuntimeError, match="3 of 4 nodes are there"):
+    with pytest.raises(RuntimeError, match="3 of 4 nodes are connected"):
         flower.find_devices(grid, 4, wait=0.1)
 
 

@@ -76,7 +76,7 @@ def test_floor_is_the_mean_over_permutations():
     doubled = np.repeat(np.arange(10), 3)  # two devices per user take the general way
     mean, _ = permuted_device_chance(scores, np.repeat(owner, 2)[doubled], doubled, n=20)
     assert 0.8 < mean < 3
-    with pytest.raises(ValueError, match="devices: the probes of a device must all have one user"):
+    with pytest.raises(ValueError, match="devices: the probes of a device must all belong to one user"):
         permuted_device_chance(scores, owner[device], np.zeros(30, int))
 
 

@@ -184,7 +184,7 @@ def test_group_sums():
         (lambda: LocalDP(1.0, 0.0), "epsilon must be positive and finite, got 0.0"),
         (lambda: LocalDP(1.0, 1.0, 0.0), r"delta must lie in \(0, 1\), got 0.0"),
         (lambda: CentralDP(1.0, -1.0), "noise_multiplier must not be negative"),
-        (lambda: Compose(Mitigation("anon"), Mitigation("both")), "must agree in who"),
+        (lambda: Compose(Mitigation("anon"), Mitigation("both")), "must have the same who"),
     ],
 )
 def test_wrong_arguments(make, message):

@@ -116,7 +116,7 @@ def test_dumped_updates_of_other_frameworks(tmp_path):
     np.testing.assert_allclose(store.delta[0], store.delta[1], rtol=0, atol=1e-6)
     assert store.index.tolist() == [[0, 1, 7, 1, 64], [0, 0, 7, 0, 32]] and store.features("fc").shape == (2, 2570)
     for line, message in (
-        ("1,0,7,0,32,plain.npz,before.pt", "line 4: weights of two networks: .*weight"),
+        ("1,0,7,0,32,plain.npz,before.pt", "line 4: weights of different networks: .*weight"),
         ("1,0,7,0,x,update.npz,", "line 4: invalid literal"),
         ("1,0,7,0,32,updates.csv,", "updates.csv: holds no weights"),
     ):

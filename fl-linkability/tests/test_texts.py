@@ -65,7 +65,7 @@ def test_a_blog_is_no_xml(tmp_path):
         path.write_bytes(f"<Blog>\n\n{post('1,May,2004', said)}</Blog>".encode(encoding))
         (only,) = read_blog(path)
         assert "I <3 Q&A, caf\xe9s" in only and "& &unheard;" in only
-        assert sentences(only) == [only.split("\n")[2].strip().removesuffix("It's").strip()]  # one word has no next
+        assert sentences(only) == [only.split("\n")[2].strip().removesuffix("It's").strip()]  # one word: no next one
     path.write_bytes(b"<Blog><date>1,May,2004</date><post>never closed<date>2,May,2004</date><post>cut off \x80 here")
     assert [" ".join(each.split()) for each in read_blog(path)] == ["never closed", "cut off € here"]
 
@@ -114,9 +114,9 @@ def test_reviews_by_date_of_users_with_enough(tmp_path):
         ("[1]", "list indices"),
     ):
         path.write_text("\n".join([*lines, broken]))
-        with pytest.raises(ValueError, match=f"review.json line 8: no review .{reason}.*fetch the file again"):
+        with pytest.raises(ValueError, match=f"review.json line 8: not a review .{reason}.*fetch the file again"):
             read_yelp(tmp_path, 0, 1)
-    with pytest.raises(FileNotFoundError, match="Yelp's reviews are not there"):
+    with pytest.raises(FileNotFoundError, match="Yelp's reviews are missing"):
         read_yelp(tmp_path / "none", 0, 1)
 
 
@@ -130,7 +130,7 @@ def test_words_become_numbers():
     assert tokens(["A, b! z", "", "b b b b b"], number, 4).tolist() == [[2, 3, UNKNOWN, 0], [0] * 4, [3] * 4]
     x, y = next_words([Text("u", "a b z a"), Text("u", "b a")], number, 3)
     assert x.tolist() == [[2, 3, UNKNOWN], [3, 2, 0]], "the last word is asked for alone"
-    assert y.tolist() == [[3, NOTHING, 2], [2, NOTHING, NOTHING]], "an unknown word is not asked for"
+    assert y.tolist() == [[3, NOTHING, 2], [2, NOTHING, NOTHING]], "unknown words are not predicted"
     x, y = with_stars([Text("u", "a z", 4.0)], number, 3)
     assert x.tolist() == [[2, UNKNOWN, 0]] and y.tolist() == [4.0] and y.dtype == torch.float32
 
@@ -230,7 +230,7 @@ def test_a_federation_of_texts(archives, name):
     chance = run.measure(replace(run.settings, measure="utility", learner="chance")).metrics["user_accuracy"]
     assert chance == pytest.approx(500 / bundle.n_classes) if words else 1 < chance < 2
     for refused in ({"measure": "utility", "learner": "k-nn"}, {"measure": "images"}):
-        with pytest.raises(ValueError, match=f"compares images, {name} has texts"):
+        with pytest.raises(ValueError, match=f"compares images, but {name} has texts"):
             run.measure(replace(run.settings, **refused))
 
 

@@ -1,6 +1,6 @@
 """Linkability of updates in federated learning: attacks and defences (arXiv 1805.05838).
 
-The public API by name; a module is imported when a name of it is first used, so that small commands start fast.
+The public API by name; a module is imported when one of its names is first used, so small commands start fast.
 """
 
 from importlib import import_module

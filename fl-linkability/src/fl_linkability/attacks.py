@@ -1,6 +1,6 @@
-"""Who sent this update? Were these two sent by one user?
+"""Who sent this update? Were these two sent by the same user?
 
-An attack sees features alone, never a device or user id of what it scores.
+An attack sees only features, never the device or user id of what it scores.
 
 `paper-*` are the paper's attacks (section 5.2); the others are ours.
 """
@@ -29,16 +29,16 @@ def identify(
 
     Args:
         aux: (n_aux, d) features of updates whose sender is known.
-        aux_labels: (n_aux,) sender, 0 .. n_known - 1, each of them at least once.
+        aux_labels: (n_aux,) sender, 0 .. n_known - 1, each at least once.
         probe: (n_probe, d).
         attack: one of IDENTIFY.
-        seed: of attacks that draw.
+        seed: for attacks that use random numbers.
 
     Returns:
-        float64 (n_probe, n_known), higher is likelier.
+        float64 (n_probe, n_known), higher means more likely.
 
     Raises:
-        ValueError: unknown attack, shapes that do not fit, missing labels, features that are not finite.
+        ValueError: unknown attack, mismatched shapes, missing labels, non-finite features.
     """
     if attack not in IDENTIFY:
         raise ValueError(f"attack must be one of {', '.join(IDENTIFY)}, got {attack!r}")
@@ -46,7 +46,7 @@ def identify(
     if aux.ndim != 2 or probe.ndim != 2 or aux.shape[1] != probe.shape[1] or len(aux) != len(aux_labels):
         raise ValueError(f"aux (n, d), labels (n,) and probe (m, d) needed: {aux.shape, aux_labels.shape, probe.shape}")
     if len(aux) == 0 or len(np.unique(aux_labels)) != aux_labels.max() + 1 or aux_labels.min() < 0:
-        raise ValueError("aux_labels must hold each of 0 .. n_known - 1")
+        raise ValueError("aux_labels must contain each of 0 .. n_known - 1")
     if not (np.isfinite(aux).all() and np.isfinite(probe).all()):
         raise ValueError("features must be finite")
     if aux_labels.max() == 0:
@@ -80,7 +80,7 @@ def _centroid(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int)
 
 
 def _logistic_regression(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
-    """On up to 96 principal components of the known updates, scaled by one factor for all."""
+    """Fitted on up to 96 principal components of the known updates, all scaled by one factor."""
     pca = PCA(min(96, len(aux) - 1, aux.shape[1]), random_state=seed).fit(aux)
     known, unknown = pca.transform(aux), pca.transform(probe)
     scale = np.sqrt((known**2).mean()) or 1.0
@@ -90,7 +90,7 @@ def _logistic_regression(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray,
 
 
 def _mlp(aux: np.ndarray, labels: np.ndarray, probe: np.ndarray, seed: int) -> np.ndarray:
-    """Adam; stopped early on a part of the known updates."""
+    """Adam, with early stopping on part of the known updates."""
     model = MLPClassifier((128,), early_stopping=True, n_iter_no_change=20, max_iter=300, random_state=seed)
     return model.fit(aux * np.sqrt(aux.shape[1]), labels).predict_proba(probe * np.sqrt(aux.shape[1]))
 
@@ -117,10 +117,10 @@ def pair_scorer(attack: str, aux: np.ndarray, aux_labels: np.ndarray, seed: int 
         attack: one of MATCH.
         aux: (n, d) features.
         aux_labels: (n,) sender, 0 .. n_known - 1.
-        seed: of attacks that draw.
+        seed: for attacks that use random numbers.
 
     Returns:
-        features of pairs, (m, d) and (m, d), to scores (m,).
+        a function from features of pairs, (m, d) and (m, d), to scores (m,).
     """
     if attack == "paper-mlp":
         return product_of_probabilities(mlp_probabilities(aux, aux_labels, int(aux_labels.max()) + 1, seed))

@@ -1,4 +1,4 @@
-"""Speed of the batched trainer against a loop and JAX, of Flower's messages and of Ray; equality is checked first."""
+"""Speed of the batched trainer (against a loop and JAX), of Flower's messages and of Ray; results must be equal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def run(repeats: int, threads: int, ray: bool) -> None:
-    """Measure every comparison into runs/bench.json and print the table; Ray's seconds where asked."""
+    """Measure every comparison, write runs/bench.json and print the table; time Ray too if asked."""
     torch.set_num_threads(threads)
     timings = chain(_trainers(repeats), _messages(repeats), _ray() if ray else ())
     packages = [*PACKAGES, *(name for name in ("jax", "fedjax") if find_spec(name))]
@@ -83,7 +83,7 @@ def _trainers(repeats: int) -> Iterator[Timing]:
 
 
 class _WithoutOwnForms(torch.nn.Module):
-    """An MLP that has no stacked form, so that vmap is used."""
+    """An MLP without a stacked form, so that vmap is used."""
 
     def __init__(self, net: MLP):
         super().__init__()
@@ -94,7 +94,7 @@ class _WithoutOwnForms(torch.nn.Module):
 
 
 def _messages(repeats: int) -> Iterator[Timing]:
-    """What Flower's messages, in process, add to a client and round."""
+    """What Flower's in-process messages add to a client's round."""
     bundle = make_digits_users(0, n_users=20)
     config = FedAvgConfig(rounds=5, clients_per_round=40, local=LocalSGD(2, 8, 0.1))
     results = {engine: simulate(bundle, MLP, config, engine=engine) for engine in ("loop", "flower-inprocess")}
@@ -112,7 +112,7 @@ def _messages(repeats: int) -> Iterator[Timing]:
 
 
 def _ray() -> Iterator[Timing]:
-    """Wall seconds of flwr's simulation on Ray: what a round more costs, and the start-up that is left."""
+    """Wall time of flwr's simulation on Ray: the cost of one more round; the rest is start-up."""
     bundle = make_digits_users(0, n_users=10)
     seconds = {}
     for rounds in (1, 4):

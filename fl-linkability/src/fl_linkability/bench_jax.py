@@ -1,4 +1,4 @@
-"""The MLP's local training as JAX has it, for the benchmark: FedJAX itself, and a whole round in one compiled call.
+"""The MLP's local training in JAX, for the benchmark: FedJAX itself, and a whole round in one compiled call.
 
 Neither jax nor fedjax is a dependency; both functions take what `train_batched` takes and give its updates.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fl_linkability.train import State
 
-Work = Callable[[Tensor, Tensor], np.ndarray]  # rows and weights of `batch_table` to updates (K, D)
+Work = Callable[[Tensor, Tensor], np.ndarray]  # from rows and weights of `batch_table` to updates (K, D)
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # before jax is imported: one thread, as ours
 
 
 def whole_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
-    """A scan over the batches, vmapped over the clients and compiled: FedJAX's way, taken to its end."""
+    """A scan over the batches, vmapped over the clients and compiled: FedJAX's approach, taken further."""
     jax = import_module("jax")
     params, images, classes = _arrays(state, x, y)
 
@@ -43,7 +43,7 @@ def whole_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
 
 
 def fedjax_round(state: State, x: Tensor, y: Tensor, lr: float) -> Work:
-    """FedJAX's own training for each client, on its own default backend: a compiled step per batch."""
+    """FedJAX's own per-client training on its default backend: one compiled step per batch."""
     jax, fedjax, fed_avg = map(import_module, ("jax", "fedjax", "fedjax.algorithms.fed_avg"))
     params, images, classes = _arrays(state, x, y)
 

@@ -1,4 +1,4 @@
-"""The table files, checked against the settings; light, so that small commands start fast."""
+"""The table files, checked against the settings; imports little, so small commands start fast."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Claims judged by a cluster bootstrap over users, in addition to every project's interval over seeds.
 
 A record keeps what each user contributed to a metric, or the metric for each resample of the users. Users are resampled
-within each seed, alike in all rows of a seed, so that a difference between rows stays paired; the effect is the mean
-over seeds and its interval runs from the 2.5 % to the 97.5 % quantile. Metrics that no user contributes to (accuracy on
-the population test set) are judged over seeds alone.
+within each seed, in the same way in all rows of a seed, so differences between rows stay paired; the effect is the mean
+over seeds and its interval runs from the 2.5 % to the 97.5 % quantile. Metrics without contributions of single users
+(accuracy on the population test set) are judged over seeds only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BootstrapVerdict:
 
 
 def replicates(record: dict, metric: str) -> Sample | None:
-    """A metric as measured and for each resample of the users, (R,); None where users do not contribute to it."""
+    """A metric as measured and for each resample of the users, (R,); None if users do not contribute to it."""
     details, metrics = record["details"], record["metrics"]
     if metric in details.get("replicates", {}):
         return metrics[metric], np.array(details["replicates"][metric], dtype=float)
@@ -85,7 +85,7 @@ FROM_USERS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
 
 
 def judge(table: Table, scale: str, log: RunLog) -> list[BootstrapVerdict]:
-    """A verdict on every claim that is to be judged at the scale; three seeds at least."""
+    """A verdict on every claim that is judged at this scale; it needs at least three seeds."""
     claims = [claim for claim in table.claims if claim.scales is None or scale in claim.scales]
     records = {key_of(record): record for record in log.records()} if claims and scale in table.scales else {}
     return [_judge(table, scale, claim, records) for claim in claims]

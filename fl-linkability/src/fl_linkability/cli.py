@@ -42,7 +42,7 @@ class DataOptions:
 
     @property
     def reading(self) -> Reading:
-        """As the loaders take it."""
+        """In the form that the loaders take."""
         from fl_linkability.data.reading import Reading
 
         return Reading(self.data_root, self.workers, self.skip_broken)
@@ -65,7 +65,7 @@ class Run(DataOptions):
     force: bool = False
     """Repeat runs that are already there."""
     dry_run: bool = False
-    """Only list the missing runs, their expected time and the data that they lack."""
+    """Only list the missing runs, their expected time and the data that are missing."""
     precision: str = "auto"
     """auto (bf16-mixed on CUDA), or a precision of Fabric's."""
 
@@ -126,7 +126,7 @@ class Train(DataOptions):
     """Run one federation, keep its updates and weights, and print one attack as JSON; the same command resumes."""
 
     settings: tyro.conf.AvoidSubcommands[tyro.extras.subcommand_type_from_defaults(PRESETS)]  # type: ignore[valid-type]  # made at run time
-    """A preset; flags after it change its settings, flags of this command come before it."""
+    """A preset. Flags after it change its settings; flags of this command go before it."""
     output: Path = Path("federation")
     """Folder for updates and checkpoint; `fl-linkability attack` reads it."""
     seed: int = 0
@@ -161,17 +161,17 @@ class Attack:
     folder: tyro.conf.Positional[Path]
     """Folder written by `fl-linkability train`."""
     measure: str = "reid"
-    """reid, pairs, all-pairs, open, open-reid, open-matching, stage, groups or protocol."""
+    """What to measure: reid, pairs, all-pairs, open, open-reid, open-matching, stage, groups or protocol."""
     attack: str = "paper-mlp"
     """paper-knn, paper-svm, paper-svm-votes, paper-mlp, paper-siamese (pairs), centroid, knn-1, knn-5, logreg, mlp."""
     layers: str = "all"
     """Layer that the attack sees; default: all kept layers."""
     center: str = "none"
-    """none or leave-one-out."""
+    """How updates are centred: none or leave-one-out."""
     set_size: int = 1
-    """groups: updates per sum."""
+    """For measure groups: updates per sum."""
     seed: int = 0
-    """Of the attack."""
+    """Seed of the attack."""
 
     def __call__(self) -> None:
         from fl_linkability.experiments import attack_folder, load_settings
@@ -189,10 +189,10 @@ class Attack:
 
 @dataclass
 class Data:
-    """List which data are needed, where they are looked for, and what is there."""
+    """List which data are needed, where they are looked for, and which are found."""
 
     verb: tyro.conf.Positional[Literal["list", "verify"]] = "list"
-    """list, or verify: read every file of the sets that are there completely."""
+    """list, or verify: read all files of the data sets found, from beginning to end."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     download: bool = False
@@ -232,7 +232,7 @@ class Data:
             from fl_linkability.data.inventory import verify
 
             for name, count in verify(self.data_root):
-                console().print(f"{name}: {count:,} images or texts read to the end", highlight=False)
+                console().print(f"{name}: {count:,} images or texts read completely", highlight=False)
             return
         grid = Grid("data", "scale", "size", "licence", "found", "where", "if missing")
         for row in inventory(self.data_root):

@@ -1,4 +1,4 @@
-"""Run a federation by one of four engines.
+"""Run a federation with one of four engines.
 
 `batched` trains the clients of a round at once (default), `loop` one after the other; `flower-inprocess` and
 `flower-ray` run the same round through Flower's messages (flower.py). All four give the same updates.
@@ -29,7 +29,7 @@ ENGINES = ("batched", "loop", "flower-inprocess", "flower-ray")
 
 @dataclass
 class SimulationResult:
-    """Of `simulate`; `updates` is None on ranks other than 0."""
+    """What `simulate` returns; `updates` is None on ranks other than 0."""
 
     updates: UpdateStore | None
     final_state: State
@@ -72,13 +72,13 @@ def simulate(
         mitigation: what devices or server do against linking.
         engine: one of ENGINES.
         initial: weights to start from instead of fresh ones: all that are trained, or a whole state dict.
-        evaluate: network and weights to utility figures, after each of the last `evaluate_last` rounds.
-        evaluate_last: rounds.
-        folder: for updates and checkpoint on disk; an interrupted run goes on there with its last saved round.
+        evaluate: gives utility figures of network and weights, after each of the last `evaluate_last` rounds.
+        evaluate_last: number of rounds that are evaluated.
+        folder: for updates and checkpoint on disk; an interrupted run resumes from its last saved round.
         checkpoint_every: rounds between saves.
         fabric: device, precision and ranks; default: the CPU.
-        clients_at_once: bound on clients in one batched step (memory); 0: all of the round.
-        keep: parameters whose updates are stored: all, or beginnings of names joined by |.
+        clients_at_once: most clients in one batched step (limits memory); 0: all clients of the round.
+        keep: parameters whose updates are stored: all, or name prefixes joined by |.
         on_round: called with the number of finished rounds.
 
     Raises:
@@ -123,4 +123,4 @@ def _load(model: nn.Module, initial: State) -> None:
     except RuntimeError as error:
         raise ValueError(f"initial: weights of another network ({str(error).splitlines()[-1].strip()})") from error
     if lacking or unknown:
-        raise ValueError(f"initial: weights of another network (lacks {lacking}, has {unknown} besides)")
+        raise ValueError(f"initial: weights of another network (missing {lacking}, unexpected {unknown})")

@@ -1,4 +1,4 @@
-"""The paper's protocol on a finished federation: what each attack finds, and what the model is worth to its users."""
+"""The paper's protocol on a finished federation: what each attack finds, and how useful the model is to its users."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def utility(bundle: FederatedBundle, model: nn.Module, state: State) -> dict:
     """Utility on held-out samples of the users, by user, and on the population test set.
 
     In %: accuracy for one class per image, mean AP over the labels that occur (not split by user), top-5 accuracy for
-    words. For numbers the mean absolute error.
+    words. For numbers, the mean absolute error.
     """
     x, y, user = bundle.user_test
     if bundle.task == "labels":
@@ -68,9 +68,9 @@ def utility(bundle: FederatedBundle, model: nn.Module, state: State) -> dict:
 
 
 def _points(model: nn.Module, state: State, x: Tensor | Rows, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each sample, float64 (n,): hits (of a number: its absolute error), and how many there could be."""
+    """For each sample, float64 (n,): hits (for a number, its absolute error), and how many there could be."""
     task = task_of(y)
-    size = 64 if task == "words" else 1024  # a text has an output for each word of the vocabulary at each place
+    size = 64 if task == "words" else 1024  # a text has an output for each word of the vocabulary at each position
     parts = []
     for outputs, target in zip(_outputs(model, state, x, size), y.split(size), strict=True):
         count = torch.ones(len(target))
@@ -87,7 +87,7 @@ def _points(model: nn.Module, state: State, x: Tensor | Rows, y: Tensor) -> tupl
 
 
 def macro_ap(scores: np.ndarray, y: np.ndarray) -> float:
-    """Mean AP in % over the labels (columns) that occur; NaN where none does."""
+    """Mean AP in % over the labels (columns) that occur; NaN if none does."""
     present = (y > 0).any(0)
     if not present.any():
         return float("nan")
@@ -95,7 +95,7 @@ def macro_ap(scores: np.ndarray, y: np.ndarray) -> float:
 
 
 def mean_utility(points: list[dict]) -> tuple[dict, dict]:
-    """Metrics user_accuracy and population_accuracy (means over the last rounds), and the users' own means."""
+    """Metrics user_accuracy and population_accuracy (means over the last rounds), and each user's mean."""
     metrics = {f"{name}_accuracy": float(np.mean([p[name] for p in points])) for name in ("user", "population")}
     by_user = np.mean([p["by_user"] for p in points], axis=0) if "by_user" in points[0] else []
     return metrics, {"user_accuracy": _rounded(by_user, 2)}
@@ -115,7 +115,7 @@ def weighted_ap(same: np.ndarray, scores: np.ndarray, weight: np.ndarray) -> flo
 
 @dataclass
 class Adversary:
-    """What the server can find out from one federation's updates; metrics in % where they are shares.
+    """What the server can find out from one federation's updates; metrics that are shares are in %.
 
     Every method returns metrics and details. `details["users"]` holds values by user and `details["replicates"]` the
     metric for each resample of the users: the bootstrap of claims.py needs them.
@@ -128,7 +128,7 @@ class Adversary:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Of all stored updates."""
+        """Features of all stored updates."""
         return self.store.features(self.settings.layers, self.settings.center)
 
     def closed_split(self) -> Split:
@@ -149,7 +149,7 @@ class Adversary:
         return Split(aux, aux_labels, split.probe, probe_labels, split.known)
 
     def scores(self, split: Split) -> np.ndarray:
-        """Of the probes, for each known user."""
+        """Scores of the probes for each known user."""
         f = self.features
         return identify(f[split.aux], split.aux_labels, f[split.probe], self.settings.attack, self.seed)
 
@@ -211,7 +211,7 @@ class Adversary:
         draws = []
         for count in user_resamples(self.n_users, self.seed):
             a, b = count[users_a][:, None], count[users_b]
-            weight = np.where(same, a, a * b)  # copies of one user are not new pairs of one user
+            weight = np.where(same, a, a * b)  # copies of a user make no new same-user pairs
             draws.append(weighted_ap(same.ravel(), scores.ravel(), weight.ravel()))
         prevalence = found["prevalence"]
         replicates = {"matching_ap": 100 * np.array(draws), "times_prevalence": np.array(draws) / prevalence}
@@ -231,7 +231,7 @@ class Adversary:
         return matching_metrics(scores, *users), scores, users[0], users[1]
 
     def open(self) -> tuple[dict, dict]:
-        """A third of the users unknown: is the sender known, and who is it (T4)."""
+        """Open world, a third of the users unknown: is the sender known, and who is it (T4)."""
         split = split_open(self.store, 1 / 3, self.seed)
         scores = self.scores(split)
 
@@ -250,7 +250,7 @@ class Adversary:
         return metrics(everything), {"replicates": replicates}
 
     def protocol(self) -> tuple[dict, dict]:
-        """All of ours at once (T5): re-identification, matching, tracking of a device, open world."""
+        """All our measurements at once (T5): re-identification, matching, tracking of a device, open world."""
         metrics, details = self.reid()
         matching = self._device_matching()[0]
         split = split_open(self.store, 1 / 3, self.seed)
@@ -272,5 +272,5 @@ class Adversary:
 
 
 def _rounded(values: Sequence[float] | np.ndarray, digits: int) -> list:
-    """For a run record: None where the value is not defined."""
+    """For a run record: None if the value is undefined."""
     return [None if not np.isfinite(v) else round(float(v), digits) for v in values]

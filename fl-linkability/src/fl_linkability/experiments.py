@@ -1,4 +1,4 @@
-"""From the settings of a table's row to the outcome of a run; runs that share a federation are measured on one."""
+"""From the settings of a table's row to the outcome of a run; runs that share a federation simulate it once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("numpy", "scikit-learn", "lightning", *(["flwr"] if find_spec("flwr") else []))
 BACKGROUND_EPOCHS = 20
-BATCHES_READ = 1000  # at a time, where everything is trained on in one place
+BATCHES_READ = 1000  # at a time, in centralised training
 
 
 def run_tables(
@@ -93,13 +93,13 @@ def _federation_of(run: Run) -> tuple:
 def execute(
     settings: Sequence[dict], seeds: Sequence[int], *, reading: Reading, precision: str = "auto"
 ) -> list[Outcome]:
-    """All runs that share a federation (and so a seed); a killed one resumes from runs/checkpoints."""
+    """All runs that share a federation (and so a seed); an interrupted one resumes from runs/checkpoints."""
     resolved = [Settings(**each) for each in settings]
     run = Experiment(resolved[0], seeds[0], reading, _fabric(precision))
     checkpoints = (
         runs_folder(catalogue.PROJECT) / "checkpoints" / f"{settings_hash(resolved[0].federation())}-{seeds[0]}"
     )
-    run.folder = checkpoints if resolved[0].model != "mlp" else None  # what takes seconds starts again
+    run.folder = checkpoints if resolved[0].model != "mlp" else None  # runs of seconds start from scratch
     outcomes = [run.measure(each) for each in resolved]
     if run.folder:
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -133,7 +133,7 @@ class Experiment:
 
     @cached_property
     def mitigation(self) -> Mitigation:
-        """What the settings name."""
+        """The mitigation that the settings name."""
         return make_mitigation(self.settings, self.bundle, self.seed)
 
     @cached_property
@@ -161,17 +161,17 @@ class Experiment:
         return studies.image_scores(self.bundle, self.seed)
 
     def model(self) -> nn.Module:
-        """A fresh network; its weights depend on the seed alone."""
+        """A fresh network; its weights depend only on the seed."""
         torch.manual_seed(self.seed)
         return build_model(self.settings, self.bundle).to(self.fabric.device)
 
     def local(self, epochs: int) -> LocalSGD:
-        """A client's steps, for so many epochs."""
+        """A client's local training, for this number of epochs."""
         s = self.settings
         return LocalSGD(epochs, s.batch_size, s.lr, s.momentum, s.weight_decay)
 
     def measure(self, settings: Settings) -> Outcome:
-        """What the settings ask about the federation. ValueError where they belong to another one."""
+        """What the settings measure on the federation. ValueError if they belong to another one."""
         if settings.federation() != self.settings.federation():
             raise ValueError("these settings belong to another federation")
         details: dict
@@ -191,7 +191,7 @@ class Experiment:
     def _attack(self, settings: Settings) -> tuple[dict, dict]:
         found = self.simulation
         if found.updates is None:
-            raise RuntimeError("the updates are on rank 0 alone")
+            raise RuntimeError("the updates are only on rank 0")
         metrics, users = mean_utility(found.utility)
         details: dict = {"users": {}}
         if settings.measure != "utility":
@@ -208,20 +208,20 @@ class Experiment:
         return metrics, details | {"engine": found.engine, "faults": found.faults[:20], "n_faults": len(found.faults)}
 
     def _most_answers(self, updates: UpdateStore) -> int:
-        """Of the anonymous device that answered most often in the whole run."""
+        """How often the busiest anonymous device answered in the whole run."""
         device = updates.column("device")[updates.column("role") == ANONYMOUS]
         return int(np.bincount(device).max())
 
     def central(self, data: tuple[Tensor | Rows, Tensor], epochs: int) -> Iterator[State]:
         """The same network and steps without a federation: its weights after each epoch over all data.
 
-        So many batches are read at a time; momentum starts anew with each such part.
+        BATCHES_READ batches are read at a time; momentum is reset at each such part.
         """
         model = self.model()
         state, device = trained_state(model), self.fabric.device
         x, y = data
         if len(x) == 0:
-            raise ValueError(f"{self.bundle.name}: no images to train on, the background is empty")
+            raise ValueError(f"{self.bundle.name}: no images to train on: the background is empty")
         rng = np.random.default_rng([self.seed, 11])
         size = self.settings.batch_size * BATCHES_READ
         for _ in range(epochs):
@@ -239,17 +239,17 @@ class Experiment:
         return state
 
 
-# ---- a federation of the user's own -----------------------------------------------------------------------
+# ---- the user's own federation ----------------------------------------------------------------------------
 
 
 def save_settings(folder: Path, settings: Settings, seed: int) -> None:
-    """Beside the updates, so that `attack_folder` knows what they are."""
+    """Save the settings next to the updates, for `attack_folder`."""
     with whole_file(folder / "settings.json") as temporary:
         temporary.write_text(json.dumps({"settings": asdict(settings), "seed": seed}, indent=1))
 
 
 def load_settings(folder: Path) -> tuple[Settings, int]:
-    """What `save_settings` wrote. FileNotFoundError if there is nothing."""
+    """What `save_settings` wrote. FileNotFoundError if there is no such file."""
     path = folder / "settings.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no federation here (settings.json is missing)")
@@ -258,7 +258,7 @@ def load_settings(folder: Path) -> tuple[Settings, int]:
 
 
 def attack_folder(folder: Path, settings: Settings, seed: int) -> dict[str, float]:
-    """Metrics of an attack on the updates that a folder keeps. ValueError where the measure needs more than updates."""
+    """Metrics of an attack on the updates in a folder. ValueError if the measure needs more than updates."""
     if settings.measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {settings.measure!r}")
     store = UpdateStore.open(folder / "updates")
@@ -270,7 +270,7 @@ def attack_folder(folder: Path, settings: Settings, seed: int) -> dict[str, floa
 
 
 def _central(run: Experiment) -> tuple[dict, dict]:
-    """Table 2, centralised SGD: as many passes over everybody's images as the federation makes."""
+    """Table 2, centralised SGD: as many passes over all users' images as the federation makes."""
     s, users = run.settings, run.bundle.users
     epochs = max(1, round(s.rounds * s.clients_per_round * s.local_epochs / users.n_devices))
     *_, state = run.central((users.x, users.y), epochs)
@@ -279,7 +279,7 @@ def _central(run: Experiment) -> tuple[dict, dict]:
 
 
 def _background_only(run: Experiment) -> tuple[dict, dict]:
-    """No federation: trained on the background alone; the best epoch on the test set, so an optimistic control."""
+    """No federation: trained on the background only; best epoch on the test set (an optimistic control)."""
     background, model = run.bundle.background, run.model()
     states = run.central((background.x, background.y), BACKGROUND_EPOCHS)
     points = [utility(run.bundle, model, state) for state in states]
@@ -288,10 +288,10 @@ def _background_only(run: Experiment) -> tuple[dict, dict]:
 
 
 def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
-    """Table 2, K-NN: ten nearest of all users' images, by pixels or by the features of a frozen network."""
+    """Table 2, K-NN: the ten nearest of all users' images, by pixels or by the features of a frozen network."""
     users, result = run.bundle.users, {}
     if run.bundle.vocabulary:
-        raise ValueError(f"learner k-nn compares images, {run.bundle.name} has texts")
+        raise ValueError(f"learner k-nn compares images, but {run.bundle.name} has texts")
     model = (KNeighborsRegressor if run.bundle.task == "labels" else KNeighborsClassifier)(10)
     model.fit(as_input(users.x[:]).flatten(1).numpy(), users.y.numpy())
     for name, (x, y) in (("user", run.bundle.user_test[:2]), ("population", run.bundle.test)):
@@ -304,7 +304,7 @@ def _nearest_neighbours(run: Experiment) -> tuple[dict, dict]:
 
 
 def _chance(run: Experiment) -> tuple[dict, dict]:
-    """Uniform guessing: 1/classes, five words of all, the mean share of positives, or the error of a random number."""
+    """Uniform guessing: 1/classes, five words of all words, the share of positives, or the error of a random number."""
     bundle = run.bundle
     if bundle.task == "labels":
         chance = 100 * float(bundle.test[1].mean())
@@ -374,7 +374,7 @@ def _one_mitigation(name: str, s: Settings, bundle: FederatedBundle, seed: int) 
 
 
 def cluster_background(background: Background, clusters: int, seed: int) -> np.ndarray:
-    """Modes of the background by k-means, (n,): on features where it was embedded, on words, or else on pixels."""
+    """Modes of the background by k-means, (n,): on features if it was embedded, else on words or pixels."""
     vectors = background.x if background.features is None else background.features
     if not 1 <= clusters <= len(vectors):
         raise ValueError(f"clusters must lie in 1 .. {len(vectors)} (background samples), got {clusters}")

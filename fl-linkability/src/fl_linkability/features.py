@@ -6,7 +6,7 @@ import numpy as np
 
 
 def leave_one_out(deltas: np.ndarray, rounds: np.ndarray) -> np.ndarray:
-    """Each update minus the mean of the other updates of its round, in float64; alone in its round it stays as it is.
+    """Each update minus the mean of the other updates of its round, in float64; one alone in its round is unchanged.
 
     Args:
         deltas: (n, D).
@@ -30,7 +30,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of every row of a with every row of b, (n_a, n_b); 0 with a zero vector."""
+    """Cosine of every row of a with every row of b, (n_a, n_b); 0 for a zero vector."""
     return unit(a) @ unit(b).T
 
 

@@ -1,6 +1,6 @@
 """Federated averaging with every update kept (section 3, algorithm 1): one round, its faults and its checkpoint.
 
-`engines.simulate` runs the rounds. Every random draw has a generator of its own, named by seed, purpose, round and
+`engines.simulate` runs the rounds. Every random draw has its own generator, identified by seed, purpose, round and
 device, so that engines, ranks and resumed runs agree.
 """
 
@@ -45,7 +45,7 @@ STREAMS = ("devices", "order", "data", "update", "server", "network")
 
 @dataclass(frozen=True)
 class FedAvgConfig:
-    """Rounds, clients per round and what they do; the defaults are the paper's where it prints them."""
+    """Rounds, clients per round and what they do; the defaults are the paper's where it gives them."""
 
     rounds: int = 200
     clients_per_round: int = 8
@@ -56,7 +56,7 @@ class FedAvgConfig:
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.clients_per_round < 1:
-            raise ValueError(f"need 1 round and client or more, got {self.rounds} and {self.clients_per_round}")
+            raise ValueError(f"need at least 1 round and 1 client, got {self.rounds} and {self.clients_per_round}")
         if not 1 <= self.min_clients <= self.clients_per_round:
             raise ValueError(f"min_clients must lie in 1 .. {self.clients_per_round}, got {self.min_clients}")
 
@@ -83,7 +83,7 @@ class Reply:
 
 
 def ignore(finished: int) -> None:
-    """No word about finished rounds."""
+    """Default `on_round`: does nothing."""
 
 
 class Federation:
@@ -143,13 +143,13 @@ class Federation:
         x, y = (part.to(self.fabric.device) for part in self.data(device, number))
         order = epoch_orders(len(x), self.config.local.epochs, self.rng("order", number, device))
         cards = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(cards):  # dropout's masks are the client's own, whatever ran before
+        with torch.random.fork_rng(cards):  # dropout's masks do not depend on what ran before
             torch.manual_seed(int(self.rng("network", number, device).integers(2**63)))
             delta, _ = train_one(self.model, state, x, y, order, self.config.local, self.fabric.autocast)
         return self._reply(delta.cpu().numpy(), device, number, len(x))
 
     def loop_replies(self, state: State, devices: np.ndarray, number: int) -> list[Reply]:
-        """The round by one client after the other; a client that raises is a fault, not the end."""
+        """The round, one client after the other; a client that raises counts as a fault and does not end the run."""
         replies = []
         for device in self._mine(devices):
             try:
@@ -159,7 +159,7 @@ class Federation:
         return self._gather(replies)
 
     def batched_replies(self, state: State, devices: np.ndarray, number: int) -> list[Reply]:
-        """The round with its clients side by side."""
+        """The round, with its clients trained at once."""
         replies: list[Reply] = []
         ready: list[tuple[int, Tensor, Tensor]] = []
         for device in map(int, self._mine(devices)):
@@ -211,7 +211,7 @@ class Federation:
         return gathered
 
     def finish_round(self, number: int, state: State, replies: Sequence[Reply]) -> State:
-        """Leave out what is not an update, keep and average the others, and save when due.
+        """Leave out invalid replies, store and average the others, and save when due.
 
         Raises:
             RuntimeError: fewer than min_clients valid updates.
@@ -294,12 +294,12 @@ class Federation:
 def kept_columns(
     layers: dict[str, tuple[int, int]], keep: str
 ) -> tuple[slice | np.ndarray, dict[str, tuple[int, int]]]:
-    """Which columns of an update are stored, and where each layer lies among them. ValueError where none is."""
+    """Which columns of an update are stored, and where each layer lies among them. ValueError if none is."""
     if keep == "all":
         return slice(None), layers
     chosen = {name: span for name, span in layers.items() if name.startswith(tuple(keep.split("|")))}
     if not chosen:
-        raise ValueError(f"keep: no parameter begins with {keep!r}; there are {', '.join(layers)}")
+        raise ValueError(f"keep: no parameter begins with {keep!r}; the parameters are {', '.join(layers)}")
     ends = np.cumsum([b - a for a, b in chosen.values()]).tolist()
     spans = dict(zip(chosen, zip([0, *ends[:-1]], ends, strict=True), strict=True))
     return np.concatenate([np.arange(a, b) for a, b in chosen.values()]), spans

@@ -25,19 +25,19 @@ COLOURS = {
 }  # fmt: skip
 
 
-# Of the frontier: by a part of a row's name, from the most to the least special.
+# Colours of the frontier, by part of a row's name; the most specific come first.
 FAMILIES = {
     "DP": "tab:purple", "sum of": "tab:cyan", "noise": "tab:red", "clip": "tab:gray", "mm-aug": "tab:blue",
     "bkg-repl": "tab:green", "decoys": "tab:olive", "calibrated": "tab:brown", "random": "tab:orange",
     "pretraining": "tab:pink", "jitter": "darkcyan", "none": "black",
 }  # fmt: skip
 FRONTIER = ("T5", "T6", "T6b")
-# Rows of figure-12 whose labels stand under their points.
+# Rows of figure-12 with their label below the point.
 BELOW = ("none, 3 local epochs", "mm-aug, M = 40, a = 2", "rand-aug, a = 0.5", "rand-aug, a = 2")
 
 
 def draw_all(tables: list[Table], results: Path) -> None:
-    """Draw every figure at the scale closest to the paper's that was measured."""
+    """Draw every figure at the measured scale closest to the paper's."""
     (results / "figures").mkdir(parents=True, exist_ok=True)
     for table in tables:
         if table.id not in DRAW:
@@ -55,7 +55,7 @@ def draw_all(tables: list[Table], results: Path) -> None:
 
 
 def measured(table: Table, scale: str, results: Path) -> dict[str, list[dict]]:
-    """Records of a table's recorded runs by row, one per seed."""
+    """A table's recorded runs by row, one per seed."""
     found = report.measured(table, scale, RunLog(results / f"{scale}.jsonl"))
     return {row: list(seeds.values()) for row, seeds in found.items()}
 
@@ -266,7 +266,7 @@ def draw_preview(path: Path) -> None:
 
 
 def _published(name: str) -> list[dict]:
-    """Lines of a figure's published values, stored next to its table file."""
+    """A figure's published values, stored next to its table file."""
     path = PROJECT / "tables" / f"{name}.csv"
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

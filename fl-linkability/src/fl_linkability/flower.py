@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-for _name, _value in ENVIRONMENT.items():  # before flwr and ray are imported; what the user has set stays
+for _name, _value in ENVIRONMENT.items():  # before flwr and ray are imported; the user's own values stay
     os.environ.setdefault(_name, _value)
 if "FLWR_HOME" not in os.environ:  # else flwr writes to ~/.flwr
     os.environ["FLWR_HOME"] = tempfile.mkdtemp(prefix="flwr-")
@@ -57,7 +57,7 @@ def make_client_app(federation: Federation) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        if not hasattr(federation, "fabric"):  # Ray has sent the app to a process of its own
+        if not hasattr(federation, "fabric"):  # Ray has sent the app to another process
             federation.fabric = make_fabric()
         device = int(context.node_config["partition-id"])
         content: Any = message.content
@@ -81,7 +81,7 @@ class RecordingFedAvg(FedAvg):
     """FedAvg whose server keeps every update, as the adversary of the paper does.
 
     The devices of a round, the check of replies, the store, the mean and the checkpoint are the federation's, so that
-    all engines agree. Replies are taken in the order of devices: float sums then do not depend on arrival.
+    all engines agree. Replies are taken in the order of devices: float sums then do not depend on when they arrive.
 
     Args:
         federation: the run.
@@ -143,15 +143,15 @@ def _arrays(state: State) -> ArrayRecord:
 
 
 def find_devices(grid: Grid, n_devices: int, wait: float = 120.0) -> dict[int, int]:
-    """Ask every node for its partition-id: node id by device. Waits until that many nodes are there.
+    """Ask every node for its partition-id: node id by device. Waits until enough nodes are connected.
 
     Raises:
-        RuntimeError: fewer nodes after `wait` seconds, or two nodes with one partition-id.
+        RuntimeError: fewer nodes after `wait` seconds, or two nodes with the same partition-id.
     """
     deadline = time.monotonic() + wait
     while len(nodes := sorted(grid.get_node_ids())) < n_devices:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{len(nodes)} of {n_devices} nodes are there after {wait:.0f} s")
+            raise RuntimeError(f"{len(nodes)} of {n_devices} nodes are connected after {wait:.0f} s")
         time.sleep(0.2)
     messages = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
     replies = list(grid.send_and_receive(messages, timeout=wait))
@@ -208,7 +208,7 @@ def run_ray(federation: Federation, state: State) -> tuple[State, dict]:
     quiet_flower()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     gpus = federation.fabric.device.type == "cuda"
-    ray = tempfile.mkdtemp(prefix="ray-")  # short: sockets live there
+    ray = tempfile.mkdtemp(prefix="ray-")  # a short path: it holds sockets
     atexit.register(shutil.rmtree, ray, ignore_errors=True)
     backend: dict[str, dict[str, Any]] = {
         "client_resources": {"num_cpus": 1, "num_gpus": 1.0 / cores if gpus else 0.0},

@@ -1,4 +1,4 @@
-"""Apps for `flwr run`: the federation is made from the run's config, alike in every process.
+"""Apps for `flwr run`: every process makes the same federation from the run's config.
 
 Each node needs `partition-id=<device>` in its --node-config, 0 .. 2 U - 1, device 2u being user u's prior half.
 """

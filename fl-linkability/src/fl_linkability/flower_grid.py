@@ -1,7 +1,7 @@
 """A Flower Grid that calls the client app in this process.
 
-The one file that touches Flower's internals (a server Message needs a task identity): flwr is pinned, and tested
-against this. Messages, records and apps are Flower's public API, unchanged.
+The only file that uses Flower's internals (a server Message needs a task identity), so flwr is pinned and
+tested. Messages, records and apps are Flower's public API, unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def quiet_flower() -> None:
 
 
 class InProcessGrid(Grid):
-    """Nodes 1 .. n with partition-ids 0 .. n - 1, each with its own Context; a client that raises is an error reply."""
+    """Nodes 1 .. n with partition-ids 0 .. n - 1, each with its own Context; a client's exception is an error reply."""
 
     def __init__(self, client_app: ClientApp, n_nodes: int):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

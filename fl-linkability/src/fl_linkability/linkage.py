@@ -1,7 +1,7 @@
 """How well scores link updates to users: exact metrics of re-identification, matching and the open world.
 
-Everything here is numpy in, numbers out. Ties count as random guesses do, users without a probe are left out, and what
-is not defined is NaN, never 0. "times chance" is printed next to the number of users, its upper bound.
+Everything here is numpy in, numbers out. Ties count as random guesses, users without a probe are left out,
+and undefined values are NaN, never 0. "times chance" is printed next to the number of users, its upper bound.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def identification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
     """Closed-world re-identification (section 6.1.1).
 
     Args:
-        scores: (n_probes, n_users), higher is likelier.
-        labels: (n_probes,) true user, an index of the columns.
+        scores: (n_probes, n_users), higher means more likely.
+        labels: (n_probes,) true user, a column index.
 
     Returns:
         top1, top5 (expected under random tie-breaking), mAP_macro (over users with a probe), AP_micro, auc_macro,
@@ -53,14 +53,14 @@ def identification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Expected hit of each probe, (n,): clip((k - g) / e, 0, 1), g scores above the true user's and e equal to it."""
+    """Expected hit of each probe, (n,): clip((k - g) / e, 0, 1), where g scores are above the true user's, e equal."""
     own = scores[np.arange(len(labels)), labels][:, None]
     greater, equal = (scores > own).sum(1), (scores == own).sum(1)
     return np.clip((k - greater) / equal, 0, 1)
 
 
 def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
-    """Step-wise average precision of every column if the probes of any one group were its positives.
+    """Step-wise average precision of every column, with each group's probes in turn as its positives.
 
     Args:
         scores: (n, K).
@@ -68,7 +68,7 @@ def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.nda
         n_groups: how many there are; some may be empty.
 
     Returns:
-        (K, n_groups); the diagonal is each user's AP where groups are the users. NaN for an empty group.
+        (K, n_groups); the diagonal is each user's AP if the groups are the users. NaN for an empty group.
     """
     n = len(groups)
     sizes = np.bincount(groups, minlength=n_groups).astype(float)
@@ -85,7 +85,7 @@ def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.nda
 def _at_least(
     key: np.ndarray, n_keys: int, groups: np.ndarray | None = None, sizes: np.ndarray | None = None
 ) -> np.ndarray:
-    """How many keys (of the same group, where groups are given) are as large as each one, itself included."""
+    """How many keys (of the same group, if groups are given) are at least as large as each one, itself included."""
     order = np.sort(key)
     below = np.searchsorted(order, key, side="left")
     if groups is None or sizes is None:
@@ -102,7 +102,7 @@ def permuted_device_chance(
     Args:
         scores: (n_probes, n_users).
         users: (n_probes,) true user of each probe.
-        devices: (n_probes,) device of each probe; all its probes have one user.
+        devices: (n_probes,) device of each probe; all its probes belong to one user.
         n: permutations.
         seed: of the permutations.
 
@@ -114,7 +114,7 @@ def permuted_device_chance(
     owner = np.zeros(len(names), dtype=int)
     owner[device] = users
     if (owner[device] != users).any():
-        raise ValueError("devices: the probes of a device must all have one user")
+        raise ValueError("devices: the probes of a device must all belong to one user")
     present = np.unique(users)
     rng = np.random.default_rng(seed)
     if len(names) == len(present):  # one device per user: its AP for every user's scores, computed once
@@ -130,10 +130,10 @@ def permuted_device_chance(
 
 
 def matching_metrics(scores: np.ndarray, users_a: np.ndarray, users_b: np.ndarray) -> dict:
-    """Were two updates sent by one user? Over all pairs of two sets of devices.
+    """Were two updates sent by the same user? Over all pairs of two sets of devices.
 
     Args:
-        scores: (n_a, n_b), higher is likelier.
+        scores: (n_a, n_b), higher means more likely.
         users_a: (n_a,) user of each row.
         users_b: (n_b,) user of each column.
 
@@ -169,11 +169,11 @@ def open_world_metrics(scores: np.ndarray, labels: np.ndarray, far: tuple[float,
 
     Args:
         scores: (n_probes, n_known).
-        labels: (n_probes,) true user, -1 where it is none of the known.
+        labels: (n_probes,) true user, -1 if not a known user.
         far: false alarm rates for the detection and identification rate (DIR).
 
     Returns:
-        auroc, ap (known probes being the positives), and for each rate a dir_at_far_<a>: {tau, far, dir}. tau is the
+        auroc, ap (with known probes as positives), and for each rate dir_at_far_<a>: {tau, far, dir}. tau is the
         smallest of the observed largest scores (or infinity) at which at most that share of unknown probes pass.
     """
     scores, labels = _checked(scores, labels, lowest=-1)

@@ -1,12 +1,12 @@
-"""What devices do so that their updates tell less about them (section 7), and what the server may do.
+"""What devices do so that their updates reveal less about them (section 7), and what the server can do.
 
 A mitigation has up to three parts: `prepare_data` changes what a device trains on, `transform_update` what it sends,
-`aggregate` how the server averages. `who` says which devices take part: "anon" (the paper: the anonymous devices alone,
-the adversary's shadow devices do not mitigate) or "both".
+`aggregate` how the server averages. `who` says which devices take part: "anon" (as in the paper: only the anonymous
+devices; the adversary's shadow devices do not mitigate) or "both".
 
-Differential privacy, and towards whom. `LocalDP` hides an update from the server: neighbours are any two updates that a
-device might send, which after clipping to C lie at most 2C apart. `CentralDP` hides a device from those who see the
-model alone: neighbours are the same round with and without one device's clipped update in the sum.
+Differential privacy depends on who observes. `LocalDP` hides an update from the server: neighbours are any two updates
+that a device might send, which after clipping to C lie at most 2C apart. `CentralDP` hides a device from those who see
+only the model: neighbours are the same round with and without one device's clipped update in the sum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = ("repl", "random", "cluster", "calibrated", "adversarial")
 
 
 class Mitigation:
-    """Does nothing; the base of all.
+    """Base class of all mitigations; does nothing.
 
     Args:
         who: "anon" or "both".
@@ -52,15 +52,15 @@ class Mitigation:
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of the noise that a device puts on each weight of its update."""
+        """Standard deviation of the noise that a device adds to each weight of its update."""
         return 0.0
 
     def epsilon_of(self, releases: int) -> float:
-        """What a device that answers so often spends towards the server; infinite without a mechanism."""
+        """Epsilon towards the server of a device that answers this often; infinite without a mechanism."""
         return math.inf
 
     def model_epsilon_of(self, releases: int) -> float:
-        """The same towards those who see the model alone; what is hidden from the server is hidden from them."""
+        """The same towards those who see only the model; what is hidden from the server is hidden from them too."""
         return self.epsilon_of(releases)
 
 
@@ -86,8 +86,8 @@ class Background(Mitigation):
         cluster: (n,) mode of each sample, for kind "cluster".
 
     Raises:
-        ValueError: unknown kind, negative ratio, more than all replaced, no clusters, or classes that multi-label
-            data do not have.
+        ValueError: unknown kind, negative ratio, replacing more than all data, no clusters, or a kind that needs
+            one class per sample on other data.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Background(Mitigation):
             raise ValueError(f"kind 'cluster' needs the cluster of each of the {len(x)} background samples")
         if kind in ("calibrated", "adversarial"):
             if (task := task_of(y)) != "class":
-                raise ValueError(f"kind {kind!r} needs one class per sample, the background has {task}")
+                raise ValueError(f"kind {kind!r} needs one class per sample, but the background has {task}")
             self.by_class = [np.flatnonzero(y.numpy() == c) for c in range(int(y.max()) + 1)]
         self.x, self.y, self.kind, self.ratio, self.cluster = x, y, kind, ratio, cluster
 
@@ -136,7 +136,7 @@ class Background(Mitigation):
 
 
 def water_filling(counts: Sequence[int] | np.ndarray, m: int) -> np.ndarray:
-    """How many samples each class gets if m times the smallest class gets one more (ties: the lowest class)."""
+    """How many samples each class gets if the smallest class gets one more, m times (ties: the lowest class)."""
     held = np.array(counts, dtype=np.int64)
     added = np.zeros_like(held)
     for _ in range(m):
@@ -206,12 +206,12 @@ class LocalDP(Mitigation):
         return privacy.clip(delta, self.norm) + np.float32(self.sigma) * noise
 
     def epsilon_of(self, releases: int) -> float:
-        """Of all its answers together; one round's epsilon is not the budget."""
+        """Epsilon of all its answers together; one round's epsilon is not the budget."""
         return privacy.gaussian_epsilon(self.sigma / (2 * self.norm), releases, self.delta)
 
 
 class CentralDP(Mitigation):
-    """The server clips updates and puts noise on the mean: no protection against the server, which has the raw ones."""
+    """The server clips updates and adds noise to the mean: no protection against the server, which has raw updates."""
 
     def __init__(self, norm: float, noise_multiplier: float, delta: float = 1e-5):
         super().__init__("both")
@@ -225,7 +225,7 @@ class CentralDP(Mitigation):
         return mean + self.sigma_of_mean(len(deltas)) * rng.standard_normal(len(mean))
 
     def sigma_of_mean(self, n_clients: int) -> float:
-        """Standard deviation of the noise on the mean: that on the sum over the clients of the round."""
+        """Standard deviation of the noise on the mean: that of the sum, divided by the clients of the round."""
         return self.noise_multiplier * self.norm / n_clients
 
     def model_epsilon_of(self, releases: int) -> float:
@@ -233,11 +233,11 @@ class CentralDP(Mitigation):
 
 
 class Compose(Mitigation):
-    """One after the other, all with the same `who`; the last one that aggregates in its own way decides that."""
+    """Mitigations applied in order, all with the same `who`; the last with its own `aggregate` does the averaging."""
 
     def __init__(self, *parts: Mitigation):
         if len({part.who for part in parts}) != 1:
-            raise ValueError("mitigations that are composed must agree in who")
+            raise ValueError("composed mitigations must have the same who")
         super().__init__(parts[0].who, "round" if any(part.refresh == "round" for part in parts) else "fixed")
         self.parts = parts
 
@@ -253,11 +253,11 @@ class Compose(Mitigation):
 
     @property
     def noise_std(self) -> float:
-        """Independent noises add up; a part that clips after the noise is not counted."""
+        """Independent noise adds up; clipping after the noise is not taken into account."""
         return math.hypot(*(part.noise_std for part in self.parts))
 
     def epsilon_of(self, releases: int) -> float:
-        """The least of the parts': whatever follows a mechanism sees its answer alone."""
+        """The smallest of the parts': what follows a mechanism sees only its output."""
         return min(part.epsilon_of(releases) for part in self.parts)
 
     def model_epsilon_of(self, releases: int) -> float:

@@ -1,4 +1,4 @@
-"""What a run needs before its first round, and what its record must say about what it did without."""
+"""What a run needs before its first round, and what its record must say about what was missing."""
 
 from __future__ import annotations
 

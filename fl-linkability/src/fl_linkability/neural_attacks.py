@@ -22,7 +22,7 @@ def mlp_probabilities(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The paper's MLP: FC-128, ReLU, dropout 0.2, softmax over users; SGD 0.01, momentum 0.9, decay 1e-6 per step.
 
-    Epochs and batch size are not printed in the paper.
+    The paper does not give epochs and batch size.
 
     Args:
         x: (n, d) features of updates whose sender is known.
@@ -33,7 +33,7 @@ def mlp_probabilities(
         batch_size: updates per step.
 
     Returns:
-        features (m, d) to probabilities (m, n_users), float64.
+        a function from features (m, d) to probabilities (m, n_users), float64.
     """
     generator = torch.Generator().manual_seed(seed)
     w1, b1 = _layer(x.shape[1], 128, generator)
@@ -49,7 +49,7 @@ def mlp_probabilities(
             *(part.split(batch_size) for part in (inputs[order], one_hot[order], keep)), strict=True
         ):
             hidden = torch.addmm(b1, xb, w1).relu_().mul_(kept)
-            # two layers' gradient by hand: a third of autograd's time at this size
+            # gradient of two layers, written out: a third of autograd's time at this size
             error = torch.addmm(b2, hidden, w2).softmax(1).sub_(yb).div_(len(xb))
             inner = (error @ w2.T).mul_(kept).mul_(hidden > 0)
             grads = [xb.T @ inner, inner.sum(0), hidden.T @ error, error.sum(0)]
@@ -88,14 +88,14 @@ def siamese(x: np.ndarray, users: np.ndarray, seed: int, steps: int = 800, batch
         x: (n, d) updates whose sender is known.
         users: (n,) sender.
         seed: of weights, pairs and dropout.
-        steps: of training; with batch_size not printed in the paper. Half of a batch are pairs of one user.
+        steps: of training; the paper gives neither this nor batch_size. Half of a batch are same-user pairs.
         batch_size: pairs per step.
 
     Returns:
-        features of pairs, (m, d) and (m, d), to the probability of one sender (m,).
+        a function from features of pairs, (m, d) and (m, d), to the probability that one user sent both, (m,).
 
     Raises:
-        ValueError: no user has two updates, which a pair of one user needs.
+        ValueError: no user has two updates, so there are no same-user pairs.
     """
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(seed)

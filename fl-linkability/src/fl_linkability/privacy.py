@@ -1,12 +1,12 @@
 """Clipping, the Gaussian mechanism and its exact accountant.
 
-Gaussian releases compose into one: n answers of sensitivity s with noise of standard deviation sigma tell what a
-single answer with mu = sqrt(n) s / sigma tells. For every epsilon that one is (epsilon, delta)-DP with exactly
+Gaussian releases compose into one: n answers of sensitivity s with noise of standard deviation sigma reveal as
+much as a single answer with mu = sqrt(n) s / sigma. For every epsilon this answer is (epsilon, delta)-DP with exactly
 
     delta(epsilon) = Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)
 
-(Balle and Wang, ICML 2018, theorem 8). The classical sigma = s sqrt(2 ln(1.25 / delta)) / epsilon holds below epsilon 1
-only. What a release hides depends on the neighbour relation, which decides s: see `mitigations`.
+(Balle and Wang, ICML 2018, theorem 8). The classical sigma = s sqrt(2 ln(1.25 / delta)) / epsilon holds only for
+epsilon below 1. What a release hides depends on the neighbour relation, which decides s: see `mitigations`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def clip(delta: np.ndarray, norm: float) -> np.ndarray:
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
-    """The exact delta at an epsilon of Gaussian noise; mu is the sensitivity over the noise's standard deviation."""
+    """The exact delta of Gaussian noise at an epsilon; mu is the sensitivity over the noise's standard deviation."""
     high, low = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
     return float(-np.exp(high) * np.expm1(low - high))
 
@@ -48,12 +48,12 @@ def gaussian_sigma(epsilon: float, delta: float, sensitivity: float) -> float:
 
 
 def gaussian_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
-    """The exact epsilon of so many Gaussian releases together, without amplification by sampling.
+    """The exact epsilon of this many Gaussian releases together, without amplification by sampling.
 
     Args:
         noise_multiplier: standard deviation of the noise over the sensitivity of one release; 0 gives infinity.
         releases: how often the mechanism answers.
-        delta: of the whole.
+        delta: of all releases together.
     """
     _check_delta(delta)
     if noise_multiplier <= 0:

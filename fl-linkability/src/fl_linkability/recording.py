@@ -1,9 +1,9 @@
-"""Attack anybody's federation: keep every update that arrives at any strategy of Flower, and read dumped updates.
+"""Attack any federation: keep every update that reaches a Flower strategy, or read updates from files.
 
     class Recorder(Recording, FedAdam): ...
 
-The mixin sees replies before the strategy does, raw, as a curious server would: behind a server-side differential
-privacy wrapper, too.
+The mixin sees the raw replies before the strategy does, as a curious server would, even inside a server-side
+differential privacy wrapper.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ STATE_KEYS = ("model_state_dict", "state_dict")
 
 
 class Recording:
-    """Mixin before a strategy: `updates` holds what every reply changed in float arrays; integers are not weights.
+    """Mixin before a strategy: `updates` holds each reply's change of the float arrays; integers are not weights.
 
-    A client is told apart by "partition-id" among its metrics where it reports one (`report_partition` does), else by
-    its node id.
+    A client is identified by "partition-id" among its metrics if it reports one (`report_partition` does), else by its
+    node id.
 
     Attributes:
         owners: (user, role) of each client, role PRIOR or ANONYMOUS: labels for the evaluation, which no attack sees.
-            Clients that are not in it are left out.
+            Clients that are not listed are left out.
         updates: None before the first round.
     """
 
@@ -44,7 +44,7 @@ class Recording:
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy's; what is sent is kept."""
+        """As in the strategy; what is sent is kept."""
         sent = float_arrays(arrays.to_torch_state_dict())
         if self.updates is None:
             self.updates = UpdateStore(layer_slices(sent))
@@ -54,7 +54,7 @@ class Recording:
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Keep the updates, then as the strategy's."""
+        """Keep the updates, then do what the strategy does."""
         replies = list(replies)
         for reply in replies:
             if not reply.has_error():
@@ -94,19 +94,19 @@ def float_arrays(state: Mapping[str, Any]) -> State:
 
 
 def difference(before: State, after: Mapping[str, Any]) -> np.ndarray:
-    """The update (D,), new minus old. ValueError where an array is missing or of another shape."""
+    """The update (D,), new minus old. ValueError if an array is missing or has another shape."""
     new = float_arrays(after)
     differ = [name for name, value in before.items() if name not in new or new[name].shape != value.shape]
     if differ:
-        raise ValueError(f"weights of two networks: {', '.join(differ[:3])} differ")
+        raise ValueError(f"weights of different networks: {', '.join(differ[:3])} differ")
     return (flatten({name: new[name] for name in before}) - flatten(before)).numpy()
 
 
 def read_updates(table: Path, path: Path | None = None) -> UpdateStore:
-    """Updates that another framework has dumped, listed in a CSV.
+    """Read updates that another framework has saved, listed in a CSV file.
 
     Columns: round, device, user, role (0 prior, 1 anonymous), n_examples, after and before: files relative to the
-    table. `before` holds the weights that the server sent; where it is empty, `after` is the update itself. Files: .pt
+    table. `before` holds the weights that the server sent; if it is empty, `after` is the update itself. Files: .pt
     or .pth (a state dict, or one below "model_state_dict" or "state_dict", as FLUTE saves it; pfl-research saves
     checkpoint.pt), or .npz with an array per layer (arrays without names, as `numpy.savez` and Flower's
     `to_numpy_ndarrays` give them, are called arr_0, arr_1, ...).
@@ -116,8 +116,8 @@ def read_updates(table: Path, path: Path | None = None) -> UpdateStore:
         path: folder of the store; None keeps it in memory.
 
     Raises:
-        FileNotFoundError: the table or a file is not there.
-        ValueError: a missing column, a file that holds no weights, or weights of two networks.
+        FileNotFoundError: the table or a file is missing.
+        ValueError: a missing column, a file that holds no weights, or weights of different networks.
     """
     with open(table, newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file, skipinitialspace=True))

@@ -1,4 +1,4 @@
-"""Everything a run may set: the federation (data, network, rounds, mitigation), and what is measured on its updates."""
+"""All settings of a run: the federation (data, network, rounds, mitigation), and what is measured on its updates."""
 
 from __future__ import annotations
 
@@ -39,80 +39,80 @@ class Settings:
     dataset: str = "digits"
     """digits, mnist, femnist (LEAF), flair, blog, yelp, or pipa, openimages, csv: your table of images, users.csv"""
     users: int = 40
-    """users; of a real data set those with the most images; 0: all"""
+    """number of users; in a real data set, those with the most images; 0: all"""
     images_per_device: int = 64
-    """made users: images on a device; real data sets: at least so many (posts of blog, reviews of yelp)"""
+    """synthetic users: images per device; real data sets: the least number (blog: posts, yelp: reviews)"""
     prior_images: int = 0
-    """made users: images on the prior device; 0: as on the anonymous one"""
+    """synthetic users: images on the prior device; 0: as on the anonymous one"""
     alpha: float = 0.5
-    """made users: Dirichlet prior over classes"""
+    """synthetic users: Dirichlet prior over classes"""
     style: bool = True
-    """made users: each has a style of drawing"""
+    """synthetic users: each has a drawing style"""
     skew: bool = True
-    """made users: each has a preference for classes"""
+    """synthetic users: each prefers some classes"""
     drift: float = 0.0
-    """made users: 0 both halves alike (the paper's random split), 1 the anonymous half is unlike the prior one"""
+    """synthetic users: 0: both halves alike (the paper's random split); 1: the anonymous half is unlike the prior"""
     iid: bool = False
-    """made users: replace every image by a draw from all users"""
+    """synthetic users: replace every image by a draw from all users"""
     background: int = 1188
-    """background images; fewer than there are: a class-balanced subset (made users) or the first ones"""
+    """number of background images; fewer than available: a class-balanced subset (synthetic users) or the first ones"""
     side: int = 16
-    """pixels of an image"""
+    """side of an image in pixels"""
     shard: str = "random"
-    """real data sets: the cut of a user's samples into devices: random, chrono (texts by date, FLAIR by Flickr's
+    """real data sets: how a user's samples are split into devices: random, chrono (texts by date, FLAIR by Flickr's
     numbers, tables in the order of their lines), or given (by the table's device_id and role)"""
     model: str = "mlp"
     """mlp, cnn (LEAF's for FEMNIST), mobilenet-head (a linear layer on frozen features), mobilenet (all of it), lstm
     (texts)"""
     hidden: int = 32
-    """units of the mlp's hidden layer, of the lstm, and of the cnn's (LEAF: 2048), whose channels grow with it"""
+    """units of the mlp's or cnn's hidden layer (LEAF's cnn: 2048; its channels grow with it) or of the lstm"""
     embedding: int = 100
     """lstm: numbers per word"""
     vocabulary: int = 5000
-    """texts: the most frequent words that are told apart, padding and unknown ones included"""
+    """texts: size of the vocabulary (the most frequent words), padding and unknown words included"""
     length: int = 30
-    """texts: words of a sentence (blog) or review (yelp); those behind are cut off"""
+    """texts: most words of a sentence (blog) or review (yelp); the rest is cut off"""
     bn: str = "frozen"
-    """mobilenet: running statistics frozen, local (of the batch) or sent; the last two with engine loop"""
+    """mobilenet: running statistics frozen, local (of the batch) or sent; the last two need engine loop"""
     pretrained: bool = True
     """mobilenet: start from ImageNet's weights"""
     pretrain_epochs: int = 0
     """epochs on the background before the first round"""
     rounds: int = 200
-    """of federated averaging"""
+    """rounds of federated averaging"""
     clients_per_round: int = 8
     """devices that train in a round (the paper: a tenth)"""
     local_epochs: int = 1
     """passes of a client over its data"""
     batch_size: int = 8
-    """images per local step (not printed in the paper)"""
+    """images per local step (the paper does not give it)"""
     lr: float = 0.01
-    """of local SGD"""
+    """learning rate of local SGD"""
     momentum: float = 0.0
-    """of local SGD"""
+    """momentum of local SGD"""
     weight_decay: float = 0.0
-    """of local SGD"""
+    """weight decay of local SGD"""
     engine: str = "batched"
     """batched, loop, flower-inprocess or flower-ray"""
     clients_at_once: int = 0
-    """clients in one batched step; 0: all of the round"""
+    """clients in one batched step; 0: all clients of the round"""
     keep: str = "all"
-    """parameters whose updates are stored: all, or beginnings of names joined by |"""
+    """parameters whose updates are stored: all, or name prefixes joined by |"""
     mitigation: str = "none"
     """none, noise, bkg-repl, rand-aug, mm-aug, calibrated, decoys, style-jitter, clip, local-dp, central-dp, or two
     joined by a plus sign"""
     ratio: float = 1.0
     """background images relative to the device's own"""
     clusters: int = 40
-    """mm-aug: M"""
+    """mm-aug: number of clusters, M"""
     std: float = 0.0
     """noise: standard deviation per weight"""
     clip_norm: float = 0.5
-    """clip, local-dp, central-dp"""
+    """clip, local-dp, central-dp: clipping norm"""
     epsilon: float = 50.0
-    """local-dp: of one round"""
+    """local-dp: epsilon of one round"""
     delta: float = 1e-5
-    """local-dp, central-dp"""
+    """local-dp, central-dp: delta"""
     noise_multiplier: float = 1.0
     """central-dp: noise over clipping norm"""
     who: str = "anon"
@@ -129,7 +129,7 @@ class Settings:
     center: str = "none"
     """none (the paper) or leave-one-out"""
     aux_until: int = 0
-    """known updates are those before this round, probes those from it on; 0: all rounds for both"""
+    """known updates come from rounds before this one, probes from this one on; 0: all rounds for both"""
     deltas_per_user: int = 0
     """known updates per user; 0: all"""
     seen: float = 0.5
@@ -139,7 +139,7 @@ class Settings:
     learner: str = "federated"
     """utility: who learns the task"""
     control: str = "none"
-    """permute the known users (labels) or the probes' users over devices"""
+    """none, permuted-labels (of the known updates) or permuted-devices (users of the probes' devices)"""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

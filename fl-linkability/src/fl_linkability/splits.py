@@ -1,4 +1,4 @@
-"""Which stored updates the adversary knows the sender of, and which are to be linked (section 6.1)."""
+"""Which stored updates have a sender that the adversary knows, and which are to be linked (section 6.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fl_linkability.store import UpdateStore
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a store. Labels count the known users from 0; -1 where the user is not among them."""
+    """Rows of a store. Labels count the known users from 0; -1 if the user is not among them."""
 
     aux: np.ndarray
     aux_labels: np.ndarray
@@ -90,20 +90,20 @@ def balanced_pairs(
         users_b: (n_b,) of the second.
         n: pairs of each kind.
         rng: of the draw.
-        one_set: both are the same rows: none is paired with itself, and users with a single row make no pair.
+        one_set: both sets are the same rows: none is paired with itself, users with a single row make no pairs.
 
     Returns:
         (rows of a in same-user pairs, in other pairs), (rows of b in the same, in other pairs), each (n,).
 
     Raises:
-        ValueError: no user in both sets (no user with two rows in one), or only one user at all.
+        ValueError: no user in both sets (one_set: no user with two rows), or only one user.
     """
     common = np.intersect1d(users_a, users_b)
     if one_set:
         common = common[np.array([(users_a == user).sum() > 1 for user in common], dtype=bool)]
     if len(common) == 0 or len(np.union1d(users_a, users_b)) < 2:
         needed = "a user with two updates" if one_set else "a user in both sets"
-        raise ValueError(f"pairs need {needed} and two users at least")
+        raise ValueError(f"pairs need {needed} and at least two users")
     rows_b = {user: np.flatnonzero(users_b == user) for user in common}
     same_a = rng.choice(np.flatnonzero(np.isin(users_a, common)), n)
     same_b = np.empty(n, dtype=np.int64)

@@ -17,7 +17,7 @@ COLUMNS = ("round", "device", "user", "role", "n_examples")
 class UpdateStore:
     """Updates (n, D) float32 with round, device, user, role (0 prior, 1 anonymous) and n_examples of each.
 
-    `device`, `user` and `role` are labels for the evaluation; an attack gets `features` alone.
+    `device`, `user` and `role` are labels for the evaluation; an attack gets only `features`.
 
     Args:
         layer_slices: start and end of each layer in an update.
@@ -39,7 +39,7 @@ class UpdateStore:
 
     @classmethod
     def open(cls, path: Path) -> UpdateStore:
-        """A store on disk. FileNotFoundError if there is none."""
+        """Open a store on disk. FileNotFoundError if there is none."""
         meta = Path(path) / "meta.json"
         if not meta.is_file():
             raise FileNotFoundError(f"{path}: no update store (meta.json is missing)")
@@ -68,9 +68,9 @@ class UpdateStore:
                 file.write(part.tobytes())
 
     def truncate(self, n: int) -> None:
-        """Forget all but the first n updates (after a kill: what the last checkpoint knows)."""
+        """Forget all but the first n updates (after a kill: those in the last checkpoint)."""
         if len(self) < n:
-            raise ValueError(f"{self.path or 'the store'} holds {len(self)} updates, the checkpoint knows {n}")
+            raise ValueError(f"{self.path or 'the store'} holds {len(self)} updates, but the checkpoint counts {n}")
         if self.path is None:
             delta, index = self.delta[:n], self.index[:n]
             self._deltas, self._index = [delta], [index]
@@ -83,7 +83,7 @@ class UpdateStore:
 
     @property
     def delta(self) -> np.ndarray:
-        """(n, D) float32; a read-only memory map where the store is on disk."""
+        """(n, D) float32; a read-only memory map if the store is on disk."""
         if self.path is None:
             if len(self._deltas) != 1:
                 whole = np.concatenate(self._deltas) if self._deltas else np.zeros((0, self.dimension), np.float32)
@@ -95,7 +95,7 @@ class UpdateStore:
 
     @property
     def index(self) -> np.ndarray:
-        """(n, 5) int64, columns as in COLUMNS; as many as both files hold completely."""
+        """(n, 5) int64, columns as in COLUMNS; as many rows as both files hold completely."""
         if self.path is None:
             if len(self._index) != 1:
                 self._index = [np.concatenate(self._index) if self._index else np.zeros((0, len(COLUMNS)), np.int64)]
@@ -114,15 +114,15 @@ class UpdateStore:
         """What an attack sees, float64 (n, d).
 
         Args:
-            layers: "all", or the beginning of parameter names, such as "fc2".
-            center: "none" (the paper), or "leave-one-out" (minus the mean of the others of the round).
+            layers: "all", or a prefix of parameter names, such as "fc2".
+            center: "none" (the paper), or "leave-one-out" (minus the mean of the round's other updates).
             normalize: to unit length.
         """
         if center not in ("none", "leave-one-out"):
             raise ValueError(f"center must be none or leave-one-out, got {center!r}")
         spans = [span for name, span in self.layer_slices.items() if layers == "all" or name.startswith(layers)]
         if not spans:
-            raise ValueError(f"no layer begins with {layers!r}; there are {', '.join(self.layer_slices)}")
+            raise ValueError(f"no layer begins with {layers!r}; the layers are {', '.join(self.layer_slices)}")
         vectors = np.concatenate([self.delta[:, a:b] for a, b in spans], axis=1)
         if center == "leave-one-out":
             vectors = leave_one_out(vectors, self.column("round"))

@@ -1,4 +1,4 @@
-"""The paper's further questions about the same updates: open world, training stage, raw images; and secure aggregation.
+"""The paper's other questions about the same updates: open world, training stage, raw images; and secure aggregation.
 
 Each study takes an `Adversary` (or the data) and returns metrics and details, as the adversary's own methods do.
 """
@@ -20,7 +20,7 @@ from fl_linkability.train import as_input
 
 
 def _shares(adversary: Adversary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users held out for the attack's training (a third), the seen ones and all of the other two thirds."""
+    """Users held out for the attack's training (a third), the seen users, and all users of the other two thirds."""
     order = np.random.default_rng([adversary.seed, 7]).permutation(adversary.n_users)
     held_out, rest = np.split(order, [round(adversary.n_users / 3)])
     return held_out, np.sort(rest[: round(adversary.settings.seen * len(rest))]), rest
@@ -34,7 +34,7 @@ def open_reid(adversary: Adversary) -> tuple[dict, dict]:
     """
     held_out, seen, rest = _shares(adversary)
     if len(seen) == 0:
-        raise ValueError("re-identification needs a seen user, seen is too small")
+        raise ValueError("re-identification needs a seen user: seen is too small")
     role, user, device = (adversary.store.column(name) for name in ("role", "user", "device"))
     aux = np.flatnonzero((role == PRIOR) & np.isin(user, np.concatenate([held_out, seen])))
     probe = np.flatnonzero((role == ANONYMOUS) & np.isin(user, rest))
@@ -127,7 +127,7 @@ def image_scores(bundle: FederatedBundle, seed: int) -> tuple[np.ndarray, np.nda
         ValueError: texts instead of images.
     """
     if bundle.vocabulary:
-        raise ValueError(f"measure images compares images, {bundle.name} has texts")
+        raise ValueError(f"measure images compares images, but {bundle.name} has texts")
     users = bundle.users
     rows = {role: np.flatnonzero(users.device_role[users.device.numpy()] == role) for role in (PRIOR, ANONYMOUS)}
     pixels = {role: as_input(users.x[r]).flatten(1).numpy() for role, r in rows.items()}

@@ -59,6 +59,6 @@ def _warp(images: Tensor, style: dict[str, Tensor]) -> Tensor:
 
 
 def upsample(images: Tensor, side: int) -> Tensor:
-    """Bilinear resize of (n, h, w) or (n, 1, h, w) to (n, 1, side, side), antialiased where it shrinks."""
+    """Bilinear resize of (n, h, w) or (n, 1, h, w) to (n, 1, side, side), antialiased when shrinking."""
     images = images.view(-1, 1, *images.shape[-2:]).float()
     return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=images.shape[-1] > side)

@@ -1,6 +1,6 @@
-"""Small archives in the real layouts, with the quirks that real ones have: what a data root must look like.
+"""Small archives in the real layouts, with the quirks of real ones: what a data root must look like.
 
-They serve the rehearsal (`make rehearse`) and show a user where files belong: `fl-linkability data --tiny FOLDER`.
+The rehearsal (`make rehearse`) uses them, and they show a user where files belong: `fl-linkability data --tiny FOLDER`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TALK = "today we walked home and saw the old dog near a café it's so warm but n
 
 
 def write_tiny(root: Path) -> None:
-    """Every data set in its layout below the folder; what is there already is written over."""
+    """Every data set in its layout below the folder; existing files are overwritten."""
     rng = np.random.default_rng(0)
     _mnist(root / "MNIST" / "raw", rng)
     _femnist(root / "femnist" / "data" / "train", rng)
@@ -40,7 +40,7 @@ def _mnist(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _femnist(folder: Path, rng: np.random.Generator) -> None:
-    """LEAF's output: several files; a writer may stand in two of them, and numbers of images differ."""
+    """LEAF's output: several files; a writer may be in two of them, and the number of images varies."""
     files: list[dict] = [{}, {}]
     for number in range(USERS + 3):
         n = 10 + number
@@ -75,7 +75,7 @@ def _said(user: int, rng: np.random.Generator) -> str:
 
 
 def _blogs(folder: Path, rng: np.random.Generator) -> None:
-    """No XML and many encodings: bare & and <, entities, control characters, dates of other languages or none."""
+    """Not XML, several encodings: bare & and <, entities, control characters, dates in other languages or none."""
     (folder / "blogs").mkdir(parents=True, exist_ok=True)
     (folder / "blogs" / "._900.male.24.indUnk.Leo.xml").write_bytes(b"\x00\x05\x16\x07")
     for user in range(USERS + 1):
@@ -93,7 +93,7 @@ def _blogs(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _reviews(folder: Path, rng: np.random.Generator) -> None:
-    """A JSON object in each line, users and dates mixed; and Amazon's, one of which has no text."""
+    """One JSON object per line, users and dates mixed; and Amazon's reviews, one without text."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(2 * PER_DEVICE * USERS + 3):  # the last user has too few
@@ -111,7 +111,7 @@ def _reviews(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _table(folder: Path, rng: np.random.Generator) -> None:
-    """A table as an office program saves it: a mark at its start and spaces; a third device, a rare and odd label."""
+    """A table as an office program saves it, with a byte-order mark and spaces; a third device, a rare odd label."""
     lines = ["image_path, user_id, device_id, labels, role"]
     for user in range(USERS):
         name = f"Jürgen {user}"
@@ -139,7 +139,7 @@ def _table(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _photo(path: Path, user: int, number: int, rng: np.random.Generator) -> None:
-    """A JPEG in colour, grey, CMYK or turned by EXIF, or a PNG of 16 bits that is called .jpg."""
+    """A JPEG in colour, grey, CMYK or turned by EXIF, or a 16-bit PNG named .jpg."""
     noise = rng.integers(0, 256, (SIDE, SIDE + 8, 3)) * (0.4 + 0.05 * user)
     image = Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8))
     kind = number % 5

@@ -31,7 +31,7 @@ Gradients = Callable[[State, Tensor, Tensor, Tensor, Autocast], tuple[Tensor, Se
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """What a client does in one round; a fresh optimizer each time, the last short batch is kept."""
+    """What a client does in one round, with a new optimizer each time; the last short batch is kept."""
 
     epochs: int = 1
     batch_size: int = 8
@@ -175,16 +175,16 @@ def train_batched(
     local: LocalSGD,
     autocast: Autocast = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """Train K clients at once; weights and updates stay in the state's precision, autocast holds in the network only.
+    """Train K clients at once; weights and updates stay in the state's precision, autocast applies to the network only.
 
     Args:
-        model: its forward defines the network (its `stacked` method where it has one); its weights are not touched.
+        model: its forward defines the network (its `stacked` method if it has one); its weights are not touched.
         state: common start, from `trained_state`.
         x: (N, ...) samples of all clients.
         y: (N,), (N, labels) or (N, length).
         rows: (K, S, B), from `batch_table`.
         weights: (K, S, B).
-        local: steps.
+        local: how clients train.
         autocast: such as `fabric.autocast`.
 
     Returns:
@@ -192,7 +192,7 @@ def train_batched(
 
     Raises:
         ValueError: a network whose clients cannot run side by side: dropout, batch norm in training mode, or an
-            operation that vmap does not know.
+            operation that vmap does not support.
     """
     k, n_steps, _ = rows.shape
     names = list(state)
@@ -255,7 +255,7 @@ def _gradients(model: nn.Module, y: Tensor) -> Gradients:
 
 
 def _own_form(model: nn.Module, name: str) -> Callable | None:
-    """A network's stacked form, where it speaks of the forward that runs and no layer is frozen."""
+    """A network's stacked form, if it belongs to the forward in use and no layer is frozen."""
     defines = (next((c for c in type(model).__mro__ if each in vars(c)), None) for each in (name, "forward"))
     form, forward = defines
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
@@ -265,7 +265,7 @@ def _own_form(model: nn.Module, name: str) -> Callable | None:
 def _sgd_step(
     params: list[Tensor], grads: Sequence[Tensor], velocity: list[Tensor] | None, local: LocalSGD, on: Tensor | None
 ) -> None:
-    """torch.optim.SGD on stacked parameters; clients that are not `on` (K,) stand still."""
+    """torch.optim.SGD on stacked parameters; clients that are not `on` (K,) do not change."""
     grads = list(grads)
     if local.weight_decay:
         grads = torch._foreach_add(grads, params, alpha=local.weight_decay)
@@ -287,7 +287,7 @@ def train_one(
     local: LocalSGD,
     autocast: Autocast = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """One client by nn.Module and torch.optim.SGD; the model's weights are overwritten, its other buffers are not.
+    """One client with nn.Module and torch.optim.SGD; the model's weights are overwritten, its other buffers are not.
 
     Returns:
         update (D,) and the loss before each step (S,).
@@ -314,6 +314,6 @@ def train_one(
             history.append(loss.detach())
     delta = torch.cat([(targets[name].detach() - value).flatten() for name, value in state.items()])
     with torch.no_grad():
-        for name, value in before.items():  # nothing passes from one client to the next
+        for name, value in before.items():  # nothing carries over to the next client
             buffers[name].copy_(value)
     return delta, torch.stack(history)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 PRIOR, ANONYMOUS = 0, 1
-NOTHING = 0  # among words: padding, and a target that is neither learnt nor counted
+NOTHING = 0  # among words: padding, or a target that is neither learnt nor counted
 CHECKED_BYTES = 2**28
 Task = Literal["class", "words", "labels", "number"]
 
 
 def task_of(y: Tensor) -> Task:
-    """What targets ask for: int64 (n,) a class, (n, length) words; float32 (n, K) labels, (n,) a number."""
+    """The task that targets define: int64 (n,) a class, (n, length) words; float32 (n, K) labels, (n,) a number."""
     if y.is_floating_point():
         return "labels" if y.ndim == 2 else "number"
     return "words" if y.ndim == 2 else "class"
@@ -26,7 +26,7 @@ def task_of(y: Tensor) -> Task:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a tensor that may lie on disk; what is indexed is read, the rest is not.
+    """Rows of a tensor that may be on disk; only what is indexed is read.
 
     Args:
         whole: (N, ...), such as a memory map.
@@ -62,19 +62,19 @@ class UserDataset:
     """Samples of users, each sample on one device.
 
     Args:
-        x: images float32 in any range or uint8 (divided by 255 where it is used), (M, C, H, W); features (M, D); or
-            tokens int64 (M, length). `Rows` where they lie on disk.
+        x: images float32 in any range or uint8 (divided by 255 on use), (M, C, H, W); features (M, D); or
+            tokens int64 (M, length). `Rows` if they are on disk.
         y: int64 (M,) classes, float32 (M, K) of zeros and ones, float32 (M,) numbers, or int64 (M, length): the word to
-            predict at each place of a text, NOTHING where there is none.
+            predict at each position of a text, NOTHING if there is none.
         user: int64 (M,), 0 .. n_users - 1.
         device: int64 (M,), 0 .. n_devices - 1.
-        role: int64 (M,), PRIOR where the adversary knows whose the sample's device is, else ANONYMOUS. By default a
-            user's first device (by number) is the prior one and all further ones are anonymous.
+        role: int64 (M,), PRIOR if the adversary knows the owner of the sample's device, else ANONYMOUS. By default a
+            user's first device (by number) is the prior one and all others are anonymous.
         check_images: refuse samples that two devices of one user share (hashes every sample).
 
     Raises:
-        ValueError: lengths that differ, non-finite x, a user or device without samples, a device of two users or
-            roles, shared samples.
+        ValueError: different lengths, non-finite x, a user or device without samples, a device with two users
+            or roles, shared samples.
     """
 
     x: Tensor | Rows
@@ -92,7 +92,7 @@ class UserDataset:
         parts = [self.user, self.device, *([] if self.role is None else [self.role])]
         lengths = {len(self.x), *map(len, parts)}
         if lengths != {len(self.x)}:
-            raise ValueError(f"x, user, device and role must be of one length, got {sorted(lengths)}")
+            raise ValueError(f"x, user, device and role must have the same length, got {sorted(lengths)}")
         device, user = self.device.numpy(), self.user.numpy()
         count = np.bincount(device)
         if not count.all():
@@ -133,7 +133,7 @@ class UserDataset:
     def of_device(self, device: int) -> tuple[Tensor, Tensor]:
         """Images and labels of a device."""
         rows = self._rows[device]
-        if rows[-1] - rows[0] == len(rows) - 1:  # contiguous: a view, also of a memory map
+        if rows[-1] - rows[0] == len(rows) - 1:  # contiguous: a view, even of a memory map
             return self.x[rows[0] : rows[-1] + 1], self.y[rows[0] : rows[-1] + 1]
         return self.x[rows], self.y[rows]
 
@@ -150,7 +150,7 @@ class UserDataset:
 
 @dataclass(frozen=True)
 class Background:
-    """Labelled images that belong to no user; `features` (n, d) where a network has embedded them for clustering."""
+    """Labelled images that belong to no user; `features` (n, d) if a network has embedded them for clustering."""
 
     x: Tensor | Rows
     y: Tensor
@@ -162,7 +162,7 @@ class Background:
 
 @dataclass(frozen=True)
 class FederatedBundle:
-    """All that an experiment needs of a data set."""
+    """Everything that an experiment needs from a data set."""
 
     name: str
     users: UserDataset
@@ -184,7 +184,7 @@ class FederatedBundle:
         return task_of(self.users.y)
 
     def record(self) -> dict:
-        """For the run record: sizes and a checksum of the users' images (of 1,000 of them where they are many)."""
+        """For the run record: sizes and a checksum of the users' images (of 1,000 of them if there are many)."""
         users = self.users
         few = len(users.x) * users.x[0].nbytes <= CHECKED_BYTES
         part = users.x[:] if few else users.x[np.linspace(0, len(users.x) - 1, 1000).astype(np.int64)]
@@ -212,7 +212,7 @@ def _of_device(values: np.ndarray, device: np.ndarray, what: str) -> np.ndarray:
 
 def _check_pair(x: Tensor | Rows, y: Tensor, what: str) -> None:
     if len(x) != len(y):
-        raise ValueError(f"{what}: x and y must be of one length, got {len(x)} and {len(y)}")
+        raise ValueError(f"{what}: x and y must have the same length, got {len(x)} and {len(y)}")
     if x.dtype not in (torch.float32, torch.float64, torch.uint8, torch.int64):
         raise TypeError(f"{what}: x must be float32, float64, uint8 or int64 (tokens), got {x.dtype}")
     if y.dtype not in (torch.int64, torch.float32):

@@ -1,4 +1,4 @@
-"""LEAF's FEMNIST, one writer at a time: 805,263 images of 3,597 writers are never in memory together."""
+"""LEAF's FEMNIST, read one writer at a time: its 805,263 images of 3,597 writers are never all in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_femnist(settings: Settings, seed: int, reading: Reading) -> FederatedBu
     mine = np.isin(writer, sorted(chosen))
     rows, others = np.flatnonzero(mine), np.flatnonzero(~mine)
     if len(others) == 0:
-        raise ValueError("femnist: all writers are users, none is left for the background; ask for fewer users")
+        raise ValueError("femnist: all writers are users and none is left for the background; ask for fewer users")
     rows = rows[np.argsort(writer[rows], kind="stable")]
     split = split_devices([Item(Path(), name, ()) for name in writer[rows]], s.shard, seed)
 
@@ -68,7 +68,7 @@ def leaf_files(folder: Path) -> list[Path]:
     """LEAF's files, without hidden ones. FileNotFoundError if there are none."""
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not paths:
-        raise FileNotFoundError(f"{folder}: no JSON of LEAF; see `fl-linkability data`")
+        raise FileNotFoundError(f"{folder}: no JSON file from LEAF; see `fl-linkability data`")
     return paths
 
 
@@ -80,7 +80,7 @@ def _convert(paths: list[Path], images: Path, facts: Path) -> None:
                 file.write(np.ascontiguousarray(1 - x).tobytes())  # LEAF's paper is 1, ink is 0
                 labels.append(y)
                 names.append(np.full(len(y), name))
-    with whole_file(facts) as temporary, open(temporary, "wb") as file:  # last: without it the images do not count
+    with whole_file(facts) as temporary, open(temporary, "wb") as file:  # last: without it the images are not used
         np.savez(file, y=np.concatenate(labels), writer=np.concatenate(names))
 
 
@@ -106,13 +106,13 @@ def write_leaf(path: Path, writers: dict[str, tuple[np.ndarray, np.ndarray]]) ->
 
 
 def write_femnist_like(data_root: Path, folder: Path, n_writers: int = 60, n_images: int = 120, seed: int = 0) -> None:
-    """Writers made from real MNIST in LEAF's layout: digits of all classes alike, each writer with a style of drawing.
+    """Writers made from real MNIST in LEAF's layout: all classes are equally likely, each writer has a drawing style.
 
     Args:
         data_root: of MNIST.
-        folder: a data root to be; the files go to femnist/data/train in it.
-        n_writers: who share no digit.
-        n_images: of a writer.
+        folder: the new data root; the files go to its subfolder femnist/data/train.
+        n_writers: writers; no two share a digit.
+        n_images: images per writer.
         seed: of digits and styles.
     """
     from fl_linkability.data.styled import read_mnist

@@ -10,13 +10,13 @@ from fl_linkability.settings import TEXTS
 from shared_utils.preflight import Need, file
 
 TABLE = "write image_path,user_id,device_id,labels,role (labels joined by |) and background.csv: image_path,labels"
-BLOG = "unpack the corpus into blog/blogs, by hand; background.txt beside it: one sentence per line (WikiReading)"
-YELP = "unpack its JSON into yelp, by hand; background.json beside it: reviews of Amazon, a JSON object per line"
+BLOG = "unpack the corpus into blog/blogs; next to it, add background.txt: one sentence per line (WikiReading)"
+YELP = "unpack its JSON into yelp; next to it, add background.json: Amazon reviews, one JSON object per line"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that is not made by the project."""
+    """A data set that the project does not make itself."""
 
     name: str
     scale: str
@@ -26,14 +26,14 @@ class DataSet:
     """below the data root"""
     remedy: str
     background: str = ""
-    """below the data root, where it is a file of its own"""
+    """below the data root, if it is a separate file"""
 
     def need(self, data_root: Path) -> Need:
-        """That it is there."""
+        """The need for the data set itself."""
         return file(data_root / self.place, self.name, self.remedy)
 
     def background_need(self, data_root: Path) -> Need:
-        """That mitigations find their background."""
+        """The need for the background that mitigations use."""
         return file(data_root / self.background, f"background of {self.name}", self.remedy)
 
 
@@ -41,11 +41,11 @@ SETS = {
     "mnist": DataSet("MNIST", "mnist", "53 MB", "CC BY-SA 3.0", "MNIST/raw", "fl-linkability data --download"),
     "femnist": DataSet(
         "FEMNIST (LEAF)", "paper", "", "BSD 2-Clause (LEAF)", "femnist/data/train",
-        "LEAF's preprocess.sh, by hand; or fl-linkability data --femnist-like",
+        "run LEAF's preprocess.sh, or fl-linkability data --femnist-like",
     ),
     "flair": DataSet(
         "FLAIR (substitute)", "paper, head", "small images", "CC BY-NC 4.0", "flair/labels_and_metadata.json",
-        "its publisher's download script, by hand",
+        "run its publisher's download script",
     ),
     "pipa": DataSet("PIPA", "paper, head", "33,051 images", "by photo", "pipa/users.csv", TABLE, "pipa/background.csv"),
     "openimages": DataSet(
@@ -75,12 +75,12 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def verify(data_root: Path) -> Iterator[tuple[str, int]]:
-    """Read every file of each set that is there completely: name and number of images or texts.
+    """Read all files of each data set found, completely: its name and number of images or texts.
 
     Raises:
-        BrokenFile: an image that is truncated or no image.
-        ValueError: a list or file that is not what it should be.
-        FileNotFoundError: an image that a list names is not there.
+        BrokenFile: an image that is truncated, or not an image.
+        ValueError: a list or file in the wrong format.
+        FileNotFoundError: an image that a list names is missing.
     """
     from fl_linkability.data.femnist import leaf_files, read_leaf
     from fl_linkability.data.lists import read_flair, read_table

@@ -1,4 +1,4 @@
-"""Lists of users' images: a table of one's own (users.csv) and FLAIR's; which users are taken, and on which devices."""
+"""Lists of users' images, from your own table (users.csv) or FLAIR; which users are chosen, and their devices."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Item:
 
 
 def read_table(path: Path, users: bool = True) -> list[Item]:
-    """A table of one's own, UTF-8 CSV; image paths are relative to it, labels are joined by |.
+    """Your own table, UTF-8 CSV; image paths are relative to it, labels are joined by |.
 
     Args:
         path: users.csv: image_path,user_id,device_id,labels and, for shard "given", role (prior or anonymous).
-        users: False for background.csv: image_path,labels; where it is missing there are no background images.
+        users: False for background.csv: image_path,labels; if it is missing, there are no background images.
 
     Raises:
         FileNotFoundError: no table.
-        ValueError: another encoding, a missing column, no line, a line without a value that it needs, or an image
-            that two devices of one user have.
+        ValueError: another encoding, a missing column, no lines, a line that lacks a value, or an image that two
+            devices of one user share.
     """
     needed = ["image_path", *(["user_id", "device_id"] if users else []), "labels"]
     if not path.is_file():
@@ -59,10 +59,10 @@ def read_table(path: Path, users: bool = True) -> list[Item]:
             raise ValueError(f"{path} line {number}: role must be prior or anonymous, got {role!r}")
         other = device_of.setdefault((user, line["image_path"]), device)
         if other != device:
-            raise ValueError(f"{path} line {number}: {line['image_path']} is on device {other} of user {user} already")
+            raise ValueError(f"{path} line {number}: {line['image_path']} is already on device {other} of user {user}")
         items.append(Item(path.parent / line["image_path"], user, labels, device, ROLES.get(role, -1)))
     if not items:
-        raise ValueError(f"{path}: no line below the header")
+        raise ValueError(f"{path}: no lines below the header")
     return items
 
 
@@ -90,15 +90,15 @@ def read_flair(folder: Path) -> tuple[list[Item], list[Item]]:
     """FLAIR: labels_and_metadata.json next to small_images/<image_id>.jpg; a user's images in the order of their ids.
 
     Returns:
-        the images of users of the partition train, and those of the others: the background.
+        the images of users in partition train, and those of all other users as the background.
 
     Raises:
-        FileNotFoundError: FLAIR is not there.
-        ValueError: an entry without a key that it needs.
+        FileNotFoundError: FLAIR is missing.
+        ValueError: an entry that lacks a key.
     """
     path = folder / "labels_and_metadata.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: FLAIR is not there; see `fl-linkability data`")
+        raise FileNotFoundError(f"{path}: FLAIR is missing; see `fl-linkability data`")
     entries = json.loads(path.read_text())
     try:
         entries.sort(key=lambda entry: (entry["user_id"], _flickr_number(entry["image_id"]), entry["image_id"]))
@@ -112,18 +112,18 @@ def read_flair(folder: Path) -> tuple[list[Item], list[Item]]:
 
 
 def _flickr_number(image_id: str) -> int:
-    """Flickr numbers its photos upwards, with ever more digits: 987654321 is older than 14913474848."""
+    """Flickr's photo numbers increase and get longer: 987654321 is older than 14913474848."""
     return int(image_id) if image_id.isdigit() else 0
 
 
 def choose_users(items: Sequence[Item], n_users: int, per_device: int) -> list[Item]:
-    """Images of the users with the most (ties by name); all of them for 0. ValueError where too few have enough."""
+    """Images of the users with the most images (ties by name); 0: all users. ValueError if too few have enough."""
     chosen = most_active(Counter(item.user for item in items), n_users, per_device)
     return [item for item in items if item.user in chosen]
 
 
 def most_active(count: dict[str, int], n_users: int, per_device: int, what: str = "images") -> set[str]:
-    """So many users with enough images for two devices and the test; all of them for 0."""
+    """The most active users with enough images for two devices and the test: n_users of them, or all if 0."""
     least = max(3, int(np.ceil(2 * per_device / (1 - TEST_SHARE))))
     fit = sorted((user for user in count if count[user] >= least), key=lambda user: (-count[user], user))
     if len(fit) < max(n_users, 2):
@@ -133,7 +133,7 @@ def most_active(count: dict[str, int], n_users: int, per_device: int, what: str 
 
 @dataclass(frozen=True)
 class Devices:
-    """Of each image: user int64 (n,), device int64 (n,), role int64 (n,), and whether it is held out, bool (n,)."""
+    """For each image: user int64 (n,), device int64 (n,), role int64 (n,), and whether it is held out, bool (n,)."""
 
     user: np.ndarray
     device: np.ndarray
@@ -142,15 +142,15 @@ class Devices:
 
 
 def split_devices(items: Sequence[Item], shard: str, seed: int) -> Devices:
-    """Whose each image is, on which device, in which role, and whether it is held out for the test.
+    """For each image: its user, device and role, and whether it is held out for the test.
 
     Args:
-        items: in the order of their times.
-        shard: random, chrono (the prior half is older), or given (devices and roles of the list).
-        seed: of test set and random halves.
+        items: in chronological order.
+        shard: random, chrono (the prior half is older), or given (devices and roles from the list).
+        seed: for the test set and random halves.
 
     Raises:
-        ValueError: "given" and a user without a prior and an anonymous device that both keep images for training.
+        ValueError: shard "given", and a user lacks a prior or anonymous device, or a device has no training images.
     """
     names, user = np.unique([item.user for item in items], return_inverse=True)
     device, role, test = (np.zeros(len(items), dtype=kind) for kind in (np.int64, np.int64, bool))
@@ -192,18 +192,18 @@ def on_devices(
     skipped: int = 0,
     vocabulary: int = 0,
 ) -> FederatedBundle:
-    """The samples of a list as a federation; held-out ones are both tests.
+    """The samples of a list as a federation; the held-out ones serve as both test sets.
 
     Args:
         name: of the data set.
-        part: from numbers of samples to x and y.
-        split: whose each sample is, on which device.
-        train: bool (n,), what the devices train on; a device that is left without samples is passed over.
-        held: bool (n,), what is tested on.
-        background: as in the federation, and so are the others.
-        n_classes: see there.
-        skipped: see there.
-        vocabulary: see there.
+        part: gives x and y of samples by row number.
+        split: user and device of each sample.
+        train: bool (n,), what the devices train on; a device without samples is dropped.
+        held: bool (n,), the test samples.
+        background: see `FederatedBundle`.
+        n_classes: see `FederatedBundle`.
+        skipped: see `FederatedBundle`.
+        vocabulary: see `FederatedBundle`.
     """
     order = np.flatnonzero(train)[np.argsort(split.device[train], kind="stable")]
     dense = np.unique(split.device[order], return_inverse=True)[1]

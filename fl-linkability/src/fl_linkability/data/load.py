@@ -18,7 +18,7 @@ def load_bundle(settings: Settings, seed: int, reading: Reading, fabric: Fabric)
 
     Raises:
         FileNotFoundError: the data set is not below the data root.
-        ValueError: too few users or samples in it.
+        ValueError: it has too few users or samples.
     """
     s = settings
     if s.dataset in ("digits", "mnist"):

@@ -1,6 +1,6 @@
 """Users' photos: decoded once to uint8 at the network's size, by several threads, into a memory map in the cache.
 
-For a head on a frozen network their features are computed once and kept instead.
+For a head on a frozen network, the photos' features are computed once and kept instead.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def load_photos(settings: Settings, seed: int, reading: Reading, fabric: Fabric)
 
     Raises:
         FileNotFoundError: the list or an image is missing.
-        ValueError: a wrong list, or too few users.
-        BrokenFile: an image that cannot be decoded, unless these are to be skipped.
+        ValueError: an invalid list, or too few users.
+        BrokenFile: an image that cannot be decoded, unless broken images are skipped.
     """
     folder = reading.root / settings.dataset
     if settings.dataset == "flair":
@@ -54,7 +54,7 @@ def load_photos(settings: Settings, seed: int, reading: Reading, fabric: Fabric)
 def photo_bundle(
     items: Sequence[Item], background: Sequence[Item], s: Settings, seed: int, reading: Reading, fabric: Fabric
 ) -> FederatedBundle:
-    """Decode (or embed) all images and cut users into devices; near-duplicates across a user's devices are removed.
+    """Decode (or embed) all images and split users into devices; near-duplicates across a user's devices are removed.
 
     Without background images the background is empty, and a mitigation that needs it says so.
     """
@@ -90,13 +90,13 @@ def multi_hot(items: Sequence[Item], names: Sequence[str]) -> Tensor:
 
 
 def decode(paths: Sequence[Path], side: int, reading: Reading) -> tuple[Tensor, np.ndarray]:
-    """Images at side x side (shorter edge resized, centre cropped); what a killed call has decoded is kept.
+    """Images at side x side (shorter edge resized, centre cropped); what an interrupted call decoded is kept.
 
     Returns:
         uint8 (n, 3, side, side), memory-mapped, and int64 rows of images that could not be decoded (zeros).
 
     Raises:
-        FileNotFoundError: images that are not there; all are looked for before the first is decoded.
+        FileNotFoundError: missing images; all are checked before the first is decoded.
         BrokenFile: an image that cannot be decoded, unless `reading.skip_broken`.
     """
     shape = (len(paths), 3, side, side)
@@ -109,7 +109,7 @@ def decode(paths: Sequence[Path], side: int, reading: Reading) -> tuple[Tensor, 
         if found.done < len(paths):
             missing = [path for path in paths if not path.is_file()]
             if missing:
-                raise FileNotFoundError(f"{missing[0]}: no such image ({len(missing)} of {len(paths)} are not there)")
+                raise FileNotFoundError(f"{missing[0]}: no such image ({len(missing)} of {len(paths)} are missing)")
             _decode_rest(
                 paths, np.memmap(images, np.uint8, "r+" if images.exists() else "w+", shape=shape), found, reading
             )
@@ -122,7 +122,7 @@ def decode(paths: Sequence[Path], side: int, reading: Reading) -> tuple[Tensor, 
 
 
 class _Progress:
-    """How many images are decoded, and which are broken and why; saved by renaming, after the images themselves."""
+    """How many images are decoded, and which are broken and why; saved after the images, by renaming."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -189,7 +189,7 @@ def embed(images: Tensor, pretrained: bool, cache: Path, fabric: Fabric, batch_s
 
 
 def near_duplicates(images: Tensor | Rows, user: np.ndarray, role: np.ndarray) -> np.ndarray:
-    """Anonymous images that a prior image of the user is like: one perceptual hash (8 x 8 means), bool (n,)."""
+    """Anonymous images that look like a prior image of the user: same perceptual hash (8 x 8 means), bool (n,)."""
     hashes = np.concatenate([_hash(part) for part in images.split(512)])
     drop = np.zeros(len(images), dtype=bool)
     for who in np.unique(user):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """FL_LINKABILITY_CACHE, else fl-linkability/prepared in the user's cache: a data root may be read-only."""
+    """FL_LINKABILITY_CACHE, else fl-linkability/prepared in the user's cache: the data root may be read-only."""
     own = os.environ.get("FL_LINKABILITY_CACHE")
     return (
         Path(own)

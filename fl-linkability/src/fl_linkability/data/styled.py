@@ -1,4 +1,4 @@
-"""Users made from digits: each has a style of drawing and a preference for classes, shared by the user's two devices.
+"""Users made from digits: each has a drawing style and prefers some classes, on both devices.
 
 The two devices, the background and the test images come from disjoint sets of base images.
 """
@@ -21,7 +21,7 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class Pools:
-    """Base images by purpose: float (n, 1, side, side) in [0, 1], int64 labels, and numbers to tell them apart."""
+    """Base images by purpose: float (n, 1, side, side) in [0, 1], and int64 labels."""
 
     prior: tuple[Tensor, Tensor]
     anonymous: tuple[Tensor, Tensor]
@@ -42,15 +42,15 @@ class UserSettings:
     style: bool = True
     skew: bool = True
     drift: float = 0.0
-    """0: both halves alike ("random" split); 1: the anonymous half has a style and classes of its own"""
+    """0: both halves alike ("random" split); 1: the anonymous half has its own style and classes"""
     iid: bool = False
-    """replace every device's images by draws from those of all users' devices of its kind"""
+    """replace every device's images by draws from all devices of the same role"""
     background_size: int = 1188
-    """1188: every base image in four styles; less: a class-balanced subset"""
+    """1188: every base image in four styles; fewer: a class-balanced subset"""
 
     def __post_init__(self) -> None:
         if self.n_users < 2 or self.n_per_device < 1 or self.n_prior < 0:
-            raise ValueError(f"need 2 users and 1 image per device or more, got {self.n_users} and {self.n_per_device}")
+            raise ValueError(f"need 2 or more users and 1 image per device, got {self.n_users} and {self.n_per_device}")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.drift <= 1:
@@ -86,7 +86,7 @@ def make_mnist_users(root: Path, seed: int = 0, side: int = 28, **settings: Any)
 
 
 def read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images uint8 (n, 28, 28) and labels int64 (n,). FileNotFoundError where MNIST is not below root."""
+    """Images uint8 (n, 28, 28) and labels int64 (n,). FileNotFoundError if MNIST is not below root."""
     from torchvision.datasets import MNIST
 
     try:
@@ -114,7 +114,7 @@ def make_users(pools: Pools, settings: UserSettings, seed: int, name: str) -> Fe
     x, y, user, device = (
         torch.cat([a, b]) for a, b in zip((*prior, 2 * prior[2]), (*anonymous, 2 * anonymous[2] + 1), strict=True)
     )
-    order = torch.argsort(device, stable=True)  # a device's images lie together
+    order = torch.argsort(device, stable=True)  # a device's images are contiguous
     users = UserDataset(x[order], y[order], user[order], device[order], check_images=not s.iid)
     return FederatedBundle(
         name,
@@ -129,7 +129,7 @@ def make_users(pools: Pools, settings: UserSettings, seed: int, name: str) -> Fe
 def _draw(
     pool: tuple[Tensor, Tensor], styles: np.ndarray, priors: np.ndarray, n: int, styled: bool, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """So many images of every user with replacement: x, y, user. A class that the pool lacks cannot be drawn."""
+    """Draw n images of every user with replacement: x, y, user. A class that the pool lacks cannot be drawn."""
     images, labels = pool
     labels_np = labels.numpy()
     by_class = [np.flatnonzero(labels_np == c) for c in range(NUM_CLASSES)]
@@ -146,7 +146,7 @@ def _draw(
 
 
 def _mixed(device: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """IID replacement: every image of these devices is exchanged for one drawn from all of them."""
+    """IID replacement: every image of these devices is replaced by one drawn from all of them."""
     x, y, user = device
     rows = torch.from_numpy(rng.integers(0, len(x), len(x)))
     return x[rows], y[rows], user

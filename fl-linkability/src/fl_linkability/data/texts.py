@@ -44,7 +44,7 @@ MONTHS = {
 
 @dataclass(frozen=True)
 class Text:
-    """A sample: whose, what, and how many stars (of a review)."""
+    """A sample: its user, its text and, for a review, its stars."""
 
     user: str
     text: str
@@ -55,8 +55,8 @@ def load_texts(settings: Settings, seed: int, reading: Reading) -> FederatedBund
     """Bloggers or reviewers with enough posts or reviews, on two devices each.
 
     Raises:
-        FileNotFoundError: the data set is not there.
-        ValueError: too few users with enough, or a file that is not what it should be.
+        FileNotFoundError: the data set is missing.
+        ValueError: too few users with enough texts, or a file in the wrong format.
     """
     s, folder = settings, reading.root / settings.dataset
     read, behind = (read_blogs, background_sentences) if s.dataset == "blog" else (read_yelp, background_reviews)
@@ -75,19 +75,19 @@ def load_texts(settings: Settings, seed: int, reading: Reading) -> FederatedBund
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words; all other characters, also control characters, part them."""
+    """Lower-case words, separated by all other characters, control characters included."""
     return WORD.findall(text.lower())
 
 
 def vocabulary(texts: Iterable[str], size: int) -> dict[str, int]:
-    """Numbers of the most frequent words (ties by spelling): `size` with padding and unknown words."""
+    """Numbers of the most frequent words (ties by spelling): `size` of them, padding and unknown words included."""
     count = Counter(word for text in texts for word in words_of(text))
     ranked = sorted(count, key=lambda word: (-count[word], word))[: size - UNKNOWN - 1]
     return {word: rank for rank, word in enumerate(ranked, UNKNOWN + 1)}
 
 
 def tokens(texts: Iterable[str], number: dict[str, int], length: int) -> Tensor:
-    """int64 (n, length): words that have no number are UNKNOWN, NOTHING is behind the last."""
+    """int64 (n, length): words without a number become UNKNOWN, NOTHING pads the end."""
     flat = array("q")
     for text in texts:
         row = [number.get(word, UNKNOWN) for word in words_of(text)[:length]]
@@ -96,7 +96,7 @@ def tokens(texts: Iterable[str], number: dict[str, int], length: int) -> Tensor:
 
 
 def next_words(texts: Iterable[Text], number: dict[str, int], length: int) -> tuple[Tensor, Tensor]:
-    """Sentences and the word behind each place, int64 (n, length); an unknown word is not asked for."""
+    """Sentences and the next word at each position, int64 (n, length); unknown words are not predicted."""
     whole = tokens((each.text for each in texts), number, length + 1)
     y = whole[:, 1:].clone()
     y[y == UNKNOWN] = NOTHING
@@ -117,9 +117,9 @@ def with_stars(texts: Iterable[Text], number: dict[str, int], length: int) -> tu
 
 
 def word_vectors(x: np.ndarray, seed: int) -> np.ndarray:
-    """Of texts (n, length) for clustering, float64 (n, d): weighted word counts (TF-IDF), 50 dimensions by SVD.
+    """Vectors of texts (n, length) for clustering, float64 (n, d): TF-IDF word counts, 50 dimensions by SVD.
 
-    What the paper clusters texts by is not printed.
+    The paper does not say which features of texts it clusters.
     """
     from scipy.sparse import csr_matrix
     from sklearn.decomposition import TruncatedSVD
@@ -137,7 +137,7 @@ def word_vectors(x: np.ndarray, seed: int) -> np.ndarray:
 
 
 def blog_files(folder: Path) -> list[Path]:
-    """blogs/<id>.<gender>.<age>.<industry>.<sign>.xml, without hidden files. FileNotFoundError where there is none."""
+    """blogs/<id>.<gender>.<age>.<industry>.<sign>.xml, without hidden files. FileNotFoundError if there are none."""
     paths = sorted(path for path in (folder / "blogs").glob("*.xml") if not path.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"{folder / 'blogs'}: no blogs; see `fl-linkability data`")
@@ -145,7 +145,7 @@ def blog_files(folder: Path) -> list[Path]:
 
 
 def read_blogs(folder: Path, n_users: int, per_device: int) -> list[Text]:
-    """Sentences of two words or more of the bloggers with the most posts; the counting reads bytes alone."""
+    """Sentences of at least two words by the bloggers with the most posts; posts are counted in the raw bytes."""
     paths = {path.name.split(".")[0]: path for path in blog_files(folder)}
     count = {user: path.read_bytes().count(b"<post>") for user, path in paths.items()}
     chosen = sorted(most_active(count, n_users, per_device, "posts"))
@@ -153,9 +153,9 @@ def read_blogs(folder: Path, n_users: int, per_device: int) -> list[Text]:
 
 
 def read_blog(path: Path) -> list[str]:
-    """Posts of one blogger by date; one without a readable date stays behind the post that stands before it.
+    """Posts of one blogger by date; a post without a readable date takes the date of the post before it.
 
-    The files are no XML: bare & and <, undeclared entities, control characters, and in many of them bytes of Latin-1.
+    The files are not XML: they have bare & and <, undeclared entities, control characters, and often Latin-1 bytes.
     """
     raw = path.read_bytes()
     try:
@@ -170,7 +170,7 @@ def read_blog(path: Path) -> list[str]:
 
 
 def _date(stamp: str) -> date | None:
-    """Of "31,May,2004"; None for another language or an empty one."""
+    """The date in "31,May,2004"; None if it is empty or in another language."""
     try:
         day, month, year = stamp.split(",")
         return date(int(year), MONTHS[month.strip().lower()], int(day))
@@ -179,12 +179,12 @@ def _date(stamp: str) -> date | None:
 
 
 def sentences(post: str) -> list[str]:
-    """Sentences and lines of two words or more: one word has no next."""
+    """Sentences and lines of at least two words: a single word has no next one."""
     return [part.strip() for part in SENTENCE_END.split(post) if len(words_of(part)) > 1]
 
 
 def background_sentences(folder: Path) -> Iterator[Text]:
-    """Lines of background.txt, UTF-8; none where it is missing."""
+    """Lines of background.txt, UTF-8; none if it is missing."""
     path = folder / "background.txt"
     if path.is_file():
         with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -195,15 +195,15 @@ def background_sentences(folder: Path) -> Iterator[Text]:
 
 
 def review_file(folder: Path) -> Path:
-    """Yelp's reviews. FileNotFoundError where they are not there."""
+    """The file of Yelp's reviews. FileNotFoundError if it is missing."""
     path = folder / "yelp_academic_dataset_review.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: Yelp's reviews are not there; see `fl-linkability data`")
+        raise FileNotFoundError(f"{path}: Yelp's reviews are missing; see `fl-linkability data`")
     return path
 
 
 def read_yelp(folder: Path, n_users: int, per_device: int) -> list[Text]:
-    """Reviews of the users with the most, by date; the file is read twice, so that no other text is in memory."""
+    """Reviews by the users with the most reviews, by date; the file is read twice to save memory."""
     path = review_file(folder)
     count = Counter(_lines(path, lambda entry: entry["user_id"]))
     chosen = most_active(count, n_users, per_device, "reviews")
@@ -217,7 +217,7 @@ def read_yelp(folder: Path, n_users: int, per_device: int) -> list[Text]:
 
 
 def background_reviews(folder: Path) -> Iterator[Text]:
-    """background.json: reviews in the layout of Amazon's, a JSON object in each line; none where it is missing."""
+    """background.json: reviews in Amazon's layout, one JSON object per line; none if it is missing."""
     path = folder / "background.json"
     if path.is_file():
         for stars, text in _lines(path, lambda entry: (float(entry["overall"]), entry.get("reviewText", ""))):
@@ -226,7 +226,7 @@ def background_reviews(folder: Path) -> Iterator[Text]:
 
 
 def _lines(path: Path, take: Callable[[dict], T]) -> Iterator[T]:
-    """What is taken of the JSON object in each line. ValueError, naming the line, where that fails."""
+    """`take` applied to the JSON object in each line. ValueError, naming the line, if that fails."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -234,11 +234,11 @@ def _lines(path: Path, take: Callable[[dict], T]) -> Iterator[T]:
                     yield take(json.loads(line))
                 except (KeyError, TypeError, ValueError) as error:
                     reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                    raise ValueError(f"{path} line {number}: no review ({reason}); fetch the file again") from error
+                    raise ValueError(f"{path} line {number}: not a review ({reason}); fetch the file again") from error
 
 
 def count_samples(name: str, folder: Path) -> int:
-    """Posts or reviews of a data set that is read to its end. Raises what the readers raise."""
+    """Number of posts or reviews of a data set, read completely. Raises what the readers raise."""
     if name == "blog":
         return sum(len(read_blog(path)) for path in blog_files(folder))
     return sum(1 for _ in _lines(review_file(folder), lambda entry: (entry["user_id"], entry["date"], entry["text"])))

@@ -1,4 +1,4 @@
-"""Networks of the task that the federation learns. MobileNetV2 is imported where it is used: torchvision is slow."""
+"""Networks for the federation's tasks. MobileNetV2 is imported where it is used: torchvision is slow."""
 
 from torch import nn
 

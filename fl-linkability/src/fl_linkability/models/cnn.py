@@ -10,7 +10,7 @@ class CNN(nn.Module):
 
     Args:
         side: pixels of a grey image, a multiple of 4.
-        width: units of the first linear layer; LEAF has 2048.
+        width: units of the first linear layer; LEAF uses 2048.
         classes: logits.
     """
 

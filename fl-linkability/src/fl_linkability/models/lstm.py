@@ -9,7 +9,7 @@ from fl_linkability.data.bundle import NOTHING
 
 
 class LSTM(nn.Module):
-    """One layer in plain operations, each of which vmap knows; one bias, gates in torch's order, as is the start."""
+    """One layer in plain operations that vmap supports; one bias; gate order and initialisation as in torch."""
 
     def __init__(self, inputs: int, hidden: int):
         super().__init__()
@@ -20,7 +20,7 @@ class LSTM(nn.Module):
             nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """(n, length, inputs) to states (n, length, hidden); where a place is not real, bool (n, length), they stay."""
+        """(n, length, inputs) to states (n, length, hidden); unchanged where `real`, bool (n, length), is false."""
         arriving = nn.functional.linear(x, self.weight_ih, self.bias)
         h = c = arriving.new_zeros(len(x), self.weight_hh.shape[1])
         states = []
@@ -34,10 +34,10 @@ class LSTM(nn.Module):
 
 
 class TextLSTM(nn.Module):
-    """The next word at each place (Blog), or one number for the whole text, such as stars (Yelp).
+    """The next word at each position (Blog), or one number for the whole text, such as stars (Yelp).
 
     Args:
-        vocabulary: tokens are smaller; NOTHING is padding, behind the words.
+        vocabulary: all tokens are smaller than this; NOTHING pads the end.
         embedding: numbers per word.
         hidden: units of the LSTM.
         next_word: logits of the next word, or a number.

@@ -25,7 +25,7 @@ class MLP(nn.Module):
     def stacked(params: dict[str, Tensor], x: Tensor) -> Tensor:
         """Many clients at once: stacked parameters (K, ...) and inputs (K, B, ...) to logits (K, B, classes).
 
-        What vmap over `forward` gives, without its cost per step.
+        Gives what vmap over `forward` gives, without its cost per step.
         """
         hidden = torch.baddbmm(params["fc1.bias"].unsqueeze(1), x.flatten(2), params["fc1.weight"].transpose(1, 2))
         return torch.baddbmm(params["fc2.bias"].unsqueeze(1), hidden.relu(), params["fc2.weight"].transpose(1, 2))

@@ -1,4 +1,4 @@
-"""MobileNetV2 for photos with several labels each (the paper has MobileNet v1 at 224 pixels)."""
+"""MobileNetV2 for photos with several labels each (the paper uses MobileNet v1 at 224 pixels)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MobileNetV2(nn.Module):
     Args:
         classes: labels.
         pretrained: start from ImageNet's weights (fetched once by torchvision into its own cache).
-        bn: what batch norm does in a client. frozen: running statistics as they are; local: statistics of the batch,
+        bn: what batch norm does in a client. frozen: running statistics are kept; local: statistics of the batch,
             nothing kept or sent; sent: running statistics are part of the update. The last two need engine "loop".
     """
 
