@@ -123,7 +123,7 @@ def test_wrong_types_and_settings_of_users():
     with pytest.raises(TypeError, match="y must be int64 classes or words, or float32"):
         Background(torch.zeros(2, 3), torch.zeros(2).int())
     for change, message in (
-        ({"n_users": 1}, "need 2 users"),
+        ({"n_users": 1}, "need 2 or more users"),
         ({"alpha": 0.0}, "alpha must be positive"),
         ({"drift": 2.0}, "drift must lie in"),
     ):

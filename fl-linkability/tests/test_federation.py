@@ -225,7 +225,7 @@ def test_wrong_arguments(bundle):
         (lambda: LocalSGD(lr=0.0), "lr must be positive, got 0.0"),
         (lambda: LocalSGD(lr=float("nan")), "lr must be positive, got nan"),
         (lambda: LocalSGD(epochs=0), "must be at least 1, got 0"),
-        (lambda: FedAvgConfig(rounds=0), "need 1 round"),
+        (lambda: FedAvgConfig(rounds=0), "need at least 1 round"),
         (lambda: FedAvgConfig(clients_per_round=2, min_clients=3), "min_clients must lie in 1 .. 2, got 3"),
         (lambda: kept_columns({"fc": (0, 3)}, "conv"), "no parameter begins with 'conv'"),
     ):
