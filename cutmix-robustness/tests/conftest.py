@@ -30,3 +30,15 @@ def write_image_folder():
 @pytest.fixture
 def save_picture():
     return _save_picture
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Checkpoints below the test's folder, images read without further processes."""
+    from cutmix_robustness import detection, experiments
+    from cutmix_robustness.data import sources
+
+    monkeypatch.setattr(experiments, "PROJECT", tmp_path / "project")
+    defaults = sources.ImageFiles.__init__.__defaults__
+    monkeypatch.setattr(sources.ImageFiles.__init__, "__defaults__", (*defaults[:-2], 0, None))
+    monkeypatch.setattr(detection, "_workers", lambda: 0)
