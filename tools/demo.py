@@ -111,7 +111,8 @@ def demo(entries: list[dict], root: Path = ROOT) -> int:
             while waiting or running:
                 while waiting and len(running) < beside:
                     job = waiting.pop(0)
-                    running.append((job, job.start(jobs)))
+                    last = len(waiting) < beside  # it may soon run alone: let it use every core
+                    running.append((job, job.start(jobs * beside if last else jobs)))
                     bar.start_task(lines[job.name])
                 time.sleep(POLL_SECONDS)
                 for job in everyone:

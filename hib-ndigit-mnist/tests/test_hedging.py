@@ -206,6 +206,7 @@ def test_mistakes_are_named():
         (lambda: e.kl("mc"), "needs samples"),
         (lambda: e.kl("other"), "method: expected one of"),
         (lambda: MatchProbability(-1.0), "a: expected a positive"),
+        (lambda: MatchProbability(0.0), "a: expected a positive"),
         (lambda: MatchProbability().prob(e, e, method="x"), "method: expected one of"),
         (lambda: MatchProbability().prob(e, e[:2]), "4 and 2"),
         (lambda: MatchProbability().prob(e, mixture(0, 4, 2, 3)), "2 and 3"),

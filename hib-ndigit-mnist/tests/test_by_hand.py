@@ -1,0 +1,164 @@
+"""Losses, scores and fits on cases small enough to work out by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hib_ndigit_mnist import contrastive_loss, expected_calibration_error, recall_at_1
+from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
+from hib_ndigit_mnist.evaluate import (
+    Evaluation,
+    TestSet,
+    class_centroids,
+    component_distance,
+    fit_match,
+    shared_digit_ratio,
+    shares_digit,
+)
+from hib_ndigit_mnist.hedging import MatchProbability
+from hib_ndigit_mnist.losses import vib_objective
+from hib_ndigit_mnist.metrics import binned_correlation
+from hib_ndigit_mnist.models import MLPEncoder
+from hib_ndigit_mnist.pairs import Pairs
+from hib_ndigit_mnist.train import _classical, make_fabric
+
+NUMBERS = torch.tensor([12, 13, 42, 77])
+CENTROIDS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
+RATIO = 1 / ((9 * math.sqrt(2) + math.sqrt(2) + 2 * math.sqrt(64 + 81)) / 4)  # 12-13 and 12-42 share, the others do not
+
+
+def points(*places):
+    return GaussianMixtureEmbedding(torch.tensor(places, dtype=torch.float64)[:, None], None)
+
+
+def test_the_classical_loss_by_pair():
+    z1, z2 = torch.zeros(4, 1), torch.tensor([[0.5], [0.25], [1.5], [0.0]])
+    loss = contrastive_loss(z1, z2, torch.tensor([1, 0, 0, 0]), reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([0.25, 0.75**2, 0.0, 1.0]))  # the margin is 1 by default
+    assert float(contrastive_loss(z1, z2, torch.tensor([1, 0, 0, 0]), reduction="sum")) == pytest.approx(
+        1.8125, rel=1e-5
+    )
+    pairs = Pairs(*(torch.tensor([v]) for v in ([0, 1, 0], [1, 2, 2], [True, False, False], [0.5, 0.25, 0.25])))
+    out = _classical(torch.tensor([[[0.0], [0.5], [0.75]]]), pairs, 1.0, MatchProbability(1.0, 1.0))
+    positive, negative = 0.5 * 0.25, 0.25 * (0.75**2 + 0.25**2)
+    for found, expected in ((out.nll_pos, 2 * positive), (out.nll_neg, 2 * negative), (out.loss, positive + negative)):
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_kl_is_chosen_by_itself():
+    embedding = GaussianMixtureEmbedding(torch.randn(4, 1, 2), torch.zeros(4, 1, 2))
+    pairs = Pairs(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([0.5, 0.5]))
+    arguments = embedding, embedding.mu, pairs, MatchProbability(), 1e-4
+    assert vib_objective(*arguments).kl == vib_objective(*arguments, kl="auto").kl
+
+
+def test_calibration_bin_by_bin():
+    p, match = torch.tensor([0.05, 0.05, 0.95, 1.0, 0.95]), torch.tensor([True, False, True, False, True])
+    found = expected_calibration_error(p, match, bins=10)
+    assert found.error == pytest.approx(0.4 * (0.5 - 0.05) + 0.6 * (2.9 / 3 - 2 / 3))
+    assert np.flatnonzero(found.weight).tolist() == [0, 9] and found.weight[[0, 9]] == pytest.approx([0.4, 0.6])
+    assert len(found.confidence) == 10 and np.isnan(found.confidence[1:9]).all()
+    for wrong in (1.5, -0.1):
+        with pytest.raises(ValueError, match=r"match_prob: expected values in \[0, 1\]"):
+            expected_calibration_error(torch.tensor([0.5, wrong]), match[:2])
+
+
+def test_p_is_the_share_of_orders_at_least_as_negative():
+    eta = torch.arange(5.0)
+    found = binned_correlation(eta, -eta, bins=5)
+    assert found.tau == pytest.approx(1) and found.p_value == pytest.approx(1 / 120, rel=0.5)  # one order of 120
+    assert found.p_value == binned_correlation(eta, -eta, bins=5).p_value
+    again = binned_correlation(eta, eta, bins=5)
+    assert again.tau == pytest.approx(-1) and again.p_value == 1
+    none = binned_correlation(eta, torch.ones(5), bins=5)
+    assert math.isnan(none.tau) and math.isnan(none.p_value) and none.dropped == 0
+
+
+def test_neighbours_of_many_images_are_found_part_by_part():
+    angle = torch.arange(1100) // 2 * 2 * math.pi / 550 + torch.arange(1100) % 2 * 1e-3
+    features = torch.stack([angle.cos(), angle.sin()], 1)
+    assert recall_at_1(features, torch.arange(1100) // 2).all()
+
+
+def test_structure_of_the_centroids():
+    assert shares_digit(torch.tensor([19, 29, 91]), 2).nonzero().tolist() == [[0, 1], [1, 0]]
+    assert shared_digit_ratio(CENTROIDS, NUMBERS, 2) == pytest.approx(RATIO, rel=1e-6)
+    centroids, numbers = class_centroids(points([0.0, 0.0], [4.0, 2.0], [1.0, 1.0]), torch.tensor([5, 5, 3]))
+    assert numbers.tolist() == [3, 5] and centroids.tolist() == [[1.0, 1.0], [2.0, 1.0]]
+    three = GaussianMixtureEmbedding(torch.tensor([[[0.0], [1.0], [3.0]]]), torch.zeros(1, 3, 1))
+    assert component_distance(three).tolist() == [2.0]  # (1 + 2 + 3) / 3
+
+
+def made(labels, embedding, *, images=(0, 0), **computed):
+    """An evaluation of images of one brightness (clean, corrupt), embedded and scored as given."""
+    grey = [torch.full((len(labels), 1, 1, 1), value, dtype=torch.uint8) for value in images]
+    pixels = {"clean": grey[0], "corrupt": grey[1]}
+    test = TestSet(pixels, labels, None, None, torch.arange(len(labels)))
+    found = Evaluation(MLPEncoder(components=embedding.components), MatchProbability(2.0, 3.0), test)
+    found.__dict__["embeddings"] = {"clean": embedding, "corrupt": embedding}
+    found.__dict__.update(computed)
+    return found
+
+
+def test_reports_on_four_images():
+    labels = torch.tensor([0, 0, 1, 1])
+    eta, right = torch.tensor([0.4, 0.1, 0.2, 0.3]), torch.tensor([True, True, True, False])
+    votes = {"clean": (None, right), "corrupt": (None, ~right)}
+    found = made(labels, points(*[[0.0, 0.0]] * 4), eta={"clean": eta, "corrupt": eta}, _votes=votes).selective()
+    assert found["r1_clean"] == 0.75 and found["r1_corrupt"] == 0.25
+    assert found["r_auroc_clean"] == pytest.approx(2 / 3) and found["r_auroc_corrupt"] == pytest.approx(1 / 3)
+    assert found["rejection_area_clean"] == pytest.approx((1 + 1 + 2 / 3 + 3 / 4) / 4)
+    one = made(NUMBERS, points(*CENTROIDS.tolist()))
+    one.test = replace(one.test, occluders=type("Occluders", (), {"side": torch.zeros(4, 2)}))
+    assert one.structure() == {"shared_over_other": pytest.approx(RATIO, rel=1e-6)}
+    single = GaussianMixtureEmbedding(torch.zeros(4, 1, 2), torch.full((4, 1, 2), -2.0))
+    assert not [name for name in made(labels, single).spread() if name.startswith("apart")]
+    double = GaussianMixtureEmbedding(torch.tensor([[[0.0, 0.0], [3.0, 4.0]]]).repeat(4, 1, 1), torch.zeros(4, 2, 2))
+    assert made(labels, double).spread()["apart_clean"] == 5.0
+
+
+def test_hidden_ink_is_the_share_of_a_clean_image_s_brightness():
+    for clean, corrupt, hidden in ((200, 50, 0.75), (1, 1, 0.0), (0, 0, 1.0)):
+        test = made(torch.tensor([0, 0]), points([0.0], [0.0]), images=(clean, corrupt)).test
+        assert test.hidden_ink().tolist() == [hidden] * 2
+
+
+class Stripes:
+    """A set whose images of class c are grey, brighter with c, and a little different from each other."""
+
+    num_digits, tile = 1, 4
+    labels = torch.arange(300) % 5
+
+    def __len__(self):
+        return len(self.labels)
+
+    def images(self, rows):
+        return (40 * self.labels[rows] + 10 + rows % 3).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+
+
+class Brightness(torch.nn.Module):
+    """Embeds an image as the point of its mean brightness."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return GaussianMixtureEmbedding(images.double().mean((1, 2, 3))[:, None, None] * self.weight.double(), None)
+
+
+def test_a_and_b_separate_the_distances_of_pairs():
+    a, b = fit_match(Brightness(), Stripes(), 0.0).values()
+    assert 2 < b / a < 38  # images of a class are at most 2 apart, of two classes at least 38
+    assert fit_match(Brightness(), Stripes(), 0.0).values() == (a, b)
+    occluded, _ = fit_match(Brightness(), Stripes(), 1.0).values()
+    assert occluded < a / 2  # occluded images of a class scatter
+
+
+def test_devices_and_precisions(monkeypatch):
+    assert str(make_fabric("cpu").strategy.precision.precision) == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert make_fabric("cpu").device.type == "cpu"
