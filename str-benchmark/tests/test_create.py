@@ -15,6 +15,7 @@ from str_benchmark.charset import PRESETS
 from str_benchmark.cli import Run
 from str_benchmark.cli_data import CreateLmdb
 from str_benchmark.data.create import icdar2003_words, listed_images, rendered_items
+from str_benchmark.data.inventory import inventory
 from str_benchmark.data.lmdb_store import LMDBDataset
 from str_benchmark.data.rendered import RENDERED, rendered_lmdb
 from str_benchmark.data.sets import Parts
@@ -85,6 +86,7 @@ def test_a_public_network_reads_real_words_and_parts_of_them(tmp_path, monkeypat
     xml, root = photographs(tmp_path / "photographs", *boxes), tmp_path / "root"
     CreateLmdb(xml, root / "evaluation" / "IC03_train")()
     assert capsys.readouterr().out == "5 words written\n"
+    assert [row[1] for row in inventory(root) if row[4] == "yes"] == ["smoke, embedded, rendered", "icdar2003"]
     small = Settings(model="None-VGG-None-CTC", charset="94", output_channel=16, hidden_size=16)
     weights = tmp_path / "english.pth"
     torch.save(build_model(small.config).state_dict(), weights)

@@ -28,7 +28,8 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
         except ValueError as error:
             found, mend = "damaged", str(error)
         size = each.what if each.n is None else f"{each.n:,} words, {each.what}"
-        scale = "paper" if each.folder.startswith(("training", "validation", "evaluation")) else "eval"
+        paper = each.folder.startswith(("training", "validation", "evaluation"))
+        scale = each.scale or ("paper" if paper else "eval")
         where = each.place(data_root).relative_to(data_root)
         rows.append((each.name, scale, size, "its publishers'", found, str(where), mend))
     return rows

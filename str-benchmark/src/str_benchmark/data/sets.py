@@ -31,6 +31,8 @@ class WordSet:
     what: str
     parseq: str = ""
     """in the layout of PARSeq's release"""
+    scale: str = ""
+    """the scale that reads it, if it is not paper"""
 
     def place(self, data_root: Path) -> Path:
         """Where it is looked for: PARSeq's folder if only that exists, else the first one."""
@@ -57,7 +59,13 @@ EVALUATION = (
 )
 OTHERS = (
     WordSet("COCO_Text", "evaluation/COCO-Text", None, "irregular", "test/COCOv1.4"),
-    WordSet("IC03_train", "evaluation/IC03_train", 1156, "ICDAR 2003's training photographs; see create-lmdb"),
+    WordSet(
+        "IC03_train",
+        "evaluation/IC03_train",
+        1156,
+        "ICDAR 2003's training photographs; see create-lmdb",
+        scale="icdar2003",
+    ),
     WordSet("IC13_1095", "evaluation/IC13_1095", 1095, "regular", "test/IC13_1095"),
     WordSet("ArT", "test/ArT", None, "irregular"),
     WordSet("Uber", "test/Uber", None, "irregular"),
