@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from satrn import predict
 from satrn.charset import END, IGNORED, Tokenizer
 from satrn.data.render import random_words, render_words
 from satrn.data.streams import RenderedWords, normalise, positions, share_counts
@@ -100,6 +101,36 @@ def test_lines_curves_and_lengths():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_scene_word_fills_its_picture_in_light_or_dark():
+    words = ["EXIT", "Lane", "W", "EXTRAORDINARILY"] * 8
+    images = render_words(words, 0, "scene", (32, 100))[0]
+    assert torch.equal(images, render_words(words, 0, "scene", (32, 100))[0])
+    calm = [image[0].float() for image in render_words(["HHHHH"] * 60, 1, "scene", (32, 100))[0]]
+    left, ground = [], []
+    for image in calm:
+        columns = (image - image.median()).abs()[6:26].mean(dim=0)
+        left.append(float(columns[:14].max() > columns.median() / 2))
+        ground.append(float(image[12:20].max() - image.median() > image.median() - image[12:20].min()))
+    assert np.mean(left) > 0.9  # the first stroke is near the left edge, whatever the word's length
+    assert 0.25 < np.mean(ground) < 0.75  # half are light on dark
+    contrast = [float(image.std()) for image in calm]
+    assert max(contrast) > 2 * min(contrast)
+
+
+def test_rendered_sets_take_the_lines_in_turn_and_scenes_vary_their_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "RENDERED_AT_ONCE", 4)
+    (tmp_path / "words.txt").write_text("exit\nLane\n")
+    arguments = (tmp_path / "words.txt", "", (1, 1), (16, 24), 0)
+    assert predict.render_lmdb(tmp_path / "plain", 6, "straight", *arguments) == 6
+    plain = LmdbWords(tmp_path / "plain", (16, 24))
+    assert [plain.label(i) for i in range(6)] == ["exit", "Lane"] * 3
+    predict.render_lmdb(tmp_path / "scene", 40, "scene", *arguments)
+    labels = [LmdbWords(tmp_path / "scene", (16, 24)).label(i) for i in range(40)]
+    assert set(labels[::2]) == {"exit", "Exit", "EXIT"} and set(labels[1::2]) == {"lane", "Lane", "LANE"}
+    first, again = (LmdbWords(tmp_path / "scene", (16, 24))[i][0] for i in (0, 4))
+    assert not torch.equal(first, again)  # each batch has its own seed
 
 
 def test_rotation_repeats_edges_and_crops_the_rotated_box():

@@ -1,5 +1,6 @@
 """Sets as they are released and as users have them: layouts, kinds of images, labels, broken words, preflight."""
 
+import base64
 import json
 import sys
 from dataclasses import replace
@@ -197,6 +198,7 @@ def test_the_union_counts_every_word_once(tmp_path, monkeypatch):
         return ["right"] * len(labels), labels
 
     monkeypatch.setattr("satrn.evaluate.read_all", read_all)
+    monkeypatch.setattr("satrn.measure.real_sheet", lambda *_: [])
     s = Settings(**SMALL, test_sets=("IC15", "SVTP"), test_angles=(90.0,))
     metrics, details, _ = _evaluate_real(None, s, tmp_path, False, "case-insensitive")
     assert metrics["IC15"] == 100 and metrics["SVTP"] == 0
@@ -249,10 +251,13 @@ def test_a_table_of_real_words_runs_from_tiny_archives_to_its_record(archives, t
     assert {"accuracy", "irregular_mean", "rotated_0", "rotated_90"} <= set(outcome.metrics)
     assert f"{len(tiny.WORDS)} of the paper's 1,015 words of IC13" in outcome.caveats
     assert any("words of MJ" in caveat for caveat in outcome.caveats)
+    sheet = outcome.details["sheet"]
+    assert len(sheet) == 4 * 6 and [word["label"] for word in sheet[:2]] == ["Hello", "it's"]
+    assert all(len(base64.b64decode(word["image"])) == word["size"][0] * word["size"][1] for word in sheet)
     json.dumps([outcome.metrics, outcome.details, outcome.dataset])
 
 
 def test_a_paper_table_is_rehearsed_end_to_end():
-    """One of those of `make rehearse`: tiny archives, run, record, verdict."""
-    (outcome,) = rehearse(Path(cli.__file__).parents[2], ["table-4-multi-line"])
+    """One of those of `make rehearse`: tiny archives, run, record, verdict, figure."""
+    (outcome,) = rehearse(Path(cli.__file__).parents[2], ["real-words"])
     assert outcome.passed, outcome.problem

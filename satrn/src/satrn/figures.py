@@ -16,11 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from satrn.decoding import Recognition
+from satrn.evaluate import comparable
 from shared_utils.report import interval
 from shared_utils.runlog import RunLog, key_of
 from shared_utils.tables import Table
 
-SCALES = ("paper", "embedded", "rendered")
+SCALES = ("paper", "embedded", "rendered", "icdar2003")
 BLUE, ORANGE, GREEN, GREY = "tab:blue", "tab:orange", "tab:green", "tab:gray"
 
 
@@ -151,6 +152,21 @@ def _readings(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Fig
     return figure
 
 
+def _real_readings(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figure:
+    """Real words of the first row's first seed, evenly spaced over the set, with their readings."""
+    words = next(iter(found.values()))[0]["details"]["sheet"]
+    figure, axes = plt.subplots(-(-len(words) // 4), 4, figsize=(9, 0.17 * len(words) + 0.6), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, word in zip(axes.flat, words, strict=False):
+        axis.imshow(_pixels(word["image"], word["size"]), cmap="gray", vmin=0, vmax=255)
+        right = comparable(word["text"]) == comparable(word["label"])
+        text = word["text"] + ("" if right else f"  (is {word['label']})")
+        axis.set_title(text.replace("$", r"\$"), fontsize=9, color="black" if right else "red")
+    figure.suptitle(f"Real words, evenly spaced over the set, and what was read (scale {scale})", fontsize=10)
+    return figure
+
+
 def _pixels(content: str, size: Sequence[int]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(content), dtype=np.uint8).reshape(size)
 
@@ -232,6 +248,7 @@ DRAW: dict[str, dict[str, Draw]] = {
     "learning-curves": {"learning-curves": _learning},
     "rotation": {"rotation": _rotation, "readings": _readings},
     "figure-9": {"figure-9": _readings},
+    "real-words": {"real-words": _real_readings},
 }
 
 

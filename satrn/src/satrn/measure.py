@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from lightning.fabric import Fabric
 from scipy import stats
+from torch import Tensor
 
 from satrn.complexity import costs
 from satrn.config import SATRNConfig
@@ -29,6 +30,7 @@ IRREGULAR = ("IC15", "SVTP", "CT80")
 CURVE_ANGLES = tuple(range(0, 360, 30))
 CURVE_WORDS = 200
 SHEET_WORDS = 8
+REAL_SHEET_WORDS = 24
 
 
 def sizes(s: Settings) -> dict[str, float]:
@@ -140,20 +142,41 @@ def _evaluate_real(
 ) -> tuple[dict, dict, list]:
     hits: dict[str, np.ndarray] = {}
     turned: dict[str, list[np.ndarray]] = {}
-    records = []
+    records, sheet = [], []
     for name in s.test_sets:
         words = _test_words(name, s, data_root, skip_broken)
         hits[name] = correct(model, words, protocol=protocol)
         for angle in s.test_angles:
             turned.setdefault(f"rotated_{angle:g}", []).append(correct(model, words, protocol=protocol, degrees=angle))
         records.append(words.record())
+        sheet += real_sheet(model, words, max(1, REAL_SHEET_WORDS // len(s.test_sets)))
     metrics = {name: 100 * float(each.mean()) for name, each in hits.items()}
     metrics["accuracy"] = 100 * float(np.concatenate(list(hits.values())).mean())  # over the union: every word once
     metrics |= {name: 100 * float(np.concatenate(each).mean()) for name, each in turned.items()}
     if set(IRREGULAR) <= hits.keys():
         metrics["irregular_mean"] = float(np.mean([metrics[name] for name in IRREGULAR]))
     sizes = {name: len(each) for name, each in hits.items()}
-    return metrics | _sizes(s), {"words": sizes | {"all": sum(sizes.values())}}, records
+    return metrics | _sizes(s), {"words": sizes | {"all": sum(sizes.values())}, "sheet": sheet}, records
+
+
+def real_sheet(model: SATRN, words: LmdbWords, count: int) -> list[dict]:
+    """Evenly spaced words of a set with their readings, in gray, for a run record; broken ones are left out."""
+    places = np.unique(np.linspace(0, len(words) - 1, count).astype(int)).tolist()
+    found = [word for word in map(words.get, places) if word is not None]
+    if not found:
+        return []
+    images = torch.stack([image for image, _ in found])
+    read = model.generate(normalise(images.to(next(model.parameters()).device), model.cfg))
+    return [
+        {"label": label, "text": text, "confidence": round(confidence, 3)} | _stored(image)
+        for (image, label), text, confidence in zip(found, read.texts, read.confidence, strict=True)
+    ]
+
+
+def _stored(image: Tensor) -> dict:
+    """An image uint8 [C, H, W] in gray, as a run record holds it."""
+    gray = image.float().mean(dim=0).round().to(torch.uint8)
+    return {"size": list(gray.shape), "image": base64.b64encode(gray.cpu().numpy().tobytes()).decode()}
 
 
 def _sizes(s: Settings) -> dict[str, float]:
@@ -238,10 +261,9 @@ def reading_sheet(model: SATRN, test: RenderedWords) -> list[dict]:
                 "label": test.labels[i],
                 "text": text,
                 "confidence": round(read.confidence[i], 3),
-                "size": list(test.images.shape[2:]),
-                "image": base64.b64encode(test.images[i, 0].cpu().numpy().tobytes()).decode(),
                 "maps": [base64.b64encode(shade.cpu().numpy().tobytes()).decode() for shade in shades],
                 "map_size": list(maps.shape[1:]),
             }
+            | _stored(test.images[i])
         )
     return sheet

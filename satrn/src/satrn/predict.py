@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +17,10 @@ from satrn.export import OnnxReader
 from satrn.measure import load_model
 from satrn.models import SATRN
 from satrn.train import make_fabric
+from shared_utils.logging import progress
+
+RENDERED_AT_ONCE = 1000
+CASES = (str.lower, str.capitalize, str.upper)
 
 
 def load_images(paths: Sequence[Path], model: SATRN | OnnxReader) -> Tensor:
@@ -97,7 +101,8 @@ def render_lmdb(
 ) -> int:
     """Write an LMDB of `count` rendered words: the lines of a file in turn, or random strings; returns the count.
 
-    multi_line may break a line of the file at a space; the label has no spaces.
+    multi_line may break a line of the file at a space; the label has no spaces. scene draws a line of the file in lower
+    case, capitalised or in capitals.
 
     Raises:
         ValueError: a file without words, or a line with a space for another warp.
@@ -109,7 +114,18 @@ def render_lmdb(
             what = f"{spaced[0]!r} has a space; write one word per line, or take --warp multi_line" if spaced else ""
             raise ValueError(f"{words}: {what or 'contains no words'}")
         texts = [lines[i % len(lines)] for i in range(count)]
+        if warp == "scene":
+            styles = torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+            texts = [CASES[style](text) for style, text in zip(styles, texts, strict=True)]
     else:
         texts = random_words(count, charset, lengths, torch.Generator().manual_seed(seed))
-    images, _ = render_words(texts, seed, warp, size, font_pixels=float(max(size)))
-    return write_lmdb(folder, zip(images, [text.replace(" ", "") for text in texts], strict=True))
+    return write_lmdb(folder, _drawn(texts, seed, warp, size))
+
+
+def _drawn(texts: Sequence[str], seed: int, warp: str, size: tuple[int, int]) -> Iterator[tuple[Tensor, str]]:
+    """Images and labels, RENDERED_AT_ONCE at a time: glyphs of 100,000 words would fill the memory."""
+    with progress() as bar:
+        for first in bar.track(range(0, len(texts), RENDERED_AT_ONCE), description="batches of words"):
+            part = texts[first : first + RENDERED_AT_ONCE]
+            images, _ = render_words(part, (seed << 32) + first, warp, size, font_pixels=float(max(size)))
+            yield from zip(images, [text.replace(" ", "") for text in part], strict=True)

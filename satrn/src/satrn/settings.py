@@ -10,7 +10,7 @@ SETTING_CHOICES = {
     "dataset": ("lmdb", "rendered", "none"),
     "rotation": ("none", "normal", "uniform"),
     "schedule": ("triangle", "onecycle"),
-    "warp": ("straight", "rotate", "curve", "multi_line", "upright_or_vertical"),
+    "warp": ("straight", "rotate", "curve", "multi_line", "upright_or_vertical", "scene"),
 }
 
 
@@ -31,7 +31,7 @@ class Settings:
     rotation: str = "normal"
     """rotation of training words: none, normal (sd 34 degrees, as in the paper) or uniform (0 to 360)"""
     warp: str = "rotate"
-    """rendered: straight, rotate, curve, multi_line or upright_or_vertical"""
+    """rendered: straight, rotate, curve, multi_line, upright_or_vertical or scene"""
     word_lengths: tuple[int, int] = (2, 2)
     """rendered: shortest and longest word"""
     font_pixels: float = 14.0

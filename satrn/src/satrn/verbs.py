@@ -150,16 +150,17 @@ class Aspect:
 
 @dataclass
 class Render:
-    """Write an LMDB of rendered words (two-line words for training multi-line reading, for example)."""
+    """Write an LMDB of rendered words (two-line words to train multi-line reading; scene words to read real ones)."""
 
     output: tyro.conf.Positional[Path]
     """New LMDB folder."""
     count: int = 10000
     """Words."""
     warp: str = "multi_line"
-    """straight, rotate, curve, multi_line or upright_or_vertical."""
+    """straight, rotate, curve, multi_line, upright_or_vertical or scene (as words cut from photographs)."""
     words: Path | None = None
-    """Text file with one word per line, taken in turn; else random strings."""
+    """Text file with one word per line, taken in turn (scene: in lower case, capitalised or in capitals); else random
+    strings."""
     charset: str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     """Characters of random strings."""
     word_lengths: tuple[int, int] = (4, 12)

@@ -21,7 +21,7 @@ MODES = ("RGB", "L", "CMYK")
 
 
 def write(root: Path) -> None:
-    """Write training sets (training/MJ in three LMDBs, ST, multi_line) and the eight test sets.
+    """Write training sets (training/MJ in three LMDBs, ST, multi_line, scene) and the nine test sets.
 
     Raises:
         ValueError: the folder is not empty.
@@ -33,7 +33,8 @@ def write(root: Path) -> None:
         _lmdb(root / "training" / "MJ" / name, WORDS, number)
     _lmdb(root / "training" / "ST", [*WORDS, *ODD_LABELS], 3)
     _lmdb(root / "training" / "multi_line", ["two\nlines", "EXIT\nonly", "4\n2"], 4)
-    for number, name in enumerate((*TEST_SIZES, "MULTI_LINE")):
+    _lmdb(root / "training" / "scene", WORDS, 20)
+    for number, name in enumerate((*TEST_SIZES, "MULTI_LINE", "IC03_train")):
         folder = NAMES.get(name, (name,))[0]
         words = ["SALE\n50%", "open\nnow", "No\n7"] if name == "MULTI_LINE" else WORDS
         _lmdb(root / "evaluation" / folder, words, 5 + number)
