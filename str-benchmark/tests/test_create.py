@@ -70,12 +70,22 @@ def test_words_are_cut_from_icdar_2003_s_photographs(tmp_path):
         ((10, 5, 0, 8, "a"), "IMG_1.png: word 'a' at .*: empty"),
         ((60, 5, 9, 8, "a"), "outside its photograph"),
         ((0, 0, 9, 8, " "), "word '' at"),
+        ((0, 0, "wide", 8, "a"), "IMG_1.png: word 'a': .*x, y, width and height.*'width': 'wide'"),
     ):
         with pytest.raises(ValueError, match=message):
             list(icdar2003_words(photographs(tmp_path / "train", word)))
-    (tmp_path / "train" / "IMG_1.png").unlink()
-    with pytest.raises(FileNotFoundError):
+    xml.write_text(xml.read_text(encoding="latin-1").replace(' width="wide"', ""), encoding="latin-1")
+    with pytest.raises(ValueError, match="word 'a': expected a rectangle of numbers x, y, width and height"):
         list(icdar2003_words(xml))
+    photographs(tmp_path / "train", (10, 5, 20, 8, "a"))
+    (tmp_path / "train" / "IMG_1.png").write_bytes(b"no picture")
+    with pytest.raises(BrokenFile, match=r"IMG_1.png: this is not an image"):
+        list(icdar2003_words(xml))
+    assert list(icdar2003_words(xml, skip_broken=True)) == []
+    (tmp_path / "train" / "IMG_1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"words.xml: .*IMG_1.png: file not found"):
+        list(icdar2003_words(xml))
+    assert list(icdar2003_words(xml, skip_broken=True)) == []
     xml.write_text("path\tlabel")
     with pytest.raises(ValueError, match=r"expected ICDAR 2003's words.xml"):
         list(icdar2003_words(xml))

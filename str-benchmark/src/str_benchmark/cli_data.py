@@ -96,9 +96,11 @@ class CreateLmdb:
         from str_benchmark.data.create import icdar2003_words, listed_images
         from str_benchmark.data.lmdb_store import write_lmdb
 
-        photographs = self.gt.suffix == ".xml"
-        words = icdar2003_words(self.gt) if photographs else listed_images(self.gt, self.images, self.skip_broken)
-        print(f"{write_lmdb(words, self.output)} words written")
+        if self.gt.suffix == ".xml":
+            count = write_lmdb(icdar2003_words(self.gt, self.skip_broken), self.output)
+        else:
+            count = write_lmdb(listed_images(self.gt, self.images, self.skip_broken), self.output)
+        print(f"{count} words written")
 
 
 @dataclass

@@ -47,14 +47,15 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
         yield data, label.strip()
 
 
-def icdar2003_words(xml: Path) -> Iterator[tuple[Image.Image, str]]:
+def icdar2003_words(xml: Path, skip_broken: bool = False) -> Iterator[tuple[Image.Image, str]]:
     """Gray crops and labels of the words in ICDAR 2003's photographs, in the order of its words.xml.
 
-    A word is its rectangle, cut at the photograph's edges. Photographs are next to the file.
+    A word is its rectangle, cut at the photograph's edges. Photographs are next to the file; skip_broken leaves out
+    the words of one that is missing or broken.
 
     Raises:
         FileNotFoundError: no such file, or a photograph that is missing.
-        ValueError: not such a file; a rectangle outside its photograph; an empty label.
+        ValueError: not such a file; a rectangle that is incomplete or outside its photograph; an empty label.
         BrokenFile: a photograph that cannot be read completely.
     """
     try:
@@ -63,10 +64,27 @@ def icdar2003_words(xml: Path) -> Iterator[tuple[Image.Image, str]]:
         raise ValueError(f"{xml}: expected ICDAR 2003's words.xml: {error}") from None
     for image in root.iter("image"):
         name = image.findtext("imageName", "").strip()
-        photo = read_image(Path(xml).parent / name, "L")
+        try:
+            photo = read_image(Path(xml).parent / name, "L")
+        except FileNotFoundError:
+            if not skip_broken:
+                raise FileNotFoundError(f"{xml}: {Path(xml).parent / name}: file not found") from None
+            logger.warning("%s: %s: file not found, skipped", xml, name)
+            continue
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            logger.warning("skipped: %s", error)
+            continue
         for word in image.iter("taggedRectangle"):
             label = word.findtext("tag", "").strip()
-            left, top, width, height = (float(word.attrib[side]) for side in ("x", "y", "width", "height"))
+            try:
+                left, top, width, height = (float(word.attrib[side]) for side in ("x", "y", "width", "height"))
+            except (KeyError, ValueError):
+                raise ValueError(
+                    f"{xml}: {name}: word {label!r}: expected a rectangle of numbers x, y, width and height, "
+                    f"got {dict(word.attrib)}"
+                ) from None
             right, bottom = min(photo.width, round(left + width)), min(photo.height, round(top + height))
             left, top = max(0, round(left)), max(0, round(top))
             if not label or left >= right or top >= bottom:
