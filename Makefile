@@ -41,7 +41,7 @@ tables: setup  ## regenerate every RESULTS.md and figure from the committed run 
 	.venv/bin/python tools/results.py
 
 test: setup  ## run all tests
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal $(addsuffix /tests,$(if $(PROJECT),$(PROJECT),$(PACKAGES))) $(if $(PROJECT),,tests)
 
 site: setup  ## static results site in site/
 	PYTHONPATH=tools .venv/bin/python -m website.build

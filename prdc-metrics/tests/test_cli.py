@@ -108,8 +108,9 @@ def test_folder_to_a_number_that_can_be_cited(tmp_path, prdc_metrics):
     assert prdc_metrics("features", tmp_path / "ffhq/real", tmp_path / "real.npy", *how).returncode == 0
     assert prdc_metrics("fit", tmp_path / "real.npy", tmp_path / "a.manifold", "--nearest-k", 3).returncode == 0
     assert prdc_metrics("fit", tmp_path / "ffhq/real", tmp_path / "b.manifold", "--nearest-k", 3, *how).returncode == 0
+    assert prdc_metrics("features", tmp_path / "ffhq/fake", tmp_path / "fake.npy", *how).returncode == 0
     for real in ("real.npy", "a.manifold", "b.manifold"):  # the origin survives features and radii kept in files
-        again = json.loads(prdc_metrics("eval", tmp_path / real, tmp_path / "ffhq/fake", "--nearest-k", 3, *how).stdout)
+        again = json.loads(prdc_metrics("eval", tmp_path / real, tmp_path / "fake.npy", "--nearest-k", 3).stdout)
         assert again["values"] == result["values"]
         origin = again["real"].get("fitted_on", again["real"])
         assert origin["embedding"] == result["real"]["embedding"]
