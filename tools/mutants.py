@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import joblib
 import tomli_w
 
 from shared_utils.logging import get_logger
@@ -64,7 +65,7 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
             "also_copy": sorted(path.name for path in copy.iterdir() if path.name not in ("src", "tests", "mutants")),
             "pytest_add_cli_args": ["-m", "not gpu"],
             "pytest_add_cli_args_test_selection": plan["tests"],
-            "timeout_multiplier": 5.0,
+            "timeout_multiplier": 15.0,  # of wall time: on a busy machine a test may take several times as long
             "process_isolation": "forkserver",  # nothing of an earlier run stays in the process
         }
         content["tool"]["pytest"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
@@ -136,7 +137,7 @@ def main(names: list[str]) -> None:
         begin, origin = time.perf_counter(), provenance(ROOT)
         if not origin["clean"]:
             raise RuntimeError("uncommitted changes: commit them first, so that the result belongs to a commit")
-        modules = mutate(project, entry["package"], os.cpu_count() or 1)
+        modules = mutate(project, entry["package"], joblib.cpu_count())
         record = {"commit": origin["commit"], "date": date.today().isoformat(), "mutmut": version("mutmut")}
         record |= {"seconds": round(time.perf_counter() - begin), "modules": modules}
         known = json.loads(path.read_text()) if path.exists() else {}
