@@ -128,8 +128,9 @@ class Decoder(nn.Module):
         return self.classify(x)
 
     def start(self, memory: Tensor, hw: tuple[int, int]) -> DecoderState:
-        """Keys and values of the encoder's tokens [B, T, d], computed once per image."""
-        return DecoderState(0, [], [layer.enc_attn.keys_values(memory) for layer in self.layer_stack])
+        """Keys and values of the encoder's tokens [B, T, d], computed once per image, as every step reads them."""
+        pairs = [layer.enc_attn.keys_values(memory) for layer in self.layer_stack]
+        return DecoderState(0, [], [(keys.contiguous(), values.contiguous()) for keys, values in pairs])
 
     def step(self, previous: Tensor, state: DecoderState, attention: bool = False) -> tuple[Tensor, DecoderState]:
         """Logits [B, K] of the next character after `previous` [B]."""
