@@ -263,7 +263,7 @@ def mutants(root: Path = ROOT) -> str:
     path = root / "results" / "mutants.json"
     if not path.exists():
         return NOT_MEASURED
-    wanted = ", ".join(f"{target} % in {kind} modules" for kind, target in TARGETS.items())
+    wanted = ", ".join(f"{kind} {target} %" for kind, target in TARGETS.items())
     lines = []
     for name, record in json.loads(path.read_text()).items():
         for module, found in record["modules"].items():
@@ -277,7 +277,7 @@ def mutants(root: Path = ROOT) -> str:
     intro = (
         f"`make mutants` plants {FAULTS} of each module's possible small faults, or all if there are fewer, one at a "
         "time, and runs the tests on each (mutmut). "
-        f"Target: {wanted}. results/mutants.json lists every fault that no test noticed."
+        f"Targets: {wanted}. results/mutants.json lists every fault that no test noticed."
     )
     return f"{intro}\n\n" + _markdown(head, lines)
 

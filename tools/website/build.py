@@ -184,7 +184,7 @@ def build(site: Path, root: Path = ROOT) -> None:
         speeds = [f"## {each.entry['name']}\n\n{speed(benches(each.entry, root))}" for each in built]
         (sources / "speed.md").write_text("\n\n".join(["# Speed", *speeds]) + "\n")
         (sources / "drill.md").write_text(f"# Kill drill\n\n{kill_drill(root)}\n")
-        (sources / "mutants.md").write_text(f"# Mutants\n\n{mutants(root)}\n")
+        (sources / "mutants.md").write_text(f"---\nhide: [toc]\n---\n# Mutants\n\n{mutants(root)}\n")
         pages = {"Home": "index.md", "All claims": "claims.md", "Speed": "speed.md", "Kill drill": "drill.md"}
         pages |= {"Mutants": "mutants.md"}
         navigation: list[dict[str, Any]] = [{title: page} for title, page in pages.items()]
