@@ -10,7 +10,7 @@ import torch
 from satrn import train
 from satrn.charset import END, IGNORED
 from satrn.data.streams import RenderedWords, normalise
-from satrn.decoding import beam_search
+from satrn.decoding import beam_search, greedy
 from satrn.evaluate import correct, evaluate_rotation, group_by_ratio, mcnemar, read_all
 from satrn.models import SATRN
 from satrn.positional import fixed_encoding
@@ -61,6 +61,27 @@ def test_points_of_the_curve_are_means_since_the_last_one(small_settings, monkey
     curve = fit(build_model(s, 0, FABRIC), data, s, 0, FABRIC)
     means = [(2 * i + 1.5) / 3 for i in range(10)]
     assert curve == [{"step": 2 * i + 2, "loss": pytest.approx(means[i], abs=1e-5)} for i in range(10)]
+
+
+def test_a_run_that_stops_between_two_points_continues_its_means(small_settings, tmp_path):
+    s = replace(small_settings, steps=40, dropout=0.2)
+    data = RenderedWords(s, 64, 0, FABRIC.device)
+    whole = build_model(s, 0, FABRIC)
+    curve = fit(whole, data, s, 0, FABRIC)
+
+    def stop(step):
+        if step == 11:
+            raise KeyboardInterrupt
+
+    options = {"checkpoint": tmp_path / "satrn.pt", "checkpoint_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        fit(build_model(s, 0, FABRIC), data, s, 0, FABRIC, before_step=stop, **options)
+    again = build_model(s, 0, FABRIC)
+    steps, points = [], []
+    assert fit(again, data, s, 0, FABRIC, before_step=steps.append, on_point=points.append, **options) == curve
+    assert steps[0] == 10 and points == curve[2:]  # step 10 is between the points of steps 8 and 12
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -145,6 +166,13 @@ def test_ratio_groups_have_the_figure_s_names():
 def test_without_an_encoding_nothing_is_added():
     assert torch.equal(fixed_encoding("none", 8, 3, 5, "halves", torch.device("cpu")), torch.zeros(8, 3, 5))
     assert fixed_encoding("1d", 8, 3, 5, "halves", torch.device("meta")).device.type == "meta"
+
+
+def test_reading_caches_unless_told_otherwise(tiny, monkeypatch):
+    model = SATRN(tiny()).eval()
+    encoded = model.encode(torch.rand(2, 1, 16, 24) - 0.5)
+    monkeypatch.setattr(model.decoder, "forward", lambda *_: pytest.fail("ran on all earlier characters again"))
+    assert len(greedy(model.decoder, encoded, 5)[0]) == 2
 
 
 def test_beams_hold_class_numbers_of_likely_words(tiny):
