@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hib_ndigit_mnist import contrastive_loss, expected_calibration_error, recall_at_1
+from hib_ndigit_mnist import contrastive_loss, expected_calibration_error, expected_sigmoid, recall_at_1
 from hib_ndigit_mnist.embedding import GaussianMixtureEmbedding
 from hib_ndigit_mnist.evaluate import (
     Evaluation,
@@ -156,6 +156,39 @@ def test_a_and_b_separate_the_distances_of_pairs():
     assert fit_match(Brightness(), Stripes(), 0.0).values() == (a, b)
     occluded, _ = fit_match(Brightness(), Stripes(), 1.0).values()
     assert occluded < a / 2  # occluded images of a class scatter
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 10])
+@pytest.mark.parametrize("variance", [1e-18, 1e-12, 1e-9, 1e-5, 4.0])
+@pytest.mark.parametrize("a", [0.1, 30.0])
+def test_the_expected_sigmoid_is_exact_unless_told_otherwise(dim, variance, a):
+    mean = torch.linspace(0.0, 2.0, 5, dtype=torch.float64)[:, None].expand(-1, dim) / dim**0.5
+    spread = torch.full_like(mean, variance)
+    found = expected_sigmoid(mean, spread, a, 1.0)
+    torch.testing.assert_close(found, expected_sigmoid(mean, spread, a, 1.0, 1e-12), atol=3e-9, rtol=0)
+    if variance < 1e-8:  # as a point
+        near = torch.sigmoid(1 - a * mean.norm(dim=1))
+        torch.testing.assert_close(found[1:], near[1:], atol=30 * variance + 1e-11, rtol=0)
+
+
+def test_a_narrow_gaussian_bends_the_sigmoid_along_and_across():
+    mean, variance = (torch.tensor([values], dtype=torch.float64) for values in ([0.6, 0.8], [4e-8, 1e-8]))
+    p = 1 / (1 + math.exp(-0.5))  # a = 1.5, b = 2, length 1
+    slope, curvature = -1.5 * p * (1 - p), 2.25 * p * (1 - p) * (1 - 2 * p)
+    along = 0.36 * 4e-8 + 0.64 * 1e-8
+    bent = (along * curvature + (5e-8 - along) * slope) / 2
+    assert float(expected_sigmoid(mean, variance, 1.5, 2.0)) - p == pytest.approx(bent, rel=1e-5)
+    wider = [float(expected_sigmoid(mean, variance * scale, 1.5, 2.0)) - p for scale in (1.5, 20)]
+    assert wider == pytest.approx([1.5 * bent, 20 * bent], rel=2e-3)  # by expansion, and by quadrature
+
+
+def test_a_gaussian_many_deviations_from_the_origin_is_not_nan():
+    line = torch.full((1, 1), 10.0, dtype=torch.float64)
+    line = expected_sigmoid(line, torch.full_like(line, 1e-9), 300.0, 3000.2)
+    for dim in (3, 10):
+        mean = torch.full((1, dim), 10 / dim**0.5, dtype=torch.float64)
+        found = expected_sigmoid(mean, torch.full_like(mean, 1e-9), 300.0, 3000.2)
+        torch.testing.assert_close(found, line, atol=1e-7, rtol=0)
 
 
 def test_devices_and_precisions(monkeypatch):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 from scipy.special import roots_legendre
 from scipy.stats import ncx2
@@ -19,6 +20,8 @@ from torch import Tensor
 
 NODES_AT_ONCE = 1 << 21  # 16 MB of float64 per intermediate
 MAX_NODES = 4096  # per axis
+NARROW = 1e-3  # a standard deviation, as a share of the lengths over which sigmoid(b - a ||v||) bends
+REMOTE = 1e5  # standard deviations from the origin, from where SciPy's density is soon NaN
 
 
 def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float = 1e-9) -> Tensor:
@@ -50,7 +53,9 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
         raise ValueError(f"variance: expected equal values in all {dim} dimensions; MatchProbability takes any")
     radius = mean.norm(dim=1)
     result = torch.sigmoid(b - a * radius)
-    live = (variance.amax(1) > floor).nonzero()[:, 0]
+    narrow = (dim * variance.amax(1)).sqrt() < NARROW * torch.minimum(radius, 1 / a)
+    result = torch.where(narrow, result + _bending(mean, variance, a, result), result)
+    live = ((variance.amax(1) > floor) & ~narrow).nonzero()[:, 0]
     if len(live):
         integrate = _isotropic if dim > 2 else _plane
         result[live] = integrate(mean[live], variance[live], a[live], b[live], tolerance)
@@ -60,6 +65,14 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
 def is_isotropic(variance: Tensor) -> bool:
     """Whether the values of every row (n, D) are equal."""
     return torch.allclose(variance, variance[:, :1].expand_as(variance), rtol=1e-6, atol=1e-12)
+
+
+def _bending(mean: Tensor, variance: Tensor, a: Tensor, point: Tensor) -> Tensor:
+    """E[sigmoid] of a narrow Gaussian less its value at the mean: half the variances times the second derivatives."""
+    radius = mean.norm(dim=1)
+    along = (variance * mean.square()).sum(1) / radius.square()  # variance in the direction of the mean
+    slope = -a * point * (1 - point)
+    return (along * -a * slope * (1 - 2 * point) + (variance.sum(1) - along) * slope / radius) / 2
 
 
 def _plane(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
@@ -157,7 +170,10 @@ def _isotropic_grid(n_r: int, _: int, *inputs: Tensor, dim: int) -> Tensor:
     half = (high - low)[:, None] / 2
     r = low[:, None] + half * (1 + nodes)  # (n, R)
     x, centre = (r / sd[:, None]).cpu().numpy(), (radius / sd)[:, None].cpu().numpy()
-    density = torch.from_numpy(2 * x * ncx2.pdf(x**2, dim, centre**2)).to(r.device) / sd[:, None]
+    near = np.minimum(centre, REMOTE)
+    density = 2 * x * ncx2.pdf(x**2, dim, near**2)
+    gaussian = np.exp(-((x - centre - (dim - 1) / (2 * centre.clip(1))) ** 2) / 2) / math.sqrt(2 * math.pi)
+    density = torch.from_numpy(np.where(centre < REMOTE, density, gaussian)).to(r.device) / sd[:, None]
     return (weights * half * density * torch.sigmoid(b[:, None] - a[:, None] * r)).sum(1)
 
 
