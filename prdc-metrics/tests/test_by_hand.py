@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from prdc_metrics import compute_prdc, expected_coverage, smallest_k
+from prdc_metrics import compute_family, compute_prdc, expected_coverage, expected_density, smallest_k
 from prdc_metrics.neighbours import nearest_squared
 from prdc_metrics.schedule import Schedule
-from prdc_metrics.train import PIXEL_SD, VAE
+from prdc_metrics.train import PIXEL_SD, VAE, fit_vae
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -69,6 +69,39 @@ def test_the_vae_s_loss_is_the_negative_evidence_lower_bound(monkeypatch):
     constant = -math.log(PIXEL_SD * math.sqrt(2 * math.pi))
     wanted = kl - (likelihood.log_prob(images) - constant).sum(dim=1)
     torch.testing.assert_close(model(images), wanted.mean())
+
+
+@pytest.mark.parametrize("changed", [{"latent": 2}, {"lr": 2e-3}, {"batch_size": 4}, {"hidden": (3,)}], ids=str)
+def test_a_checkpoint_belongs_to_every_setting_of_its_run(tmp_path, changed):
+    settings = dict(latent=1, hidden=(2,), epochs=1, batch_size=8, lr=1e-3, seed=0, checkpoint=tmp_path / "vae.pt")
+    images = torch.rand(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = fit_vae(images, **settings)  # float64 images are trained on in float32
+    assert next(model.parameters()).dtype == torch.float32 and not model.training
+    with pytest.raises(ValueError, match=rf"checkpoint of another run \(different {next(iter(changed))}\)"):
+        fit_vae(images, **settings | changed)
+
+
+def test_the_family_says_which_set_is_wrong():
+    good, bad = np.random.default_rng(0).random((20, 3)), np.full((20, 3), np.nan)
+    for words, name in (((bad, good), "real"), ((good, bad), "fake")):
+        with pytest.raises(ValueError, match=f"^{name} has NaN"):
+            compute_family(*words, 3)
+    with pytest.raises(ValueError, match="^real has 3 dimensions and fake 2"):
+        compute_family(good, good[:, :2], 3)
+
+
+def test_the_family_names_the_set_with_copies():
+    plain = np.random.default_rng(0).random((20, 3))
+    copies = np.repeat(plain[:5], 4, 0)
+    for words, name in (((copies, plain), "real"), ((plain, copies), "fake")):
+        with pytest.warns(UserWarning, match=f"20 of 20 {name} balls have radius 0"):
+            compute_family(*words, 3)
+
+
+def test_expected_density_is_one():
+    assert expected_density(5, 3, 2) == 1.0
+    with pytest.raises(ValueError, match="k must lie in"):
+        expected_density(5, 3, 5)
 
 
 @pytest.mark.filterwarnings("ignore")  # of ties and of so few rows
