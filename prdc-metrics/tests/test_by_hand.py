@@ -50,8 +50,9 @@ def test_a_target_that_is_reached_exactly_is_not_exceeded():
     for target in (-0.01, 1.0, 1.5):
         with pytest.raises(ValueError, match=r"target must lie in \[0, 1\)"):
             smallest_k(10, 10, target)
-    with pytest.raises(ValueError, match="at least 2 real and 1 fake"):
-        smallest_k(1, 10)
+    for sizes in ((1, 10), (10, 0)):
+        with pytest.raises(ValueError, match="at least 2 real and 1 fake"):
+            smallest_k(*sizes)
 
 
 def test_the_vae_s_loss_is_the_negative_evidence_lower_bound(monkeypatch):
