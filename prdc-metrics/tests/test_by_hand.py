@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prdc_metrics import compute_family, compute_prdc, expected_coverage, expected_density, smallest_k
+from prdc_metrics.balls import ball_membership
 from prdc_metrics.neighbours import nearest_squared
 from prdc_metrics.schedule import Schedule
 from prdc_metrics.train import PIXEL_SD, VAE, fit_vae
@@ -29,6 +30,18 @@ def test_radii_of_rows_that_are_tied_with_hundreds(precision):
     assert torch.equal(found, wanted) and pairs > 0
     assert (found[:900] == torch.tensor([0.0, 0.0, 0.0])).all()  # copies: their radius is 0
     assert found[900].tolist() == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_every_pair_on_a_sphere_is_verified_and_counted(precision):
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randint(0, 4, (40, 2), generator=generator).double() for _ in range(2))
+    distances = torch.cdist(real, fake).square().round()  # (N, M)
+    squared = torch.full((40, 1), 2.0, dtype=torch.float64)
+    for closed, inside in ((False, distances < 2), (True, distances <= 2)):
+        members, held, verified = ball_membership(real, fake, squared, squared, Schedule(), precision, closed)
+        assert torch.equal(members.counts[:, 0], inside.sum(0)) and torch.equal(held.counts[:, 0], inside.sum(1))
+        assert verified >= 2 * int((distances == 2).sum())  # from both sides
 
 
 @pytest.mark.parametrize("n_real, n_fake", [(2, 1), (10, 10), (50, 20), (1000, 1000), (30, 300)])
