@@ -17,8 +17,8 @@ from torch import Tensor
 
 from satrn.decoding import Recognition
 from satrn.evaluate import comparable
-from shared_utils.report import interval
-from shared_utils.runlog import RunLog, key_of
+from shared_utils import report
+from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
 SCALES = ("paper", "embedded", "rendered", "icdar2003")
@@ -55,13 +55,9 @@ def draw_all(tables: Sequence[Table], folder: Path, scales: Sequence[str] = SCAL
 
 
 def details(table: Table, scale: str, folder: Path) -> dict[str, list[dict]]:
-    """Records of a table's runs by row, one per seed."""
-    records = {key_of(record): record for record in RunLog(folder / f"{scale}.jsonl").records()}
-    found: dict[str, list[dict]] = {}
-    for run in table.runs(scale):
-        if run.key in records:
-            found.setdefault(run.row, []).append(records[run.key])
-    return found
+    """A table's recorded runs by row, one per seed."""
+    found = report.measured(table, scale, RunLog(folder / f"{scale}.jsonl"))
+    return {row: list(seeds.values()) for row, seeds in found.items()}
 
 
 def _rotation(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figure:
@@ -83,7 +79,7 @@ def _rotation(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Fig
     left.set_title("Trained on all angles, one line per seed", fontsize=10)
     for place, records in enumerate(found.values()):
         gains = [record["metrics"]["gain"] for record in records]
-        mean, half = interval(gains)
+        mean, half = report.interval(gains)
         right.bar(place, mean, color=(BLUE, GREY, GREEN)[place % 3], alpha=0.7, width=0.6)
         right.errorbar(place, mean, half if np.isfinite(half) else 0, color="black", capsize=4)
         right.plot([place] * len(gains), gains, "k.", ms=4)
