@@ -41,12 +41,16 @@ torch.save({"f": method.modules["f"].state_dict(), "curve": curve[-1]}, sys.argv
 """
 
 
-def test_sigkill_and_continue_is_bit_equal(tmp_path):
-    def run(name, speed):
-        return [sys.executable, "-c", TRAINING, str(tmp_path / name), speed]
+def run_here(script, *words):
+    """Run a script in this process, which has imported torch already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["-c", *map(str, words)])
+        exec(script, {"__name__": "__main__"})
 
-    subprocess.run(run("whole", "fast"), check=True)
-    child = subprocess.Popen(run("killed", "slow"))
+
+def test_sigkill_and_continue_is_bit_equal(tmp_path):
+    run_here(TRAINING, tmp_path / "whole", "fast")
+    child = subprocess.Popen([sys.executable, "-c", TRAINING, str(tmp_path / "killed"), "slow"])
     while not (tmp_path / "killed").exists():
         time.sleep(0.02)
         assert child.poll() is None
@@ -55,7 +59,7 @@ def test_sigkill_and_continue_is_bit_equal(tmp_path):
     child.wait()
     reached = load_checkpoint(tmp_path / "killed")["state"]["total"]
     assert 0 < reached < 3 * 37
-    subprocess.run(run("killed", "fast"), check=True)
+    run_here(TRAINING, tmp_path / "killed", "fast")
     whole, killed = (torch.load(tmp_path / f"{name}.done", weights_only=True) for name in ("whole", "killed"))
     assert whole["curve"] == killed["curve"]
     assert all(torch.equal(whole["f"][name], killed["f"][name]) for name in whole["f"])
@@ -91,7 +95,7 @@ if fabric.global_rank == 0:
 def test_two_ranks_equal_one(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
-    subprocess.run([sys.executable, script, tmp_path / "one"], check=True)
+    run_here(DISTRIBUTED, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launcher, script, tmp_path / "two"], check=True, capture_output=True)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))

@@ -47,12 +47,16 @@ torch.save({"model": model.state_dict(), "curve": curve}, sys.argv[1] + ".done")
 """
 
 
-def test_sigkill_and_continue_is_bit_equal(tmp_path):
-    def run(name, speed):
-        return [sys.executable, "-c", TRAINING, str(tmp_path / name), speed]
+def run_here(script, *words):
+    """Run a script in this process, which has imported torch already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["-c", *map(str, words)])
+        exec(script, {"__name__": "__main__"})
 
-    subprocess.run(run("whole", "fast"), check=True)
-    child = subprocess.Popen(run("killed", "slow"))
+
+def test_sigkill_and_continue_is_bit_equal(tmp_path):
+    run_here(TRAINING, tmp_path / "whole", "fast")
+    child = subprocess.Popen([sys.executable, "-c", TRAINING, str(tmp_path / "killed"), "slow"])
     while not (tmp_path / "killed").exists():
         time.sleep(0.02)
         assert child.poll() is None
@@ -60,7 +64,7 @@ def test_sigkill_and_continue_is_bit_equal(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert 0 < read_checkpoint(tmp_path / "killed")["state"]["step"] < 60
-    subprocess.run(run("killed", "fast"), check=True)
+    run_here(TRAINING, tmp_path / "killed", "fast")
     whole, killed = (torch.load(tmp_path / f"{name}.done", weights_only=True) for name in ("whole", "killed"))
     assert whole["curve"] == killed["curve"] and len(whole["curve"]) == 10
     assert all(torch.equal(whole["model"][name], killed["model"][name]) for name in whole["model"])
@@ -93,7 +97,7 @@ def test_two_ranks_equal_two_accumulated_parts(tmp_path, write_words):
     write_words(tmp_path / "MJ")
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
-    subprocess.run([sys.executable, script, tmp_path / "one", tmp_path / "MJ"], check=True)
+    run_here(DISTRIBUTED, tmp_path / "one", tmp_path / "MJ")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launcher, script, tmp_path / "two", tmp_path / "MJ"], check=True, capture_output=True)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
