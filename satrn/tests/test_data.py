@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from satrn import predict
 from satrn.charset import END, IGNORED, Tokenizer
+from satrn.data import render
 from satrn.data.render import random_words, render_words
 from satrn.data.streams import RenderedWords, normalise, positions, share_counts
 from satrn.data.words_lmdb import LmdbMixture, LmdbWords, decode_image, write_lmdb
@@ -103,20 +104,29 @@ def test_lines_curves_and_lengths():
             call()
 
 
-def test_a_scene_word_fills_its_picture_in_light_or_dark():
-    words = ["EXIT", "Lane", "W", "EXTRAORDINARILY"] * 8
-    images = render_words(words, 0, "scene", (32, 100))[0]
-    assert torch.equal(images, render_words(words, 0, "scene", (32, 100))[0])
-    calm = [image[0].float() for image in render_words(["HHHHH"] * 60, 1, "scene", (32, 100))[0]]
-    left, ground = [], []
-    for image in calm:
-        columns = (image - image.median()).abs()[6:26].mean(dim=0)
-        left.append(float(columns[:14].max() > columns.median() / 2))
-        ground.append(float(image[12:20].max() - image.median() > image.median() - image[12:20].min()))
-    assert np.mean(left) > 0.9  # the first stroke is near the left edge, whatever the word's length
-    assert 0.25 < np.mean(ground) < 0.75  # half are light on dark
-    contrast = [float(image.std()) for image in calm]
-    assert max(contrast) > 2 * min(contrast)
+def test_a_scene_word_fills_the_width_of_its_picture(monkeypatch):
+    monkeypatch.setattr(render, "_scene", lambda coverage, generator: coverage)
+    words = ["W", "EXIT", "HEMLINE", "EXTRAORDINARILY"] * 20
+    images, angles = render_words(words, 0, "scene", (32, 100))
+    inked = (images[:, 0] > 60).any(dim=1)  # (N, W)
+    first, last = inked.int().argmax(dim=1), 99 - inked.flip(1).int().argmax(dim=1)
+    assert first.float().quantile(0.95) < 12 and last.float().quantile(0.05) > 87
+    tall = (images[:, 0] > 60).any(dim=2).sum(dim=1)
+    assert 14 < tall.min() and tall.min() + 6 < tall.max() <= 32
+    assert angles[::4].abs().max() > 4 * angles[3::4].abs().max() > 0  # a long word tilts less, to stay inside
+
+
+def test_scene_words_are_light_or_dark_and_differ_in_contrast():
+    words = ["HHHHH"] * 60
+    images = render_words(words, 1, "scene", (32, 100))[0]
+    assert torch.equal(images, render_words(words, 1, "scene", (32, 100))[0])
+    light = [
+        float(image[0, 12:20].float().max() + image[0, 12:20].float().min() - 2 * image.float().median())
+        for image in images
+    ]
+    assert 0.25 < np.mean(np.array(light) > 0) < 0.75
+    contrast = images.float().flatten(1).std(dim=1)
+    assert contrast.max() > 2 * contrast.min()
 
 
 def test_rendered_sets_take_the_lines_in_turn_and_scenes_vary_their_case(tmp_path, monkeypatch):
@@ -126,11 +136,10 @@ def test_rendered_sets_take_the_lines_in_turn_and_scenes_vary_their_case(tmp_pat
     assert predict.render_lmdb(tmp_path / "plain", 6, "straight", *arguments) == 6
     plain = LmdbWords(tmp_path / "plain", (16, 24))
     assert [plain.label(i) for i in range(6)] == ["exit", "Lane"] * 3
+    assert not torch.equal(plain[0][0], plain[4][0])  # each batch has its own seed
     predict.render_lmdb(tmp_path / "scene", 40, "scene", *arguments)
     labels = [LmdbWords(tmp_path / "scene", (16, 24)).label(i) for i in range(40)]
     assert set(labels[::2]) == {"exit", "Exit", "EXIT"} and set(labels[1::2]) == {"lane", "Lane", "LANE"}
-    first, again = (LmdbWords(tmp_path / "scene", (16, 24))[i][0] for i in (0, 4))
-    assert not torch.equal(first, again)  # each batch has its own seed
 
 
 def test_rotation_repeats_edges_and_crops_the_rotated_box():
