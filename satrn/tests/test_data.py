@@ -133,9 +133,9 @@ def test_rendered_sets_take_the_lines_in_turn_and_scenes_vary_their_case(tmp_pat
     monkeypatch.setattr(predict, "RENDERED_AT_ONCE", 4)
     (tmp_path / "words.txt").write_text("exit\nLane\n")
     arguments = (tmp_path / "words.txt", "", (1, 1), (16, 24), 0)
-    assert predict.render_lmdb(tmp_path / "plain", 6, "straight", *arguments) == 6
+    assert predict.render_lmdb(tmp_path / "plain", 8, "straight", *arguments) == 8
     plain = LmdbWords(tmp_path / "plain", (16, 24))
-    assert [plain.label(i) for i in range(6)] == ["exit", "Lane"] * 3
+    assert [plain.label(i) for i in range(8)] == ["exit", "Lane"] * 4
     assert not torch.equal(plain[0][0], plain[4][0])  # each batch has its own seed
     predict.render_lmdb(tmp_path / "scene", 40, "scene", *arguments)
     labels = [LmdbWords(tmp_path / "scene", (16, 24)).label(i) for i in range(40)]
