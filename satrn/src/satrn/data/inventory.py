@@ -79,10 +79,10 @@ def inventory(root: Path) -> list[tuple[str, str, str, str, str, str, str]]:
     places += [(name, test_folder(root, name), f"{size:,} words") for name, size in TEST_SIZES.items()]
     places += [("multi_line", training_folder(root, "multi_line"), "`satrn render` writes it")]
     places += [("MULTI_LINE", test_folder(root, "MULTI_LINE"), "own crops")]
-    places += [("scene", training_folder(root, "scene"), "`satrn render` writes it")]
-    places += [("IC03_train", test_folder(root, "IC03_train"), "1,156 words of ICDAR 2003's training photographs")]
-    for name, place, size in places:
-        scale = "icdar2003" if name in ("scene", "IC03_train") else "paper"
+    real = [("scene", training_folder(root, "scene"), "`satrn render` writes it")]
+    real += [("IC03_train", test_folder(root, "IC03_train"), "1,156 words of ICDAR 2003's training photographs")]
+    scales = ["paper"] * len(places) + ["icdar2003"] * len(real)
+    for scale, (name, place, size) in zip(scales, places + real, strict=True):
         found = bool(lmdb_folders(place))
         where = str(place.relative_to(root))
         remedy = "" if found else "put the LMDB there"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -14,6 +16,7 @@ from shared_utils.logging import get_logger
 from str_benchmark.data import images
 from str_benchmark.render import random_words, render_words
 
+T = TypeVar("T")
 logger = get_logger("str-benchmark")
 
 
@@ -31,20 +34,31 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
         path, tab, label = line.partition("\t")
         if not tab or not label.strip():
             raise ValueError(f"{gt}, line {number}: expected path<TAB>label, got {line!r}")
-        try:
-            data = (folder / path).read_bytes()
-            images.decode(data, name=f"{gt}, line {number}: {folder / path}")
-        except FileNotFoundError:
-            if not skip_broken:
-                raise FileNotFoundError(f"{gt}, line {number}: {folder / path}: file not found") from None
-            logger.warning("%s, line %d: %s: file not found, skipped", gt, number, path)
-            continue
-        except BrokenFile as error:
-            if not skip_broken:
-                raise
-            logger.warning("skipped: %s", error)
-            continue
-        yield data, label.strip()
+        name = f"{gt}, line {number}: {folder / path}"
+        data = _unless_broken(partial(_whole_file, folder / path, name), name, skip_broken)
+        if data is not None:
+            yield data, label.strip()
+
+
+def _whole_file(path: Path, name: str) -> bytes:
+    data = path.read_bytes()
+    images.decode(data, name=name)
+    return data
+
+
+def _unless_broken(read: Callable[[], T], name: str, skip_broken: bool) -> T | None:
+    """What `read` returns; with skip_broken, None and a warning for a file that is missing or broken."""
+    try:
+        return read()
+    except FileNotFoundError:
+        if not skip_broken:
+            raise FileNotFoundError(f"{name}: file not found") from None
+        logger.warning("skipped: %s: file not found", name)
+    except BrokenFile as error:
+        if not skip_broken:
+            raise
+        logger.warning("skipped: %s", error)
+    return None
 
 
 def icdar2003_words(xml: Path, skip_broken: bool = False) -> Iterator[tuple[Image.Image, str]]:
@@ -64,17 +78,9 @@ def icdar2003_words(xml: Path, skip_broken: bool = False) -> Iterator[tuple[Imag
         raise ValueError(f"{xml}: expected ICDAR 2003's words.xml: {error}") from None
     for image in root.iter("image"):
         name = image.findtext("imageName", "").strip()
-        try:
-            photo = read_image(Path(xml).parent / name, "L")
-        except FileNotFoundError:
-            if not skip_broken:
-                raise FileNotFoundError(f"{xml}: {Path(xml).parent / name}: file not found") from None
-            logger.warning("%s: %s: file not found, skipped", xml, name)
-            continue
-        except BrokenFile as error:
-            if not skip_broken:
-                raise
-            logger.warning("skipped: %s", error)
+        path = Path(xml).parent / name
+        photo = _unless_broken(partial(read_image, path, "L"), f"{xml}: {path}", skip_broken)
+        if photo is None:
             continue
         for word in image.iter("taggedRectangle"):
             label = word.findtext("tag", "").strip()
