@@ -42,6 +42,7 @@ def weights(model):
         {"accumulate": 2, "recompute": True},
         {"pos": "2d_concat"},
         {"decoder": "lstm"},
+        {"encoder": "fan", "decoder": "fan", "img_size": (32, 16)},
         {"warp": "rotate", "rotation": "none"},
     ],
     ids=str,

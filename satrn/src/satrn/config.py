@@ -12,8 +12,8 @@ CHOICES = {
     "variant": ("paper", "official", "mmocr"),
     "pos_mlp": ("separate", "shared"),
     "pos_layout": ("interleaved", "halves"),
-    "encoder": ("satrn", "resnet"),
-    "decoder": ("satrn", "lstm"),
+    "encoder": ("satrn", "resnet", "fan"),
+    "decoder": ("satrn", "lstm", "fan"),
 }
 
 
@@ -61,9 +61,9 @@ class SATRNConfig:
     pos_layout: str | None = None
     """sinusoids: interleaved or halves; None: the variant's"""
     encoder: str = "satrn"
-    """satrn, or resnet (SAR's ResNet-31)"""
+    """satrn, resnet (SAR's ResNet-31) or fan (FAN's ResNet and LSTM over columns)"""
     decoder: str = "satrn"
-    """satrn, or lstm (SAR's, with attention on the map)"""
+    """satrn, lstm (SAR's, with attention on the map) or fan (FAN's LSTM)"""
     img_size: tuple[int, int] = (32, 100)
     """height and width of the input in pixels"""
     in_channels: int = 1
@@ -91,6 +91,10 @@ class SATRNConfig:
                 raise ValueError(f"downsample must hold powers of two from 2 on, got {self.downsample}")
             if size < factor or size % factor:
                 raise ValueError(f"image {name} must be divisible by the downsampling {factor}, got {size}")
+        if self.encoder == "fan" and self.d_model % 16:
+            raise ValueError(f"encoder='fan' needs d_model divisible by 16, got {self.d_model}")
+        if self.encoder == "fan" and self.img_size[0] < 32:
+            raise ValueError(f"encoder='fan' needs images at least 32 pixels high, got {self.img_size[0]}")
         repeated = sorted({c for c in self.charset if self.charset.count(c) > 1})
         if repeated or not self.charset:
             raise ValueError(f"charset must hold different characters, got {''.join(repeated)!r} twice or none")

@@ -65,9 +65,9 @@ class Settings:
     qk_width: int | None = None
     """width of q and k over all heads; None: the variant's"""
     encoder: str = "satrn"
-    """satrn or resnet (SAR's)"""
+    """satrn, resnet (SAR's) or fan"""
     decoder: str = "satrn"
-    """satrn or lstm (SAR's)"""
+    """satrn, lstm (SAR's) or fan"""
     img_size: tuple[int, int] = (32, 100)
     """height and width of the input in pixels"""
     in_channels: int = 1

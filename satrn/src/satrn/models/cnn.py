@@ -30,27 +30,29 @@ class ShallowCNN(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut (a 1x1 convolution where the channels change)."""
+    """Two 3x3 convolutions with a shortcut, in a stage's first block through a 1x1 convolution, batch norm and ReLU."""
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, first: bool):
         super().__init__()
         self.conv1 = ConvNormReLU(channels_in, channels_out, 3)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
-            )
+        self.shortcut: nn.Module = ConvNormReLU(channels_in, channels_out, 1) if first else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.shortcut(x) + self.bn2(self.conv2(self.conv1(x))), inplace=True)
 
 
-class ResNet31(nn.Module):
-    """SAR's CNN: [B, C, H, W] to [B, d, H/4, W/4]; channels are the published ones at d = 512.
+def residual_stage(channels_in: int, channels_out: int, blocks: int) -> list[nn.Module]:
+    """A stage of the official repository's ResNets."""
+    widths = [channels_in] + [channels_out] * blocks
+    return [ResidualBlock(width, channels_out, first=n == 0) for n, width in enumerate(widths[:-1])]
 
-    SAR pools the height once more, before the third stage; without it, as here, table 2's FLOPs are reproduced.
+
+class ResNet31(nn.Module):
+    """SAR's CNN: [B, C, H, W] to [B, d, H/4, W/4]; channels are the official ones at d = 512.
+
+    Li et al. pool the height once more, before the third stage; the official repository does not.
 
     Args:
         channels_in: 1 or 3.
@@ -61,12 +63,10 @@ class ResNet31(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [ConvNormReLU(channels_in, d // 8, 3), ConvNormReLU(d // 8, d // 4, 3)]
         width = d // 4
-        for pooled, channels, count in ((True, d // 2, 1), (True, d // 2, 2), (False, d, 5), (False, d, 3)):
+        for pooled, channels, blocks in ((True, d // 2, 1), (True, d // 2, 2), (False, d, 5), (False, d, 3)):
             layers += [nn.MaxPool2d(2)] if pooled else []
-            for _ in range(count):
-                layers.append(ResidualBlock(width, channels))
-                width = channels
-            layers.append(ConvNormReLU(channels, channels, 3))
+            layers += [*residual_stage(width, channels, blocks), ConvNormReLU(channels, channels, 3)]
+            width = channels
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A bidirectional LSTM over the columns gives a holistic vector, from which one LS
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -25,9 +26,9 @@ class LSTMState:
     keys: Tensor
     """attention keys [B, T, d]"""
     hidden: Tensor
-    """LSTM [B, d]"""
+    """LSTM [B, width]"""
     cell: Tensor
-    """LSTM [B, d]"""
+    """LSTM [B, width]"""
     glimpse: Tensor
     """what the attention saw last [B, d]"""
     attention: Tensor
@@ -38,24 +39,35 @@ class LSTMState:
         return LSTMState(*(value[index] for value in vars(self).values()))
 
 
-class LSTMDecoder(nn.Module):
-    """One LSTM that reads, with additive attention to the map whose keys are a 3x3 convolution."""
+class AttendingLSTM(nn.Module, ABC):
+    """An LSTM that reads, fed with the last character and with what its additive attention saw last.
 
-    def __init__(self, cfg: SATRNConfig):
+    Args:
+        cfg: the network's configuration.
+        width: of the LSTM.
+        query_bias: whether the attention's query has one.
+    """
+
+    def __init__(self, cfg: SATRNConfig, width: int, query_bias: bool):
         super().__init__()
         d, inputs = cfg.d_model, cfg.classes + 1  # one-hot characters: the classes and start
         self.cfg = cfg
-        self.holistic = nn.LSTM(d, d // 2, batch_first=True, bidirectional=True)
-        self.holistic_fc = nn.Linear(d, d)
         self.input_fc = nn.Linear(inputs + d, inputs)
-        self.reader = nn.LSTMCell(inputs, d)
-        self.key = nn.Conv2d(d, d, 3, padding=1, bias=False)
-        self.query = nn.Linear(2 * d, d, bias=False)
+        self.reader = nn.LSTMCell(inputs, width)
+        self.query = nn.Linear(2 * width, d, bias=query_bias)
         self.energy = nn.Linear(d, 1, bias=False)
-        self.output_fc = nn.Linear(2 * d, d)
-        self.classifier = nn.Linear(d, cfg.classes)
+        self.output_fc = nn.Linear(width + d, width)
+        self.classifier = nn.Linear(width, cfg.classes)
 
-    def _attend(self, memory: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def start(self, memory: Tensor, hw: tuple[int, int]) -> LSTMState:
+        """The state before the first character."""
+
+    def output(self, x: Tensor) -> Tensor:
+        """LSTM and glimpse [B, width + d] to what is classified [B, width]."""
+        return self.output_fc(x)
+
+    def attend(self, memory: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """Glimpse [B, d] and weights [B, T] of the LSTM's state."""
         query = self.query(torch.cat([cell, hidden], dim=1))
         energy = self.energy(torch.tanh(keys + query[:, None])).squeeze(-1)  # (B, T)
@@ -70,22 +82,42 @@ class LSTMDecoder(nn.Module):
             logits.append(step)
         return torch.stack(logits, dim=1)
 
-    def start(self, memory: Tensor, hw: tuple[int, int]) -> LSTMState:
-        """Keys of the map; hidden and cell are the holistic vector, read after the last column."""
-        image = memory.unflatten(1, hw).permute(0, 3, 1, 2)  # (B, d, H', W')
-        columns = image.amax(dim=2).transpose(1, 2)  # (B, W', d)
-        # cuDNN's LSTM may take float16 under bfloat16 autocast, and some CPUs have no LSTM in bfloat16
-        with nullcontext() if columns.is_meta else torch.autocast(columns.device.type, enabled=False):
-            states = self.holistic(columns.to(self.holistic.weight_ih_l0.dtype))[0]
-        holistic = self.holistic_fc(states[:, -1])
-        keys = self.key(image).permute(0, 2, 3, 1).flatten(1, 2)
-        return LSTMState(memory, keys, holistic, holistic, *self._attend(memory, keys, holistic, holistic))
-
     def step(self, previous: Tensor, state: LSTMState, attention: bool = False) -> tuple[Tensor, LSTMState]:
         """Logits [B, K] of the next character after `previous` [B] (cfg.classes stands for start)."""
         character = F.one_hot(previous, self.cfg.classes + 1).to(state.memory.dtype)
         inputs = self.input_fc(torch.cat([character, state.glimpse], dim=1))
         hidden, cell = self.reader(inputs, (state.hidden, state.cell))
-        glimpse, weights = self._attend(state.memory, state.keys, hidden, cell)
-        logits = self.classifier(F.relu(self.output_fc(torch.cat([hidden, glimpse], dim=1))))
+        glimpse, weights = self.attend(state.memory, state.keys, hidden, cell)
+        logits = self.classifier(self.output(torch.cat([hidden, glimpse], dim=1)))
         return logits, LSTMState(state.memory, state.keys, hidden, cell, glimpse, weights)
+
+
+class LSTMDecoder(AttendingLSTM):
+    """SAR's: starts from the holistic vector; the keys of its attention are a 3x3 convolution of the map."""
+
+    def __init__(self, cfg: SATRNConfig):
+        d = cfg.d_model
+        super().__init__(cfg, width=d, query_bias=False)
+        self.holistic = nn.LSTM(d, d // 2, batch_first=True, bidirectional=True)
+        self.holistic_fc = nn.Linear(d, d)
+        self.key = nn.Conv2d(d, d, 3, padding=1, bias=False)
+
+    def start(self, memory: Tensor, hw: tuple[int, int]) -> LSTMState:
+        """Keys of the map; hidden and cell are the holistic vector, read after the last column."""
+        image = memory.unflatten(1, hw).permute(0, 3, 1, 2)  # (B, d, H', W')
+        columns = image.amax(dim=2).transpose(1, 2)  # (B, W', d)
+        holistic = self.holistic_fc(in_float32(self.holistic, columns)[:, -1])
+        keys = self.key(image).permute(0, 2, 3, 1).flatten(1, 2)
+        return LSTMState(memory, keys, holistic, holistic, *self.attend(memory, keys, holistic, holistic))
+
+    def output(self, x: Tensor) -> Tensor:
+        return F.relu(self.output_fc(x))
+
+
+def in_float32(rnn: nn.LSTM, x: Tensor) -> Tensor:
+    """An LSTM's outputs [B, T, ...] in its weights' precision.
+
+    cuDNN's LSTM may take float16 under bfloat16 autocast, and some CPUs have no LSTM in bfloat16.
+    """
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return rnn(x.to(rnn.all_weights[0][0].dtype))[0]

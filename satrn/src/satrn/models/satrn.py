@@ -11,7 +11,14 @@ from satrn.decoding import Recognition, beam_search, greedy
 from satrn.models.cnn import ResNet31, ShallowCNN
 from satrn.models.decoder import Decoder
 from satrn.models.encoder import Encoder, EncoderOutput
+from satrn.models.fan import ColumnDecoder, ColumnEncoder
 from satrn.models.sar import LSTMDecoder
+
+DECODERS: dict[str, type[Decoder | LSTMDecoder | ColumnDecoder]] = {
+    "satrn": Decoder,
+    "lstm": LSTMDecoder,
+    "fan": ColumnDecoder,
+}
 
 
 class SATRN(nn.Module):
@@ -26,11 +33,14 @@ class SATRN(nn.Module):
         self.cfg = cfg
         self.tokenizer = Tokenizer(cfg.charset)
         if cfg.encoder == "satrn":
-            self.backbone: ShallowCNN | ResNet31 = ShallowCNN(cfg.in_channels, cfg.d_model, cfg.downsample)
+            self.backbone: ShallowCNN | ResNet31 | ColumnEncoder = ShallowCNN(
+                cfg.in_channels, cfg.d_model, cfg.downsample
+            )
             self.encoder: Encoder | None = Encoder(cfg)
         else:
-            self.backbone, self.encoder = ResNet31(cfg.in_channels, cfg.d_model), None
-        self.decoder = Decoder(cfg) if cfg.decoder == "satrn" else LSTMDecoder(cfg)
+            cnn = ResNet31 if cfg.encoder == "resnet" else ColumnEncoder
+            self.backbone, self.encoder = cnn(cfg.in_channels, cfg.d_model), None
+        self.decoder = DECODERS[cfg.decoder](cfg)
         self.ctc = nn.Linear(cfg.d_model, cfg.classes) if cfg.ctc else None  # class 0 is its blank
         self.apply(_initialise)
         if cfg.variant == "official":
