@@ -70,8 +70,8 @@ doctor:  ## what this machine and .venv have, and a command that fixes each prob
 drill: demo  ## SIGKILL every demo five times, restart it, compare the final metrics; into runs/drill.jsonl
 	.venv/bin/python tools/drill.py $(PROJECT)
 
-mutants: setup  ## plant small faults one at a time and count those that no test notices, into results/mutants.json; slow
-	.venv/bin/python tools/mutants.py $(PROJECT)
+mutants: setup  ## plant small faults one at a time and count those that no test notices, into results/mutants.json; slow (AGAIN=1: only those)
+	.venv/bin/python tools/mutants.py $(PROJECT) $(if $(AGAIN),--again)
 
 alone:   ## each project in a separate environment: install, import, --help, smoke tables
 	$(PYTHON3) tools/alone.py $(PROJECT)

@@ -50,6 +50,22 @@ def test_a_fault_is_noticed_or_listed_with_its_line(toy):
     assert not (toy / "mutants").exists(), "faults are planted in a copy"
 
 
+def test_only_what_survived_without_a_reason_is_planted_again(toy, monkeypatch):
+    """Its new test notices it now; the fault noticed before keeps its result."""
+    (toy / "mutants.toml").write_text(PLAN.split("[reasons")[0])
+    earlier = {"kind": "ideas", "possible": 2, "planted": 2, "killed": 1}
+    earlier["survivors"] = {"clipped: if x < low: -> if x <= low:": ""}
+    test = toy / "tests" / "test_rule.py"
+    test.write_text("from toy.rule import clipped\n\n\ndef test_equal():\n    clipped(2, 2)\n")
+    planted, run = [], mutants._mutmut
+    monkeypatch.setattr(
+        mutants, "_mutmut", lambda copy, workers, names: planted.append(names) or run(copy, workers, names)
+    )
+    found = mutants.mutate(toy, "toy", 2, {"rule": earlier})["rule"]
+    assert (found["planted"], found["killed"], found["survivors"]) == (2, 2, {})
+    assert [len(names) for names in planted] == [1, 1], "the first call plants nothing"
+
+
 def test_of_many_faults_a_sample_is_planted(toy, monkeypatch):
     monkeypatch.setattr(mutants, "FAULTS", 1)
     found = mutants.mutate(toy, "toy", 2)["rule"]

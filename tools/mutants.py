@@ -1,5 +1,8 @@
 """`make mutants PROJECT=`: how many small planted faults a project's tests notice, module by module, by mutmut.
 
+With AGAIN=1, a module that has not changed since results/mutants.json was written gets only those of its faults that no
+test noticed then and that still have no reason.
+
 A project's mutants.toml names its idea modules, its training modules and the tests that must notice. Of each module's
 possible faults a random sample of FAULTS is planted, in a temporary copy; the result goes into results/mutants.json.
 Decorated functions and lines that only word a message are left out. A fault that no test notices is listed with its
@@ -42,8 +45,17 @@ print(json.dumps({name: get_diff_for_mutant(name) for name in json.load(sys.stdi
 logger = get_logger("mutants")
 
 
-def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any]]:
+def mutate(
+    project: Path, package: str, workers: int, earlier: dict[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Plant faults in a copy of the project and run the tests on each.
+
+    Args:
+        project: its folder.
+        package: its package.
+        workers: processes at once.
+        earlier: what this function returned for modules that are the same now: of these, only the faults that no test
+            noticed and that have no reason are planted; the others keep their result.
 
     Returns:
         By module: its kind, how many faults are possible, were planted and were killed, and the survivors with their
@@ -74,27 +86,42 @@ def mutate(project: Path, package: str, workers: int) -> dict[str, dict[str, Any
         possible = {module: sorted(_exit_codes(copy, package, module)) for module in kinds}
         draw = random.Random(0)
         sample = {module: draw.sample(names, min(FAULTS, len(names))) for module, names in possible.items()}
-        log = _mutmut(copy, workers, [name for names in sample.values() for name in names])
+        changes = _changes(copy, [name for names in sample.values() for name in names])
+        reasons = {module: plan.get("reasons", {}).get(module, {}) for module in kinds}
+        kept = {module: (earlier or {}).get(module, {}).get("survivors") for module in kinds}
+        planted = {
+            module: [name for name in names if _open(changes[name], kept[module], reasons[module])]
+            for module, names in sample.items()
+        }
+        log = _mutmut(copy, workers, [name for names in planted.values() for name in names])
         codes = {module: _exit_codes(copy, package, module) for module in kinds}
-        codes = {module: {name: codes[module][name] for name in sample[module]} for module in kinds}
-        if any(code is None for of_module in codes.values() for code in of_module.values()):
+        if any(codes[module][name] is None for module, names in planted.items() for name in names):
             raise RuntimeError("\n".join([f"{project.name}: mutmut ended early", *log[-15:]]))
-        left = [name for of_module in codes.values() for name, code in of_module.items() if code in SURVIVED]
-        shown = subprocess.run(
-            [sys.executable, "-c", SHOW], cwd=copy, input=json.dumps(left), capture_output=True, text=True, check=True
-        )
-    diffs = json.loads(shown.stdout.splitlines()[-1])
     found = {}
     for module, kind in kinds.items():
-        survivors = Counter(_changed(name, diffs[name]) for name in codes[module] if name in diffs)
+        new = {name: codes[module][name] in SURVIVED for name in planted[module]}
+        survived = [name for name in sample[module] if new.get(name, changes[name] in (kept[module] or {}))]
+        survivors = Counter(changes[name] for name in survived)
         found[module] = {
             "kind": kind,
             "possible": len(possible[module]),
-            "planted": len(codes[module]),
-            "killed": len(codes[module]) - survivors.total(),
-            "survivors": {change: plan.get("reasons", {}).get(module, {}).get(change, "") for change in survivors},
+            "planted": len(sample[module]),
+            "killed": len(sample[module]) - len(survived),
+            "survivors": {change: reasons[module].get(change, "") for change in survivors},
         }
     return found
+
+
+def _open(change: str, survivors: dict[str, str] | None, reasons: dict[str, str]) -> bool:
+    return survivors is None or (change in survivors and not reasons.get(change))
+
+
+def _changes(copy: Path, names: list[str]) -> dict[str, str]:
+    """Each fault in one line, by name."""
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW], cwd=copy, input=json.dumps(names), capture_output=True, text=True, check=True
+    )
+    return {name: _changed(name, diff) for name, diff in json.loads(shown.stdout.splitlines()[-1]).items()}
 
 
 def _mutmut(copy: Path, workers: int, names: list[str]) -> list[str]:
@@ -126,8 +153,23 @@ def share(module: dict[str, Any]) -> float:
     return 100 * module["killed"] / counted if counted else 100.0
 
 
-def main(names: list[str]) -> None:
-    """Plant faults in the named projects, or in all that have a mutants.toml."""
+def _unchanged(project: Path, package: str, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The modules of a record whose file is the same as at its commit."""
+
+    def same(module: str) -> bool:
+        words = ["git", "diff", "--quiet", record["commit"], "--", f"src/{package}/{module}.py"]
+        return subprocess.run(words, cwd=project).returncode == 0
+
+    return {module: found for module, found in record["modules"].items() if same(module)}
+
+
+def main(names: list[str], again: bool) -> None:
+    """Plant faults in the named projects, or in all that have a mutants.toml.
+
+    Args:
+        names: of projects.
+        again: only what no test noticed at the last time.
+    """
     path = ROOT / "results" / "mutants.json"
     for entry in chosen(names):
         project = ROOT / entry["name"]
@@ -137,10 +179,12 @@ def main(names: list[str]) -> None:
         begin, origin = time.perf_counter(), provenance(ROOT)
         if not origin["clean"]:
             raise RuntimeError("uncommitted changes: commit them first, so that the result belongs to a commit")
-        modules = mutate(project, entry["package"], joblib.cpu_count())
+        known = json.loads(path.read_text()) if path.exists() else {}
+        last = known.get(entry["name"]) if again else None
+        earlier = _unchanged(project, entry["package"], last) if last else {}
+        modules = mutate(project, entry["package"], joblib.cpu_count(), earlier)
         record = {"commit": origin["commit"], "date": date.today().isoformat(), "mutmut": version("mutmut")}
         record |= {"seconds": round(time.perf_counter() - begin), "modules": modules}
-        known = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(known | {entry["name"]: record}, indent=1, ensure_ascii=False) + "\n")
         for module, result in modules.items():
@@ -149,6 +193,6 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main([word for word in sys.argv[1:] if word != "--again"], again="--again" in sys.argv)
     except RuntimeError as error:
         sys.exit(f"mutants: {error}")
