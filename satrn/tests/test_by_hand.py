@@ -151,6 +151,17 @@ def test_words_are_rotated_before_they_are_read(tiny):
     assert evaluate_rotation(model, Halves(), (0, 180))["accuracy"].tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_without_an_angle_the_pixels_reach_the_network_as_they_are(tiny, monkeypatch):
+    model = SATRN(tiny())
+    seen = []
+    monkeypatch.setattr(
+        model, "generate", lambda images: seen.append(images) or SimpleNamespace(texts=["l"] * len(images))
+    )
+    read_all(model, Halves())
+    (pixels, _), *_ = Halves().batches(500)
+    torch.testing.assert_close(torch.cat(seen), normalise(pixels, model.cfg), rtol=0, atol=0)
+
+
 def test_mcnemar_is_the_exact_binomial_test():
     first, second = np.zeros(12, bool), np.zeros(12, bool)
     first[:9], second[9:10] = True, True
