@@ -172,7 +172,7 @@ def weights_hash(module: nn.Module) -> str:
 def to_unit(obs: Tensor) -> Tensor:
     """Convert uint8 frames to floats in [0, 1]; floats are unchanged. TypeError for anything else."""
     if obs.dtype == torch.uint8:
-        return obs.float() / 255
+        return obs.float().div_(255)
     if not obs.is_floating_point():
         raise TypeError(f"observations must be uint8 or floating point, got {obs.dtype}")
     return obs
