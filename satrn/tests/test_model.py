@@ -78,6 +78,7 @@ def test_fixed_encodings_tell_rows_and_columns():
 def test_attention_is_its_float64_definition(seed, length, causal):
     torch.manual_seed(seed)
     module = MultiHeadAttention(8, 2, 4, 0.7).double()
+    assert all(linear.bias is not None for linear in module.children()), "biased unless told otherwise"
     x = torch.randn(2, length, 8, dtype=torch.float64)
     q, k, v = (f(x).view(2, length, 2, -1) for f in (module.linear_q, module.linear_k, module.linear_v))
     out = torch.zeros(2, length, 8, dtype=torch.float64)
