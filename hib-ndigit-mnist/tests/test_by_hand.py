@@ -1,5 +1,7 @@
 """Losses, scores and fits on cases small enough to work out by hand."""
 
+import inspect
+import logging
 import math
 from dataclasses import replace
 
@@ -20,10 +22,12 @@ from hib_ndigit_mnist.evaluate import (
 )
 from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.losses import vib_objective
+from hib_ndigit_mnist.mc_infonce import MCInfoNCELoss
 from hib_ndigit_mnist.metrics import binned_correlation
 from hib_ndigit_mnist.models import MLPEncoder
 from hib_ndigit_mnist.pairs import Pairs
-from hib_ndigit_mnist.train import _classical, make_fabric
+from hib_ndigit_mnist.settings import Training
+from hib_ndigit_mnist.train import _classical, _warn_if_hopeless, make_fabric
 
 NUMBERS = torch.tensor([12, 13, 42, 77])
 CENTROIDS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
@@ -195,3 +199,30 @@ def test_devices_and_precisions(monkeypatch):
     assert str(make_fabric("cpu").strategy.precision.precision) == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert make_fabric("cpu").device.type == "cpu"
+
+
+def test_the_divergence_of_a_mixture_is_the_bound_by_its_components():
+    """Two Gaussians per image, of variance 1, one of them 2 away from the prior: (0 + 4/2) / 2 nats."""
+    embedding = GaussianMixtureEmbedding(
+        torch.tensor([[[0.0, 0.0], [2.0, 0.0]]] * 4, dtype=torch.float64), torch.zeros(4, 2, 2, dtype=torch.float64)
+    )
+    found = made(torch.tensor([0, 0, 1, 1]), embedding).divergence()
+    assert found == {"kl_clean": pytest.approx(1.0), "kl_corrupt": pytest.approx(1.0)}
+
+
+def test_defaults_are_the_paper_s_protocol():
+    """10,000 images, pairs and queries; tau over 20 bins; eight samples of an image."""
+    asked = inspect.signature(TestSet.of).parameters
+    assert [asked[name].default for name in ("images", "pairs", "queries")] == [10_000] * 3
+    assert inspect.signature(Evaluation.tau).parameters["bins"].default == 20
+    assert MCInfoNCELoss().samples == Training().samples == 8
+
+
+@pytest.mark.parametrize("variance, told", ((10.0, True), (5.0, False)))
+def test_a_start_at_which_no_image_matches_itself_is_told(caplog, variance, told):
+    """With a = b = 1, eta is 0.970 at a variance of 10 in all, 0.897 at 5; the bound is 0.95."""
+    training = replace(Training(), dim=4, logvar_bias=math.log(variance / 4))
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("hib-ndigit-mnist").propagate = True
+        _warn_if_hopeless(training)
+    assert ("matches itself" in caplog.text) == told
