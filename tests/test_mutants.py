@@ -64,6 +64,7 @@ def test_only_what_survived_without_a_reason_is_planted_again(toy, monkeypatch):
     found = mutants.mutate(toy, "toy", 2, {"rule": earlier})["rule"]
     assert (found["planted"], found["killed"], found["survivors"]) == (2, 2, {})
     assert [len(names) for names in planted] == [1, 1], "the first call plants nothing"
+    assert mutants.mutate(toy, "toy", 2, {"rule": found})["rule"] == found and len(planted) == 3, "nothing is left"
 
 
 def test_of_many_faults_a_sample_is_planted(toy, monkeypatch):

@@ -93,7 +93,8 @@ def mutate(
             module: [name for name in names if _open(changes[name], kept[module], reasons[module])]
             for module, names in sample.items()
         }
-        log = _mutmut(copy, workers, [name for names in planted.values() for name in names])
+        names = [name for of_module in planted.values() for name in of_module]
+        log = _mutmut(copy, workers, names) if names else []  # without a name mutmut plants all
         codes = {module: _exit_codes(copy, package, module) for module in kinds}
         if any(codes[module][name] is None for module, names in planted.items() for name in names):
             raise RuntimeError("\n".join([f"{project.name}: mutmut ended early", *log[-15:]]))

@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 def residual_stage(channels_in: int, channels_out: int, blocks: int) -> list[nn.Module]:
-    """A stage of the official repository's ResNets."""
+    """Blocks of the official repository's ResNets; height and width stay the same."""
     widths = [channels_in] + [channels_out] * blocks
     return [ResidualBlock(width, channels_out, first=n == 0) for n, width in enumerate(widths[:-1])]
 
