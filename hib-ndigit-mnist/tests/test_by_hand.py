@@ -226,3 +226,17 @@ def test_a_start_at_which_no_image_matches_itself_is_told(caplog, variance, told
         logging.getLogger("hib-ndigit-mnist").propagate = True
         _warn_if_hopeless(training)
     assert ("matches itself" in caplog.text) == told
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64))
+def test_an_exact_match_probability_has_its_embedding_s_precision(dtype):
+    """But at least float32."""
+    embedding = GaussianMixtureEmbedding(torch.zeros(2, 1, 2, dtype=dtype), torch.zeros(2, 1, 2, dtype=dtype))
+    found = MatchProbability(1.0, 1.0).prob(embedding, embedding, method="quadrature")
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("tolerance", (0.0, 0.11))
+def test_a_tolerance_that_cannot_be_met_or_means_nothing_is_refused(tolerance):
+    with pytest.raises(ValueError, match="tolerance: expected a value in"):
+        expected_sigmoid(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor(1.0), torch.tensor(1.0), tolerance)
