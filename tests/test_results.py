@@ -53,7 +53,8 @@ def log_runs(root, folder, b):
             "seed": run.seed,
             "settings_hash": run.key[-1],
         }
-        log.append(record | {"metrics": {"error": 1.0 if run.row == "a" else b[run.seed - 20]}, "clean": True})
+        metrics = {"error": 1.0 if run.row == "a" else b[run.seed - 20]}
+        log.append(record | {"metrics": metrics, "device": "CPU (ours)", "clean": True})
 
 
 @pytest.fixture
@@ -74,6 +75,23 @@ def project(root):
 
 def test_a_claim_about_the_same_runs_counts_once_in_each_scale(root):
     assert results.counts(project(root)) == {"embedded": {"holds": 1}, "paper": {"not measured": 1}}
+
+
+@pytest.mark.parametrize("table", ("table-1", "table-2"))
+@pytest.mark.parametrize(
+    "devices, standing", ((("ours",), "holds"), (("ours", "other"), "holds on 2 kinds of machine"))
+)
+def test_a_demo_on_the_record_s_own_kind_of_machine_is_no_other_kind(root, monkeypatch, table, devices, standing):
+    """Also for a table that shows another table's runs."""
+    log_runs(root, "runs", [2, 2.2, 1.9])
+    for device in devices:
+        origin = {"device": f"CPU ({device})", "commit": "c0ffee", "versions": {}}
+        monkeypatch.setattr(machines, "provenance", lambda *_, origin=origin: origin)
+        machines.keep(root)
+    toy = project(root)
+    chosen = next(each for each in toy.tables if each.id == table)
+    (verdict,) = (v for v in results.judge(chosen, "embedded", toy.logs["embedded"]))
+    assert toy.standing(chosen, verdict) == standing
 
 
 @pytest.mark.parametrize(

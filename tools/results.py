@@ -87,11 +87,14 @@ class Project:
     def standing(self, table: Table, verdict: Verdict) -> str:
         """The verdict, and on how many kinds of machine it was the same."""
         others = self.elsewhere(table, verdict)
-        if differing := [(machine, there) for machine, there, here in others if there != here]:
+        if differing := [(machine, there) for machine, there, here in others if there not in (here, verdict.verdict)]:
             words = "; ".join(f"{there} on {machine.device}" for machine, there in differing)
             return f"{verdict.verdict} on the machine of the record, {words}"
-        same = sum(there == verdict.verdict for _, there, _ in others)
-        return f"{verdict.verdict} on {same + 1} kinds of machine" if same else verdict.verdict
+        agreeing = {machine.device for machine, there, _ in others if there == verdict.verdict}
+        tables = {(row.home or table).id for row in table.rows_at(verdict.scale)}
+        of_record = {record["device"] for record in self.logs[verdict.scale].records() if record["table"] in tables}
+        kinds = len(agreeing) + (not agreeing & of_record)
+        return f"{verdict.verdict} on {kinds} kinds of machine" if kinds > 1 else verdict.verdict
 
 
 def _what(table: Table, claim: Claim) -> tuple:
@@ -222,7 +225,7 @@ def other_machines(root: Path = ROOT) -> str:
     for project in (Project(entry, root) for entry in projects(root=root)):
         for table, verdict in project.judged().get("embedded", []):
             for machine, there, here in project.elsewhere(table, verdict):
-                if there == here:
+                if there in (here, verdict.verdict):
                     same[machine.device] += 1
                 else:
                     other[machine.device].append(
