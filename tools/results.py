@@ -279,7 +279,8 @@ def mutants(root: Path = ROOT) -> str:
     head += ["met", "commit"]
     intro = (
         f"`make mutants` plants {FAULTS} of each module's possible small faults, or all if there are fewer, one at a "
-        "time, and runs the tests on each (mutmut). "
+        "time, and runs the tests on each (mutmut). With AGAIN=1 a fault noticed before keeps its result while its "
+        "module is the same. "
         f"Targets: {wanted}. results/mutants.json lists every fault that no test noticed."
     )
     return f"{intro}\n\n" + _markdown(head, lines)

@@ -150,7 +150,8 @@ def _readings(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Fig
 
 def _real_readings(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figure:
     """Real words of the first row's first seed, evenly spaced over the set, with their readings."""
-    words = next(iter(found.values()))[0]["details"]["sheet"]
+    row, records = next(iter(found.items()))
+    words = records[0]["details"]["sheet"]
     figure, axes = plt.subplots(-(-len(words) // 4), 4, figsize=(9, 0.17 * len(words) + 0.6), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
@@ -159,7 +160,7 @@ def _real_readings(table: Table, found: dict[str, list[dict]], scale: str) -> pl
         right = comparable(word["text"]) == comparable(word["label"])
         text = word["text"] + ("" if right else f"  (is {word['label']})")
         axis.set_title(text.replace("$", r"\$"), fontsize=9, color="black" if right else "red")
-    figure.suptitle(f"Real words, evenly spaced over the set, and what was read (scale {scale})", fontsize=10)
+    figure.suptitle(f"Real words, evenly spaced over the set, and what {row} read (scale {scale})", fontsize=10)
     return figure
 
 
