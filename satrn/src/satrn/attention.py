@@ -39,7 +39,9 @@ class MultiHeadAttention(nn.Module):
         if q.is_cuda or causal:
             out = F.scaled_dot_product_attention(q, keys, values, is_causal=causal, scale=self.scale)
         else:  # a CPU has no fused kernel for d_k other than d_v, and the plain form is the faster one
-            out = (q * self.scale @ keys.transpose(2, 3)).softmax(dim=-1) @ values
+            q, k, v = (each.flatten(0, 1) for each in (q, keys, values))  # (B * heads, T, width)
+            scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=self.scale)
+            out = (scores.softmax(dim=-1) @ v).unflatten(0, (-1, self.heads))
         return self.fc(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, causal: bool = False) -> Tensor:
