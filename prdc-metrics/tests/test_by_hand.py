@@ -23,14 +23,13 @@ def test_radii_of_rows_that_are_tied_with_hundreds(precision):
     bits[900:903, 0] = 1
     x = torch.from_numpy(bits)
     ks = (1, 3)
-    found, pairs = nearest_squared(x, ks, Schedule(None), precision)
+    found, _ = nearest_squared(x, ks, Schedule(None), precision)
     distances = torch.cdist(x, x).square().round()
     distances.fill_diagonal_(math.inf)
     wanted = distances.sort(dim=1)[0][:, [k - 1 for k in ks]]
     assert torch.equal(found, wanted)
     assert (found[:900] == 0).all()  # copies: their radius is 0
     assert found[900].tolist() == [0.0, 1.0]
-    assert pairs >= 12 * len(x)  # twelve rows that are not copies are tied with the 900: all their pairs are verified
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
