@@ -43,7 +43,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-1; default: all tables with this scale."""
     scale: str = "embedded"
-    """smoke, embedded, mnist, mnist-k7-short, paper-25 or paper."""
+    """smoke, embedded, mnist, mnist-k7-short, mnist-k7, paper-25 or paper."""
     rows: tuple[str, ...] = ()
     """Run only these rows."""
     seeds: tuple[int, ...] = ()
