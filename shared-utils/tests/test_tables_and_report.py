@@ -119,6 +119,12 @@ def test_verdicts_against(table, tmp_path):
     assert [v.verdict for v in judge(table, "embedded", log)] == ["fails", "fails", "undecided"]
 
 
+def test_equal_values_neither_rise_nor_fall(table, tmp_path):
+    log = fill(table, tmp_path / "flat", {row: [1, 1, 1] for row in "abc"})
+    verdict = judge(table, "embedded", log)[-1]
+    assert (verdict.claim.text, verdict.effect, verdict.verdict) == ("rises", 0.0, "fails")
+
+
 def test_every_seed_must_reach_the_bound_where_the_claim_says_so(table, tmp_path):
     log = fill(table, tmp_path / "embedded.jsonl", {"a": [1, 1, 1], "b": [9, 9.1, 1.0], "c": [3, 3, 3]})
     (tmp_path / "table-1.toml").write_text(

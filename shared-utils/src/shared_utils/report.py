@@ -132,7 +132,7 @@ def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, d
     else:
         order = np.array([metric(row) for row in claim.rows]).T  # (seeds, rows)
         sign = 1 if claim.trend == "rises" else -1
-        effect = sign * np.array([stats.spearmanr(range(len(claim.rows)), each).statistic for each in order])
+        effect = sign * np.array([_rank_correlation(each) for each in order])
         low_bound = 0.0
     mean, half = interval(effect)
     low, high = mean - half, mean + half
@@ -152,6 +152,11 @@ def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, d
         error = half / stats.t.ppf(0.975, len(seeds) - 1)
         p_value = 2 * float(stats.t.sf(abs(inside) / error, len(seeds) - 1))
     return Verdict(claim, scale, verdict, mean, low, high, len(seeds), remark, p_value)
+
+
+def _rank_correlation(values: np.ndarray) -> float:
+    """Spearman's rho of the values against their order; 0 where all are equal, since they neither rise nor fall."""
+    return float(stats.spearmanr(range(len(values)), values).statistic) if np.ptp(values) else 0.0
 
 
 def _holm(alone: list[Verdict], level: float = 0.05) -> list[Verdict]:
