@@ -1,0 +1,153 @@
+"""Figures that a pencil can check: corruption errors beside AlexNet's, calibration, and the mixing of few numbers."""
+
+import math
+from copy import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cutmix_robustness import CORRUPTIONS, CutMix, DropBlock2d, Mixup, calibration_error, evaluation
+from cutmix_robustness.corruption_error import ALEXNET_CLEAN_ERROR, ALEXNET_ERROR
+from cutmix_robustness.corruptions import GROUPS
+from cutmix_robustness.data.benchmark import open_benchmark
+from cutmix_robustness.dropout import StochasticDepth
+from cutmix_robustness.evaluation import Evaluator
+from cutmix_robustness.mixup import ManifoldMix, MixupCutMix
+from cutmix_robustness.networks import SmallNet
+from cutmix_robustness.settings import PRESETS
+from cutmix_robustness.train import make_fabric
+from cutmix_robustness.uncertainty import calibration
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class FirstClass(torch.nn.Module):
+    """Every picture is of class 0, which one of the five classes is."""
+
+    def forward(self, images):
+        return torch.tensor([1.0, 0, 0, 0, 0]).expand(len(images), 5)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return open_benchmark(PRESETS["twowave"], 3, None)
+
+
+@pytest.mark.parametrize("probes", [0, 100])
+def test_corruption_errors_beside_alexnets(benchmark, probes, monkeypatch):
+    """Corruption number k has the error 10 + 5 k at severity 2 and 20 + 5 k at severity 5."""
+    evaluator = Evaluator(
+        FirstClass(), replace(benchmark, corruption_scale="imagenet"), make_fabric("cpu"), (2, 5), probes
+    )
+    errors = {name: 15.0 + 5 * k for k, name in enumerate(CORRUPTIONS[:15])}
+    known = lambda name, severity: errors[name] + (5 if severity == 5 else -5)  # noqa: E731
+    monkeypatch.setattr(evaluator, "_corrupted_error", known)
+    metrics = evaluator.corruption().metrics
+    labels = evaluator.probes.labels if probes else benchmark.test.labels
+    clean = 100 * (labels != 0).double().mean().item()
+    ratios = {name: error / ALEXNET_ERROR[name] for name, error in errors.items()}
+    rises = [(errors[name] - clean) / (ALEXNET_ERROR[name] - ALEXNET_CLEAN_ERROR) for name in errors]
+    assert metrics["corruption_error"] == pytest.approx(50) and metrics["corruption_rise"] == pytest.approx(50 - clean)
+    assert metrics["mce"] == pytest.approx(np.mean(list(ratios.values())))
+    assert metrics["relative_mce"] == pytest.approx(np.mean(rises))
+    for group, names in GROUPS.items():
+        assert metrics[f"{group}_error"] == pytest.approx(np.mean([errors[name] for name in names]))
+        assert metrics[f"{group}_ce"] == pytest.approx(np.mean([ratios[name] for name in names]))
+
+
+def test_autoattack_is_measured_on_the_probes(benchmark, monkeypatch):
+    """An attack that turns every second picture black, on a network that then names class 1."""
+
+    class Darkness(torch.nn.Module):
+        def forward(self, images):
+            dark = images.amax((1, 2, 3)) == 0
+            return torch.nn.functional.one_hot(dark.long(), 5).float()
+
+    def attack(model, images, labels, num_classes, seed):
+        assert isinstance(model, Darkness) and (num_classes, seed) == (benchmark.num_classes, 7)
+        return images * (labels % 2 == 0)[:, None, None, None]
+
+    monkeypatch.setattr(evaluation, "autoattack", attack)
+    evaluator = Evaluator(Darkness(), benchmark, make_fabric("cpu"), probe_images=100, seed=7)
+    labels = evaluator.probes.labels
+    share = 100 * ((labels == 0) | (labels == 1)).double().mean().item()
+    assert evaluator.autoattack().metrics == {"autoattack_accuracy": pytest.approx(share)}
+
+
+def test_calibration_of_three_predictions():
+    """Confidences .9 (right), .9 (wrong) and .6 (right): bins 14 and 9 of 15, 18 and 12 of 20 (.6 is rounded up)."""
+    logits = torch.log(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.35, 0.65]], dtype=torch.float64))
+    found = calibration(logits, torch.tensor([0, 1, 1]))
+    expected = {
+        "ece": 100 * (2 / 3 * 0.4 + 1 / 3 * 0.35),
+        "ece20": 100 * (2 / 3 * 0.4 + 1 / 3 * 0.35),
+        "max_calibration_error": 40,
+        "adaptive_ece": 100 * (0.35 + abs(1 - 0.9) + 0.9) / 3,  # a bin each
+        "nll": -(math.log(0.9) + math.log(0.1) + math.log(0.65)) / 3,
+        "brier": (2 * 0.1**2 + 2 * 0.9**2 + 2 * 0.35**2) / 3,
+        "mean_confidence": 100 * (0.9 + 0.9 + 0.65) / 3,
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_rounding_below_zero_counts_as_zero():
+    assert calibration_error(np.array([-1e-9, 1 + 1e-9]), np.array([0, 1]), 1, "max") == 0
+    assert calibration_error(np.array([-1e-7]), np.array([0]), 15, "l1") == 0
+
+
+def test_a_fixed_box_has_its_own_area_as_the_drawn_lam():
+    images, labels = torch.rand(6, 3, 16, 32), torch.arange(6)
+    batch = CutMix(variant="fixed", fixed_size=8, correct_lam=False, mode="sample", generator=generator())(
+        images, labels
+    )
+    assert batch.lam.tolist() == [1 - 64 / 512] * 6
+    whole = CutMix(variant="fixed", fixed_size=99, correct_lam=False, generator=generator())(images, labels)
+    assert whole.lam.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_mixup_keeps_the_type_of_the_images(dtype):
+    images = torch.arange(5, dtype=dtype)[:, None, None, None].expand(5, 3, 4, 4)
+    batch = Mixup(mode="sample", generator=generator())(images, torch.arange(5))
+    expected = batch.lam * torch.arange(5) + (1 - batch.lam) * batch.perm
+    torch.testing.assert_close(batch.images[:, 1, 2, 3].float(), expected, rtol=1e-2, atol=1e-2)
+    assert batch.images.dtype == dtype and batch.lam.dtype == torch.float32
+    assert batch.boxes.shape == (5, 4) and batch.boxes.dtype == torch.int64 and not batch.boxes.any()
+
+
+def test_the_point_of_mixing_comes_from_the_generator_of_the_mix():
+    def points(seed, other):
+        torch.manual_seed(other)
+        network = SmallNet(5).eval()
+        mix = ManifoldMix(network, network.points, Mixup(generator=generator(seed)))
+        return [tuple(mix(torch.zeros(2, 3, 16, 16), torch.arange(2))[1].images.shape) for _ in range(12)]
+
+    assert points(1, 0) == points(1, 9) != points(2, 0)
+
+
+@pytest.mark.parametrize("probability", [0, 1])
+def test_the_switch_is_mixup_at_0_and_cutmix_at_1(probability):
+    mix = MixupCutMix(Mixup(generator=generator()), CutMix(prob=1.0, generator=generator(2)), probability)
+    mix.mixup, mix.cutmix = (lambda *_: "mixup"), (lambda *_: "cutmix")
+    assert {mix(None, None) for _ in range(20)} == {("mixup", "cutmix")[probability]}
+
+
+def test_bounds_and_defaults_of_dropblock():
+    assert (DropBlock2d().keep_prob, DropBlock2d().block_size) == (0.9, 4)
+    assert DropBlock2d(1.0, 1).block_size == 1
+    for keep, size in ((0.0, 4), (1.5, 4), (0.9, 0)):
+        with pytest.raises(ValueError, match="keep_prob must lie in"):
+            DropBlock2d(keep, size)
+
+
+def test_a_dropped_branch_keeps_its_type():
+    torch.manual_seed(0)
+    layer = StochasticDepth(0.5).train()
+    kept = {layer(torch.ones(2, 3, dtype=torch.bfloat16)).sum().item() for _ in range(20)}
+    assert kept == {0.0, 6.0}
+    assert layer(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert copy(layer).eval()(torch.ones(1)).item() == 0.5
