@@ -35,6 +35,13 @@ def test_every_folder_with_a_pyproject_is_listed_and_every_built_project_is_a_fo
     assert folders == {"shared-utils", *BUILT}
 
 
+def test_tables_are_found_in_a_wheel_too():
+    """An installed package has no checkout around it: only `project_folder` knows where tables/ is."""
+    by_hand = re.compile(r"__file__\)\.?(resolve\(\)\.)?(parents|parent\.parent)")
+    sources = [path for path in ROOT.glob("*/src/**/*.py") if path.name != "folders.py"]
+    assert len(sources) > 200 and not [str(path) for path in sources if by_hand.search(path.read_text())]
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_built_project_is_whole(name):
     package = next(entry["package"] for entry in ENTRIES if entry["name"] == name)

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from shared_utils import report
+from shared_utils.folders import project_folder
 from shared_utils.report import interval, values
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
@@ -110,7 +111,7 @@ def _alpha_and_layer(table: Table, scale: str | None, results: Path) -> plt.Figu
 
 def _probe_curves(table: Table, scale: str | None, results: Path) -> plt.Figure:
     """Figure 5: occluded and in-between images: published curves above, ours below."""
-    with open(Path(__file__).parents[2] / "tables" / "figure-5.csv", newline="") as file:
+    with open(project_folder(__file__) / "tables" / "figure-5.csv", newline="") as file:
         published = list(csv.DictReader(file))
     found = _details(table, scale, results) if scale else {}
     lines = [line for line, there in (("published", table.id == "figure-5"), ("ours", found)) if there]

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from shared_utils import report
+from shared_utils.folders import project_folder
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
@@ -167,6 +168,6 @@ def draw_preview(path: Path) -> None:
 
 def _published(name: str) -> list[dict]:
     """Lines of a figure's published values, stored next to its table file."""
-    path = Path(__file__).parents[2] / "tables" / f"{name}.csv"
+    path = project_folder(__file__) / "tables" / f"{name}.csv"
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

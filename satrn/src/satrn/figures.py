@@ -18,6 +18,7 @@ from torch import Tensor
 from satrn.decoding import Recognition
 from satrn.evaluate import comparable
 from shared_utils import report
+from shared_utils.folders import project_folder
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Table
 
@@ -231,7 +232,7 @@ def _aspect(table: Table, found: dict[str, list[dict]], scale: str) -> plt.Figur
 
 def _published(name: str) -> list[dict]:
     """Lines of a figure's published values, stored next to its table file."""
-    with open(Path(__file__).parents[2] / "tables" / f"{name}.csv", newline="") as file:
+    with open(project_folder(__file__) / "tables" / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
