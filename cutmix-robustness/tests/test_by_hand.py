@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from cutmix_robustness import CORRUPTIONS, CutMix, DropBlock2d, Mixup, calibration_error, evaluation
+from cutmix_robustness import CORRUPTIONS, CutMix, DropBlock2d, Mixup, calibration_error, cutmix_box, evaluation, train
 from cutmix_robustness.corruption_error import ALEXNET_CLEAN_ERROR, ALEXNET_ERROR
 from cutmix_robustness.corruptions import GROUPS
+from cutmix_robustness.cutmix import sample_lam
 from cutmix_robustness.data.benchmark import open_benchmark
 from cutmix_robustness.dropout import StochasticDepth
 from cutmix_robustness.evaluation import Evaluator
+from cutmix_robustness.experiments import build_classifier
 from cutmix_robustness.mixup import ManifoldMix, MixupCutMix
 from cutmix_robustness.networks import SmallNet
 from cutmix_robustness.settings import PRESETS
-from cutmix_robustness.train import make_fabric
+from cutmix_robustness.train import build_optimizer, fit, make_fabric
 from cutmix_robustness.uncertainty import calibration
 
 
@@ -26,7 +28,7 @@ def generator(seed=0):
 
 
 class FirstClass(torch.nn.Module):
-    """Every picture is of class 0, which one of the five classes is."""
+    """Every picture is of class 0."""
 
     def forward(self, images):
         return torch.tensor([1.0, 0, 0, 0, 0]).expand(len(images), 5)
@@ -151,3 +153,74 @@ def test_a_dropped_branch_keeps_its_type():
     assert kept == {0.0, 6.0}
     assert layer(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert copy(layer).eval()(torch.ones(1)).item() == 0.5
+
+
+def test_a_network_that_ignores_the_picture_has_no_gradient(benchmark):
+    class Deaf(torch.nn.Module):
+        def forward(self, images):
+            return 0 * images.mean((1, 2, 3))[:, None] + torch.eye(benchmark.num_classes)[1]
+
+    metrics = Evaluator(Deaf(), benchmark, make_fabric("cpu")).fgsm().metrics
+    share = 100 * (benchmark.test.labels == 1).double().mean().item()
+    assert metrics["zero_gradients"] == 100 and metrics["fgsm_accuracy"] == pytest.approx(share)
+
+
+def test_the_boxes_of_a_batch_have_the_rounding_asked_for():
+    mix = CutMix(rounding="exact", mode="sample", generator=generator(3))
+    draws = mix.draw(50)
+    sizes = torch.tensor([15, 31])
+    expected = cutmix_box(15, 31, sample_lam(draws[:, 1], 1.0), draws[:, 2:] * sizes, "exact")
+    assert torch.equal(mix.boxes(draws, 15, 31), expected)
+    assert ((expected[:, 2:] - expected[:, :2]) % 2 == 1).any()  # the reference's sides are even
+
+
+@pytest.mark.parametrize(
+    "capability, precision", [((7, 5), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")]
+)
+def test_precision_follows_the_gpu(monkeypatch, capability, precision):
+    made = {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(train, "Fabric", lambda **options: made.update(options) or type("F", (), {"launch": int})())
+    make_fabric("cuda")
+    assert made["precision"] == precision and made["accelerator"] == "cuda"
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (1, 1, "auto")),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, (2, 4, "ddp")),
+        ({"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}, (4, 2, "ddp")),
+        ({"SLURM_NTASKS": "4"}, (4, 1, "ddp")),
+    ],
+)
+def test_processes_and_nodes(monkeypatch, environment, expected):
+    made = {}
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "Fabric", lambda **options: made.update(options) or type("F", (), {"launch": int})())
+    make_fabric("cpu")
+    assert (made["devices"], made["num_nodes"], made["strategy"]) == expected and made["precision"] == "32-true"
+
+
+def test_a_training_saves_every_so_many_steps_and_at_its_end(benchmark, monkeypatch, tmp_path):
+    settings = replace(PRESETS["twowave"], epochs=1, milestones=(), batch_size=100)
+    steps = len(benchmark.train) // 100
+    saved, save = [], train._save
+    monkeypatch.setattr(train, "_save", lambda path, *rest: (saved.append(path.name), save(path, *rest)))
+    model = build_classifier(settings, benchmark, 3)
+    fit(model, settings, benchmark.train, 3, make_fabric("cpu"), checkpoint=tmp_path / "c.pt", checkpoint_every=2)
+    assert len(saved) == steps // 2 + 1 and steps >= 4
+    fit(build_classifier(settings, benchmark, 3), settings, benchmark.train, 3, make_fabric("cpu"), checkpoint_every=2)
+    assert len(saved) == steps // 2 + 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_optimizer_decays_weights_and_has_the_head_s_own_rate(benchmark, name):
+    settings = replace(PRESETS["twowave"], optimizer=name, lr=0.3, head_lr=0.7, weight_decay=0.02)
+    body, head = build_optimizer(settings, build_classifier(settings, benchmark, 3)).param_groups
+    assert (body["lr"], body["base_lr"], head["base_lr"]) == (0.3, 0.3, 0.7)
+    assert body["weight_decay"] == head["weight_decay"] == 0.02
+    assert name == "adam" or (body["momentum"], body["nesterov"]) == (0.9, True)
