@@ -22,14 +22,14 @@ def test_radii_of_rows_that_are_tied_with_hundreds(precision):
     bits[900:903] = 0
     bits[900:903, 0] = 1
     x = torch.from_numpy(bits)
-    ks = (1, 3)
+    ks = (1, 2, 3)
     found, _ = nearest_squared(x, ks, Schedule(None), precision)
     distances = torch.cdist(x, x).square().round()
     distances.fill_diagonal_(math.inf)
     wanted = distances.sort(dim=1)[0][:, [k - 1 for k in ks]]
     assert torch.equal(found, wanted)
     assert (found[:900] == 0).all()  # copies: their radius is 0
-    assert found[900].tolist() == [0.0, 1.0]
+    assert found[900].tolist() == [0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

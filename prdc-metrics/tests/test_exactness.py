@@ -142,6 +142,18 @@ def test_the_bracket_holds(precision, kind):
         check(within.fill_diagonal_(0), exact[part, part].fill_diagonal_(0), slack[part])
 
 
+@pytest.mark.parametrize("precision, bits", [("tf32", 10), ("bf16", 7)])
+def test_the_bracket_holds_where_rounding_costs_most(precision, bits):
+    """Two opposite points that lose half a spacing each: 4 x^2 becomes 4, and the bound has no room to spare."""
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(64)[:, None] * (1 + 2.0 ** -(bits + 1) - 2.0**-30)
+    frame = Frame(x, precision=precision)
+    points = frame.points(x)
+    lower = frame.lower_bounds(points, slice(0, 128), points, slice(0, 128), points.values.new_empty(128 * 128))
+    exact = (x - x.T).square() * frame.scale**2
+    assert (lower <= exact).all() and (exact <= lower.double() + points.slack[:, None] + points.slack).all()
+    assert points.slack.double().max() < 0.51 * exact.max() * 2.0 ** -(bits - 1)  # 8 w of 4, two slacks of twice that
+
+
 def test_order_scale_and_roles():
     rng = np.random.default_rng(3)
     real, fake = rng.standard_normal((300, 10)), rng.standard_normal((170, 10)) + 0.3
