@@ -59,14 +59,18 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_run_twice_runs_nothing_new_and_aggregates_come_last(project, capsys):
+def test_run_twice_runs_nothing_new_and_aggregates_come_last(project, capsys, tmp_path_factory, monkeypatch):
+    """As installed from a wheel: tables are in the package, run logs in the working directory."""
+    (project / "__init__.py").touch()
+    here = tmp_path_factory.mktemp("anywhere")
+    monkeypatch.chdir(here)
     run = cli.Run(("failures", "modules", "training-data"), scale="smoke", jobs=1)
     run()
-    lines = [json.loads(line) for line in (project / "runs" / "smoke.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (here / "runs" / "smoke.jsonl").read_text().splitlines()]
     assert [line["table"] for line in lines] == ["modules"] * 4 + ["training-data", "failures"]
     assert "two small models" in capsys.readouterr().out
     run()
-    assert len((project / "runs" / "smoke.jsonl").read_text().splitlines()) == len(lines)
+    assert len((here / "runs" / "smoke.jsonl").read_text().splitlines()) == len(lines)
     cli.Run((), scale="smoke", dry_run=True)()
     assert "1" in capsys.readouterr().out
     bits = np.unpackbits(np.frombuffer(bytes.fromhex("".join(lines[0]["details"]["correct"].values())), np.uint8))

@@ -93,7 +93,7 @@ def run_tables(
     runs are also made if neither run log has them.
     """
     log = RunLog(runs_folder(PROJECT) / f"{scale}.jsonl")
-    logs = [RunLog(PROJECT / folder / f"{scale}.jsonl") for folder in ("results", "runs")]
+    logs = [RunLog(PROJECT / "results" / f"{scale}.jsonl"), log]
     runs = [run for table in chosen for run in table.runs(scale, rows, seeds or None)]
     combined = [run for run in runs if run.settings.get("measure") in AGGREGATES]
     recorded = logs[0].keys()
