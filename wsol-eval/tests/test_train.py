@@ -200,7 +200,7 @@ def test_checkpoints_that_do_not_fit_are_refused(digits, fabric, tmp_path):
 
 def test_two_processes_train_and_measure_as_one(digits, fabric, tmp_path, monkeypatch):
     monkeypatch.setattr(small, "block", plain_block)
-    words = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29517)
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)  # a free port
     done = run(*words, "two_ranks.py", tmp_path / "weights.pt")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
