@@ -62,7 +62,7 @@ def test_corruption_errors_beside_alexnets(benchmark, probes, monkeypatch):
 
 
 def test_autoattack_is_measured_on_the_probes(benchmark, monkeypatch):
-    """An attack that turns every second picture black, on a network that then names class 1."""
+    """An attack that turns the pictures of odd classes black, on a network that names class 1 then, else class 0."""
 
     class Darkness(torch.nn.Module):
         def forward(self, images):
@@ -81,7 +81,7 @@ def test_autoattack_is_measured_on_the_probes(benchmark, monkeypatch):
 
 
 def test_calibration_of_three_predictions():
-    """Confidences .9 (right), .9 (wrong) and .6 (right): bins 14 and 9 of 15, 18 and 12 of 20 (.6 is rounded up)."""
+    """Confidences .9 (right), .9 (wrong) and .65 (right): the last is in a bin of its own, of 15 and of 20."""
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.35, 0.65]], dtype=torch.float64))
     found = calibration(logits, torch.tensor([0, 1, 1]))
     expected = {

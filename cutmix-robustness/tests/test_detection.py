@@ -58,7 +58,7 @@ class OneWeight(nn.Module):
         return {"box": 3 * self.weight, "class": self.weight}
 
     def find(self, images):
-        """The right box for all; the second class is found for all pictures but number 1, which is of that class."""
+        """The right box for all, and the right class but for picture 1, which is taken for class 1."""
         assert not self.training and not torch.is_grad_enabled()
         return [
             {
