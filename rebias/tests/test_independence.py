@@ -151,6 +151,11 @@ def test_the_median_distance_of_near_copies_is_exact(noise):
         (lambda x: hsic(x.clone().fill_(float("nan")), x), ValueError, "NaN or infinity"),
         (lambda x: rbf_gram(x[:0], 1.0), ValueError, "m >= 1"),
         (lambda x: conditional_hsic(x, x, torch.arange(8)), ValueError, "no class has the 4 samples"),
+        (
+            lambda x: conditional_hsic(x, x, torch.arange(8) % 2, estimator="U"),
+            ValueError,
+            "one of unbiased, biased, got 'U'",
+        ),
         (lambda x: conditional_hsic(x, x, torch.arange(5)), ValueError, "one class for each of 8 samples, got 5"),
         (lambda x: median_sigma([]), ValueError, "at least 2 samples"),
         (lambda x: median_sigma(x[:1]), ValueError, "at least 2 samples"),

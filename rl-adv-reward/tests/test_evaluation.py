@@ -11,7 +11,18 @@ from torch import nn
 
 from rl_adv_reward.atn import ATN
 from rl_adv_reward.attacks import ATNAttack, make_attack, none
-from rl_adv_reward.evaluation import Evaluation, Frames, bootstrap_rate, evaluate, landing_shift, lead, pack, unpack
+from rl_adv_reward.evaluation import (
+    Evaluation,
+    Frames,
+    _Tally,
+    bootstrap_rate,
+    evaluate,
+    landing_shift,
+    lead,
+    pack,
+    success_share,
+    unpack,
+)
 from rl_adv_reward.models import Victim
 from rl_adv_reward.rewards import lose, make_reward
 
@@ -136,3 +147,79 @@ def test_landings_are_compared_by_rank():
 def test_packed_frames_come_back():
     frames = np.random.default_rng(0).integers(0, 256, (3, 4, 5)).astype(np.uint8)
     assert np.array_equal(unpack(json.loads(json.dumps(pack(frames)))), frames)
+
+
+def test_the_sums_of_two_games():
+    """One episode is counted of each; the first ends after two steps, the second after three, then both play on."""
+    tally, device = _Tally(2, 1, torch.device("cpu")), torch.device("cpu")
+    nan = float("nan")
+    steps = [  # adversarial, own, flipped, position, l2, l0, valid, over
+        ([1, 0], [0, 0], [1, 0], [0.04, nan], [0.1, 0.2], [0.5, 0.1], [1, 1], [0, 0]),
+        ([-1, 1], [-1, 0], [0, 1], [nan, 0.96], [0.3, 0.0], [0.1, 0.0], [1, 1], [1, 0]),
+        ([9, 0], [9, 1], [1, 1], [0.5, 1.0], [9, 0.5], [9, 0.2], [0, 1], [0, 1]),  # a dummy step of the first
+        ([9, 9], [-9, -9], [1, 1], [0.5, 0.5], [9, 9], [9, 9], [1, 0], [1, 1]),  # both are done
+    ]
+    for number, (adversarial, own, flipped, position, l2, l0, valid, over) in enumerate(steps):
+        frames = np.full((2, 1, 1, 1), number, np.uint8)
+        tally.see(torch.from_numpy(frames))
+        tally.add(
+            torch.tensor(adversarial, dtype=torch.float32), torch.tensor(own, dtype=torch.float32),
+            torch.tensor(flipped, dtype=torch.bool), torch.tensor(position), torch.tensor(l2), torch.tensor(l0),
+            valid=torch.tensor(valid, dtype=torch.bool, device=device), over=torch.tensor(over, dtype=torch.bool),
+        )  # fmt: skip
+        assert tally.complete == (number >= 2)
+    found = tally.evaluation("hash", {})
+    expected = {
+        "adv_return": [0, 1], "victim_return": [-1, 1], "steps": [2, 3], "misses": [1, 0], "flips": [1, 2],
+        "crossings": [1, 2], "hits": [1, 1], "l2": [0.4, 0.7], "l0": [0.6, 0.3],
+    }  # fmt: skip
+    assert {name: pytest.approx(each.tolist()) for name, each in found.episodes.items()} == expected
+    assert np.flatnonzero(found.landings).tolist() == [0, 19] and found.landings.tolist()[19] == 2
+    assert found.landing_mean == pytest.approx(2 / 3) and found.distinct == 2 and found.trajectory == "hash"
+    metrics = found.metrics()
+    assert metrics == {
+        "adv_rate": pytest.approx(200), "adv_return": 0.5, "victim_return": 0, "miss_rate": pytest.approx(200),
+        "flip_rate": pytest.approx(0.6), "linf": 0, "excess": 0, "l2": pytest.approx(1.1 / 5),
+        "l0_share": pytest.approx(0.9 / 5), "episode_steps": 2.5, "landing_mean": pytest.approx(2 / 3),
+        "hit_fraction": pytest.approx(2 / 3),
+    }  # fmt: skip
+
+
+def test_the_worst_step_of_all_is_kept():
+    tally = _Tally(1, 1, torch.device("cpu"))
+    x = torch.tensor([[[[0.5, 0.5, 0.5, 0.5]]]])
+    l2, share = tally.bounded(torch.tensor([[[[0.8, 0.9, 0.5, 0.5]]]]), x, 0.5, "linf")
+    assert (l2.item(), share.item()) == (pytest.approx(0.5), 0.5)
+    tally.bounded(x + 0.1, x, 0.5, "linf")
+    tally.check()
+    assert tally.worst.tolist() == [pytest.approx(0.4), 0, 0]
+    tally.bounded(torch.tensor([[[[0.8, 0.9, 0.5, 0.5]]]]), x, 0.45, "l2")
+    assert tally.worst[1].item() == pytest.approx(0.05)
+    with pytest.raises(RuntimeError, match="the bound is violated: 0.05 above eps, 0 outside"):
+        tally.check()
+    free = _Tally(1, 1, torch.device("cpu"))
+    free.bounded(x + 0.4, x, None, "linf")
+    free.check()
+    free.bounded(x + 0.6, x, None, "linf")
+    with pytest.raises(RuntimeError, match=r"0 above eps, 0.1 outside \[0, 1\]"):
+        free.check()
+
+
+def test_a_lead_s_interval_is_that_of_its_draws():
+    rng = np.random.default_rng(5)
+    attack, rival, other = (made_up(rng.normal(m, 1, 30), rng.integers(50, 150, 30)) for m in (2, 1, 0.9))
+    found = lead(attack, {"rival": rival, "other": other}, draws=100, seed=3)
+    rng = np.random.default_rng(3)
+    best = np.maximum(bootstrap_rate(rival, 100, rng), bootstrap_rate(other, 100, rng))
+    draws = bootstrap_rate(attack, 100, rng) - best
+    assert (found["lead_low"], found["lead_high"]) == tuple(np.quantile(draws, [0.025, 0.975]))
+    assert found["lead"] == attack.rate() - max(rival.rate(), other.rate())
+    resampled = bootstrap_rate(made_up([3, 0], [100, 300]), 1000, np.random.default_rng(0))
+    assert set(np.round(resampled, 3)) == {30.0, 7.5, 0.0}
+    misses = bootstrap_rate(attack, 5, np.random.default_rng(0), "misses")
+    assert misses.tolist() == [0] * 5
+
+
+def test_success_is_strictly_above_the_bar():
+    nothing = made_up(range(101), [1] * 101)  # its 95th percentile is 95
+    assert success_share(made_up([95, 96, 200, 0], [1] * 4), nothing) == 0.5

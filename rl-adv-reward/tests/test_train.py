@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rl_adv_reward import train as training
 from rl_adv_reward.atn import ATN, AttackedQ
 from rl_adv_reward.attacks import fgsm, none
 from rl_adv_reward.evaluation import evaluate
@@ -222,3 +224,91 @@ def test_a_short_training_learns_to_return_the_ball(small):
     torch.manual_seed(1)
     fresh = evaluate(Victim(mlp(SHAPE, 3, 87 / 255)), none, lose, "minipong", 8, 1).rate("misses")
     assert trained < 0.7 * fresh
+
+
+class Counting(QLearner):
+    """Notes when it acts, learns and is told that an iteration ended."""
+
+    def __init__(self, loop):
+        torch.manual_seed(0)
+        super().__init__(mlp(SHAPE, 3, 87 / 255), loop, CPU)
+        self.acted, self.losses, self.ended = [], [], []
+
+    def act(self, x, iteration):
+        self.acted.append(iteration)
+        return super().act(x, iteration)
+
+    def loss(self, batch):
+        value = super().loss(batch)
+        self.losses.append((len(self.acted), value.item(), len(batch.action)))
+        return value
+
+    def after(self, iteration):
+        self.ended.append(iteration)
+        super().after(iteration)
+
+
+def test_a_training_acts_learns_measures_and_saves_when_it_should(small, monkeypatch, tmp_path):
+    """Ten iterations of which the first four only collect, two updates each, measured after 3, 6, 9 and 10."""
+    loop = replace(small().loop("victim"), iterations=10, num_envs=4, starts=4, updates=2, batch_size=8)
+    learner, saved, begun, save = Counting(loop), [], [], training._save
+
+    def spy(path, run, state, *rest):
+        saved.append((path.name, state["iteration"], state["finished"]))
+        save(path, run, state, *rest)
+
+    monkeypatch.setattr(training, "_save", spy)
+    options = {"evaluate": lambda i: ({"value": 2 * i}, False), "evaluate_every": 3, "before": begun.append}
+    path = tmp_path / "c.pt"
+    trained = fit(learner, own_reward, loop, 7, CPU, checkpoint=path, checkpoint_every=4, **options)
+    assert begun == learner.acted == list(range(10)) and learner.ended == list(range(1, 11))
+    assert [at for at, *_ in learner.losses] == [at for at in range(5, 11) for _ in range(2)]
+    assert {size for *_, size in learner.losses} == {8}
+    assert saved == [("c.pt", 4, False), ("c.pt", 8, False), ("c.pt", 10, True)] and trained.iterations == 10
+    values = {at: [value for when, value, _ in learner.losses if when == at] for at in range(5, 11)}
+    means = [0, np.mean(values[5] + values[6]), np.mean(values[7] + values[8] + values[9]), np.mean(values[10])]
+    assert [point["loss"] for point in trained.curve] == pytest.approx(means, rel=1e-6)
+    assert [(point["iteration"], point["value"]) for point in trained.curve] == [(3, 6), (6, 12), (9, 18), (10, 20)]
+    content = read(path)
+    assert content["run"]["seed"] == 7 and set(content) == {"run", "state", "loss", "modules"}
+    assert fit(Counting(loop), own_reward, loop, 7, CPU, checkpoint=path, **options) == trained and len(begun) == 10
+    fit(Counting(loop), own_reward, loop, 7, CPU, checkpoint_every=4)
+    assert len(saved) == 3
+
+
+def test_an_unfinished_training_keeps_all_that_the_rest_depends_on(small, tmp_path):
+    loop = replace(small().loop("victim"), iterations=10, num_envs=4, starts=4, updates=2, batch_size=8)
+    path = tmp_path / "c.pt"
+
+    class Stop(Exception):
+        pass
+
+    def stop(iteration):
+        if iteration == 8:
+            raise Stop
+
+    options = {"checkpoint": path, "checkpoint_every": 8, "identity": {"goal": "own"}}
+    with pytest.raises(Stop):
+        fit(Counting(loop), own_reward, loop, 7, CPU, before=stop, **options)
+    content = read(path)
+    assert set(content) == {"run", "state", "loss", "modules", "optimizer", "rng", "replay", "play"}
+    assert content["run"] == {"loop": content["run"]["loop"], "seed": 7, "goal": "own"}
+    assert content["loss"].item() > 0 and content["state"]["count"] == 4 * 2
+
+
+@pytest.mark.parametrize("capability, precision", [((7, 5), "32-true"), ((8, 0), "bf16-mixed"), (None, "32-true")])
+def test_device_and_precision_follow_the_machine(monkeypatch, capability, precision):
+    made = {}
+    monkeypatch.setattr("lightning.fabric.Fabric", lambda **options: made.update(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    make_fabric()
+    assert made == {"accelerator": "cuda" if capability else "cpu", "devices": 1, "precision": precision}
+    make_fabric("cpu", "bf16-mixed")
+    assert (made["accelerator"], made["precision"]) == ("cpu", "bf16-mixed")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    torch.save({"run": Path("/"), "modules": {}}, tmp_path / "c.pt")  # unpickling calls a constructor
+    with pytest.raises(ValueError, match="c.pt: not a checkpoint of this project .*eights only load failed"):
+        read(tmp_path / "c.pt")

@@ -1,6 +1,8 @@
 """Few boxes, maps and numbers, each with the answer that a pencil gives."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +11,13 @@ import torch
 
 from wsol_eval import BoxLocalization, bootstrap, paired, resize_normalize, train
 from wsol_eval.boxes import box_iou_inclusive, crop_boxes
+from wsol_eval.cutouts import make_split
 from wsol_eval.evaluate import Evaluator, Report
+from wsol_eval.recipe import Recipe
 from wsol_eval.scoremaps import ScoreMaps
+from wsol_eval.sources import MemorySource
 from wsol_eval.sweep import best_iou_per_threshold, boxes_at_level, boxes_at_threshold
-from wsol_eval.train import make_fabric
+from wsol_eval.train import fit, make_fabric, read_checkpoint
 
 
 def test_overlaps_of_two_boxes_and_of_none():
@@ -206,3 +211,66 @@ def test_processes_and_nodes(monkeypatch, made, environment, expected):
         monkeypatch.setenv(name, value)
     make_fabric("cpu")
     assert (made["devices"], made["num_nodes"], made["strategy"]) == expected
+
+
+RECIPE = Recipe(arch="small", feature_map=8, lr=0.02, epochs=2, batch_size=16)
+
+
+def test_a_training_saves_every_so_many_steps_and_goes_on_from_there(monkeypatch, tmp_path):
+    """Two epochs of three batches: after steps 2 and 4, and after each epoch; stopped after step 4."""
+    source, path, saved, save = MemorySource(make_split("train", 48, 1), "train"), tmp_path / "c.pt", [], train._save
+
+    class Stop(Exception):
+        pass
+
+    def spy(path, run, epoch, step, *rest):
+        save(path, run, epoch, step, *rest)
+        saved.append((path.name, epoch, step))
+        if saved == [("c.pt", 0, 2), ("c.pt", 1, 0), ("c.pt", 1, 1)]:
+            raise Stop
+
+    monkeypatch.setattr(train, "_save", spy)
+    straight = fit(RECIPE, source, 3, make_fabric("cpu"), checkpoint_every=2)
+    assert not saved
+    with pytest.raises(Stop):
+        fit(RECIPE, source, 3, make_fabric("cpu"), path, checkpoint_every=2)
+    content = read_checkpoint(path)
+    assert set(content) == {"run", "epoch", "step", "rng", "model", "optimizer"} and len(content["rng"]) == 1
+    resumed = fit(RECIPE, source, 3, make_fabric("cpu"), path, checkpoint_every=2)
+    assert saved[3:] == [("c.pt", 1, 3), ("c.pt", 2, 0)]
+    torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
+
+
+def test_a_compiled_training_trains_the_network_itself(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    source = MemorySource(make_split("train", 48, 1), "train")
+    network, plain = (fit(RECIPE, source, 3, make_fabric("cpu"), compile_model=each) for each in (True, False))
+    assert len(compiled) == 1 and compiled[0] is network
+    torch.testing.assert_close(network.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_the_optimizer_has_the_recipe_s_rates(monkeypatch):
+    """Here the biases are what is new; the small network as such has no pretrained parts."""
+    seen, sgd, build = [], train.SGD, train.build_network
+
+    def build_network(*each):
+        network = build(*each)
+        network.is_new = lambda name: name.endswith("bias")
+        return network
+
+    monkeypatch.setattr(train, "build_network", build_network)
+    monkeypatch.setattr(train, "SGD", lambda *each, **options: seen.append(sgd(*each, **options)) or seen[0])
+    recipe = replace(RECIPE, epochs=0, lr=0.3, lr_classifier_ratio=7.0, momentum=0.8, weight_decay=0.02)
+    network = fit(recipe, MemorySource(make_split("train", 48, 1), "train"), 3, make_fabric("cpu"))
+    groups = seen[0].param_groups
+    new = {id(p) for name, p in network.named_parameters() if network.is_new(name)}
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates == {id(p): pytest.approx(2.1 if id(p) in new else 0.3) for p in network.parameters()} and new
+    assert all((each["momentum"], each["weight_decay"], each["nesterov"]) == (0.8, 0.02, True) for each in groups)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    torch.save({"run": Path("/"), "epoch": 0}, tmp_path / "c.pt")  # unpickling calls a constructor
+    with pytest.raises(ValueError, match="c.pt: no checkpoint can be read .*eights only load failed"):
+        read_checkpoint(tmp_path / "c.pt")
