@@ -20,6 +20,7 @@ from rebias.evaluate import (
     top1_accuracy,
 )
 from rebias.experiments import build_method
+from rebias.methods import gather_with_gradient
 from rebias.objectives import bias_contrastive
 from rebias.settings import PRESETS, Settings
 from rebias.supervised import CLASSIFICATION_WEIGHT, Balanced, rarity
@@ -163,6 +164,28 @@ def test_rare_biases_of_a_class_are_drawn_more_often_but_at_most_ten_times():
     assert rarity(labels, bias).tolist() == pytest.approx(expected)
 
 
+def test_features_of_two_ranks_are_joined_and_the_gradient_comes_back(monkeypatch):
+    """The other rank holds twice what this one has."""
+    x = torch.tensor([[1.0, 2], [3, 4]], requires_grad=True)
+    assert gather_with_gradient(x) is x
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert gather_with_gradient(x) is x
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.nn.functional.all_gather", lambda each: [each, 2 * each])
+    joined = gather_with_gradient(x)
+    assert joined.tolist() == [[1, 2], [3, 4], [2, 4], [6, 8]]
+    joined.sum().backward()
+    assert x.grad.tolist() == [[3, 3], [3, 3]]
+
+    def all_gather(parts, each):
+        for number, part in enumerate(parts, 1):
+            part.copy_(number * each)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    assert gather_with_gradient(torch.tensor([1, 5])).tolist() == [1, 5, 2, 10]
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------
 
 
@@ -209,6 +232,12 @@ def test_the_dependence_of_few_and_of_many_features():
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert dependence(f, g, 20) == pytest.approx(expected(order[:20]), rel=1e-9)
     assert dependence(100 * f, g) == pytest.approx(dependence(f, g), rel=1e-6)
+
+
+def test_features_may_be_numbers():
+    x, y = torch.randn(12), torch.randn(12)
+    assert hsic(x, y).item() == pytest.approx(hsic(x[:, None], y[:, None]).item())
+    assert median_sigma(x).item() == median_sigma(x[:, None]).item()
 
 
 def test_rows_of_three_ranks_are_put_in_order():
