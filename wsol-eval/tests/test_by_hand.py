@@ -14,7 +14,7 @@ from wsol_eval.boxes import box_iou_inclusive, crop_boxes
 from wsol_eval.cutouts import make_split
 from wsol_eval.evaluate import Evaluator, Report
 from wsol_eval.recipe import Recipe
-from wsol_eval.scoremaps import ScoreMaps
+from wsol_eval.scoremaps import ScoreMaps, as_maps
 from wsol_eval.sources import MemorySource
 from wsol_eval.sweep import best_iou_per_threshold, boxes_at_level, boxes_at_threshold
 from wsol_eval.train import fit, make_fabric, read_checkpoint
@@ -171,6 +171,14 @@ def test_half_precision_maps_become_float32_and_may_be_oblong(dtype):
     assert found.shape == (1, 3, 5) and found.dtype == torch.float32
     torch.testing.assert_close(found, resize_normalize(small, (3, 5)))
     assert resize_normalize(small.double(), 4).dtype == torch.float64
+
+
+def test_maps_of_one_size_and_kind_become_one_tensor():
+    same = as_maps([np.zeros((2, 3)), torch.ones(1, 2, 3, dtype=torch.float64)])
+    assert isinstance(same, torch.Tensor) and same.shape == (2, 2, 3) and same.sum() == 6
+    for other in (torch.ones(3, 2, dtype=torch.float64), torch.ones(2, 3)):
+        found = as_maps([np.zeros((2, 3)), other])
+        assert isinstance(found, list) and [each.shape for each in found] == [(2, 3), other.shape]
 
 
 def test_details_without_boxes_hold_the_number_of_images():
