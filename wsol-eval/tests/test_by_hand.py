@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from wsol_eval import BoxLocalization, bootstrap, paired, resize_normalize, train
-from wsol_eval.boxes import box_iou_inclusive, crop_boxes
+from wsol_eval.boxes import box_iou_inclusive, check_boxes, crop_boxes
 from wsol_eval.cutouts import make_split
 from wsol_eval.evaluate import Evaluator, Report
 from wsol_eval.recipe import Recipe
 from wsol_eval.scoremaps import ScoreMaps, as_maps
 from wsol_eval.sources import MemorySource
-from wsol_eval.sweep import best_iou_per_threshold, boxes_at_level, boxes_at_threshold
+from wsol_eval.sweep import best_iou_per_threshold, boxes_at_level, boxes_at_threshold, level_iou
 from wsol_eval.train import fit, make_fabric, read_checkpoint
 
 
@@ -38,6 +38,23 @@ def test_a_box_that_keeps_one_line_of_pixels_is_inside_the_crop():
 def test_a_map_out_of_range_is_named_as_the_argument(call):
     with pytest.raises(ValueError, match="^score_map: "):
         call(np.full((4, 4), 2.0))
+
+
+def test_boxes_are_whole_pixels_in_any_type():
+    found = check_boxes(np.array([[0.0, 1.0, 2.0, 3.0]]))
+    assert found.dtype == np.int64 and found.tolist() == [[0, 1, 2, 3]]
+    for wrong in ([[0.0, 1.5, 2, 3]], [[0.0, np.inf, 2, 3]], [[0.0, np.nan, 2, 3]]):
+        with pytest.raises(ValueError, match="^boxes: "):
+            check_boxes(np.array(wrong))
+
+
+def test_the_largest_map_has_32767_pixels_on_a_side():
+    line = np.zeros((1, 1, 32767), np.uint8)
+    line[:, :, 5:] = 200
+    whole = [np.array([[5, 0, 32766, 0]])]
+    assert level_iou(line, whole, convention="exact")[0, 100] == 1
+    with pytest.raises(ValueError, match="sides below 32,768 pixels were expected"):
+        level_iou(np.zeros((1, 1, 32768), np.uint8), whole)
 
 
 def test_a_level_without_pixels_gives_one_whole_number_box():
