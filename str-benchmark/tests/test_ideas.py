@@ -58,6 +58,15 @@ def test_a_beam_finds_what_the_best_path_misses():
     assert ctc_beam_search(log_probs, "a", beam=2)[0][0] == ("a", pytest.approx(math.log(0.64)))
 
 
+def test_the_narrowest_beam_and_the_best_classes_of_each_column():
+    log_probs = torch.tensor([[[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]]]).log()  # blank, a, b
+    assert ctc_beam_search(log_probs, "ab", beam=1) == [[("a", pytest.approx(math.log(0.5 * 0.5)))]]
+    assert ctc_beam_search(log_probs, "ab", per_column=1) == [[("a", pytest.approx(math.log(0.25)))]]
+    found = dict(ctc_beam_search(log_probs, "ab", per_column=2)[0])  # blank or a, then a or b
+    expected = {"a": 0.5 * 0.5 + 0.3 * 0.5, "b": 0.5 * 0.3, "ab": 0.3 * 0.3}
+    assert found == {text: pytest.approx(math.log(p)) for text, p in expected.items()}
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
 def test_greedy_drops_repeats_then_blanks(path):

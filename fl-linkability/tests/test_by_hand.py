@@ -1,0 +1,334 @@
+"""Few updates and scores with the answer that a pencil gives: splits, what the adversary reports, when a run saves."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fl_linkability import evaluate
+from fl_linkability.data.bundle import ANONYMOUS, PRIOR
+from fl_linkability.engines import simulate
+from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, user_resamples, weighted_ap
+from fl_linkability.features import cosine, device_means, leave_one_out
+from fl_linkability.federation import FedAvgConfig, Federation, Reply, load_checkpoint
+from fl_linkability.mitigations import Background, Mitigation
+from fl_linkability.models import MLP
+from fl_linkability.settings import Settings
+from fl_linkability.splits import split_closed, split_open, split_same_device
+from fl_linkability.store import UpdateStore
+from fl_linkability.train import LocalSGD, make_fabric, trained_state
+
+CPU = make_fabric("cpu")
+
+
+# ---- splits ----------------------------------------------------------------------------------------------
+
+
+def store_of(rows):
+    """Updates as (round, device, user, role)."""
+    store = UpdateStore({"fc": (0, 2)})
+    for number, device, user, role in rows:
+        store.append(np.full((1, 2), len(store) + 1.0), round=number, device=device, user=user, role=role, n_examples=1)
+    return store
+
+
+ROWS = [  # users 2, 5 and 7; the last has no prior device, and device 3 answers in the first rounds only
+    (0, 0, 2, PRIOR), (0, 1, 2, ANONYMOUS), (1, 2, 5, PRIOR), (1, 3, 5, ANONYMOUS),
+    (2, 4, 7, ANONYMOUS), (3, 1, 2, ANONYMOUS), (4, 0, 2, PRIOR), (4, 4, 7, ANONYMOUS),
+]  # fmt: skip
+
+
+def test_the_closed_world():
+    split = split_closed(store_of(ROWS))
+    assert split.aux.tolist() == [0, 2, 6] and split.aux_labels.tolist() == [0, 1, 0]
+    assert split.probe.tolist() == [1, 3, 5] and split.probe_labels.tolist() == [0, 1, 0]
+    assert split.known.tolist() == [2, 5]
+    early = split_closed(store_of(ROWS), (0, 4), (3, None))
+    assert early.aux.tolist() == [0, 2] and early.probe.tolist() == [5] and early.probe_labels.tolist() == [0]
+    with pytest.raises(ValueError, match="no update of an anonymous device of a known user"):
+        split_closed(store_of(ROWS), (0, None), (4, 5))
+
+
+def test_tracking_goes_from_the_first_rounds_to_the_others():
+    """Five rounds: 0 and 1 are known, 2 to 4 are probed; device 4 is not known, device 3 does not come again."""
+    split = split_same_device(store_of(ROWS))
+    assert split.aux.tolist() == [1, 3] and split.aux_labels.tolist() == [0, 1] and split.known.tolist() == [1, 3]
+    assert split.probe.tolist() == [5] and split.probe_labels.tolist() == [0]
+    with pytest.raises(ValueError, match="no anonymous device takes part in both halves"):
+        split_same_device(store_of(ROWS[:5]))
+
+
+def test_the_open_world():
+    """One of three users becomes unknown beside the one without a prior device, unless it is that one."""
+    seen = set()
+    for seed in range(12):
+        split = split_open(store_of(ROWS), 1 / 3, seed)
+        unknown = ({2, 5, 7} - set(split.known.tolist())) - {7}
+        seen.add(tuple(sorted(unknown)))
+        assert len(unknown) <= 1 and split.probe.tolist() == [1, 3, 4, 5, 7]
+        users = np.array([2, 5, 7, 2, 7])
+        expected = [split.known.tolist().index(user) if user in split.known else -1 for user in users]
+        assert split.probe_labels.tolist() == expected and 7 not in split.known
+        assert split.aux.tolist() == [row for row in (0, 2, 6) if ROWS[row][2] in split.known]
+        assert split.aux_labels.tolist() == [split.known.tolist().index(ROWS[row][2]) for row in split.aux]
+    assert seen == {(), (2,), (5,)}
+    two = [row for row in ROWS if row[2] != 7]
+    assert len(split_open(store_of(two), 0.01).known) == 1  # at least one is unknown
+
+
+# ---- features --------------------------------------------------------------------------------------------
+
+
+def test_features_by_hand():
+    centred = leave_one_out(np.array([[1.0, 0], [3, 6], [9, 9], [5, 0]]), np.array([4, 1, 4, 4]))
+    assert centred.tolist() == [[1 - 7, -4.5], [3, 6], [9 - 3, 9], [0, -4.5]]
+    means, ids = device_means(np.array([[1.0, 2], [5, 5], [3, 4]]), np.array([8, 3, 8]))
+    assert ids.tolist() == [3, 8] and means.tolist() == [[5, 5], [2, 3]]
+    found = cosine(np.array([[3.0, 4], [0, 0]]), np.array([[0.0, 2], [4, 3], [-3, -4]]))
+    np.testing.assert_allclose(found, [[0.8, 0.96, -1], [0, 0, 0]])
+
+
+# ---- the adversary ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adversary(monkeypatch):
+    """Three users of two devices; each device answers in the rounds 0 and 1."""
+    rows = [(number, device, device // 2, device % 2) for number in (0, 1) for device in range(6)]
+    return Adversary(store_of(rows), 3, 4, Settings(layers="all"))
+
+
+def given(monkeypatch, scores):
+    monkeypatch.setattr(Adversary, "scores", lambda self, split: np.array(scores, float))
+
+
+def test_reidentification_by_hand(adversary, monkeypatch):
+    """Probes of the users 0, 1, 2, 0, 1, 2: the fourth is taken for user 1, and the others are found."""
+    scores = [[9, 1, 1], [1, 8, 1], [1, 1, 9], [3, 7, 1], [1, 9, 2], [2, 1, 8]]
+    given(monkeypatch, scores)
+    metrics, details = adversary.reid()
+    ap = [1, (1 + 2 / 2) / 2, 1]  # user 0's probes are first and second; user 1's 9 and 8 lie above the 7
+    assert metrics["mAP_macro"] == pytest.approx(100 * np.mean(ap)) and metrics["top1"] == pytest.approx(500 / 6)
+    assert metrics["top5"] == 100 and metrics["known_users"] == 3 and metrics["auc_macro"] == 100
+    assert metrics["times_chance_ap"] == pytest.approx(3) and metrics["log2_times_chance"] == pytest.approx(
+        math.log2(3)
+    )
+    assert metrics["times_chance_top1"] == pytest.approx(2.5)
+    assert metrics["log2_top1"] == pytest.approx(math.log2(5 / 6))
+    assert metrics["floor"] < metrics["floor_q99"] <= 3
+    assert metrics["above_floor"] == pytest.approx(3 - metrics["floor_q99"])
+    assert metrics["AP_micro"] == pytest.approx(100 * (5 + 6 / 7) / 6)  # of all pairs only the 7 is wrong
+    assert details["users"] == {"ap": [1, 1, 1], "top1": [0.5, 1, 1], "probes": [2, 2, 2]}
+
+
+def test_a_user_without_probes_has_no_value_and_no_hit_at_all_has_a_logarithm(adversary, monkeypatch):
+    adversary.n_users = 5
+    given(monkeypatch, [[1, 2, 2], [2, 1, 2], [2, 2, 1]] * 2)
+    metrics, details = adversary.reid()
+    assert metrics["top1"] == 0 and metrics["log2_top1"] == pytest.approx(math.log2(0.5 / 6))
+    assert details["users"]["probes"] == [2, 2, 2, None, None] and details["users"]["ap"][3:] == [None, None]
+
+
+def test_the_controls_and_the_known_rounds(adversary):
+    plain = adversary.closed_split()
+    assert plain.aux.tolist() == [0, 2, 4, 6, 8, 10] and plain.probe.tolist() == [1, 3, 5, 7, 9, 11]
+    permutation = np.random.default_rng([4, 9]).permutation(3)
+    assert permutation.tolist() != [0, 1, 2]
+    for control, aux, probe in (
+        ("permuted-labels", permutation[[0, 1, 2] * 2], [0, 1, 2] * 2),
+        ("permuted-devices", [0, 1, 2] * 2, permutation[[0, 1, 2] * 2]),
+    ):
+        split = Adversary(adversary.store, 3, 4, Settings(control=control)).closed_split()
+        assert split.aux_labels.tolist() == list(aux) and split.probe_labels.tolist() == list(probe)
+    few = Adversary(adversary.store, 3, 4, Settings(deltas_per_user=1)).closed_split()
+    assert few.aux.tolist() == [0, 2, 4] and few.aux_labels.tolist() == [0, 1, 2] and len(few.probe) == 6
+    later = Adversary(adversary.store, 3, 4, Settings(aux_until=1)).closed_split()
+    assert later.aux.tolist() == [0, 2, 4] and later.probe.tolist() == [7, 9, 11]
+
+
+def test_all_devices_are_matched_by_their_means(adversary, monkeypatch):
+    """Devices 0 and 1, 2 and 3 point the same way; 4 and 5 do not, and 5 looks like 0."""
+    directions = np.array([[1, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [1, 0, 0.4]])
+    monkeypatch.setattr(Adversary, "features", np.concatenate([directions, directions]))
+    metrics, details = adversary.all_pairs()
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    scores = unit[::2] @ unit[1::2].T
+    ranked = np.argsort(-scores.ravel())
+    same = np.eye(3, dtype=bool).ravel()[ranked]
+    hits = np.cumsum(same) / np.arange(1, 10)
+    assert metrics["matching_ap"] == pytest.approx(100 * hits[same].mean())
+    assert metrics["times_prevalence"] == pytest.approx(3 * hits[same].mean()) and metrics["assigned"] == 100
+    above = sum(1 for i in np.flatnonzero(same) for j in np.flatnonzero(~same) if i < j)
+    assert metrics["matching_auc"] == pytest.approx(100 * above / 18)
+    assert metrics["tpr_at_1"] == pytest.approx(100 * np.cumprod(same).sum() / 3)
+    assert len(details["replicates"]["matching_ap"]) == evaluate.REPLICATES
+
+
+def test_the_protocol_gathers_all_measurements(adversary, monkeypatch):
+    perfect = 10 * np.eye(3)
+    monkeypatch.setattr(Adversary, "features", np.concatenate([np.repeat(np.eye(3), 2, 0)] * 2))
+    monkeypatch.setattr(Adversary, "scores", lambda self, split: perfect[:, : len(split.known)][_users(split, self)])
+    metrics, details = adversary.protocol()
+    assert metrics["mAP_macro"] == metrics["matching_ap"] == metrics["open_auroc"] == metrics["dir_at_10"] == 100
+    assert metrics["same_device_top1"] == 100
+    assert details["users"]["same_device_top1"] == [1, 1, 1] and details["users"]["same_device_probes"] == [1, 1, 1]
+    opened, more = adversary.open()
+    assert opened == {"open_auroc": 100, "dir_at_1": 100, "dir_at_10": 100}
+    assert set(more["replicates"]) == set(opened) and len(more["replicates"]["dir_at_1"]) == evaluate.REPLICATES
+
+
+def _users(split, adversary):
+    """The column of each probe's user or device; what is not known resembles nobody."""
+    wanted = split.probe_labels
+    return np.where(wanted < 0, 2, wanted) if len(split.known) < 3 else wanted
+
+
+def test_averages_of_utility():
+    points = [
+        {"user": 50.0, "population": 40.0, "by_user": [1.0, 2.0]},
+        {"user": 60.0, "population": 50.0, "by_user": [2.0, 4.005]},
+    ]
+    metrics, details = mean_utility(points)
+    assert metrics == {"user_accuracy": 55, "population_accuracy": 45} and details["user_accuracy"] == [1.5, 3.0]
+    del points[0]["by_user"]
+    assert mean_utility(points)[1] == {"user_accuracy": []}
+    assert math.isnan(macro_ap(np.ones((2, 2)), np.zeros((2, 2))))
+    scores = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.1, 0.2, 0.7]])
+    assert macro_ap(scores, np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])) == pytest.approx(
+        100 * ((1 / 2 + 2 / 3) / 2 + 1) / 2
+    )
+
+
+def test_resamples_of_users():
+    counts = user_resamples(5, 3, 50)
+    assert counts.shape == (50, 5) and (counts.sum(1) == 5).all() and 0 in counts and 2 in counts
+    assert (counts == user_resamples(5, 3, 50)).all() and (counts != user_resamples(5, 4, 50)).any()
+    assert len(user_resamples(5, 3)) == 200
+    same, scores = np.array([True, False, True, False]), np.array([4.0, 3, 2, 1])
+    assert weighted_ap(same, scores, np.array([1, 3, 1, 9])) == pytest.approx((1 + 2 / 5) / 2)
+    assert math.isnan(weighted_ap(same, scores, np.array([0, 3, 0, 9])))
+    assert math.isnan(weighted_ap(same, scores, np.array([1, 0, 1, 0])))
+
+
+# ---- the federation --------------------------------------------------------------------------------------
+
+
+def test_a_run_saves_every_so_many_rounds_and_at_its_end(bundle, tmp_path, monkeypatch):
+    saved, finished, save = [], [], Federation._save
+    monkeypatch.setattr(Federation, "_save", lambda self, *each: (saved.append(self.next_round), save(self, *each)))
+    config = FedAvgConfig(5, 3, LocalSGD(1, 8, 0.1))
+    points = lambda model, state: {"norm": 1.0}  # noqa: E731
+    options = {"evaluate": points, "evaluate_last": 2, "on_round": finished.append, "checkpoint_every": 2}
+    result = simulate(bundle, MLP, config, folder=tmp_path, **options)
+    assert saved == [2, 4, 5] and finished == [1, 2, 3, 4, 5] and len(result.utility) == 2
+    content = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert (content["round"], content["updates"], len(content["utility"]), content["faults"]) == (5, 15, 2, [])
+    assert set(content["run"]) == {"config", "data", "mitigation"} and len(content["raw_norms"]) > 0
+    simulate(bundle, MLP, config, **options)
+    assert len(saved) == 3
+
+
+def test_a_client_gets_no_store_and_nothing_that_cannot_be_sent(bundle):
+    federation = Federation(bundle, MLP(64, 8, 10), FedAvgConfig(2, 3), None, CPU)
+    federation.evaluate, federation.on_round = (lambda *each: {}), (lambda number: None)
+    client = federation.for_client()
+    assert client.store is None and client.evaluate is None and not hasattr(client, "fabric")
+    client.on_round(1)
+    pickle.dumps(client)
+    assert federation.store is not None and federation.evaluate is not None
+
+
+def test_the_devices_of_a_round_are_ascending_and_depend_on_seed_and_round(bundle):
+    federation = Federation(bundle, MLP(64, 8, 10), FedAvgConfig(2, 3, seed=6), None, CPU)
+    rounds = [federation.devices_of_round(number).tolist() for number in range(20)]
+    assert all(each == sorted(set(each)) and len(each) == 3 for each in rounds) and len(set(map(tuple, rounds))) > 5
+    expected = np.sort(np.random.default_rng([6, 0, 4, 0]).permutation(8)[:3])
+    assert rounds[4] == expected.tolist()
+    draws = {
+        stream: federation.rng(stream, 1, 2).random() for stream in ("devices", "order", "data", "update", "server")
+    }
+    assert len(set(draws.values())) == 5
+    assert federation.rng("order", 1, 2).random() != federation.rng("order", 2, 1).random()
+
+
+class Two(nn.Module):
+    """Two weights, and a running variance that is sent as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.register_buffer("running_var", torch.tensor([0.5]))
+
+
+def test_a_round_adds_the_weighted_mean_and_leaves_out_what_is_wrong(bundle):
+    federation = Federation(bundle, Two(), FedAvgConfig(9, 4, min_clients=2), None, CPU)
+    state = {"weight": torch.tensor([1.0, 2.0]), "running_var": torch.tensor([0.5])}
+    federation.like = {name: value.clone() for name, value in state.items()}
+    federation.kept = slice(None)
+    federation.store = UpdateStore({"weight": (0, 2), "running_var": (2, 3)})
+    replies = [
+        Reply(5, np.array([4.0, 0.0, -1.0], np.float32), 3, 2.5),
+        Reply(2, np.array([0.0, 8.0, -1.0], np.float32), 1),
+        Reply(7, np.array([np.nan, 0, 0], np.float32), 1),
+        Reply(1, error="no battery"),
+    ]
+    after = federation.finish_round(3, state, replies)
+    assert after["weight"].tolist() == [4, 4] and after["running_var"].tolist() == [0]  # never below 0
+    assert federation.store.column("device").tolist() == [2, 5] and federation.next_round == 4
+    assert federation.store.column("n_examples").tolist() == [1, 3] and federation.raw_norms == [2.5]
+    assert federation.store.column("round").tolist() == [3, 3]
+    assert federation.store.column("user").tolist() == [bundle.users.device_user[2], bundle.users.device_user[5]]
+    assert federation.faults == [
+        {"round": 3, "device": 1, "reason": "no battery"},
+        {"round": 3, "device": 7, "reason": "sent NaN or infinite values"},
+    ]
+    with pytest.raises(
+        RuntimeError, match="round 4: 1 of 1 updates are valid, min_clients is 2; last fault: {'round': 3"
+    ):
+        federation.finish_round(4, state, replies[:1])
+
+
+def test_faults_of_a_reply():
+    good = np.zeros(3, np.float32)
+    assert Reply(0, good, 1).fault(3) == ""
+    assert Reply(0, good, 0).fault(3) == "reports 0 examples"
+    assert Reply(0, good, 1).fault(4) == "sent an update of shape (3,), expected (4,)"
+    assert Reply(0).fault(3) == "sent no update" and Reply(0, good, 1, error="x").fault(3) == "x"
+    with pytest.raises(ValueError, match="min_clients must lie in 1 .. 3, got 0"):
+        FedAvgConfig(1, 3, min_clients=0)
+    assert FedAvgConfig(1, 3, min_clients=3).min_clients == 3
+    for rounds, clients in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=f"need at least 1 round and 1 client, got {rounds} and {clients}"):
+            FedAvgConfig(rounds, clients)
+
+
+def test_the_checkpoint_tells_mitigations_apart(bundle):
+    x, y = bundle.background.x, bundle.background.y
+    told = [
+        Federation(bundle, MLP(64, 8, 10), FedAvgConfig(2, 3), mitigation, CPU).run["mitigation"]
+        for mitigation in (None, Mitigation("both"), Background(x, y, "random", 0.5), Background(x, y, "repl", 0.5))
+    ]
+    assert len(set(told)) == 4 and told[0] == "[('Mitigation', {'who': 'anon', 'refresh': 'fixed'})]"
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    content = {"run": {"config": tmp_path}, "state": {}, "round": 0}  # unpickling calls a constructor
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="c.pt: cannot be read as a checkpoint .*eights only load failed"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_results_say_what_ran(bundle):
+    config = FedAvgConfig(2, 8, LocalSGD(1, 8, 0.1), seed=2)
+    result = simulate(bundle, MLP, config, evaluate=lambda model, state: {"a": 1}, evaluate_last=1)
+    model = MLP()
+    assert result.dimension == sum(v.numel() for v in trained_state(model).values()) == result.updates.delta.shape[1]
+    assert result.engine == {"name": "batched"} and result.utility == [{"a": 1}] and result.faults == []
+    assert result.final_state.keys() == model.state_dict().keys()
+    norms = np.linalg.norm(result.updates.delta[result.updates.column("role") == ANONYMOUS], axis=1)
+    assert result.raw_norm == pytest.approx(float(np.median(norms)), rel=1e-5)
+    nobody = simulate(bundle, MLP, FedAvgConfig(1, 8), evaluate_last=1)
+    assert nobody.utility == []
