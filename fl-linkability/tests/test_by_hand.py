@@ -164,6 +164,13 @@ def test_all_devices_are_matched_by_their_means(adversary, monkeypatch):
     above = sum(1 for i in np.flatnonzero(same) for j in np.flatnonzero(~same) if i < j)
     assert metrics["matching_auc"] == pytest.approx(100 * above / 18)
     assert metrics["tpr_at_1"] == pytest.approx(100 * np.cumprod(same).sum() / 3)
+    for number, count in enumerate(user_resamples(3, 4)):  # a pair of one user counts as often as the user is drawn
+        weight = np.where(np.eye(3, dtype=bool), count, np.outer(count, count)).ravel()[ranked]
+        precision = np.cumsum(weight * same) / np.maximum(np.cumsum(weight), 1)
+        drawn = (precision * weight)[same].sum() / weight[same].sum() if weight[~same].any() else None
+        for name, unit in (("matching_ap", 100), ("times_prevalence", 3)):
+            found = details["replicates"][name][number]
+            assert found is None if drawn is None else found == pytest.approx(unit * drawn, abs=0.005)
     assert len(details["replicates"]["matching_ap"]) == evaluate.REPLICATES
 
 
