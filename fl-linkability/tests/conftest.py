@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fl_linkability.data.styled import make_digits_users
+from fl_linkability.store import UpdateStore
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,20 @@ def own_cache(tmp_path, monkeypatch):
 def bundle():
     """Four users, eight devices of 12 images."""
     return make_digits_users(0, n_users=4, n_per_device=12, background_size=120)
+
+
+@pytest.fixture
+def store_of():
+    """Makes a store of updates given as (round, device, user, role)."""
+
+    def make(rows):
+        store = UpdateStore({"fc": (0, 2)})
+        for k, (number, device, user, role) in enumerate(rows, 1):
+            delta = np.full((1, 2), float(k))
+            store.append(delta, round=number, device=device, user=user, role=role, n_examples=1)
+        return store
+
+    return make
 
 
 @pytest.fixture

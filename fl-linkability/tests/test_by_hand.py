@@ -1,6 +1,5 @@
-"""Few updates and scores with the answer that a pencil gives: splits, what the adversary reports, when a run saves."""
+"""Few updates with the answer that a pencil gives: splits, features, mitigations, a round, when a run saves."""
 
-import math
 import pickle
 
 import numpy as np
@@ -8,15 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fl_linkability import evaluate
+from fl_linkability import privacy
 from fl_linkability.data.bundle import ANONYMOUS, PRIOR
 from fl_linkability.engines import simulate
-from fl_linkability.evaluate import Adversary, macro_ap, mean_utility, user_resamples, weighted_ap
 from fl_linkability.features import cosine, device_means, leave_one_out
 from fl_linkability.federation import FedAvgConfig, Federation, Reply, load_checkpoint
 from fl_linkability.mitigations import Background, Mitigation
 from fl_linkability.models import MLP
-from fl_linkability.settings import Settings
 from fl_linkability.splits import split_closed, split_open, split_same_device
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import LocalSGD, make_fabric, trained_state
@@ -27,21 +24,13 @@ CPU = make_fabric("cpu")
 # ---- splits ----------------------------------------------------------------------------------------------
 
 
-def store_of(rows):
-    """Updates as (round, device, user, role)."""
-    store = UpdateStore({"fc": (0, 2)})
-    for number, device, user, role in rows:
-        store.append(np.full((1, 2), len(store) + 1.0), round=number, device=device, user=user, role=role, n_examples=1)
-    return store
-
-
 ROWS = [  # users 2, 5 and 7; the last has no prior device, and device 3 answers in the first rounds only
     (0, 0, 2, PRIOR), (0, 1, 2, ANONYMOUS), (1, 2, 5, PRIOR), (1, 3, 5, ANONYMOUS),
     (2, 4, 7, ANONYMOUS), (3, 1, 2, ANONYMOUS), (4, 0, 2, PRIOR), (4, 4, 7, ANONYMOUS),
 ]  # fmt: skip
 
 
-def test_the_closed_world():
+def test_the_closed_world(store_of):
     split = split_closed(store_of(ROWS))
     assert split.aux.tolist() == [0, 2, 6] and split.aux_labels.tolist() == [0, 1, 0]
     assert split.probe.tolist() == [1, 3, 5] and split.probe_labels.tolist() == [0, 1, 0]
@@ -52,7 +41,7 @@ def test_the_closed_world():
         split_closed(store_of(ROWS), (0, None), (4, 5))
 
 
-def test_tracking_goes_from_the_first_rounds_to_the_others():
+def test_tracking_goes_from_the_first_rounds_to_the_others(store_of):
     """Five rounds: 0 and 1 are known, 2 to 4 are probed; device 4 is not known, device 3 does not come again."""
     split = split_same_device(store_of(ROWS))
     assert split.aux.tolist() == [1, 3] and split.aux_labels.tolist() == [0, 1] and split.known.tolist() == [1, 3]
@@ -61,7 +50,7 @@ def test_tracking_goes_from_the_first_rounds_to_the_others():
         split_same_device(store_of(ROWS[:5]))
 
 
-def test_the_open_world():
+def test_the_open_world(store_of):
     """One of three users becomes unknown beside the one without a prior device, unless it is that one."""
     seen = set()
     for seed in range(12):
@@ -75,6 +64,9 @@ def test_the_open_world():
         assert split.aux.tolist() == [row for row in (0, 2, 6) if ROWS[row][2] in split.known]
         assert split.aux_labels.tolist() == [split.known.tolist().index(ROWS[row][2]) for row in split.aux]
     assert seen == {(), (2,), (5,)}
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"unknown_fraction must lie in \(0, 1\), got {share}"):
+            split_open(store_of(ROWS), share)
     two = [row for row in ROWS if row[2] != 7]
     assert len(split_open(store_of(two), 0.01).known) == 1  # at least one is unknown
 
@@ -91,133 +83,29 @@ def test_features_by_hand():
     np.testing.assert_allclose(found, [[0.8, 0.96, -1], [0, 0, 0]])
 
 
-# ---- the adversary ---------------------------------------------------------------------------------------
+# ---- mitigations -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def adversary(monkeypatch):
-    """Three users of two devices; each device answers in the rounds 0 and 1."""
-    rows = [(number, device, device // 2, device % 2) for number in (0, 1) for device in range(6)]
-    return Adversary(store_of(rows), 3, 4, Settings(layers="all"))
+def test_every_sample_of_the_background_is_drawn_also_the_only_one_of_its_class():
+    x, y = torch.arange(1.0, 7)[:, None], torch.tensor([0, 0, 1, 1, 1, 2])
+    own, labels = torch.zeros(60, 1), torch.zeros(60, dtype=torch.int64)
+    for kind in ("repl", "random", "calibrated", "adversarial"):
+        background = Background(x, y, kind, 1.0)
+        drawn = torch.cat([background.prepare_data(own, labels, np.random.default_rng(seed))[0] for seed in range(9)])
+        expected = {1.0, 2, 3, 4, 5, 6} - ({1.0, 2} if kind == "calibrated" else set())
+        assert set(drawn[drawn > 0].tolist()) == expected
 
 
-def given(monkeypatch, scores):
-    monkeypatch.setattr(Adversary, "scores", lambda self, split: np.array(scores, float))
-
-
-def test_reidentification_by_hand(adversary, monkeypatch):
-    """Probes of the users 0, 1, 2, 0, 1, 2: the fourth is taken for user 1, and the others are found."""
-    scores = [[9, 1, 1], [1, 8, 1], [1, 1, 9], [3, 7, 1], [1, 9, 2], [2, 1, 8]]
-    given(monkeypatch, scores)
-    metrics, details = adversary.reid()
-    ap = [1, (1 + 2 / 2) / 2, 1]  # user 0's probes are first and second; user 1's 9 and 8 lie above the 7
-    assert metrics["mAP_macro"] == pytest.approx(100 * np.mean(ap)) and metrics["top1"] == pytest.approx(500 / 6)
-    assert metrics["top5"] == 100 and metrics["known_users"] == 3 and metrics["auc_macro"] == 100
-    assert metrics["times_chance_ap"] == pytest.approx(3) and metrics["log2_times_chance"] == pytest.approx(
-        math.log2(3)
-    )
-    assert metrics["times_chance_top1"] == pytest.approx(2.5)
-    assert metrics["log2_top1"] == pytest.approx(math.log2(5 / 6))
-    assert metrics["floor"] < metrics["floor_q99"] <= 3
-    assert metrics["above_floor"] == pytest.approx(3 - metrics["floor_q99"])
-    assert metrics["AP_micro"] == pytest.approx(100 * (5 + 6 / 7) / 6)  # of all pairs only the 7 is wrong
-    assert details["users"] == {"ap": [1, 1, 1], "top1": [0.5, 1, 1], "probes": [2, 2, 2]}
-
-
-def test_a_user_without_probes_has_no_value_and_no_hit_at_all_has_a_logarithm(adversary, monkeypatch):
-    adversary.n_users = 5
-    given(monkeypatch, [[1, 2, 2], [2, 1, 2], [2, 2, 1]] * 2)
-    metrics, details = adversary.reid()
-    assert metrics["top1"] == 0 and metrics["log2_top1"] == pytest.approx(math.log2(0.5 / 6))
-    assert details["users"]["probes"] == [2, 2, 2, None, None] and details["users"]["ap"][3:] == [None, None]
-
-
-def test_the_controls_and_the_known_rounds(adversary):
-    plain = adversary.closed_split()
-    assert plain.aux.tolist() == [0, 2, 4, 6, 8, 10] and plain.probe.tolist() == [1, 3, 5, 7, 9, 11]
-    permutation = np.random.default_rng([4, 9]).permutation(3)
-    assert permutation.tolist() != [0, 1, 2]
-    for control, aux, probe in (
-        ("permuted-labels", permutation[[0, 1, 2] * 2], [0, 1, 2] * 2),
-        ("permuted-devices", [0, 1, 2] * 2, permutation[[0, 1, 2] * 2]),
-    ):
-        split = Adversary(adversary.store, 3, 4, Settings(control=control)).closed_split()
-        assert split.aux_labels.tolist() == list(aux) and split.probe_labels.tolist() == list(probe)
-    few = Adversary(adversary.store, 3, 4, Settings(deltas_per_user=1)).closed_split()
-    assert few.aux.tolist() == [0, 2, 4] and few.aux_labels.tolist() == [0, 1, 2] and len(few.probe) == 6
-    later = Adversary(adversary.store, 3, 4, Settings(aux_until=1)).closed_split()
-    assert later.aux.tolist() == [0, 2, 4] and later.probe.tolist() == [7, 9, 11]
-
-
-def test_all_devices_are_matched_by_their_means(adversary, monkeypatch):
-    """Devices 0 and 1, 2 and 3 point the same way; 4 and 5 do not, and 5 looks like 0."""
-    directions = np.array([[1, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [1, 0, 0.4]])
-    monkeypatch.setattr(Adversary, "features", np.concatenate([directions, directions]))
-    metrics, details = adversary.all_pairs()
-    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    scores = unit[::2] @ unit[1::2].T
-    ranked = np.argsort(-scores.ravel())
-    same = np.eye(3, dtype=bool).ravel()[ranked]
-    hits = np.cumsum(same) / np.arange(1, 10)
-    assert metrics["matching_ap"] == pytest.approx(100 * hits[same].mean())
-    assert metrics["times_prevalence"] == pytest.approx(3 * hits[same].mean()) and metrics["assigned"] == 100
-    above = sum(1 for i in np.flatnonzero(same) for j in np.flatnonzero(~same) if i < j)
-    assert metrics["matching_auc"] == pytest.approx(100 * above / 18)
-    assert metrics["tpr_at_1"] == pytest.approx(100 * np.cumprod(same).sum() / 3)
-    for number, count in enumerate(user_resamples(3, 4)):  # a pair of one user counts as often as the user is drawn
-        weight = np.where(np.eye(3, dtype=bool), count, np.outer(count, count)).ravel()[ranked]
-        precision = np.cumsum(weight * same) / np.maximum(np.cumsum(weight), 1)
-        drawn = (precision * weight)[same].sum() / weight[same].sum() if weight[~same].any() else None
-        for name, unit in (("matching_ap", 100), ("times_prevalence", 3)):
-            found = details["replicates"][name][number]
-            assert found is None if drawn is None else found == pytest.approx(unit * drawn, abs=0.005)
-    assert len(details["replicates"]["matching_ap"]) == evaluate.REPLICATES
-
-
-def test_the_protocol_gathers_all_measurements(adversary, monkeypatch):
-    perfect = 10 * np.eye(3)
-    monkeypatch.setattr(Adversary, "features", np.concatenate([np.repeat(np.eye(3), 2, 0)] * 2))
-    monkeypatch.setattr(Adversary, "scores", lambda self, split: perfect[:, : len(split.known)][_users(split, self)])
-    metrics, details = adversary.protocol()
-    assert metrics["mAP_macro"] == metrics["matching_ap"] == metrics["open_auroc"] == metrics["dir_at_10"] == 100
-    assert metrics["same_device_top1"] == 100
-    assert details["users"]["same_device_top1"] == [1, 1, 1] and details["users"]["same_device_probes"] == [1, 1, 1]
-    opened, more = adversary.open()
-    assert opened == {"open_auroc": 100, "dir_at_1": 100, "dir_at_10": 100}
-    assert set(more["replicates"]) == set(opened) and len(more["replicates"]["dir_at_1"]) == evaluate.REPLICATES
-
-
-def _users(split, adversary):
-    """The column of each probe's user or device; what is not known resembles nobody."""
-    wanted = split.probe_labels
-    return np.where(wanted < 0, 2, wanted) if len(split.known) < 3 else wanted
-
-
-def test_averages_of_utility():
-    points = [
-        {"user": 50.0, "population": 40.0, "by_user": [1.0, 2.0]},
-        {"user": 60.0, "population": 50.0, "by_user": [2.0, 4.005]},
-    ]
-    metrics, details = mean_utility(points)
-    assert metrics == {"user_accuracy": 55, "population_accuracy": 45} and details["user_accuracy"] == [1.5, 3.0]
-    del points[0]["by_user"]
-    assert mean_utility(points)[1] == {"user_accuracy": []}
-    assert math.isnan(macro_ap(np.ones((2, 2)), np.zeros((2, 2))))
-    scores = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.1, 0.2, 0.7]])
-    assert macro_ap(scores, np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])) == pytest.approx(
-        100 * ((1 / 2 + 2 / 3) / 2 + 1) / 2
-    )
-
-
-def test_resamples_of_users():
-    counts = user_resamples(5, 3, 50)
-    assert counts.shape == (50, 5) and (counts.sum(1) == 5).all() and 0 in counts and 2 in counts
-    assert (counts == user_resamples(5, 3, 50)).all() and (counts != user_resamples(5, 4, 50)).any()
-    assert len(user_resamples(5, 3)) == 200
-    same, scores = np.array([True, False, True, False]), np.array([4.0, 3, 2, 1])
-    assert weighted_ap(same, scores, np.array([1, 3, 1, 9])) == pytest.approx((1 + 2 / 5) / 2)
-    assert math.isnan(weighted_ap(same, scores, np.array([0, 3, 0, 9])))
-    assert math.isnan(weighted_ap(same, scores, np.array([1, 0, 1, 0])))
+def test_clipping_and_its_accountant():
+    clipped = privacy.clip(np.array([3.0, 4.0], np.float32), 1.0)
+    assert clipped.dtype == np.float32 and clipped.tolist() == pytest.approx([0.6, 0.8])
+    for delta in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"delta must lie in \(0, 1\), got {delta}"):
+            privacy.gaussian_epsilon(1.0, 1, delta)
+    for epsilon in (0.01, 1.0, 40.0):
+        sigma = privacy.gaussian_sigma(epsilon, 1e-6, 3.0)
+        assert privacy.gaussian_delta(epsilon, 3 / sigma) == pytest.approx(1e-6, rel=1e-8)
+        assert privacy.gaussian_epsilon(sigma / 3, 1, 1e-6) == pytest.approx(epsilon, rel=1e-8)
 
 
 # ---- the federation --------------------------------------------------------------------------------------
