@@ -267,8 +267,9 @@ def mutants(root: Path = ROOT) -> str:
     if not path.exists():
         return NOT_MEASURED
     wanted = ", ".join(f"{kind} {target} %" for kind, target in TARGETS.items())
-    lines = []
-    for name, record in json.loads(path.read_text()).items():
+    records, lines = json.loads(path.read_text()), []
+    for name in (entry["name"] for entry in projects(root=root) if entry["name"] in records):
+        record = records[name]
         for module, found in record["modules"].items():
             harmless = sum(bool(reason) for reason in found["survivors"].values())
             met = "yes" if share(found) >= TARGETS[found["kind"]] else "no"

@@ -10,11 +10,11 @@ from torch import nn
 from fl_linkability import privacy
 from fl_linkability.data.bundle import ANONYMOUS, PRIOR
 from fl_linkability.engines import simulate
-from fl_linkability.features import cosine, device_means, leave_one_out
+from fl_linkability.features import cosine, device_means, leave_one_out, unit
 from fl_linkability.federation import FedAvgConfig, Federation, Reply, load_checkpoint
 from fl_linkability.mitigations import Background, Mitigation
 from fl_linkability.models import MLP
-from fl_linkability.splits import split_closed, split_open, split_same_device
+from fl_linkability.splits import balanced_pairs, split_closed, split_open, split_same_device
 from fl_linkability.store import UpdateStore
 from fl_linkability.train import LocalSGD, make_fabric, trained_state
 
@@ -74,7 +74,18 @@ def test_the_open_world(store_of):
 # ---- features --------------------------------------------------------------------------------------------
 
 
+def test_within_one_set_two_updates_of_a_user_make_a_pair_and_one_does_not():
+    users = np.array([4, 4, 6])
+    (same_a, other_a), (same_b, other_b) = balanced_pairs(users, users, 20, np.random.default_rng(0), one_set=True)
+    assert sorted(set(zip(same_a.tolist(), same_b.tolist(), strict=True))) == [(0, 1), (1, 0)]
+    assert (users[other_a] != users[other_b]).all()
+    with pytest.raises(ValueError, match="a user with two updates"):
+        balanced_pairs(users[1:], users[1:], 20, np.random.default_rng(0), one_set=True)
+
+
 def test_features_by_hand():
+    length = unit(np.array([[1.0, 2, 2]], np.float32))
+    assert length.dtype == np.float64 and np.abs(length - [[1 / 3, 2 / 3, 2 / 3]]).max() < 1e-15
     centred = leave_one_out(np.array([[1.0, 0], [3, 6], [9, 9], [5, 0]]), np.array([4, 1, 4, 4]))
     assert centred.tolist() == [[1 - 7, -4.5], [3, 6], [9 - 3, 9], [0, -4.5]]
     means, ids = device_means(np.array([[1.0, 2], [5, 5], [3, 4]]), np.array([8, 3, 8]))
@@ -214,6 +225,25 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="c.pt: cannot be read as a checkpoint .*eights only load failed"):
         load_checkpoint(tmp_path / "c.pt")
+
+
+class Plain(nn.Module):
+    """Without a form of its own for many clients."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("engine, network", [("loop", MLP), ("loop", Plain), ("batched", Plain)])
+def test_half_precision_changes_the_updates_a_little(bundle, engine, network):
+    config = FedAvgConfig(1, 3, LocalSGD(1, 8, 0.1))
+    whole, half = (simulate(bundle, network, config, engine=engine, fabric=make_fabric("cpu", each)).updates.delta
+                   for each in ("32-true", "bf16-mixed"))  # fmt: skip
+    assert half.dtype == np.float32 and 0 < np.abs(half - whole).max() < 0.1 * np.abs(whole).max()
 
 
 def test_results_say_what_ran(bundle):

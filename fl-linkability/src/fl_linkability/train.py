@@ -185,7 +185,7 @@ def train_batched(
         rows: (K, S, B), from `batch_table`.
         weights: (K, S, B).
         local: how clients train.
-        autocast: such as `fabric.autocast`.
+        autocast: such as `fabric.autocast`; gradients written out by a model (`stacked_gradients`) ignore it.
 
     Returns:
         updates (K, D), new minus old, and the loss before each step (K, S), NaN past a client's last step.
