@@ -92,6 +92,7 @@ def test_the_metrics_of_the_paper_s_sets(scored, tmp_path):
         "params_M": 2.5,
     }
     assert outcome.metrics == {name: pytest.approx(value) for name, value in expected.items()}
+    assert outcome.metrics["params_M"] == 2.5
     details = outcome.details
     assert details["n"] == {name: n for name, (n, *_) in COUNTS.items()} | {
         "total_accuracy": 52, "regular_accuracy": 28, "irregular_accuracy": 24, "in_distribution": 42,
