@@ -1,6 +1,7 @@
 """Few updates with the answer that a pencil gives: splits, features, mitigations, a round, when a run saves."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,32 @@ def test_a_round_adds_the_weighted_mean_and_leaves_out_what_is_wrong(bundle):
         federation.finish_round(4, state, replies[:1])
 
 
+def test_replies_of_two_ranks_are_gathered(bundle, monkeypatch):
+    """This rank has an update and a fault, the other one two updates: all in the ranks' order, with their facts."""
+    federation = Federation(bundle, MLP(), FedAvgConfig(2, 4), None, CPU)
+    size = sum(value.numel() for value in federation.like.values())
+    here = [Reply(3, np.full(size, 3, np.float32), 30, 0.3), Reply(5, error="no battery")]
+    there = [Reply(4, None, 40, 0.4), Reply(6, None, 60)]
+    assert federation._gather(here) is here
+    federation.fabric = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+
+    def all_gather_object(facts, mine):
+        assert all(reply.delta is None for reply in mine)
+        facts[:] = [mine, there]
+
+    def all_gather(everyone, mine):
+        assert mine.shape == (2, size) and mine[0].unique().item() == 3 and not mine[1].any()
+        everyone[0].copy_(mine)
+        everyone[1].copy_(torch.tensor([[4.0], [6.0]]).expand(2, size))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    found = federation._gather(here)
+    facts = [(r.device, r.n_examples, r.error, None if r.delta is None else r.delta[0].item()) for r in found]
+    assert facts == [(3, 30, "", 3), (5, 0, "no battery", None), (4, 40, "", 4), (6, 60, "", 6)]
+    assert [r.raw_norm for r in found[::2]] == [0.3, 0.4] and all(r.delta.shape == (size,) for r in found[2:])
+
+
 def test_faults_of_a_reply():
     good = np.zeros(3, np.float32)
     assert Reply(0, good, 1).fault(3) == ""
@@ -205,7 +232,7 @@ def test_faults_of_a_reply():
     assert Reply(0).fault(3) == "sent no update" and Reply(0, good, 1, error="x").fault(3) == "x"
     with pytest.raises(ValueError, match="min_clients must lie in 1 .. 3, got 0"):
         FedAvgConfig(1, 3, min_clients=0)
-    assert FedAvgConfig(1, 3, min_clients=3).min_clients == 3
+    assert FedAvgConfig(1, 3, min_clients=3).min_clients == 3 and FedAvgConfig(1, 1).clients_per_round == 1
     for rounds, clients in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match=f"need at least 1 round and 1 client, got {rounds} and {clients}"):
             FedAvgConfig(rounds, clients)
