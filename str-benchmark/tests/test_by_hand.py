@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from str_benchmark import scoring, train
+from str_benchmark import evaluation, scoring, train
+from str_benchmark.data.lmdb_store import LMDBDataset
 from str_benchmark.data.names import IRREGULAR, REGULAR
 from str_benchmark.evaluation import Reading, evaluate, latency_ms, per_word
 from str_benchmark.models import build_model
@@ -153,8 +154,6 @@ def test_the_time_of_an_image_is_the_median_of_warm_repeats(monkeypatch):
 
 def test_scores_of_two_sets_and_their_warnings(tmp_path, word_lmdb, caplog, monkeypatch):
     """Of five words the model reads "ab" everywhere: one right, one nearly, one without a test character."""
-    from str_benchmark.data.lmdb_store import LMDBDataset
-
     data = LMDBDataset(word_lmdb(tmp_path / "w", ["ab", "AB", "abcd", "!!", "x"]), "36", filter="off")
     model = build_model("None-VGG-None-CTC", output_channel=16)
     monkeypatch.setattr(
@@ -174,6 +173,16 @@ def test_scores_of_two_sets_and_their_warnings(tmp_path, word_lmdb, caplog, monk
     said = caplog.text
     assert "IC13_857: 1 labels have no test character; they count as not read" in said
     assert "IC13_857 has 5 words, expected 857: this is another set of the same name" in said and "plateau" not in said
+
+
+def test_words_are_compared_on_the_characters_asked_for_and_images_are_stretched(tmp_path, word_lmdb, monkeypatch):
+    data, pads, grouped = LMDBDataset(word_lmdb(tmp_path / "w", ["aB"]), "62", filter="off"), [], evaluation.grouped
+    monkeypatch.setattr(evaluation, "grouped", lambda *each: pads.append(each[2]) or grouped(*each))
+    monkeypatch.setattr(evaluation, "read_pixels", lambda model, pixels: (["aB"], [0.5], torch.zeros(1, 2, 3)))
+    model = build_model("None-VGG-None-CTC", charset="62", output_channel=16)
+    frame, _, _ = evaluate(model, {"x": [data]})
+    assert (frame.ned[0], frame.accuracy[0]) == (1, 1) and pads == [False]
+    assert evaluate(model, {"x": [data]}, test_charset="36", pad=True)[0].ned[0] == 1 and pads == [False, True]
 
 
 # ---- training --------------------------------------------------------------------------------------------
