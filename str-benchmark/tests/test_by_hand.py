@@ -175,13 +175,19 @@ def test_scores_of_two_sets_and_their_warnings(tmp_path, word_lmdb, caplog, monk
     assert "IC13_857 has 5 words, expected 857: this is another set of the same name" in said and "plateau" not in said
 
 
-def test_words_are_compared_on_the_characters_asked_for_and_images_are_stretched(tmp_path, word_lmdb, monkeypatch):
+def test_words_are_compared_on_the_characters_asked_for_and_images_are_stretched(
+    tmp_path, word_lmdb, monkeypatch, caplog
+):
+    """24 of 25 columns are blank, which is warned of."""
     data, pads, grouped = LMDBDataset(word_lmdb(tmp_path / "w", ["aB"]), "62", filter="off"), [], evaluation.grouped
+    probs = torch.zeros(1, 25, 3)
+    probs[0, 7, 2] = 1
     monkeypatch.setattr(evaluation, "grouped", lambda *each: pads.append(each[2]) or grouped(*each))
-    monkeypatch.setattr(evaluation, "read_pixels", lambda model, pixels: (["aB"], [0.5], torch.zeros(1, 2, 3)))
+    monkeypatch.setattr(evaluation, "read_pixels", lambda model, pixels: (["aB"], [0.5], probs))
     model = build_model("None-VGG-None-CTC", charset="62", output_channel=16)
     frame, _, _ = evaluate(model, {"x": [data]})
     assert (frame.ned[0], frame.accuracy[0]) == (1, 1) and pads == [False]
+    assert "x: 96.0 % of the columns are blank: CTC has not left its plateau" in caplog.text
     assert evaluate(model, {"x": [data]}, test_charset="36", pad=True)[0].ned[0] == 1 and pads == [False, True]
 
 
