@@ -26,7 +26,7 @@ from str_benchmark.metrics import (
     word_accuracy,
 )
 from str_benchmark.tokenizers import AttnTokenizer, CTCTokenizer
-from str_benchmark.tps import ThinPlateSpline, base_points, inverse_delta, lifted, pixel_centres
+from str_benchmark.tps import ThinPlateSpline, base_points, inverse_delta, lifted, pixel_centres, skewed_start
 
 # ---- decoding ------------------------------------------------------------------------------------------
 
@@ -124,6 +124,13 @@ def test_unknown_characters_may_be_dropped():
 
 
 # ---- TPS -----------------------------------------------------------------------------------------------
+
+
+def test_the_skewed_start_in_float64():
+    """Figure 6a of RARE: both rows of points fall from left to right, a unit apart."""
+    x, fall = np.linspace(-1, 1, 10), np.linspace(0, 1, 10)
+    expected = np.stack([np.concatenate([x, x]), np.concatenate([-fall, 1 - fall])], 1)
+    np.testing.assert_allclose(skewed_start(20).numpy(), expected, rtol=0, atol=1e-15)
 
 
 def test_the_spline_passes_through_its_points():
