@@ -90,6 +90,25 @@ def test_mad_starts_at_random_and_moves_away_from_the_clean_policy():
     assert victim.calls == 11
 
 
+def test_mad_climbs_the_divergence_from_the_clean_policy(victim):
+    """One step from the random start: the sign of the gradient of sum p log(p / q), p the clean softmax."""
+    x = 0.3 + 0.4 * torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+    found = attacks.mad(x, victim, eps=0.05, steps=1, generator=torch.Generator().manual_seed(0))
+    start = attacks.random_uniform(x, victim, eps=0.05, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    clean = victim.q(x).softmax(1)
+    (clean * (clean.log() - victim.q(start).log_softmax(1))).sum().backward()
+    torch.testing.assert_close(found, project(start + 0.125 * start.grad.sign(), x, 0.05).detach())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_noise_comes_from_its_generator(norm):
+    def draw(attack, seed):
+        return attack(X, None, eps=0.1, norm=norm, generator=torch.Generator().manual_seed(seed))
+
+    for attack in (attacks.random_uniform, attacks.random_sign):
+        assert torch.equal(draw(attack, 3), draw(attack, 3)) and not torch.equal(draw(attack, 3), draw(attack, 4))
+
+
 def test_noise_is_uniform_or_of_both_signs():
     x = torch.full((400, 1, 4, 4), 0.5)
     uniform = attacks.random_uniform(x, None, eps=0.2, generator=torch.Generator().manual_seed(0)) - x
@@ -156,6 +175,16 @@ def test_the_transformer_s_equation(norm):
     torch.testing.assert_close(atn.perturbation(x), step, rtol=1e-4, atol=1e-6)
     assert atn.arguments == {"obs_shape": [2, 10, 10], "eps": 0.05, "norm": norm, "width": 4, "background": 0.3}
     assert ATN((1, 35, 35), 0.1).body[2].out_features == 96 and hasattr(ATN((1, 36, 36), 0.1).body, "scene")
+
+
+def test_the_transformer_of_large_frames_layer_by_layer():
+    body = ATN((4, 84, 84), 0.05, width=8).body
+    assert [type(layer) for layer in body.detail] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.ConvTranspose2d]
+    assert [type(layer) for layer in body.scene[0]] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU]
+    rest = [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.Unflatten, nn.Upsample]
+    assert [type(layer) for layer in body.scene[1:]] == rest
+    assert body.scene[2].in_features == 8 * 9 * 9 and body.scene[2].out_features == 64
+    assert body.scene[4].out_features == 4 * 21 * 21 and body.detail[0].out_channels == body.detail[2].out_channels == 4
 
 
 def test_zones_by_hand():
@@ -246,3 +275,4 @@ def test_a_distiller_plays_as_the_critic_and_then_as_itself(victim, small):
     own = victim.q(atn(x)).argmax(1)
     assert torch.equal(learner.act(x, 9), critic(x).argmax(1)) and torch.equal(learner.act(x, 10), own)
     assert not torch.equal(own, critic(x).argmax(1)) and list(learner.modules) == ["q"]
+    assert not critic.training and not any(p.requires_grad for p in critic.parameters())

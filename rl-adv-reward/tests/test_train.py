@@ -1,6 +1,7 @@
 """The learners and their loop: losses by hand, kill and resume, when it ends."""
 
 import copy
+import os
 import signal
 import subprocess
 import sys
@@ -304,8 +305,12 @@ def test_device_and_precision_follow_the_machine(monkeypatch, capability, precis
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     make_fabric()
     assert made == {"accelerator": "cuda" if capability else "cpu", "devices": 1, "precision": precision}
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    make_fabric("cuda", "32-true")
+    assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
     make_fabric("cpu", "bf16-mixed")
     assert (made["accelerator"], made["precision"]) == ("cpu", "bf16-mixed")
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

@@ -149,6 +149,7 @@ def test_affine_points_give_an_affine_grid():
 
 
 def test_wrong_input_to_tps():
+    assert ThinPlateSpline(4, (1, 3))(base_points(4)[None].float()).shape == (1, 1, 3, 2)
     with pytest.raises(ValueError, match="an even number of 4 or more, got 5"):
         ThinPlateSpline(5, (8, 8))
     with pytest.raises(ValueError, match=r"expected \(B, 20, 2\), got \(1, 19, 2\)"):
