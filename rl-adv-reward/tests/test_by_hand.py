@@ -13,7 +13,7 @@ from rl_adv_reward.atn import ATN, perturbation_size, project
 from rl_adv_reward.learners import Distiller, QLearner
 from rl_adv_reward.models import mlp
 from rl_adv_reward.replay import Replay
-from rl_adv_reward.rewards import make_reward
+from rl_adv_reward.rewards import GoalZone, Zone, make_reward
 from rl_adv_reward.train import make_fabric
 
 SHAPE = (2, 10, 10)
@@ -51,10 +51,10 @@ def test_fgsm_lowers_the_greedy_action_s_value():
 
 
 def test_pgd_takes_steps_of_two_and_a_half_times_its_share():
-    """In four steps of 0.0625 from x the bound of 0.1 is reached after the second, and not left."""
-    for steps, expected in ((1, 0.1), (4, 0.1), (30, 0.1)):
-        moved = attacks.pgd(X, Linear(WEIGHTS), eps=0.1, steps=steps) - X
-        assert moved.abs().amax().item() == pytest.approx(expected, abs=1e-6)
+    """In four steps of 0.08 from x the bound of 0.13 is reached after the second, and not left."""
+    for steps in (1, 4, 30):
+        moved = attacks.pgd(X, Linear(WEIGHTS), eps=0.13, steps=steps) - X
+        assert moved.abs().amax().item() == pytest.approx(0.13, abs=1e-6)
     victim = Linear(WEIGHTS)
     attacks.pgd(X, victim, eps=0.1, steps=7)
     assert victim.calls == 8  # the greedy action, then a gradient per step
@@ -143,6 +143,8 @@ def test_an_attack_by_name_has_its_steps(name, options):
     extras = {"generator": torch.Generator(), "target": lambda x: torch.tensor([0, 1])}
     attacks.make_attack(name, eps=0.1, **options, **extras)(X, victim)
     assert victim.calls == (3 if name == "targeted-pgd" else 4)
+    attacks.make_attack(name, eps=0.1, **extras)(X, victim)
+    assert victim.calls == (13 if name == "targeted-pgd" else 15)
 
 
 def test_eight_bit_projection_by_hand():
@@ -185,6 +187,19 @@ def test_the_transformer_of_large_frames_layer_by_layer():
     assert [type(layer) for layer in body.scene[1:]] == rest
     assert body.scene[2].in_features == 8 * 9 * 9 and body.scene[2].out_features == 64
     assert body.scene[4].out_features == 4 * 21 * 21 and body.detail[0].out_channels == body.detail[2].out_channels == 4
+
+
+def test_a_zone_reads_the_ball_before_and_after_the_step_and_includes_its_ends():
+    seen = []
+
+    def position(*given):
+        seen.append(given)
+        return torch.tensor([0.2, 0.5, 0.51, math.nan])
+
+    obs, then, info = torch.zeros(4), torch.ones(4), {}
+    assert Zone(position, 0.2, 0.5)(obs, None, torch.zeros(4), None, then, info).tolist() == [1, 1, 0, 0]
+    assert GoalZone(position, 0.2, 0.5)(obs, None, torch.ones(4), None, then, info).tolist() == [1, 1, 0, 0]
+    assert all(each[0] is obs and each[1] is then and each[2] is info for each in seen) and len(seen) == 2
 
 
 def test_zones_by_hand():
