@@ -13,7 +13,7 @@ from rl_adv_reward.atn import ATN, perturbation_size, project
 from rl_adv_reward.learners import Distiller, QLearner
 from rl_adv_reward.models import mlp
 from rl_adv_reward.replay import Replay
-from rl_adv_reward.rewards import GoalZone, Zone, make_reward
+from rl_adv_reward.rewards import GoalZone, Zone, crossing, make_reward
 from rl_adv_reward.train import make_fabric
 
 SHAPE = (2, 10, 10)
@@ -200,6 +200,16 @@ def test_a_zone_reads_the_ball_before_and_after_the_step_and_includes_its_ends()
     assert Zone(position, 0.2, 0.5)(obs, None, torch.zeros(4), None, then, info).tolist() == [1, 1, 0, 0]
     assert GoalZone(position, 0.2, 0.5)(obs, None, torch.ones(4), None, then, info).tolist() == [1, 1, 0, 0]
     assert all(each[0] is obs and each[1] is then and each[2] is info for each in seen) and len(seen) == 2
+
+
+def test_a_zone_may_be_a_point_and_lies_on_the_line():
+    zone = make_reward("zone", "minipong", low=0.5, high=0.5)
+    assert (zone.low, zone.high) == (0.5, 0.5)
+    for low, high in ((0.5, 1.1), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match=f"expected 0 <= low <= high <= 1, got {low} and {high}"):
+            make_reward("zone", "minipong", low=low, high=high)
+    nowhere = crossing("breakout", torch.zeros(3, 4, 84, 84), torch.zeros(3, 4, 84, 84), {})
+    assert nowhere.shape == (3,) and nowhere.isnan().all()
 
 
 def test_zones_by_hand():

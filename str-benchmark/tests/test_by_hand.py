@@ -191,6 +191,23 @@ def test_words_are_compared_on_the_characters_asked_for_and_images_are_stretched
     assert evaluate(model, {"x": [data]}, test_charset="36", pad=True)[0].ned[0] == 1 and pads == [False, True]
 
 
+def test_two_ranks_share_a_set_and_get_all_of_it(tmp_path, word_lmdb, monkeypatch):
+    """This is rank 1, which reads the second and the fourth word; the other rank's readings are given."""
+    data, model = LMDBDataset(word_lmdb(tmp_path / "w", list("abcd")), "36", filter="off"), build_model(TINY.config)
+    monkeypatch.setattr(evaluation, "read_pixels", lambda model, pixels: (["x", "y"], [0.1, 0.2], torch.zeros(2, 4, 3)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    def all_gather_object(everyone, mine):
+        everyone[:] = [[([0, 2], ["p", "q"], ["a", "c"], [0.3, 0.4], [0.5, 0.5], ["broken"])], mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    found = evaluation.read(model, [data])
+    assert (found.texts, found.labels, found.written) == (list("pxqy"), list("abcd"), list("abcd"))
+    assert found.confidences == [0.3, 0.1, 0.4, 0.2] and found.broken == ["broken"] and found.blank_share == 0.75
+
+
 # ---- training --------------------------------------------------------------------------------------------
 
 

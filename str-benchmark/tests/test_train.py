@@ -148,6 +148,7 @@ def test_schedules():
     s = replace(TINY, steps=100, lr=0.5)
     rates = [learning_rate(s, step, 100) for step in range(100)]
     assert max(rates) == rates[9] == rates[10] == 0.5 and rates[0] == pytest.approx(0.05) and rates[-1] < 0.001
+    assert [learning_rate(s, step, 25) for step in (0, 1)] == [0.25, 0.5]  # a tenth of 25 steps are two
     assert learning_rate(PRESETS["paper"], 7, 100) == 1.0
 
 
