@@ -145,6 +145,7 @@ def killed_training(name, slow):
     learner = QLearner(mlp(SHAPE, 3), loop, CPU)
 
     def before(iteration):
+        assert iteration < loop.iterations, "the training goes on after its last iteration"
         if iteration > 60:
             time.sleep(slow)
 
@@ -169,7 +170,11 @@ def test_sigkill_and_continue_is_bit_equal(tmp_path):
 def train(loop, path=None, **options):
     torch.manual_seed(0)
     learner = QLearner(mlp(SHAPE, 3, 87 / 255), loop, CPU)
-    return learner, fit(learner, own_reward, loop, 0, CPU, checkpoint=path, **options)
+
+    def bounded(iteration):
+        assert iteration < loop.iterations, "the training goes on after its last iteration"
+
+    return learner, fit(learner, own_reward, loop, 0, CPU, checkpoint=path, before=bounded, **options)
 
 
 def test_a_checkpoint_of_another_run_or_damaged_is_refused(tmp_path, small):

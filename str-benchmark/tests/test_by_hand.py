@@ -208,6 +208,13 @@ def test_two_ranks_share_a_set_and_get_all_of_it(tmp_path, word_lmdb, monkeypatc
     assert found.confidences == [0.3, 0.1, 0.4, 0.2] and found.broken == ["broken"] and found.blank_share == 0.75
 
 
+def test_only_ctc_has_blanks(tmp_path, word_lmdb):
+    data = LMDBDataset(word_lmdb(tmp_path / "w", ["ab"]), "36", filter="off")
+    for name, has in (("None-VGG-None-CTC", True), ("None-VGG-None-Attn", False)):
+        model = build_model(name, output_channel=16, hidden_size=16)
+        assert (evaluation.read(model, [data]).blank_share is not None) == has
+
+
 # ---- training --------------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,8 @@ def test_confidences():
         (lambda: CTCTokenizer("aba"), "each character once, got 'a' 2 times"),
         (lambda: resolve_charset(""), "got an empty string"),
         (lambda: CTCTokenizer("ab").decode(torch.zeros(1, 2, 4)), r"expected \(B, T, 3\)"),
+        (lambda: CTCTokenizer("ab").decode(torch.zeros(2, 3)), r"\(B, T, K\) probs, got \(2, 3\) torch.float32"),
+        (lambda: CTCTokenizer("ab").decode(torch.zeros(1, 2, 3, dtype=torch.int64)), r"got \(1, 2, 3\) torch.int64"),
         (lambda: CTCTokenizer("ab").decode(torch.tensor([[3]])), "expected 0 .. 2, got 3 .. 3"),
         (lambda: ctc_beam_search(torch.zeros(1, 2, 3), "ab"), "columns that sum to 1"),
         (lambda: ctc_beam_search(torch.zeros(2, 3), "ab"), r"expected \(B, T, 3\)"),
