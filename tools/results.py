@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from machines import Machine, machines
 from mutants import FAULTS, TARGETS, share
 from shared_utils.benchmark import CAPTION, summary
-from shared_utils.report import NOT_MEASURED, Verdict, judge, values, verdicts
+from shared_utils.report import NOT_MEASURED, Verdict, judge, values
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Claim, Table, load_tables
 from workspace import ROOT, projects
@@ -40,6 +40,22 @@ class OfSeeds(RunLog):
 
     def records(self) -> list[dict]:
         return [record for record in self.log.records() if record["seed"] in self.seeds.get(record["table"], ())]
+
+
+def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
+    """Claims in order, each at every scale (except smoke) where it was measured, otherwise once as not measured.
+
+    Args:
+        table: the table with its claims.
+        logs: the committed runs of each scale, if any.
+    """
+    at_scales = [judge(table, scale, logs.get(scale)) for scale in table.scales if scale != "smoke"]
+    found = []
+    for claim in table.claims:
+        of_claim = [verdict for at_scale in at_scales for verdict in at_scale if verdict.claim == claim]
+        with_effect = [verdict for verdict in of_claim if verdict.effect is not None]
+        found += with_effect or of_claim[:1] or [Verdict(claim, "", NOT_MEASURED)]
+    return found
 
 
 class Project:

@@ -21,8 +21,8 @@ import jinja2
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
 
-from results import CommittedLog, benches, kill_drill, mutants, speed
-from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured, verdicts
+from results import CommittedLog, benches, kill_drill, mutants, speed, verdicts
+from shared_utils.report import NOT_MEASURED, Verdict, comparison, judge, measured
 from shared_utils.runlog import RunLog
 from shared_utils.tables import Row, Table, load_tables
 from workspace import ROOT, projects

@@ -43,17 +43,6 @@ def disk_space(folder: Path | str, megabytes: float) -> Need:
     return Need(f"{megabytes:,.0f} MB free in {folder} ({free:,.0f} MB are free)", "make room there", free >= megabytes)
 
 
-def device_memory(gigabytes: float) -> Need:
-    """Memory of the CUDA device, if there is one."""
-    import torch
-
-    what, remedy = f"{gigabytes:g} GB of device memory", "use a larger device or a smaller batch"
-    if not torch.cuda.is_available():
-        return Need(what, remedy, True)
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Need(f"{what} (this one has {total:.0f} GB)", remedy, total >= gigabytes)
-
-
 def unmet(needs: Iterable[Need]) -> list[str]:
     """One line for each different need that is not met."""
     return list(dict.fromkeys(f"{need.what}: {need.remedy}" for need in needs if not need.met))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,6 @@ def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
     found = measured(table, scale, log)
     claims = [claim for claim in table.claims if claim.scales is None or scale in claim.scales]
     return _holm([_judged(table, claim, scale, found) for claim in claims])
-
-
-def verdicts(table: Table, logs: Mapping[str, RunLog]) -> list[Verdict]:
-    """Claims in order, each at every scale (except smoke) where it was measured, otherwise once as not measured.
-
-    Args:
-        table: the table with its claims.
-        logs: the committed runs of each scale, if any.
-    """
-    at_scales = [judge(table, scale, logs.get(scale)) for scale in table.scales if scale != "smoke"]
-    found = []
-    for claim in table.claims:
-        of_claim = [verdict for at_scale in at_scales for verdict in at_scale if verdict.claim == claim]
-        with_effect = [verdict for verdict in of_claim if verdict.effect is not None]
-        found += with_effect or of_claim[:1] or [Verdict(claim, "", NOT_MEASURED)]
-    return found
 
 
 def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, dict[str, Any]]]) -> Verdict:
