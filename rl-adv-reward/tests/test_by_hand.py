@@ -250,6 +250,12 @@ def test_every_step_with_a_whole_return_is_drawn_and_no_other(steps, expected):
     assert torch.equal(batch.obs[:, 0, 0, 0].long(), newest - 10) and set((newest % 10).tolist()) == {0, 1}
 
 
+def test_a_single_step_is_the_default():
+    batch = filled().sample(50)
+    assert torch.equal(batch.returns, batch.action.float()) and (batch.discount == 1).all()
+    assert torch.equal(batch.next_obs[:, 1, 0, 0], batch.obs[:, 1, 0, 0] + 10)
+
+
 @pytest.mark.parametrize("padding, before", [("zero", 0), ("first", 40)])
 def test_stacks_begin_with_the_episode(padding, before):
     replay = filled(padding=padding)
