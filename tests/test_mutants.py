@@ -86,7 +86,10 @@ def test_the_page_says_which_modules_reach_the_target(tmp_path):
     modules |= {"train": {"kind": "training", "possible": 4, "planted": 4, "killed": 3, "survivors": {"d": ""}}}
     record = {"commit": "0123456789abcdef", "date": "2026-11-28", "mutmut": "3", "seconds": 1, "modules": modules}
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "mutants.json").write_text(json.dumps({"toy": record}))
+    (tmp_path / "results" / "mutants.json").write_text(json.dumps({"second": record, "toy": record}))
+    entries = [f'[[project]]\nname = "{name}"\nstatus = "built"\n' for name in ("toy", "unmeasured", "second")]
+    (tmp_path / "workspace.toml").write_text("\n".join(entries))
     text = " ".join(results.mutants(tmp_path).split())
     assert "| toy | rule (ideas) | 30 | 20 | 17 | 1 | 89 | no | 0123456789ab |" in text
     assert "| toy | train (training) | 4 | 4 | 3 | 0 | 75 | yes | 0123456789ab |" in text
+    assert text.index("| toy |") < text.index("| second |") and "unmeasured" not in text, "the workspace's order"
