@@ -251,6 +251,10 @@ def test_an_exact_claim_needs_no_interval(tmp_path):
         shorter = RunLog(tmp_path / f"{seeds}.jsonl")
         shorter.append(*(record for record in log.records() if record["seed"] < 20 + seeds))
         assert judge(table, "embedded", shorter)[1].verdict == "holds"
+    shorter.path.rename(tmp_path / "embedded.jsonl")
+    assert "(3 seeds)" in results_page("p", [table], tmp_path, "p run")
+    (tmp_path / "1.jsonl").rename(tmp_path / "embedded.jsonl")
+    assert "(1 seed)" in results_page("p", [table], tmp_path, "p run")
 
 
 @pytest.mark.parametrize(

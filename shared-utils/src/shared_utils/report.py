@@ -348,7 +348,7 @@ def _section(table: Table, scale: str, log: RunLog, command: str) -> str:
             wide[f"{metric}: {heads['published'] or 'published'}"] = lines.published.replace("", "–").to_numpy()
         wide[f"{metric}: {heads['measured'] or 'measured'}"] = lines.ours.to_numpy()
     seeds = sorted({len(each) for each in found.values()})
-    count = f"{' or '.join(map(str, seeds))} seeds" if seeds else NOT_MEASURED
+    count = f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'}" if seeds else NOT_MEASURED
     return f"{how} ({count})\n\n{wide.to_markdown(index=False, disable_numparse=True)}{claims}"
 
 
