@@ -72,9 +72,6 @@ def test_the_open_world(store_of):
     assert len(split_open(store_of(two), 0.01).known) == 1  # at least one is unknown
 
 
-# ---- features --------------------------------------------------------------------------------------------
-
-
 def test_within_one_set_two_updates_of_a_user_make_a_pair_and_one_does_not():
     users = np.array([4, 4, 6])
     (same_a, other_a), (same_b, other_b) = balanced_pairs(users, users, 20, np.random.default_rng(0), one_set=True)
@@ -82,6 +79,9 @@ def test_within_one_set_two_updates_of_a_user_make_a_pair_and_one_does_not():
     assert (users[other_a] != users[other_b]).all()
     with pytest.raises(ValueError, match="a user with two updates"):
         balanced_pairs(users[1:], users[1:], 20, np.random.default_rng(0), one_set=True)
+
+
+# ---- features --------------------------------------------------------------------------------------------
 
 
 def test_features_by_hand():

@@ -120,7 +120,7 @@ def test_jtt_trains_its_first_network_alone_and_never_again():
     assert not torch.equal(before[0], weights(f)) and torch.equal(before[1], weights(g))
 
 
-def test_biascon_adds_a_hundredth_of_the_batch_s_loss_to_the_contrast_of_two_views(monkeypatch):
+def test_biascon_adds_a_hundredth_of_the_batch_s_loss_to_the_contrast_of_two_views():
     """Its views are given pictures in [0, 1]; here each is the negative, as f must then see it in [-1, 1]."""
     method, (images, targets, index) = build_method(task(method="biascon")), batch()
     shown, losses = [], []
