@@ -1,4 +1,4 @@
-# PROJECT=<name> limits every target to one project; the list of projects is in workspace.toml.
+# PROJECT=<name> limits demo, test, tables, rehearse, bench, record, drill, mutants and alone to one project.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 PROJECT  ?=
@@ -50,7 +50,7 @@ rehearse: setup  ## run every table at paper scale, end to end, on tiny archives
 	printf '%s\n' $(EACH) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(MAKE) -s -C NAME rehearse
 
 campaign: setup  ## run what fits into MINUTES=, from the top of campaign.toml (or LIST=); the next campaign continues
-	.venv/bin/python tools/campaign.py --minutes $(MINUTES) $(if $(LIST),--list $(LIST))
+	.venv/bin/python tools/campaign.py --minutes $(or $(MINUTES),$(error say how long: make campaign MINUTES=60)) $(if $(LIST),--list $(LIST))
 
 gpucheck: setup  ## compare each training loop on CUDA in bf16 with float32 on the CPU; also resuming and evaluation
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 8 -m gpu */tests/test_cuda.py

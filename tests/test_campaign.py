@@ -27,11 +27,13 @@ name = "b"
 
 # Ten steps a run; the number of steps done is kept at an interrupt, and the metric is in how many pieces it was run.
 PROGRAM = """
-import json, sys, time
+import json, os, signal, sys, time
 from itertools import takewhile
 from pathlib import Path
 if Path("broken").exists():
     sys.exit("no such data set")
+if Path("killed").exists():
+    os.kill(os.getpid(), signal.SIGKILL)  # as when the memory is full
 rows = sys.argv[sys.argv.index("--rows") + 1:] if "--rows" in sys.argv else ["a", "b"]
 seeds = [int(each) for each in takewhile(str.isdigit, sys.argv[sys.argv.index("--seeds") + 1:])]
 log = Path("runs/paper.jsonl")
@@ -145,12 +147,19 @@ def test_a_unit_that_fails_is_told_and_the_rest_goes_on(root, capsys):
     assert capsys.readouterr().err.count("no such data set") >= 3
 
 
+def test_a_unit_that_somebody_else_kills_has_failed(root, capsys):
+    (root / "one" / "killed").touch()
+    assert campaign.campaign(entries(root, seeds=[20]), 60) == 1
+    out, err = capsys.readouterr()
+    assert "exit code -9" in err and "interrupted" not in out
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("project", "two", "'two'"),
-        ("scale", "papers", "papers"),
-        ("tables", ["table-9"], "table-9"),
+        ("project", "two", "campaign.toml, entry 1: no built project 'two'; built: one"),
+        ("scale", "papers", "has no table-1 at scale papers; tables at this scale: none"),
+        ("tables", ["table-9"], "has no table-9 at scale paper; tables at this scale: table-1"),
         ("hours", 1, "'hours'"),
         ("rows", ["c"], "'c'"),
     ],
@@ -158,6 +167,12 @@ def test_a_unit_that_fails_is_told_and_the_rest_goes_on(root, capsys):
 def test_a_list_with_a_mistake_is_refused(root, key, value, told):
     with pytest.raises(ValueError, match=told):
         entries(root, **{key: value})
+
+
+def test_a_list_that_lacks_something_is_refused(root):
+    (root / "mine.toml").write_text('[[entry]]\nproject = "one"\ntables = ["table-1"]\nscale = "paper"\nwhy = "x"\n')
+    with pytest.raises(ValueError, match="mine.toml, entry 1: minutes is missing"):
+        campaign.read_entries(root / "mine.toml", root)
 
 
 def test_the_list_of_this_workspace_names_what_exists():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import mutants  # noqa: E402
-import results  # noqa: E402
+import mutants
+import results
 
 RULE = """
 def clipped(x, low):

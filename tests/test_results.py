@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import machines  # noqa: E402
-import results  # noqa: E402
-from shared_utils.runlog import RunLog  # noqa: E402
-from shared_utils.tables import load_table  # noqa: E402
+import machines
+import results
+from shared_utils.runlog import RunLog
+from shared_utils.tables import load_table
 
 WORKSPACE = """
 [[project]]
@@ -75,6 +75,13 @@ def project(root):
 
 def test_a_claim_about_the_same_runs_counts_once_in_each_scale(root):
     assert results.counts(project(root)) == {"embedded": {"holds": 1}, "paper": {"not measured": 1}}
+
+
+def test_a_headline_that_no_table_claims_is_an_error(root):
+    path = root / "workspace.toml"
+    path.write_text(path.read_text().replace('claim = "a', 'claim = "not a'))
+    with pytest.raises(ValueError, match="workspace.toml: toy has no claim 'not a beats b' in table-1"):
+        results.overview_part(root)
 
 
 @pytest.mark.parametrize("table", ("table-1", "table-2"))

@@ -51,6 +51,15 @@ def test_built_project_is_whole(name):
     assert list((ROOT / name / "tests").glob("test_*.py"))
 
 
+@pytest.mark.parametrize("name", BUILT)
+def test_the_help_of_run_lists_the_scales_of_the_tables(name):
+    package = next(entry["package"] for entry in ENTRIES if entry["name"] == name)
+    source = (ROOT / name / "src" / package / "cli.py").read_text()
+    (listed,) = re.findall(r'scale: str = "embedded"\n    """(?:Scale to run: )?(smoke, .*)\."""', source)
+    tables = [tomllib.loads(path.read_text()) for path in (ROOT / name / "tables").glob("*.toml")]
+    assert set(re.split(r", | or ", listed)) == {scale for table in tables for scale in table["scale"]}
+
+
 def dependencies(name: str) -> dict[str, str]:
     listed = tomllib.loads((ROOT / name / "pyproject.toml").read_text())["project"]["dependencies"]
     return {re.split(r"[<>=!\[; ]", each)[0]: each for each in listed}

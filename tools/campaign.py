@@ -54,12 +54,14 @@ class Entry:
     def __post_init__(self) -> None:
         by_name = {each["name"]: each["package"] for each in projects(root=self.root)}
         if self.project not in by_name:
-            raise ValueError(f"campaign.toml: no built project {self.project!r}; built: {', '.join(by_name)}")
+            raise ValueError(f"no built project {self.project!r}; built: {', '.join(by_name)}")
         self.package = by_name[self.project]
         known = {each.id: each for each in load_tables(self.root / self.project / "tables")}
+        there = [name for name, table in known.items() if self.scale in table.scales]
         for name in self.tables:
-            if name not in known or self.scale not in known[name].scales:
-                raise ValueError(f"campaign.toml: {self.project} has no {name} at scale {self.scale}")
+            if name not in there:
+                found = ", ".join(there) or "none"
+                raise ValueError(f"{self.project} has no {name} at scale {self.scale}; tables at this scale: {found}")
         self.found = [known[name] for name in self.tables]
         self.seeds = self.seeds or list(self.found[0].scales[self.scale].seeds)
         self.runs(self.seeds)  # an unknown row is an error before anything runs
@@ -127,6 +129,8 @@ class Unit:
     runs: int = field(init=False)
     started: float = field(init=False)
     child: subprocess.Popen = field(init=False)
+    interrupted: bool = field(default=False, init=False)
+    """the campaign ended it at its limit"""
 
     def __post_init__(self) -> None:
         self.runs = len(self.entry.missing(self.seeds))
@@ -140,7 +144,7 @@ class Unit:
             self.entry.measured.append(seconds / self.runs)
             print(f"{self.entry.name(self.seeds)}: {self.runs} runs in {duration(seconds)}", flush=True)
             return False
-        if self.child.returncode in (-signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGINT):
+        if self.interrupted and self.child.returncode in (-signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGINT):
             print(f"{self.entry.name(self.seeds)}: interrupted at the limit; the next campaign resumes it")
             return False
         printed = self.entry.output.read_text(errors="replace")[-2000:]
@@ -149,13 +153,20 @@ class Unit:
 
 
 def read_entries(path: Path, root: Path = ROOT) -> list[Entry]:
-    """The entries, in order. ValueError for an unknown key, project, table or scale."""
-    known = ["project", "tables", "scale", "minutes", "why", "rows", "seeds", "together", "jobs"]
+    """The entries, in order. ValueError for a missing or unknown key, project, table or scale."""
+    needed = ["project", "tables", "scale", "minutes", "why"]
+    known = [*needed, "rows", "seeds", "together", "jobs"]
     entries = []
-    for body in tomllib.loads(path.read_text())["entry"]:
+    for number, body in enumerate(tomllib.loads(path.read_text()).get("entry", []), start=1):
+        where = f"{path.name}, entry {number}"
         if unknown := [key for key in body if key not in known]:
-            raise ValueError(f"{path.name}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
-        entries.append(Entry(**body, root=root))
+            raise ValueError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        if missing := [key for key in needed if key not in body]:
+            raise ValueError(f"{where}: {missing[0]} is missing")
+        try:
+            entries.append(Entry(**body, root=root))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     return entries
 
 
@@ -177,7 +188,7 @@ def campaign(entries: list[Entry], seconds: float) -> int:
                 print(f"{entry.name(seeds)}: left for a longer campaign ({duration(expected)})")
         time.sleep(POLL_SECONDS)
         if time.monotonic() > end:
-            _interrupt([unit.child for unit in running])
+            _interrupt(running)
         for unit in [unit for unit in running if unit.child.poll() is not None]:
             running.remove(unit)
             failed |= unit.ended()
@@ -185,16 +196,17 @@ def campaign(entries: list[Entry], seconds: float) -> int:
     return int(failed)
 
 
-def _interrupt(children: list[subprocess.Popen]) -> None:
-    for child in children:
-        child.send_signal(signal.SIGINT)
-    for child in children:
+def _interrupt(units: list[Unit]) -> None:
+    for unit in units:
+        unit.interrupted = True
+        unit.child.send_signal(signal.SIGINT)
+    for unit in units:
         try:
-            child.wait(GRACE_SECONDS)
+            unit.child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+                os.killpg(unit.child.pid, signal.SIGKILL)
+            unit.child.wait()
 
 
 def _show(entries: Iterable[Entry]) -> None:

@@ -99,7 +99,7 @@ def _torch(python: Path) -> Iterator[Finding]:
 
 
 def _data_sets(root: Path) -> Iterator[Finding]:
-    """Data sets that a user provides or downloads, searched where their project does."""
+    """Data sets that a user provides or downloads, looked for where their project looks."""
     for entry in _entries(root):
         data_root = Path(os.environ.get("DATA_ROOT") or Path.home() / ".cache" / entry["name"])
         for data in entry["datasets"]:

@@ -53,7 +53,7 @@ def mutate(
     Args:
         project: its folder.
         package: its package.
-        workers: processes at once.
+        workers: number of parallel processes.
         earlier: what this function returned for modules that are the same now: of these, only the faults that no test
             noticed and that have no reason are planted; the others keep their result.
 
@@ -169,7 +169,7 @@ def main(names: list[str], again: bool) -> None:
 
     Args:
         names: of projects.
-        again: only what no test noticed at the last time.
+        again: plant only the faults that no test noticed last time.
     """
     path = ROOT / "results" / "mutants.json"
     for entry in chosen(names):

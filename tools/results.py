@@ -73,12 +73,12 @@ class Project:
         if "headline" not in paper:
             return None
         asked = paper["headline"]
-        table = next(table for table in self.tables if table.id == asked["table"])
-        return table, next(
-            verdict
-            for verdict in verdicts(table, self.logs)
-            if verdict.claim.text == asked["claim"] and asked.get("scale", verdict.scale) == verdict.scale
-        )
+        for table in self.tables:
+            if table.id == asked["table"]:
+                for verdict in verdicts(table, self.logs):
+                    if verdict.claim.text == asked["claim"] and asked.get("scale", verdict.scale) == verdict.scale:
+                        return table, verdict
+        raise ValueError(f"workspace.toml: {self.name} has no claim {asked['claim']!r} in {asked['table']}")
 
     def judged(self) -> dict[str, list[tuple[Table, Verdict]]]:
         """By scale: each claim once, even if two tables make it about the same runs."""

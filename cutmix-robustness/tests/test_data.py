@@ -103,7 +103,7 @@ def test_corrupting_files(tmp_path, save_picture):
     assert ramp[0] < 10 and ramp[-1] > 245 and abs(ramp[32] - 128) < 12
     (tmp_path / "in" / "cut.jpg").write_bytes((tmp_path / "in" / "b.jpg").read_bytes()[:700])
     options = (tmp_path / "in", tmp_path / "more", ("fog",), (1,), "imagenet", 0)
-    with pytest.raises(BrokenFile, match="cut.jpg: .*; replace the file, or pass --skip-broken"):
+    with pytest.raises(BrokenFile, match="cut.jpg: .*; replace the file, or pass --skip-broken where"):
         corrupted.write_images(*options)
     assert corrupted.write_images(*options, skip_broken=True) == 4
     (tmp_path / "in" / "cut.jpg").unlink()

@@ -42,7 +42,7 @@ class OneWeight(nn.Module):
     def __init__(self, stop_after=None):
         super().__init__()
         self.weight, self.norm = nn.Parameter(torch.tensor(1.0)), nn.BatchNorm2d(3)
-        self.seen, self.stop_after = [], stop_after
+        self.seen, self.drawn, self.stop_after = [], [], stop_after
 
     def forward(self, images, targets=None):
         if targets is None:
@@ -53,6 +53,7 @@ class OneWeight(nn.Module):
         self.norm(torch.stack(images))
         values = [int(image[0, 0, 0]) for image in images]
         self.seen.append(values)
+        self.drawn.append(torch.rand(()).item())  # as torchvision's detectors sample anchors
         assert [target["boxes"][0, 3].item() - 4 for target in targets] == values
         assert [target["labels"].item() for target in targets] == [1 + value % 2 for value in values]
         return {"box": 3 * self.weight, "class": self.weight}
@@ -107,6 +108,7 @@ def test_a_stopped_training_goes_on_with_the_next_batch(tmp_path, stop):
     data = Pictures()
     fit(second, tmp_path / "c.pt", data)
     assert second.weight.item() == whole.weight.item() and first.seen + second.seen == whole.seen
+    assert first.drawn + second.drawn == whole.drawn and len(set(whole.drawn)) == 5
     assert data.epochs[0] == stop // 2
 
 

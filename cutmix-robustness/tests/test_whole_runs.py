@@ -158,6 +158,25 @@ def test_a_whole_run_on_cub(tmp_path, save_picture, small_network):
     assert "gt_known_localization" in execute(chosen, 0, data_root=tmp_path).metrics
 
 
+@pytest.mark.parametrize("augment", ["wsol", "imagenet", "none"])
+@pytest.mark.parametrize("width, height", [(400, 300), (300, 401)])
+def test_boxes_lie_where_the_transform_puts_their_pixels(tmp_path, augment, width, height):
+    root = tmp_path / "CUB_200_2011"
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[40:240, 60:270] = 255
+    (root / "images").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(root / "images" / name)
+    lines = {"images": ["a.png", "b.png"], "image_class_labels": ["1", "1"], "train_test_split": ["1", "0"]}
+    for file, content in (lines | {"bounding_boxes": ["60.0 40.0 210.0 200.0"] * 2}).items():
+        (root / f"{file}.txt").write_text("".join(f"{i + 1} {line}\n" for i, line in enumerate(content)))
+    _, test, boxes = imagenet.load_cub(root, augment, "cpu")
+    ((_, images, _),) = test.batches(0, 1)
+    rows, columns = (images[0, 0] > 127).nonzero().T.numpy()
+    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    np.testing.assert_allclose(boxes[0][0], found, atol=1)
+
+
 def test_a_run_of_broken_files_ends_or_says_what_it_skipped(tmp_path, write_image_folder, small_network):
     for part in ("train", "test"):
         write_image_folder(tmp_path / part, ["cat", "dog"], 4)

@@ -47,7 +47,7 @@ def test_every_table_at_smoke_scale_then_figures(project, capsys):
     out = capsys.readouterr().out
     lines = (project / "runs" / "smoke.jsonl").read_text().splitlines()
     assert len(lines) == sum(len(t.runs("smoke")) for t in tables() if "smoke" in t.scales)
-    assert all(len(line) < 20_000 for line in lines) and "P3. Closed-world re-identification" in out
+    assert all(len(line) < 20_000 for line in lines) and "Closed-world re-identification" in out
     run()
     assert (project / "runs" / "smoke.jsonl").read_text().splitlines() == lines
     cli.Run(("T7",), scale="smoke", dry_run=True)()

@@ -277,7 +277,7 @@ def test_verdicts(tmp_path):
         }
         log.append(record | {"metrics": metrics, "details": {"users": users}, "settings": run.settings})
     verdicts = {v.claim.text: v for v in claims.judge(table, "embedded", log)}
-    assert verdicts["Claim 12: without skew and style the attack is at the permuted-device floor"].verdict == "holds"
+    assert verdicts["Without skew and style the attack is at the permuted-device floor"].verdict == "holds"
     assert verdicts["Under IID replacement, too, the attack is at the permuted-device floor"].verdict == "fails"
-    assert verdicts["Claim 13: skew alone gives more than 10 times chance (top-1)"].verdict == "holds"
+    assert verdicts["Skew alone gives more than 10 times chance (top-1)"].verdict == "holds"
     assert {v.verdict for v in claims.judge(table, "embedded", RunLog(tmp_path / "none.jsonl"))} == {"not measured"}

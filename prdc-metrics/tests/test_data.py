@@ -164,6 +164,9 @@ def test_folder_images_look_as_in_a_viewer(tmp_path):
     save(tmp_path / "turned.jpg", RED, exif=exif)
     files = ImageFiles(tmp_path)
     assert (files[0] == 1).all() and files[1].shape == (3, 6, 4)
+    for item, name in zip(files, ("a.png", "turned.jpg"), strict=True):  # also an image of the user's own Dataset
+        with Image.open(tmp_path / name) as image:
+            assert torch.equal(as_rgb(image), item)
 
 
 def test_links_and_tiffs_count_and_hidden_files_do_not(tmp_path, caplog):

@@ -103,7 +103,7 @@ def test_the_record_holds_samples_and_where_they_come_from(project, capsys):
 
 def test_a_missing_peer_ends_before_anything_is_measured(project):
     measured = []
-    with pytest.raises(SystemExit, match=r"^shop: no-such-peer is missing; .*'\./shop\[bench\]'"):
+    with pytest.raises(SystemExit, match="^shop: no-such-peer is missing: pip install no-such-peer$"):
         report("shop", (measured.append(1) for _ in range(1)), project, ["no-such-peer"], {})
     assert not measured and not (project / "runs").exists()
 

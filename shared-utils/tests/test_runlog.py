@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +146,12 @@ def test_record_moves_once_and_only_from_a_clean_tree(tmp_path):
 
 def test_hash_ignores_key_order():
     assert settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1}) != settings_hash({"a": 1, "b": 3})
+
+
+def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = provenance(Path(__file__).parents[1])
+    assert found["commit"] is None and not found["clean"]
 
 
 def test_a_folder_inside_somebody_elses_repository_has_no_commit(tmp_path):

@@ -82,6 +82,9 @@ def test_settings_are_layered(table):
         ("{ error = 1.5 }", "{ eror = 1.5 }", "unknown metric 'eror'; did you mean 'error'"),
         ('than = "b"', 'than = "bb"', "unknown row 'bb'; did you mean 'b'"),
         ('name = "b"', 'name = "a"', "row 'a' is listed twice"),
+        ('name = "b"', "", "name is missing"),
+        ('text = "rises"', "", "text is missing"),
+        ("[scale.paper]", '[scale.paper]\nsettings_of = "table-2"', "unknown table in settings_of 'table-2'"),
         ("seeds = [20]", "seeds = []", "needs a list of different seeds"),
         ('trend = "rises"', 'trend = "up"', "needs better and than"),
     ],
@@ -91,6 +94,12 @@ def test_mistakes_are_named(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message) as error:
         load_table(tmp_path / "table-1.toml", ["size", "method"])
     assert "table-1.toml" in str(error.value)
+
+
+def test_a_table_without_a_title_is_named(tmp_path):
+    (tmp_path / "table-1.toml").write_text('source = "x"\n')
+    with pytest.raises(ValueError, match="table-1.toml: title is missing"):
+        load_table(tmp_path / "table-1.toml")
 
 
 def test_natural_order(tmp_path):
@@ -119,10 +128,24 @@ def test_verdicts_against(table, tmp_path):
     assert [v.verdict for v in judge(table, "embedded", log)] == ["fails", "fails", "undecided"]
 
 
-def test_equal_values_neither_rise_nor_fall(table, tmp_path):
-    log = fill(table, tmp_path / "flat", {row: [1, 1, 1] for row in "abc"})
-    verdict = judge(table, "embedded", log)[-1]
-    assert (verdict.claim.text, verdict.effect, verdict.verdict) == ("rises", 0.0, "fails")
+@pytest.mark.parametrize(
+    "first, second, third, effect, verdict",
+    [
+        (1, 1, 1, 0.0, "undecided"),  # equal values neither rise nor fall
+        (1, 2, 3, 1.0, "holds"),  # one of 6 orders in each of three seeds: p = 2 / 6^3
+        (3, 2, 1, -1.0, "fails"),
+        (1, 3, 2, 0.5, "undecided"),  # the same order in all seeds, but no trend
+    ],
+)
+def test_a_trend_is_judged_by_the_orders_of_the_rows(tmp_path, first, second, third, effect, verdict):
+    head, claims = TABLE.split("[[claim]]", 1)
+    (tmp_path / "table-1.toml").write_text(head + "[[claim]]" + claims.split("[[claim]]")[-1])
+    table = load_table(tmp_path / "table-1.toml")
+    log = fill(table, tmp_path / "embedded.jsonl", {"a": [first] * 3, "b": [second] * 3, "c": [third] * 3})
+    (found,) = judge(table, "embedded", log)
+    assert (found.effect, found.verdict) == (pytest.approx(effect), verdict)
+    if abs(effect) == 1:
+        assert found.p_value == pytest.approx(2 / 6**3)
 
 
 def test_every_seed_must_reach_the_bound_where_the_claim_says_so(table, tmp_path):

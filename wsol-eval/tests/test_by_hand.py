@@ -53,7 +53,7 @@ def test_the_largest_map_has_32767_pixels_on_a_side():
     line[:, :, 5:] = 200
     whole = [np.array([[5, 0, 32766, 0]])]
     assert level_iou(line, whole, convention="exact")[0, 100] == 1
-    with pytest.raises(ValueError, match="sides below 32,768 pixels were expected"):
+    with pytest.raises(ValueError, match="expected sides below 32,768 pixels"):
         level_iou(np.zeros((1, 1, 32768), np.uint8), whole)
 
 

@@ -112,7 +112,7 @@ def test_score_fits_maps_of_every_size_and_tells_errors_and_classes(wsol_eval, m
         np.save(path, np.random.default_rng(i).normal(size=(1, 7, 7)))
     shared = ["score", "--metadata-root", maps / "metadata", "--scoremap-root", tmp_path / "raw"]
     refused = wsol_eval(*shared)
-    assert refused.returncode == 2 and "a map of 224 x 224 was expected, got 7 x 7; pass --resize" in refused.stderr
+    assert refused.returncode == 2 and "expected a map of 224 x 224, got 7 x 7; pass --resize" in refused.stderr
     native = wsol_eval(*shared, "--native")
     assert native.returncode == 2 and "native map has its image's size, 90 x 100, got 7 x 7" in native.stderr
     result = json.loads(wsol_eval(*shared, "--resize", "--errors", "--per-class").stdout)

@@ -94,8 +94,8 @@ def test_sample_is_fixed_by_its_own_seed(birds):
 @pytest.mark.parametrize(
     "name,line,message",
     [
-        ("class_labels.txt", "a.jpg", "2 values were expected"),
-        ("class_labels.txt", "a.jpg,bird", "a whole number was expected, got 'bird'"),
+        ("class_labels.txt", "a.jpg", "expected 2 values"),
+        ("class_labels.txt", "a.jpg,bird", "expected a whole number, got 'bird'"),
         ("localization.txt", "a.jpg,1,2,3", "3 or 5 values"),
         ("localization.txt", "a.jpg,9,2,3,4", "x0 <= x1"),
         ("image_ids.txt", "a.jpg", "'a.jpg' is listed twice"),
@@ -253,7 +253,7 @@ def test_stored_maps_are_measured_as_in_memory(birds, tmp_path):
     small = {name: torch.rand(1, *metadata.image_sizes[name][::-1]) for name in metadata.image_ids}
     for name, each in small.items():
         ScoreMaps(tmp_path / "n").write([name], each)
-    with pytest.raises(ValueError, match="a map of 224 x 224 was expected"):
+    with pytest.raises(ValueError, match="expected a map of 224 x 224"):
         score_maps(ScoreMaps(tmp_path / "n"), metadata)
     for fit in ("native", "resize"):
         assert score_maps(ScoreMaps(tmp_path / "n"), metadata, Scoring(0.05, fit=fit)).n == 12

@@ -109,7 +109,7 @@ def search_at_every_threshold(score_map, boxes, taus, largest):
 
 
 def test_the_released_code_is_taken_from_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a clone of clovaai/wsolevaluation was expected"):
+    with pytest.raises(FileNotFoundError, match="expected a clone of clovaai/wsolevaluation"):
         released_evaluator(tmp_path)
     (tmp_path / "evaluation.py").write_text("import no_such_module")
     with pytest.raises(ValueError, match=r"evaluation\.py: cannot be imported \(No module named 'no_such_module'\)"):

@@ -80,7 +80,7 @@ def test_an_image_without_xml_and_an_xml_of_another_size_are_named(clones):
     with pytest.raises(ValueError, match=r"00002\.jpg: its annotation says \(9\d+, \d+\), the image has \(\d+, \d+\)"):
         split_metadata(clones)
     path.unlink()
-    with pytest.raises(ValueError, match=r"00002\.jpg: no box; .*annots/00002\.xml with one was expected"):
+    with pytest.raises(ValueError, match=r"00002\.jpg: it has no box; expected .*annots/00002\.xml with one"):
         split_metadata(clones)
 
 

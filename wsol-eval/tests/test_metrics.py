@@ -251,7 +251,7 @@ def test_ids_and_flags_must_be_consistent():
         metric.update(GOOD, BOX, image_ids=["b"])
     with pytest.raises(ValueError, match="image_ids: give it"):
         metric.update(GOOD, BOX, [True])
-    with pytest.raises(ValueError, match="1 booleans were expected"):
+    with pytest.raises(ValueError, match="expected 1 booleans"):
         metric.update(GOOD, BOX, [1], image_ids=["b"])
     with pytest.raises(ValueError, match="1 score maps, 2 entries of boxes"):
         metric.update(GOOD, BOX * 2, [True], image_ids=["b"])

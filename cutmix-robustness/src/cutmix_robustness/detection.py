@@ -19,6 +19,7 @@ from torchvision.models.detection.ssd import SSD
 
 from cutmix_robustness.data.sources import index_batches
 from cutmix_robustness.data.voc import CLASSES, TEST, TRAIN, VocImages, mean_average_precision
+from cutmix_robustness.draws import generator_for
 from cutmix_robustness.networks import Classifier, resnet_imagenet
 from cutmix_robustness.networks.resnet import ImageNetResNet
 from cutmix_robustness.settings import Settings
@@ -83,9 +84,7 @@ def build_detector(kind: str, resnet: ImageNetResNet, min_size: int = 600, **opt
     return FasterRCNN(backbone, len(CLASSES) + 1, min_size=min_size, max_size=1000, **options)
 
 
-def train_and_measure(
-    settings: Settings, seed: int, data_root: Path, fabric: Fabric, checkpoint: Path, every: int = 1000
-) -> Outcome:
+def train_and_measure(settings: Settings, seed: int, data_root: Path, fabric: Fabric, checkpoint: Path) -> Outcome:
     """Train a detector for `settings.steps` steps, resuming from the checkpoint if there is one, and measure its mAP.
 
     Raises:
@@ -97,7 +96,7 @@ def train_and_measure(
     path = data_root / settings.initial_weights
     load_network(Classifier(resnet, (0.0,) * 3, (1.0,) * 3), load_checkpoint(path)["network"], str(path))
     detector = build_detector(settings.detector, resnet, settings.detector_side)
-    fit_detector(detector, settings, train, seed, fabric, checkpoint, every)
+    fit_detector(detector, settings, train, seed, fabric, checkpoint)
     score = measure(detector, test, fabric)
     return Outcome({"voc07_map": score}, dataset={"train": train.record(), "test": test.record()})
 
@@ -131,6 +130,8 @@ def fit_detector(
         share = [batch[fabric.global_rank :: fabric.world_size].tolist() for batch in batches]
         for images, targets in DataLoader(data, batch_sampler=share, num_workers=_workers(), collate_fn=_lists):
             _training_mode(detector)
+            # the detector samples anchors with torch's generator: seeded by the step, a resumed run draws the same
+            torch.manual_seed(generator_for(seed, step).initial_seed())
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * 0.1 ** sum(step >= milestone for milestone in settings.milestones)
             images = [image.to(fabric.device) for image in images]

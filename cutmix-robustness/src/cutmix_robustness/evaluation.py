@@ -26,7 +26,7 @@ from cutmix_robustness.corruptions import CORRUPTIONS
 from cutmix_robustness.data.benchmark import Benchmark
 from cutmix_robustness.data.sources import Batches, stratified
 from cutmix_robustness.draws import generator_for
-from cutmix_robustness.localization import class_activation_map, localization_accuracy
+from cutmix_robustness.localization import box_accuracy, cam_box, class_activation_map
 from cutmix_robustness.occlusion import in_between, occlude
 from cutmix_robustness.uncertainty import (
     calibration,
@@ -344,14 +344,14 @@ class Evaluator:
             predicted = network.fc(features.mean((2, 3))).argmax(1)
             cam = class_activation_map(features, network.fc.weight, predicted)
             cam = F.interpolate(cam[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-            return {"cam": cam.half(), "right": predicted == labels}
+            boxes = [cam_box(each) for each in cam.cpu().numpy()]
+            return {"box": torch.tensor(boxes), "right": predicted == labels}
 
         if self.benchmark.boxes is None:
             raise ValueError(f"{self.benchmark.test.name} has no boxes, which the suite localization needs")
         with torch.no_grad():
             found = collect(self.benchmark.test, measure, self.fabric)
-        cams = found["cam"].float().numpy()
-        return Evaluation(localization_accuracy(cams, found["right"].numpy(), self.benchmark.boxes))
+        return Evaluation(box_accuracy(found["box"].numpy(), found["right"].numpy(), self.benchmark.boxes))
 
 
 def evaluate(

@@ -57,18 +57,22 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def localization_accuracy(
     cams: np.ndarray, correct: np.ndarray, boxes: list[np.ndarray], sigma: float = SIGMA
 ) -> dict[str, float]:
+    """`box_accuracy` of the boxes around maps (N, H, W) at the resolution of the true boxes; sigma: see `cam_box`."""
+    return box_accuracy(np.array([cam_box(cam, sigma) for cam in cams]), correct, boxes)
+
+
+def box_accuracy(found: np.ndarray, correct: np.ndarray, boxes: list[np.ndarray]) -> dict[str, float]:
     """Share of images, in %, whose class is right and whose box has an IoU above one half with a true one.
 
     Args:
-        cams: (N, H, W) maps at the resolution of the boxes.
+        found: (N, 4) a box per image, as (x0, y0, x1, y1).
         correct: (N,) whether the predicted class is right.
-        boxes: N arrays (n_i, 4) as (x0, y0, x1, y1); several boxes: the best counts.
-        sigma: see `cam_box`.
+        boxes: N arrays (n_i, 4) of true boxes; several boxes: the best counts.
 
     Returns:
         `localization_accuracy` as above and `gt_known_localization`, which counts the box alone.
     """
-    overlap = np.array([box_iou(np.array(cam_box(cam, sigma)), b).max() for cam, b in zip(cams, boxes, strict=True)])
+    overlap = np.array([box_iou(box, true).max() for box, true in zip(found, boxes, strict=True)])
     hit = overlap > 0.5
     return {
         "localization_accuracy": 100 * float((hit & np.asarray(correct, bool)).mean()),

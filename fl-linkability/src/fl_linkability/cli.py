@@ -55,7 +55,7 @@ class Run(DataOptions):
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-3; default: all tables with this scale."""
     scale: str = "embedded"
-    """smoke, embedded, mnist, head or paper."""
+    """smoke, embedded, mnist, femnist-like, head or paper."""
     rows: tuple[str, ...] = ()
     """Run only these rows."""
     seeds: tuple[int, ...] = ()

@@ -29,7 +29,7 @@ def identification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
         ValueError: wrong shapes, labels outside the columns, NaN scores.
     """
     scores, labels = _checked(scores, labels, lowest=0)
-    n, users = scores.shape
+    users = scores.shape[1]
     ap = np.diag(ap_by_group(scores, labels, users))
     present = ~np.isnan(ap)
     top1, top5 = (float(top_k_hits(scores, labels, k).mean()) for k in (1, 5))
@@ -75,16 +75,14 @@ def ap_by_group(scores: np.ndarray, groups: np.ndarray, n_groups: int) -> np.nda
     out = np.empty((scores.shape[1], n_groups))
     for column, values in enumerate(scores.T):
         rank = np.unique(values, return_inverse=True)[1]  # equal scores share a rank
-        above = _at_least(rank, n)
-        within = _at_least(groups.astype(np.int64) * n + rank, n * n_groups, groups, sizes)
+        above = _at_least(rank)
+        within = _at_least(groups.astype(np.int64) * n + rank, groups, sizes)
         with np.errstate(invalid="ignore"):
             out[column] = np.bincount(groups, within / above, n_groups) / sizes
     return out
 
 
-def _at_least(
-    key: np.ndarray, n_keys: int, groups: np.ndarray | None = None, sizes: np.ndarray | None = None
-) -> np.ndarray:
+def _at_least(key: np.ndarray, groups: np.ndarray | None = None, sizes: np.ndarray | None = None) -> np.ndarray:
     """How many keys (of the same group, if groups are given) are at least as large as each one, itself included."""
     order = np.sort(key)
     below = np.searchsorted(order, key, side="left")

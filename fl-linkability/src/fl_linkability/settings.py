@@ -34,7 +34,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One run; the defaults are the paper's protocol on digits users (protocol 8.1, preset paper-embedded)."""
+    """One run; the defaults are the paper's protocol on digits users (preset paper-embedded)."""
 
     dataset: str = "digits"
     """digits, mnist, femnist (LEAF), flair, blog, yelp, or pipa, openimages, csv: your table of images, users.csv"""

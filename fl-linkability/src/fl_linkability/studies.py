@@ -65,8 +65,9 @@ def open_matching(adversary: Adversary) -> tuple[dict, dict]:
     return {"matching_ap": 100 * float(ap), "seen_users": len(seen)}, {}
 
 
-def stage(adversary: Adversary, parts: int = 5) -> tuple[dict, dict]:
+def stage(adversary: Adversary) -> tuple[dict, dict]:
     """Figure 8: known updates of one fifth of the rounds against probes of another, times chance."""
+    parts = 5
     split, rounds = adversary.closed_split(), adversary.store.column("round")
     bounds = np.linspace(0, rounds.max() + 1, parts + 1)
     bucket = np.digitize(rounds, bounds[1:-1])

@@ -81,7 +81,7 @@ class Train(TrainedOn):
     output: Path = Path("hib-ndigit-mnist.pt")
     """File to write; the checkpoint is kept next to it."""
     scale: str = "embedded"
-    """Scale whose defaults to use: smoke, embedded, lenet, lenet-20k or paper."""
+    """Scale whose defaults to use: smoke, embedded, lenet or paper."""
     seed: int = 0
     """Seed of weights, batches, occluders and samples."""
     data_root: Path = field(default_factory=default_data_root)
@@ -235,7 +235,7 @@ class Inspect:
 
 @dataclass
 class Data:
-    """List which data are needed, where they are searched and what is there; with --output, write N-digit images."""
+    """List which data are needed, where they are looked for and what is there; with --output, write N-digit images."""
 
     action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
     """list; or verify, which reads every file completely."""

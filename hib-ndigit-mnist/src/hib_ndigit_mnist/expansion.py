@@ -3,7 +3,7 @@
 With sigmoid(b - x) ~ sum_j w_j exp(-x^2 / 2 t_j^2) for every x >= 0, the expectation over a Gaussian difference vector
 is a sum of Gaussian integrals, in any dimension and with any diagonal covariance. The largest deviation of the fit
 bounds the error of every probability. It costs about as much as 8 x 8 samples. The steeper the sigmoid (large b), the
-larger the error: 1e-6 is reached up to about b = 6, 1e-3 up to b = 15; `series.py` takes over from there.
+larger the error: 1e-6 is reached up to about b = 7, 1e-3 up to b = 15; `series.py` takes over from there.
 """
 
 from __future__ import annotations

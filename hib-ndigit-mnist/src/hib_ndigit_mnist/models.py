@@ -240,23 +240,20 @@ class ModelStack(nn.Module):
 
     Args:
         encoders: all of the same architecture.
-        a: initial slope.
-        b: initial offset.
     """
 
     template: Encoder
 
-    def __init__(self, encoders: Sequence[Encoder], a: float = 1.0, b: float = 1.0):
+    def __init__(self, encoders: Sequence[Encoder]):
         super().__init__()
         weights, buffers = stack_module_state(list(encoders))
         self.names = list(weights), list(buffers)
         self.weights = nn.ParameterList(nn.Parameter(w.detach()) for w in weights.values())
         for number, buffer in enumerate(buffers.values()):
             self.register_buffer(f"buffer_{number}", buffer)
-        self.match = MatchProbability(torch.full((len(encoders),), float(a)), torch.full((len(encoders),), float(b)))
-        object.__setattr__(
-            self, "template", copy.deepcopy(encoders[0]).to("meta")
-        )  # not a submodule: it has no weights
+        self.match = MatchProbability(torch.ones(len(encoders)), torch.ones(len(encoders)))
+        # without weights, so not a submodule
+        object.__setattr__(self, "template", copy.deepcopy(encoders[0]).to("meta"))
 
     def __len__(self) -> int:
         return len(self.match.b)

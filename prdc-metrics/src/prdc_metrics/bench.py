@@ -75,22 +75,25 @@ def in_chunks(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 8192) -> dict
 
 
 def _timings(repeats: int, threads: int) -> Iterator[Timing]:
-    one = threads
     for dim in (64, 512, 1024, 2048):
         size = f"{N:,} x {N:,} x {dim}"
         compare = partial(_compare, dim=dim, repeats=repeats)
         targets = {"cpu": ">= 5"} | ({"memory": ">= 10"} if dim == 64 else {})
-        yield from compare(f"four metrics, {size}", "PyPI prdc", ("prdc", one), ("pypi_prdc", one), targets=targets)
+        yield from compare(
+            f"four metrics, {size}", "PyPI prdc", ("prdc", threads), ("pypi_prdc", threads), targets=targets
+        )
         targets = {"cpu": ">= 1"}
-        yield from compare(f"four metrics, {size}", IN_CHUNKS, ("prdc", one), ("in_chunks", one), targets=targets)
-        what, sides = f"precision and recall, {size}", (("precision_recall", one), ("torch_fidelity", one))
+        yield from compare(
+            f"four metrics, {size}", IN_CHUNKS, ("prdc", threads), ("in_chunks", threads), targets=targets
+        )
+        what, sides = f"precision and recall, {size}", (("precision_recall", threads), ("torch_fidelity", threads))
         yield from compare(what, "torch-fidelity", *sides, targets=targets)
-        what, sides = f"kNN radii + coverage, {size}", (("radii_and_coverage", one), ("faiss", one))
+        what, sides = f"kNN radii + coverage, {size}", (("radii_and_coverage", threads), ("faiss", threads))
         yield from compare(what, "faiss, flat index", *sides, targets={"cpu": ">= 1.3"})
     compare = partial(_compare, dim=64, repeats=repeats)
     size = f"{N:,} x {N:,} x 64"
     yield from compare(
-        f"realism, {size}", "our four metrics", ("realism", one), ("prdc", one), targets={"cpu": ">= 1/1.5"}
+        f"realism, {size}", "our four metrics", ("realism", threads), ("prdc", threads), targets={"cpu": ">= 1/1.5"}
     )
     for dim in (64, 1024):
         what = f"four metrics, {N:,} x {N:,} x {dim}, two threads"

@@ -318,7 +318,7 @@ class Record:
 
 @dataclass
 class Bench:
-    """Speed and memory against PyPI prdc and faiss, one new process per measurement."""
+    """Speed and memory against PyPI prdc, faiss, torch-fidelity and plain PyTorch."""
 
     repeats: int = 5
     """Measurements per contender, taken in turn."""

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as F
 
 from prdc_metrics.feature_files import as_tensor
 from prdc_metrics.inception import resize_as_tensorflow
-from shared_utils.images import SUFFIXES, BrokenFile, image_files, read_image
+from shared_utils.images import SUFFIXES, BrokenFile, as_shown, image_files, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,7 @@ class Resize:
 
 
 def as_rgb(image: Image.Image | Tensor | np.ndarray) -> Tensor:
-    """One image -> (3, H, W) float32 in [0, 1].
-
-    PIL modes: 16-bit grey keeps its 16 bits (value / 65535); palettes are looked up; CMYK is converted; alpha
-    is dropped, not composited, as pytorch-fid and torch-fidelity do; EXIF orientation is ignored.
+    """One image -> (3, H, W) float32 in [0, 1]; a PIL image as `shared_utils.images.as_shown` converts it.
 
     Args:
         image: a PIL image, or a tensor or array (H, W), (1, H, W), (3, H, W), or (H, W, 3) when uint8;
@@ -70,12 +67,7 @@ def as_rgb(image: Image.Image | Tensor | np.ndarray) -> Tensor:
     """
     if not isinstance(image, Image.Image):
         return _rgb_stack(as_tensor(image)[None])[0]
-    if image.mode.startswith("I"):  # 16-bit PNG: "I;16" or, in older Pillow, "I"
-        grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
-        return grey.clamp(0, 1).expand(3, -1, -1)
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # a palette with transparency warns when converted to RGB in one step
-    return F.to_dtype(F.pil_to_tensor(image.convert("RGB")), torch.float32, scale=True)
+    return F.to_dtype(F.pil_to_tensor(as_shown(image)), torch.float32, scale=True)
 
 
 def _rgb_stack(images: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from prdc_metrics import metrics as core
 from prdc_metrics.schedule import Schedule
+from shared_utils.files import whole_file
 
 FORMAT = "1"
 
@@ -109,15 +108,8 @@ class RealManifold:
         tensors = {"features": self.features.cpu().contiguous(), "squared_radii": self.squared.cpu().contiguous()}
         meta = {"format": FORMAT, "ks": json.dumps(self.ks), "sha256": _checksum(tensors)}
         meta["origin"] = json.dumps(self.origin)
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=meta)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> RealManifold:

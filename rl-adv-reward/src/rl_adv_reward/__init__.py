@@ -20,7 +20,7 @@ _HOME = {
     "rewards": ("REWARDS", "AdversarialReward", "make_reward"),
     "settings": ("PRESETS", "Settings"),
 }
-__all__ = sorted(name for names in _HOME.values() for name in names)  # noqa: PLE0605
+__all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from rl_adv_reward.rewards import AdversarialReward, GoalZone, Zone, lose, make_
 from rl_adv_reward.settings import Loop, Settings
 from rl_adv_reward.store import exclusive, goal_code, place
 from rl_adv_reward.train import fit, logger, make_fabric, own_reward
+from shared_utils.files import whole_file
 from shared_utils.folders import project_folder, runs_folder
 from shared_utils.runlog import Outcome, RunLog, run_missing
 from shared_utils.seeding import seed_everything
@@ -316,9 +317,8 @@ class Subject:
                 keep_frames=keep_frames,
                 episode_steps=s.episode_steps,
             )
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found.to_json()))
-            temporary.replace(path)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(found.to_json()))
         return found
 
     def attack(self, name: str, target: str) -> Attack:

@@ -77,15 +77,17 @@ def read_images(
     return list(zip(read.texts, read.confidence, strict=True))
 
 
-def rotation_frame(checkpoint: Path, words: Path, angles: Sequence[float], device: str) -> pd.DataFrame:
+def rotation_frame(
+    checkpoint: Path, words: Path, angles: Sequence[float], device: str, dictionary: str | None = None
+) -> pd.DataFrame:
     """Accuracy by angle of a checkpoint on an LMDB; see `evaluate_rotation`."""
-    model = load_model(checkpoint, make_fabric(device))
+    model = load_model(checkpoint, make_fabric(device), dictionary)
     return evaluate_rotation(model, LmdbWords(words, model.cfg.img_size, model.cfg.in_channels), angles)
 
 
-def image_ratios(paths: Sequence[Path], checkpoint: Path) -> list[float]:
+def image_ratios(paths: Sequence[Path], checkpoint: Path, dictionary: str | None = None) -> list[float]:
     """Ratio r of every image file; see `aspect_ratios`."""
-    model = load_model(checkpoint, make_fabric("cpu"))
+    model = load_model(checkpoint, make_fabric("cpu"), dictionary)
     return aspect_ratios(model, load_images(paths, model)).tolist()
 
 

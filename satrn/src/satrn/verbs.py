@@ -118,18 +118,22 @@ class RotateCurve:
     """Word accuracy by angle of a checkpoint on an LMDB of upright words: CSV on stdout."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File written by `satrn train`."""
+    """Checkpoint of satrn or MMOCR."""
     words: tyro.conf.Positional[Path]
     """LMDB folder."""
     angles: tuple[float, ...] = tuple(range(0, 360, 30))
     """Degrees, anticlockwise."""
+    dictionary: Path | None = None
+    """File with an MMOCR checkpoint's characters, one per line; needed if their number does not identify them."""
     device: str = "auto"
     """Where to compute: auto, cpu or cuda."""
 
     def __call__(self) -> None:
         from satrn.predict import rotation_frame
 
-        print(rotation_frame(self.checkpoint, self.words, self.angles, self.device).to_csv(index=False), end="")
+        dictionary = read_characters(self.dictionary)
+        frame = rotation_frame(self.checkpoint, self.words, self.angles, self.device, dictionary)
+        print(frame.to_csv(index=False), end="")
 
 
 @dataclass
@@ -139,12 +143,15 @@ class Aspect:
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, one word each."""
     checkpoint: Path = Path("satrn.pt")
-    """File written by `satrn train`."""
+    """Checkpoint of satrn or MMOCR."""
+    dictionary: Path | None = None
+    """File with an MMOCR checkpoint's characters, one per line; needed if their number does not identify them."""
 
     def __call__(self) -> None:
         from satrn.predict import image_ratios
 
-        for image, ratio in zip(self.images, image_ratios(self.images, self.checkpoint), strict=True):
+        ratios = image_ratios(self.images, self.checkpoint, read_characters(self.dictionary))
+        for image, ratio in zip(self.images, ratios, strict=True):
             print(f"{image}\t{ratio:.4f}")
 
 

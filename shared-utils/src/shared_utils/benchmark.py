@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 import shlex
 import statistics
 import sys
@@ -25,12 +24,13 @@ from rich.markup import escape
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared_utils import runlog
+from shared_utils.files import whole_file
 from shared_utils.folders import is_installed, runs_folder
 from shared_utils.logging import console, progress
 
 SAMPLE_MS = 20.0  # shorter work is called several times per sample
 CAPTION = (
-    "ratio: how many times ours is faster or smaller, median (min .. max); a target of 1/1.4 allows ours 1.4 times "
+    "ratio: how many times faster or smaller ours is, median (min .. max); a target of 1/1.4 allows ours 1.4 times "
     "the peer's cost. ms: CPU time with one thread on a CPU, otherwise wall time; s: wall time"
 )
 
@@ -135,18 +135,15 @@ def report(
     source = runlog.provenance(root, packages)
     missing = [name for name in packages if name not in source["versions"]]
     if missing:
-        extra = f"pip install './{project}[bench]'"
-        raise SystemExit(f"{project}: {missing[0]} is missing; the extra `bench` installs it: {extra}")
+        raise SystemExit(f"{project}: {missing[0]} is missing: pip install {missing[0]}")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with progress() as bar:
         measured = [asdict(timing) for timing in bar.track(timings, description=f"{project} bench")]
     found = {"project": project, "started": started, "command": shlex.join([project, *sys.argv[1:]])}
     found |= source | {"threads": torch.get_num_threads(), "settings": settings, "timings": measured}
     path = runs_folder(root) / ("bench-cuda.json" if torch.cuda.is_available() else "bench.json")
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     print_summary(summary([path]))
 
 

@@ -28,7 +28,7 @@ def runs_folder(project: Path) -> Path:
 
 
 def results_folder(project: Path) -> Path:
-    """Where tables are drawn: results/ of the checkout, or a copy of the package's in the working directory."""
+    """Where tables are drawn: results/ of the checkout. For an installed package, copies its results/ to here first."""
     if not is_installed(project):
         return project / "results"
     return Path(shutil.copytree(project / "results", Path.cwd() / "results", dirs_exist_ok=True))

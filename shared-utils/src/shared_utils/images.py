@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+REMEDY = "replace the file, or pass --skip-broken where the command has it"
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -25,10 +26,7 @@ class BrokenFile(RuntimeError):
 
 
 def read_image(source: Path | str | BinaryIO, mode: Literal["RGB", "L"] = "RGB", name: str = "") -> Image.Image:
-    """Decode an image completely and convert it to 8-bit RGB or grey, as a viewer would show it.
-
-    EXIF orientation is applied, 16-bit values are scaled to 8 bits, transparent pixels are put on white, palettes and
-    CMYK are converted; of an animation, the first frame is used.
+    """Decode an image completely and convert it; see `as_shown`. Of an animation, the first frame is used.
 
     Args:
         source: a path or an open file.
@@ -43,25 +41,39 @@ def read_image(source: Path | str | BinaryIO, mode: Literal["RGB", "L"] = "RGB",
     try:
         with Image.open(source) as file:
             file.load()
-            return _eight_bit(ImageOps.exif_transpose(file), name).convert(mode)
+            return as_shown(file, mode, name)
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
-        raise BrokenFile(f"{name}: this is not an image; replace the file, or pass --skip-broken") from None
+        raise BrokenFile(f"{name}: this is not an image; {REMEDY}") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BrokenFile(f"{name}: {error}; replace the file, or pass --skip-broken") from None
+        raise BrokenFile(f"{name}: {error}; {REMEDY}") from None
+
+
+def as_shown(image: Image.Image, mode: Literal["RGB", "L"] = "RGB", name: str = "image") -> Image.Image:
+    """Convert an image to 8-bit RGB or grey, as a viewer would show it.
+
+    EXIF orientation is applied, 16-bit values are scaled to 8 bits, transparent pixels are put on white, palettes and
+    CMYK are converted.
+
+    Raises:
+        BrokenFile: grey values of more than 16 bits, or floating-point values outside [0, 1]; begins with `name`.
+    """
+    return _eight_bit(ImageOps.exif_transpose(image), name).convert(mode)
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
-            raise BrokenFile(f"{name}: grey values from {wide.min()} to {wide.max()}, expected 16 bits at most")
+            found = f"grey values from {wide.min()} to {wide.max()}, expected at most 16 bits"
+            raise BrokenFile(f"{name}: {found}; convert it, or {REMEDY}")
         return Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
-            raise BrokenFile(f"{name}: floating-point values from {values.min()} to {values.max()}, expected [0, 1]")
+            found = f"floating-point values from {values.min()} to {values.max()}, expected [0, 1]"
+            raise BrokenFile(f"{name}: {found}; scale them, or {REMEDY}")
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.has_transparency_data:
         opaque = image.convert("RGBA")

@@ -82,7 +82,8 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
         sources = [str(copy / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(sources),
-            "DATA_ROOT": str(Path(folder) / "tiny archives, größer nicht"),
+            # users' paths have spaces, commas and umlauts
+            "DATA_ROOT": str(Path(folder) / "tiny archives, groß"),
         }
         figures = sorted(path.stem for path in (project / "results" / "figures").glob("*.png"))
         orders = {"tables": list(tables), "impossible": plan.get("impossible", {}), "figures": figures, "debug": debug}

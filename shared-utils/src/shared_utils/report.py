@@ -35,7 +35,7 @@ class Verdict:
     remark: str = ""
     """caveats of the claim's runs, and what Holm's correction changed"""
     p_value: float = 1.0
-    """two-sided, for the nearest bound"""
+    """two-sided: of a t test for the nearest bound, or of Page's test for a trend"""
 
     @property
     def figures(self) -> str:
@@ -96,7 +96,7 @@ def judge(table: Table, scale: str, log: RunLog | None) -> list[Verdict]:
 
 
 def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, dict[str, Any]]]) -> Verdict:
-    """The verdict on a claim by itself, and the p-value at which it would become undecided."""
+    """The verdict on a claim by itself, before Holm's correction."""
     by_row = {row: _sample(found, row, claim.metric) for row in claim.named_rows}
     seeds = sorted(set.intersection(*map(set, by_row.values())))
     if not seeds:
@@ -125,11 +125,14 @@ def _judged(table: Table, claim: Claim, scale: str, found: dict[str, dict[int, d
     reached = (effect > low_bound if open_below else effect >= low_bound - rounding) & (effect <= high_bound + rounding)
     records = [found[row][seed] for row in by_row for seed in seeds]
     remark = "; ".join(dict.fromkeys(caveat for record in records for caveat in record.get("caveats", ())))
-    if claim.exact or half == 0 or (claim.every_seed and not reached.all()):
+    if claim.exact or (half == 0 and not claim.trend) or (claim.every_seed and not reached.all()):
         verdict, p_value = ("holds" if reached.all() else "fails"), 0.0
         low, high = (float(effect.min()), float(effect.max())) if claim.exact else (low, high)
     elif len(seeds) < 2:
         verdict, p_value = "undecided", 1.0
+    elif claim.trend:
+        verdict = "holds" if mean > 0 else "fails"
+        p_value = 2 * float(stats.page_trend_test(sign * order if mean > 0 else -sign * order).pvalue)
     else:
         inside = min(mean - low_bound, high_bound - mean)
         verdict = "holds" if inside > 0 else "fails"

@@ -118,7 +118,10 @@ def provenance(repository: Path, packages: Sequence[str] = ()) -> dict[str, Any]
     """
 
     def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True)
+        except FileNotFoundError:  # git is not installed
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     cuda = torch.cuda.is_available()

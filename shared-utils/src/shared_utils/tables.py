@@ -147,7 +147,7 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
     """Read and check one table file.
 
     Raises:
-        ValueError: an unknown key, row, scale, metric or setting; names the file and the nearest valid name.
+        ValueError: a missing or unknown key, row, scale, metric or setting; names the file and the nearest valid name.
     """
     where = Path(path).name
     try:
@@ -155,6 +155,7 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where}: {error}") from error
     _known(where, "key", raw, ["title", "source", "metrics", "scale", "row", "claim", "note", "published_on"])
+    _needed(where, raw, ["title", "source", "metrics", "scale", "row"])
     metrics = raw["metrics"]
     for name, direction in metrics.items():
         _known(where, f"direction of {name}", [direction], DIRECTIONS)
@@ -175,7 +176,9 @@ def load_table(path: Path, setting_names: Iterable[str] | None = None) -> Table:
 def _scale(path: Path, name: str, body: dict, settings: list[str] | None) -> Scale:
     where = path.name
     if "settings_of" in body:
-        other = tomllib.loads(path.with_name(body.pop("settings_of") + path.suffix).read_text())["scale"]
+        source = path.with_name(body.pop("settings_of") + path.suffix)
+        _known(where, "table in settings_of", [source.stem], [each.stem for each in path.parent.glob("*.toml")])
+        other = tomllib.loads(source.read_text())["scale"]
         _known(where, "scale", [name], other)
         own = ("seeds", "expected_seconds", "measured_on")
         body = {key: value for key, value in other[name].items() if key not in own} | body
@@ -193,6 +196,7 @@ def _row(
     overrides = {name: body.pop(name) for name in scales if name in body}
     keys = ["name", "published", "published_error", "run", "runs_of", "scales"]
     _known(where, "key of a row", body, [*keys, *scales])
+    _needed(where, body, ["name"])
     _known(where, "metric", body.get("published", {}), metrics)
     _known(where, "published metric", body.get("published_error", {}), body.get("published", {}))
     _known(where, "scale", body.get("scales", []), scales)
@@ -215,6 +219,7 @@ def _claim(where: str, body: dict, scales: dict, metrics: dict, rows: list[str])
     for name in ("rows", "scales"):
         if name in body:
             body[name] = tuple(body[name])
+    _needed(where, body, ["text", "metric"])
     claim = Claim(**body)
     _known(where, "metric", [claim.metric], metrics)
     _known(where, "row", claim.named_rows, rows)
@@ -229,6 +234,11 @@ def _claim(where: str, body: dict, scales: dict, metrics: dict, rows: list[str])
             f"{where}: claim {claim.text!r} needs better and than, or row with a bound, or rows with a trend"
         )
     return claim
+
+
+def _needed(where: str, given: dict, keys: list[str]) -> None:
+    if missing := [key for key in keys if key not in given]:
+        raise ValueError(f"{where}: {missing[0]} is missing")
 
 
 def _known(where: str, what: str, given: Iterable[str], valid: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ class Run:
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """Table ids such as table-8; default: all tables with this scale."""
     scale: str = "embedded"
-    """smoke, embedded, rendered or paper."""
+    """smoke, embedded, rendered, icdar2003 or paper."""
     rows: tuple[str, ...] = ()
     """Run only these rows."""
     seeds: tuple[int, ...] = ()

@@ -72,7 +72,7 @@ class ThinPlateSpline(nn.Module):
         self.register_buffer("inv_delta_C", inverse_delta(points).float(), persistent=False)
         self.register_buffer("P_hat", lifted(pixel_centres(*size), points).float(), persistent=False)
 
-    def forward(self, C_prime: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, C_prime: Tensor) -> Tensor:
         """Grid (B, height, width, 2) float32 for `grid_sample`, from fiducial points C' (B, F, 2) of the input."""
         if C_prime.ndim != 3 or C_prime.shape[1:] != (self.num_fiducial, 2):
             raise ValueError(f"C_prime: expected (B, {self.num_fiducial}, 2), got {tuple(C_prime.shape)}")
@@ -81,7 +81,7 @@ class ThinPlateSpline(nn.Module):
             transform = self.inv_delta_C @ padded  # T, (B, F+3, 2)
             return (self.P_hat @ transform).reshape(-1, *self.size, 2)
 
-    def rectify(self, images: Tensor, C_prime: Tensor) -> Tensor:  # noqa: N803
+    def rectify(self, images: Tensor, C_prime: Tensor) -> Tensor:
         """Images (B, C, H, W) resampled to (B, C, *size): bilinear, border padding, align_corners.
 
         Base points as C' are not an exact identity: P lies on pixel centres, while align_corners puts -1 and 1 on the

@@ -54,7 +54,7 @@ def run(repeats: int, threads: int, reference: Path | None = None) -> None:
 def released_evaluator(folder: Path) -> ModuleType:
     """The module evaluation.py of a clone. FileNotFoundError, or ValueError where it cannot be imported."""
     if not (folder / "evaluation.py").is_file():
-        raise FileNotFoundError(f"{folder}: a clone of clovaai/wsolevaluation was expected, it has no evaluation.py")
+        raise FileNotFoundError(f"{folder}: expected a clone of clovaai/wsolevaluation, found no evaluation.py")
     sys.path.insert(0, str(folder))
     if not hasattr(np, "float"):
         np.float = float  # type: ignore[attr-defined]  # its name before NumPy 1.24, which that code uses

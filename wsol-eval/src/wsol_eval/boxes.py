@@ -20,15 +20,15 @@ def check_boxes(boxes: np.ndarray, image: str = "boxes") -> np.ndarray:
     """
     array = np.asarray(boxes)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"{image}: boxes of integers were expected, got {array.dtype}")
+        raise TypeError(f"{image}: expected boxes of integers, got {array.dtype}")
     if array.ndim != 2 or array.shape[1] != 4 or not len(array):
-        raise ValueError(f"{image}: boxes of shape (k, 4) with k >= 1 were expected, got {array.shape}")
+        raise ValueError(f"{image}: expected boxes of shape (k, 4) with k >= 1, got {array.shape}")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.trunc(array)).all()):
-        raise ValueError(f"{image}: boxes of whole numbers were expected, got {array.tolist()}")
+        raise ValueError(f"{image}: expected boxes of whole numbers, got {array.tolist()}")
     array = array.astype(np.int64)
     bad = (array < 0).any(1) | (array[:, 2] < array[:, 0]) | (array[:, 3] < array[:, 1])
     if bad.any():
-        raise ValueError(f"{image}: 0 <= x0 <= x1 and 0 <= y0 <= y1 were expected, got {array[bad][0].tolist()}")
+        raise ValueError(f"{image}: expected 0 <= x0 <= x1 and 0 <= y0 <= y1, got {array[bad][0].tolist()}")
     return array
 
 

@@ -47,7 +47,7 @@ def build_metadata(
         ValueError: a malformed line, an annotation of no image or of one of another size, another box format.
     """
     if box_format not in ("xyxy", "xywh"):
-        raise ValueError(f"box_format: 'xyxy' or 'xywh' was expected, got {box_format!r}")
+        raise ValueError(f"box_format: expected 'xyxy' or 'xywh', got {box_format!r}")
     root = Path(data_root)
     names = [path.relative_to(root).as_posix() for path in image_files(root)[0]]
     by_file: dict[str, list[str]] = {}
@@ -59,9 +59,7 @@ def build_metadata(
     split_of = {name: name.split("/")[0] if name.split("/")[0] in SPLITS else "" for name in names}
     if len(set(split_of.values())) > 1 and "" in split_of.values():
         stray = next(name for name, split in split_of.items() if not split)
-        raise ValueError(
-            f"{stray}: only the folders train, val and test were expected beside each other; move it into one"
-        )
+        raise ValueError(f"{stray}: expected only the folders train, val and test; move this image into one of them")
     class_of = {n: n.split("/")[1 if split_of[n] else 0] for n in names if n.count("/") > bool(split_of[n])}
     if not class_of:
         raise FileNotFoundError(f"{root}: no image in folders of classes (<class>/*.jpg or <split>/<class>/*.jpg)")
@@ -94,7 +92,7 @@ def _size(path: Path, stated: tuple[int, int] | None) -> tuple[int, int]:
     size = read_annotated(path, stated).size
     if stated not in (None, (0, 0), size):
         raise ValueError(
-            f"{path}: its annotation says {stated}, the image has {size}; its boxes may not fit, mend both"
+            f"{path}: its annotation says {stated}, the image has {size}; its boxes may not fit: correct the annotation"
         )
     return size
 
@@ -124,7 +122,7 @@ def _from_coco(path: Path, by_file: dict[str, list[str]]) -> Boxes:
         files = {image["id"]: image["file_name"] for image in stored["images"]}
         lines = [(files[each["image_id"]], each["bbox"]) for each in stored["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: COCO's images and annotations with bbox were expected ({error!r})") from error
+        raise ValueError(f"{path}: expected COCO's images and annotations with bbox ({error!r})") from error
     boxes: dict[str, list] = {}
     for file, (x, y, width, height) in lines:
         end = [max(int(x), int(np.ceil(x + width)) - 1), max(int(y), int(np.ceil(y + height)) - 1)]
@@ -148,7 +146,7 @@ def _from_voc(folder: Path, by_file: dict[str, list[str]]) -> tuple[Boxes, Sizes
         try:
             tree = ElementTree.parse(path).getroot()
         except ElementTree.ParseError as error:
-            raise ValueError(f"{path}: VOC's XML was expected ({error})") from error
+            raise ValueError(f"{path}: expected VOC's XML ({error})") from error
         same = by_stem.get(path.stem, [])
         name = same[0] if len(same) == 1 else _id_of(tree.findtext("filename", ""), by_file, path)
         width, height = (whole_number(tree.findtext(f"size/{side}", "0"), str(path)) for side in ("width", "height"))
@@ -156,7 +154,7 @@ def _from_voc(folder: Path, by_file: dict[str, list[str]]) -> tuple[Boxes, Sizes
         for box in tree.iterfind("object/bndbox"):
             ends = [float(box.findtext(name, "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not np.isfinite(ends).all():
-                raise ValueError(f"{path}: xmin, ymin, xmax and ymax of each object were expected")
+                raise ValueError(f"{path}: expected xmin, ymin, xmax and ymax of each object")
             boxes.setdefault(name, []).append([max(0, int(value) - 1) for value in ends])
     return _checked(boxes, folder), sizes
 
@@ -166,7 +164,7 @@ def _id_of(file: str, by_file: dict[str, list[str]], where: Path) -> str:
     same = by_file.get(file.split("/")[-1], [])
     fitting = [name for name in same if name == file or name.endswith(f"/{file}")]
     if len(fitting) != 1:
-        raise ValueError(f"{where}: {file!r} is the name of {len(fitting)} images, one was expected")
+        raise ValueError(f"{where}: expected one image named {file!r}, found {len(fitting)}")
     return fitting[0]
 
 

@@ -54,7 +54,7 @@ class Run:
     jobs: int = 0
     """Processes side by side; 0: one per core, or one where there is CUDA."""
     force: bool = False
-    """Run again what is there already."""
+    """Repeat runs that are already there."""
     dry_run: bool = False
     """List the missing runs, how long they may take, and what they need that is not there."""
 
@@ -100,7 +100,7 @@ class Score:
     mask_root: Path = Path("dataset")
     """Masks lie in <dataset_name> below it, or in it (OpenImages)."""
     dataset_name: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "custom"
-    """CUB, ILSVRC, OpenImages or your own; boxes or masks are told by the metadata."""
+    """CUB, ILSVRC, OpenImages or your own; the metadata say whether it has boxes or masks."""
     split: Split = "val"
     """val is train-fullsup."""
     cam_curve_interval: float = 0.01
@@ -145,7 +145,7 @@ class Score:
         from wsol_eval.storedmaps import Scoring
 
         if self.resize and self.native:
-            raise ValueError("--resize or --native: one of them was expected, got both")
+            raise ValueError("--resize or --native: expected one of them, got both")
         given = dict(vars(self))
         deltas = tuple(percent / 100 for percent in given.pop("iou_threshold_list"))
         fit: Any = "resize" if given.pop("resize") else "as-is"
@@ -163,7 +163,7 @@ def _switch(name: str, words: tuple[str, ...] | None) -> bool:
     """A flag as the reference takes it: absent, alone, or with a word for yes or no."""
     word = "no" if words is None else (*words, "yes")[0].lower()
     if word not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0") or len(words or ()) > 1:
-        raise ValueError(f"{name}: yes or no was expected, got {' '.join(words or ())!r}")
+        raise ValueError(f"{name}: expected yes or no, got {' '.join(words or ())!r}")
     return word in ("yes", "true", "t", "y", "1")
 
 

@@ -61,7 +61,7 @@ class Verify:
             print(line)
         if problems:
             raise RuntimeError(f"problems found: {len(problems)}, among {len(metadata.image_ids)} images")
-        print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes: all is well")
+        print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes: nothing is wrong")
 
 
 @dataclass

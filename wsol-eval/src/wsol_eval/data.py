@@ -119,7 +119,7 @@ class WSOLDataset(Dataset):
         skip_broken: bool = False,
     ):
         if split not in ("train", "val", "test"):
-            raise ValueError(f"split: train, val or test was expected, got {split!r}")
+            raise ValueError(f"split: expected train, val or test, got {split!r}")
         self.data_root, self.split, self.skip_broken, self.skipped = Path(data_root), split, skip_broken, set()
         self._checksum = ""
         if not isinstance(metadata_root, Metadata):

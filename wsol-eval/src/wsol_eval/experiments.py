@@ -235,7 +235,7 @@ def execute(settings: dict, on: OnData, device: OnDevice = OnDevice()) -> Outcom
             shown = {} if s.method == "center" else chosen(plain, on)
             shown |= score_maps_shown(plain, on) if s.keep_maps and s.method != "center" else {}
             return replace(found, metrics=_beside_the_baselines(plain, on, found.metrics), details=kept | shown)
-    raise ValueError(f"experiment: report, tau, trials, center, max or mean was expected, got {s.experiment!r}")
+    raise ValueError(f"experiment: expected report, tau, trials, center, max or mean, got {s.experiment!r}")
 
 
 def protocol_of(s: Settings, on: OnData, device: OnDevice) -> Outcome:

@@ -78,7 +78,7 @@ def split_metadata(data_root: Path) -> dict[str, Metadata]:
         bare = [name for name in names if name not in whole.boxes]
         if bare:
             wanted = root / clone.annotations / f"{Path(bare[0]).stem}.xml"
-            raise ValueError(f"{root / bare[0]}: no box; {wanted} with one was expected (commit {clone.commit[:7]})")
+            raise ValueError(f"{root / bare[0]}: it has no box; expected {wanted} with one (commit {clone.commit[:7]})")
         for split, chosen in _parts(len(names)):
             for name in (names[place] for place in chosen):
                 key = f"{clone.folder}/{name}"

@@ -34,7 +34,7 @@ class BoxResult:
     curve: np.ndarray
     """(D, T) GT-known localisation accuracy: images with a box of IoU >= delta at tau."""
     top1_curve: np.ndarray | None
-    """(D, T) the same, counted only where the predicted class is right; None if `update` was not told."""
+    """(D, T) the same, counted only where the predicted class is right; None if `update` was not given it."""
     top5_curve: np.ndarray | None
     n: int
     """Images."""
@@ -78,7 +78,7 @@ class BoxResult:
         for row, delta in enumerate(self.iou_thresholds):
             wanted = tau[delta] if isinstance(tau, dict) else tau
             if not 0 <= wanted < 1:
-                raise ValueError(f"tau: a number in [0, 1) was expected, got {wanted}")
+                raise ValueError(f"tau: expected a number in [0, 1), got {wanted}")
             found[delta] = float(self.curve[row, np.abs(self.taus - wanted).argmin()])
         return found
 
@@ -97,7 +97,7 @@ class BoxLocalization(Streaming):
             "exact" ends them at their last pixel.
         resolution: side or (height, width) that maps must have, their boxes being in its pixels; "native" has every
             map at the size of its image, and the boxes in the image's pixels (a map of 14 x 14 is not native: the
-            same map scores otherwise at every size, so that it must be resized first).
+            same map scores differently at every size, so that it must be resized first).
         keep_images: keep each image's bits (`BoxResult.images`) for bootstrap intervals: 375 bytes at step .001.
         workers: threads that score in the background, so that `update` returns at once (the sweep runs without the
             GIL: GPU inference goes on); 0 scores inside `update`.
@@ -117,9 +117,9 @@ class BoxLocalization(Streaming):
         workers: int = 0,
     ):
         if not iou_thresholds or not all(0 < delta <= 1 for delta in iou_thresholds):
-            raise ValueError(f"iou_thresholds: numbers in (0, 1] were expected, got {iou_thresholds}")
+            raise ValueError(f"iou_thresholds: expected numbers in (0, 1], got {iou_thresholds}")
         if isinstance(resolution, str) and resolution != "native":
-            raise ValueError(f"resolution: a side, (height, width) or 'native' was expected, got {resolution!r}")
+            raise ValueError(f"resolution: expected a side, (height, width) or 'native', got {resolution!r}")
         self.iou_thresholds = tuple(float(delta) for delta in iou_thresholds)
         self.taus = thresholds(cam_curve_interval)
         self.contours, self.box_convention = contours, box_convention
@@ -172,7 +172,7 @@ class BoxLocalization(Streaming):
         count = sum(map(len, maps))
         if len(boxes) != count or (ids is not None and len(ids) != count):
             found = f"{count} score maps, {len(boxes)} entries of boxes and {len(ids or boxes)} ids"
-            raise ValueError(f"as many of each were expected, got {found}")
+            raise ValueError(f"expected as many of each, got {found}")
         names = ids or [f"image {self._n + i}" for i in range(count)]
         if self.resolution == "native":
             _check_native([each.shape[1:] for each in maps for _ in each], image_sizes, names)
@@ -221,7 +221,7 @@ class BoxLocalization(Streaming):
     def load_state_dict(self, state: dict[str, Any], add: bool = False) -> None:
         """Take over a state, or add it to this one. ValueError for a state of other options or with known ids."""
         if state["options"] != self._options():
-            raise ValueError(f"a state with options {self._options()} was expected, got {state['options']}")
+            raise ValueError(f"expected a state with options {self._options()}, got {state['options']}")
         if not add:
             self.reset()
         self._collect()
@@ -251,7 +251,7 @@ class BoxLocalization(Streaming):
             if self.resolution != "native" and self.resolution != each.shape[1:]:
                 height, width = self.resolution
                 raise ValueError(
-                    f"score_maps: maps of {height} x {width} were expected, got {each.shape[1]} x {each.shape[2]}; "
+                    f"score_maps: expected maps of {height} x {width}, got {each.shape[1]} x {each.shape[2]}; "
                     "resize them (wsol_eval.resize_normalize)"
                 )
         return grey
@@ -310,5 +310,5 @@ def _flags(flags: Sequence[bool] | np.ndarray | Tensor | None, count: int, name:
         return None
     array = flags.cpu().numpy() if isinstance(flags, Tensor) else np.asarray(flags)
     if array.dtype != bool or array.shape != (count,):
-        raise ValueError(f"{name}: {count} booleans were expected, got {array.dtype} of shape {array.shape}")
+        raise ValueError(f"{name}: expected {count} booleans, got {array.dtype} of shape {array.shape}")
     return array

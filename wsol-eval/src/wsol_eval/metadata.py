@@ -64,7 +64,7 @@ def read_metadata(folder: str | Path) -> Metadata:
 
     Raises:
         FileNotFoundError: no image_ids.txt or class_labels.txt.
-        ValueError: a malformed line (file and number), an id without class, an id that stands twice.
+        ValueError: a malformed line (file and number), an id without class, an id that appears twice.
     """
     folder = Path(folder)
     ids = [row[0] for _, row in rows_of(folder / "image_ids.txt", (1,))]
@@ -97,7 +97,7 @@ def read_localization(path: Path) -> tuple[dict, dict]:
         else:
             masks[row[0]] = ([row[1]], row[2])
     if boxes and masks:
-        raise ValueError(f"{path}: boxes or masks were expected, both were found")
+        raise ValueError(f"{path}: expected boxes or masks, found both")
     return {name: check_boxes(np.array(each), f"{path}, {name}") for name, each in boxes.items()}, masks
 
 
@@ -111,7 +111,7 @@ def rows_of(path: Path, widths: tuple[int, ...], optional: bool = False) -> Iter
         row = line.split(",")
         if len(row) not in widths:
             expected = " or ".join(map(str, widths))
-            raise ValueError(f"{path}, line {number}: {expected} values were expected, got {line!r}")
+            raise ValueError(f"{path}, line {number}: expected {expected} values, got {line!r}")
         yield f"{path}, line {number}", row
 
 
@@ -120,7 +120,7 @@ def whole_number(value: str, where: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise ValueError(f"{where}: a whole number was expected, got {value!r}") from None
+        raise ValueError(f"{where}: expected a whole number, got {value!r}") from None
 
 
 def write_metadata(metadata: Metadata, folder: str | Path) -> None:

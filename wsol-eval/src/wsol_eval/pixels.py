@@ -48,7 +48,7 @@ class PixelResult:
     def at(self, tau: float) -> dict[str, float]:
         """Precision, recall and IoU of all pixels, in percent, at the threshold next to tau in [0, 1)."""
         if not 0 <= tau < 1:
-            raise ValueError(f"tau: a number in [0, 1) was expected, got {tau}")
+            raise ValueError(f"tau: expected a number in [0, 1), got {tau}")
         place = int(np.abs(self.taus - tau).argmin())
         precision, recall = float(self.precision[place]), float(self.recall[place])
         iou = 1 / (1 / precision + 1 / recall - 1) if precision > 0 and recall > 0 else 0.0
@@ -192,20 +192,20 @@ class PixelAP(Streaming):
         """
         scores = as_maps(score_maps)
         if not isinstance(scores, Tensor):
-            raise ValueError("score_maps: maps of one size were expected")
+            raise ValueError("score_maps: expected maps of one size")
         if scores.dtype == torch.uint8:
             raise TypeError("score_maps: PxAP is computed on floating maps, got uint8")
         masks = as_tensor(masks, "masks").to(scores.device)
         if masks.dtype != torch.uint8:
-            raise TypeError(f"masks: uint8 was expected, got {masks.dtype}")
+            raise TypeError(f"masks: expected uint8, got {masks.dtype}")
         if scores.ndim != 3 or scores.shape != masks.shape:
             found = f"{tuple(scores.shape)} and {tuple(masks.shape)}"
-            raise ValueError(f"score_maps and masks: one shape (N, H, W) was expected, got {found}")
+            raise ValueError(f"score_maps and masks: expected one shape (N, H, W), got {found}")
         if self.resolution is not None and tuple(scores.shape[1:]) != self.resolution:
-            raise ValueError(f"score_maps: maps of {self.resolution} were expected, got {tuple(scores.shape[1:])}")
+            raise ValueError(f"score_maps: expected maps of {self.resolution}, got {tuple(scores.shape[1:])}")
         check_range(scores, "score_maps")
         if ((masks > 1) & (masks != IGNORED)).any():
-            raise ValueError("masks: 0, 1 and 255 were expected, got other values")
+            raise ValueError("masks: expected 0, 1 and 255, got other values")
         self.check_new(image_ids or ())
         self._ids |= dict.fromkeys(image_ids or ())
         if self.keep_images:
@@ -238,7 +238,7 @@ class PixelAP(Streaming):
     def load_state_dict(self, state: dict[str, Any], add: bool = False) -> None:
         """Take over a state, or add it to this one. ValueError for another interval or known ids."""
         if state["interval"] != self.interval:
-            raise ValueError(f"a state with interval {self.interval} was expected, got {state['interval']}")
+            raise ValueError(f"expected a state with interval {self.interval}, got {state['interval']}")
         if not add:
             self.reset()
         self.check_new(state["image_ids"])

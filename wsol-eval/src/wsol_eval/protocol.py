@@ -284,7 +284,8 @@ def report_once(
     known = ledger.find("test", name=name)
     if known:
         raise RuntimeError(
-            f"test was reported already for {name}: {known[0]['metrics']}; a second look breaks the protocol"
+            f"test was reported already for {name}: {known[0]['metrics']}; a second look breaks the protocol;"
+            " use a new folder for a new experiment"
         )
     report = evaluate(network, test, fabric, interval, keep_images=True)
     skipped += len(test.skipped)

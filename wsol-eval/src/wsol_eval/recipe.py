@@ -31,7 +31,7 @@ class Recipe:
     lr: float = 1e-3
     """learning rate of the pretrained layers"""
     lr_classifier_ratio: float = 10.0
-    """new layers learn so many times faster"""
+    """learning rate of new layers, as a multiple of lr"""
     momentum: float = 0.9
     """of SGD, Nesterov"""
     weight_decay: float = 5e-4
@@ -39,7 +39,7 @@ class Recipe:
     epochs: int = 50
     """passes over the training set"""
     lr_decay_frequency: int = 15
-    """epochs; the learning rate falls to a tenth at the start of every so-manieth epoch, counted from 1"""
+    """epochs between drops: the learning rate falls to a tenth at the start of every n-th epoch, counted from 1"""
     batch_size: int = 32
     """over all ranks"""
     has_grid_size: int = 56
@@ -98,7 +98,7 @@ class OnData:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """What computes."""
+    """Device and precision."""
 
     device: str = "auto"
     """auto, cpu or cuda; several processes through torchrun or Slurm."""

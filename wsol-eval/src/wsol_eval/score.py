@@ -102,7 +102,7 @@ def reference_number(report: Report, multi_contour_eval: bool, multi_iou_eval: b
     if multi_iou_eval:
         return found.max_box_acc_v2
     if 0.5 not in found.max_box_acc:
-        raise ValueError("iou_threshold_list: 50 was expected among them; add it, or pass --multi_iou_eval")
+        raise ValueError("iou_threshold_list: expected 50 among them; add it, or pass --multi_iou_eval")
     return found.max_box_acc[0.5]
 
 
@@ -168,7 +168,7 @@ def read_predictions(path: Path) -> dict[str, list[int]]:
     with open(path, newline="") as file:
         for number, row in enumerate(csv.reader(file), 1):
             if len(row) < 2 or not all(value.strip().lstrip("-").isdigit() for value in row[1:]):
-                raise ValueError(f"{path}, line {number}: id and whole numbers of classes were expected, got {row}")
+                raise ValueError(f"{path}, line {number}: expected id and whole numbers of classes, got {row}")
             found[row[0]] = [int(value) for value in row[1:]]
     return found
 

@@ -39,10 +39,10 @@ def as_maps(maps: Maps) -> Tensor | list[Tensor]:
             tensor = tensor[None]
         if tensor.ndim != 3 or 0 in tensor.shape[1:]:
             shapes = "(H, W), (N, H, W) or (N, 1, H, W)"
-            raise ValueError(f"score_maps: shape {shapes} was expected, got {tuple(tensor.shape)}")
+            raise ValueError(f"score_maps: expected shape {shapes}, got {tuple(tensor.shape)}")
         return tensor
     if isinstance(maps, str) or not isinstance(maps, Sequence):
-        raise TypeError(f"score_maps: an array, a tensor or a sequence of them was expected, got {type(maps).__name__}")
+        raise TypeError(f"score_maps: expected an array, a tensor or a sequence of them, got {type(maps).__name__}")
     single = [as_maps(each) for each in maps]
     for each in single:
         if not isinstance(each, Tensor) or len(each) != 1:
@@ -111,7 +111,7 @@ class ScoreMaps:
     def __init__(self, path: str | Path, dtype: str = "float64"):
         self.path = Path(path)
         if np.dtype(dtype).str not in KINDS:
-            raise ValueError(f"dtype: uint8, float16, float32 or float64 was expected, got {dtype}")
+            raise ValueError(f"dtype: expected uint8, float16, float32 or float64, got {dtype}")
         self.dtype = np.dtype(dtype)
         self._environment: lmdb.Environment | None = None
 
@@ -134,7 +134,7 @@ class ScoreMaps:
         while found.ndim > 2 and len(found) == 1:
             found = found[0]
         if found.ndim != 2:
-            raise ValueError(f"{self._where(image_id)}: a map of shape (H, W) was expected, got {found.shape}")
+            raise ValueError(f"{self._where(image_id)}: expected a map of shape (H, W), got {found.shape}")
         return found
 
     @property
@@ -180,7 +180,7 @@ class ScoreMaps:
             wanted = pages * self._environment.stat()["psize"]
             if not write and self.path.stat().st_size < wanted:  # reading on would be a bus error
                 size = self.path.stat().st_size
-                raise ValueError(f"{self.path}: truncated LMDB, {wanted} bytes were expected, got {size}")
+                raise ValueError(f"{self.path}: truncated LMDB, expected {wanted} bytes, got {size}")
         return self._environment
 
     def _put(self, image_ids: list[str], arrays: np.ndarray) -> None:

@@ -46,7 +46,7 @@ class Scoring:
             return resize_normalize(torch.from_numpy(found.astype(np.float64)), CROP)[0].numpy()
         height, width = found.shape
         if self.fit == "as-is" and found.shape != (CROP, CROP):
-            raise ValueError(f"{name}: a map of {CROP} x {CROP} was expected, got {height} x {width}; pass --resize")
+            raise ValueError(f"{name}: expected a map of {CROP} x {CROP}, got {height} x {width}; pass --resize")
         if self.fit == "native" and (width, height) != size:
             wanted = "of unknown size (image_sizes.txt)" if size is None else f"{size[1]} x {size[0]}"
             raise ValueError(f"{name}: a native map has its image's size, {wanted}, got {height} x {width}; "
@@ -66,7 +66,7 @@ class Scoring:
 def score_maps(
     store: ScoreMaps,
     metadata: Metadata,
-    scoring: Scoring = Scoring(),  # noqa: B008  # frozen
+    scoring: Scoring = Scoring(),  # frozen
     predictions: dict[str, list[int]] | None = None,
     mask_root: Path = Path(),
     workers: int = 2,

@@ -46,7 +46,7 @@ class Streaming(ABC):
         return self
 
     def check_new(self, ids: Iterable[str]) -> None:
-        """ValueError for an id that was added before or stands twice in `ids`."""
+        """ValueError for an id that was added before or appears twice in `ids`."""
         seen = set()
         for name in ids:
             if name in self._ids or name in seen:

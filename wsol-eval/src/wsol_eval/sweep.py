@@ -28,7 +28,7 @@ LEVELS = 256
 def thresholds(interval: float) -> np.ndarray:
     """np.arange(0, 1, interval): the products of arange are part of the definition. ValueError outside (0, 1]."""
     if not 0 < interval <= 1:
-        raise ValueError(f"cam_curve_interval: a number in (0, 1] was expected, got {interval}")
+        raise ValueError(f"cam_curve_interval: expected a number in (0, 1], got {interval}")
     return np.arange(0, 1, interval)
 
 
@@ -56,7 +56,7 @@ def as_tensor(maps: np.ndarray | Tensor, name: str) -> Tensor:
         maps = torch.from_numpy(np.require(maps, requirements=["C", "W"]))
     if not isinstance(maps, Tensor) or not (maps.is_floating_point() or maps.dtype == torch.uint8):
         kind = getattr(maps, "dtype", type(maps).__name__)
-        raise TypeError(f"{name}: a floating array or tensor in [0, 1], or uint8 levels, was expected, got {kind}")
+        raise TypeError(f"{name}: expected a floating array or tensor in [0, 1], or uint8 levels, got {kind}")
     return maps.detach()
 
 
@@ -65,7 +65,7 @@ def check_range(maps: Tensor, name: str) -> None:
     if maps.numel():
         low, high = (value.item() for value in maps.aminmax())
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"{name}: values in [0, 1] and no NaN were expected, these lie in [{low:g}, {high:g}]")
+            raise ValueError(f"{name}: expected values in [0, 1] and no NaN, got values in [{low:g}, {high:g}]")
 
 
 def level_iou(
@@ -90,11 +90,11 @@ def level_iou(
         (N, 256) float64; where there is no foreground, the IoU of the box 0, 0, 0, 0.
     """
     if contours not in ("all", "largest"):
-        raise ValueError(f"contours: 'all' or 'largest' was expected, got {contours!r}")
+        raise ValueError(f"contours: expected 'all' or 'largest', got {contours!r}")
     if convention not in ("reference", "exact"):
-        raise ValueError(f"box_convention: 'reference' or 'exact' was expected, got {convention!r}")
+        raise ValueError(f"box_convention: expected 'reference' or 'exact', got {convention!r}")
     if max(grey.shape[1:]) >= 1 << 15:
-        raise ValueError(f"score_maps: sides below 32,768 pixels were expected, got {grey.shape[1:]}")
+        raise ValueError(f"score_maps: expected sides below 32,768 pixels, got {grey.shape[1:]}")
     if not len(grey):
         return np.zeros((0, LEVELS))
     largest, past_end = contours == "largest", convention == "reference"
@@ -139,7 +139,7 @@ def best_iou_per_threshold(
     """
     grey = check_maps(score_map, "score_map")
     if grey.ndim != 2:
-        raise ValueError(f"score_map: shape (H, W) was expected, got {grey.shape}")
+        raise ValueError(f"score_map: expected shape (H, W), got {grey.shape}")
     by_level = level_iou(grey[None], [check_boxes(boxes)], contours, box_convention, backend)
     return at_thresholds(by_level, grey[None], np.asarray(taus, np.float64))[0]
 

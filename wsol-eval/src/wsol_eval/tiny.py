@@ -42,7 +42,7 @@ def write(root: Path) -> str:
     """Write all sets below a folder that is new or empty; returns a picture of the tree. ValueError for another."""
     root = Path(root)
     if root.exists() and any(root.iterdir()):
-        raise ValueError(f"{root}: a new or empty folder was expected")
+        raise ValueError(f"{root}: expected a new or empty folder")
     rng = np.random.default_rng(0)
     for write_set in (_cub, _ilsvrc, _openimages, _kangaroo_raccoon, _mnist, _cifar):
         write_set(root, rng)

@@ -206,7 +206,7 @@ def read_checkpoint(path: Path) -> dict:
         return state | {"run": state["run"]}
     except Exception as error:  # zip, pickle and key errors of a damaged or foreign file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: no checkpoint can be read ({reason}); name another file to start anew") from error
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); name another file to start again") from error
 
 
 def load_trained(path: Path, num_classes: int) -> tuple[Network, Recipe]:
@@ -221,6 +221,6 @@ def load_trained(path: Path, num_classes: int) -> tuple[Network, Recipe]:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: a checkpoint of {num_classes} classes was expected ({str(error).splitlines()[-1].strip()})"
+            f"{path}: expected a checkpoint of {num_classes} classes ({str(error).splitlines()[-1].strip()})"
         ) from error
     return network.eval(), recipe

@@ -14,10 +14,10 @@ from wsol_eval.metadata import Metadata
 
 
 def verify(metadata: Metadata, data_root: str | Path, workers: int = 1) -> list[str]:
-    """What is wrong with a split on disk, one line each; empty when all is well.
+    """What is wrong with a split on disk, one line each; empty when nothing is.
 
     Every image and mask is decoded to its end; files that are missing or broken, sizes that differ from the image's,
-    images without boxes, and boxes that end outside their image or look like x,y,width,height are told.
+    images without boxes, and boxes that end outside their image or look like x,y,width,height are reported.
 
     Args:
         metadata: of the split.

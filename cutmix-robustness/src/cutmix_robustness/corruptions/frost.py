@@ -42,8 +42,9 @@ def frost(images: Tensor, severity: tuple[float, float], draws: Tensor, textures
 def fit_textures(textures: Tensor, scale: str, size: tuple[int, int]) -> Tensor:
     """Resize textures (T, 3, h, w) for crops of `size` (H, W).
 
-    CIFAR-C shrinks them to a fifth. ImageNet-C enlarges them by 1.1, or by more if that does not cover the image; its
-    rule is also used for images that are too large for a fifth.
+    CIFAR-C shrinks them to a fifth. At scale "imagenet" they are enlarged by 1.1, as in the package `imagecorruptions`
+    (ImageNet-C's script crops them at their own size), or by more if that does not cover the image; the same rule is
+    used for images that are too large for a fifth.
     """
     cover = max(n / m for n, m in zip(size, textures.shape[2:], strict=True))
     small = scale == "cifar" and cover < 0.2

@@ -2,7 +2,8 @@
 
 Each entry is a tuple over severities 1 to 5; the comment names what one severity holds. Lengths are in pixels and
 intensities in [0, 1] unless stated otherwise. The source is the published generation scripts of Hendrycks and
-Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019).
+Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019); that of
+elastic_transform for ImageNet-C is the package `imagecorruptions`, see `corrupt`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def draw_snow(streams: SampleStreams, images: Tensor, severity: tuple) -> tuple[
 def snow(images: Tensor, severity: tuple, draws: tuple[Tensor, Tensor]) -> Tensor:
     """Whiten the image and add a layer of motion-blurred flakes and the same layer rotated by 180 degrees.
 
-    The motion blur is that of `motion_blur`; the generation script of CIFAR-C used ImageMagick's.
+    The motion blur is that of `motion_blur`; the generation scripts of CIFAR-C and ImageNet-C used ImageMagick's.
     """
     mean, sigma, zoom, threshold, radius, motion_sigma, keep = severity
     x, (noise, angles) = to_unit(images), draws

@@ -152,7 +152,7 @@ def _cifar(settings: Settings, seed: int, data_root: Path, device: torch.device 
 def _imagenet(settings: Settings, data_root: Path, device: torch.device | str) -> Benchmark:
     root = data_root / "imagenet"
     train, test = imagenet.load(root, settings.augment, device)
-    boxes = imagenet.val_boxes(root, test.paths) if "localization" in settings.suites else None
+    boxes = imagenet.val_boxes(root, test) if "localization" in settings.suites else None
     return Benchmark(train, test, 1000, imagenet.MEAN, imagenet.STD, "imagenet", data_root / "imagenet-c", boxes=boxes)
 
 

@@ -34,14 +34,14 @@ def _test_transform(augment: str) -> str:
     return "wsol-test" if augment == "wsol" else "none"
 
 
-def val_boxes(root: Path, paths: list[Path]) -> list[np.ndarray]:
-    """Boxes of the validation images on the 224 x 224 centre crop, from root/val_boxes/<image>.xml.
+def val_boxes(root: Path, test: ImageFiles) -> list[np.ndarray]:
+    """Boxes of the validation images as their transform crops them, from root/val_boxes/<image>.xml.
 
     Raises:
         FileNotFoundError: an annotation is missing.
     """
     found = []
-    for path in paths:
+    for path in test.paths:
         annotation = root / "val_boxes" / f"{path.stem}.xml"
         if not annotation.is_file():
             raise FileNotFoundError(f"{annotation}: no annotation for {path.name} (ILSVRC's validation boxes)")
@@ -51,14 +51,20 @@ def val_boxes(root: Path, paths: list[Path]) -> list[np.ndarray]:
             [int(each.findtext(f"bndbox/{name}", "")) for name in ("xmin", "ymin", "xmax", "ymax")]
             for each in tree.findall("object")
         ]
-        found.append(on_crop(np.array(boxes, float), width, height))
+        found.append(on_crop(np.array(boxes, float), width, height, test.augment))
     return found
 
 
-def on_crop(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(n, 4) boxes of a width x height image after resizing it to 256 x 256 and cropping the central 224 x 224."""
-    scaled = boxes * np.array([256 / width, 256 / height] * 2) - 16
-    return scaled.clip(0, 224)
+def on_crop(boxes: np.ndarray, width: int, height: int, transform: str) -> np.ndarray:
+    """(n, 4) boxes of a width x height image after a test transform, on its central 224 x 224 pixels.
+
+    "wsol-test" resizes to 256 x 256, "none" the shorter side to 256 pixels.
+    """
+    short = min(width, height)
+    resized = (256, 256) if transform == "wsol-test" else (256 * width // short, 256 * height // short)
+    factors = np.array(resized * 2) / (width, height, width, height)
+    margins = [round((side - 224) / 2) for side in resized]
+    return (boxes * factors - margins * 2).clip(0, 224)
 
 
 def load_cub(root: Path, augment: str, device: torch.device | str) -> tuple[ImageFiles, ImageFiles, list[np.ndarray]]:
@@ -88,7 +94,7 @@ def load_cub(root: Path, augment: str, device: torch.device | str) -> tuple[Imag
                 size = image.size
         except UnidentifiedImageError:
             raise BrokenFile(f"{paths[i]}: this is not an image; unpack the archive again") from None
-        boxes.append(on_crop(np.array([[x, y, x + width, y + height]]), *size))
+        boxes.append(on_crop(np.array([[x, y, x + width, y + height]]), *size, _test_transform(augment)))
     return (
         part("train", train.nonzero()[:, 0], augment),
         part("test", (~train).nonzero()[:, 0], _test_transform(augment)),

@@ -16,7 +16,7 @@ KINDS = ("rgb", "grey", "cmyk", "exif", "png")  # in ImageNet all of these are n
 
 
 def write(root: Path) -> None:
-    """Write every set that the project reads below root; a few seconds and 5 MB."""
+    """Write every set that the project reads below root; ten seconds and 11 MB."""
     write_mnist(root)
     wnids = sorted(CLASS_OF_WNID)
     write_images(root / "imagenet" / "train", wnids, per_class=2)

@@ -27,7 +27,7 @@ def export_onnx(model: Recognizer, path: Path | str) -> None:
         RuntimeError: onnx is not installed.
     """
     if find_spec("onnx") is None:
-        raise RuntimeError("ONNX export needs the package onnx: install str-benchmark[export]")
+        raise RuntimeError("ONNX export needs the package onnx: pip install 'str-benchmark[export]'")
     model = fold_batch_norm(model).cpu()
     config = model.config
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
@@ -59,7 +59,7 @@ class OnnxRecognizer(Recognizer):
     def __init__(self, model: Recognizer):
         nn.Module.__init__(self)  # there are no parameters here
         if find_spec("onnxruntime") is None:
-            raise RuntimeError("engine onnxruntime: install str-benchmark[export]")
+            raise RuntimeError("engine onnxruntime needs that package: pip install 'str-benchmark[export]'")
         import onnxruntime
 
         self.config, self.tokenizer = model.config, model.tokenizer

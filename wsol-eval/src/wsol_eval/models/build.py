@@ -50,7 +50,7 @@ def build_model(
         *(("hyperparameter", name, tuple(DEFAULTS)) for name in hp),
     ):
         if value not in valid:
-            raise ValueError(f"{what}: one of {', '.join(map(str, valid))} was expected, got {value!r}")
+            raise ValueError(f"{what}: expected one of {', '.join(map(str, valid))}, got {value!r}")
     builder = {"vgg16": vgg.vgg16, "inception_v3": inception.inception_v3, "resnet50": resnet.resnet50}
     builder |= {"efficientnet_lite0": efficientnet.efficientnet_lite0, "small": small.small}
     network = builder[arch](method, num_classes, feature_map, DEFAULTS | hp)
@@ -91,10 +91,10 @@ def _load(network: WSOLNetwork, arch: str, pretrained: str | Path) -> None:
         renamed = renames[arch](state, network)
         unexpected = network.load_state_dict(renamed, strict=False).unexpected_keys
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{pretrained}: no weights of {arch} ({error})") from error
+        raise ValueError(f"{pretrained}: these are not weights of {arch} ({error})") from error
     if unexpected or not renamed:
         reason = f"unexpected {unexpected[0]}" if unexpected else "none of its names"
-        raise ValueError(f"{pretrained}: no weights of {arch} ({reason})")
+        raise ValueError(f"{pretrained}: these are not weights of {arch} ({reason})")
 
 
 def _downloaded(arch: str) -> dict:
@@ -106,7 +106,7 @@ def _downloaded(arch: str) -> dict:
 def save_weights(arch: str, path: Path) -> Path:
     """Torchvision's ImageNet weights as a file, written whole or not at all; one that is there is kept."""
     if arch not in PRETRAINED:
-        raise ValueError(f"arch: one of {', '.join(PRETRAINED)} was expected, got {arch!r}")
+        raise ValueError(f"arch: expected one of {', '.join(PRETRAINED)}, got {arch!r}")
     if not path.is_file():
         weights = _downloaded(arch)
         with whole_file(path) as temporary:

@@ -72,7 +72,7 @@ def weights_file() -> Path:
         raise ValueError(f"pretrained: the weights are in the package {PACKAGES[1]}; {REMEDY}")
     path = Path(spec.origin).parent / "models" / f"efficientnet-lite0-{CHECKSUM[:8]}.pth"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != CHECKSUM:
-        raise ValueError(f"{path}: weights with SHA-256 {CHECKSUM[:16]}... were expected; install {PACKAGES[1]} again")
+        raise ValueError(f"{path}: expected weights with SHA-256 {CHECKSUM[:16]}...; install {PACKAGES[1]} again")
     return path
 
 

@@ -62,4 +62,4 @@ def _imported(place: str, method: str) -> ModuleType:
     try:
         return import_module(place)
     except ModuleNotFoundError as error:
-        raise ValueError(f"method: {method!r}: {error}; package.module:Class or file.py:Class was expected") from error
+        raise ValueError(f"method: {method!r}: {error}; expected package.module:Class or file.py:Class") from error
