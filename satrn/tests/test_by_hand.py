@@ -1,5 +1,6 @@
 """Losses, batches, processes and scores, each against what it must be by hand."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 
 from satrn import train
 from satrn.charset import END, IGNORED
-from satrn.data.streams import RenderedWords, normalise
+from satrn.data.streams import RenderedWords, normalise, seed_of
 from satrn.decoding import beam_search, greedy
 from satrn.evaluate import correct, evaluate_rotation, group_by_ratio, mcnemar, read_all
 from satrn.models import SATRN
@@ -45,12 +46,32 @@ def test_only_real_words_are_rotated_and_each_rank_by_its_own_angles(small_setti
     s = replace(small_settings, batch_size=4)
     images = RenderedWords(s, 4, 0, FABRIC.device).images
     real = replace(s, dataset="lmdb", rotation="normal")
-    angles = draw_angles("normal", 4, torch.Generator().manual_seed((3 << 32) + 7))
+    angles = draw_angles("normal", 4, torch.Generator().manual_seed(seed_of(3, 7)))
     ranks = SimpleNamespace(device=FABRIC.device, global_rank=1, world_size=2)
     turned = train._prepare(images[1::2], real, 3, 7, ranks)
     assert torch.equal(turned, normalise(rotate_words(images[1::2], angles[1::2]), s))
+    assert not torch.equal(turned, train._prepare(images[1::2], real, 4, 7, ranks))
     for unchanged in (s, replace(real, rotation="none")):
         assert torch.equal(train._prepare(images, unchanged, 3, 7, FABRIC), normalise(images, s))
+
+
+def test_each_seed_drops_other_units(small_settings):
+    """The first loss depends on seed and step alone: the network and the words are the same."""
+    model = build_model(replace(small_settings, dropout=0.5), 0, FABRIC)
+    words = RenderedWords(small_settings, 8, 0, FABRIC.device)
+
+    class Same:
+        def identity(self):
+            return {}
+
+        def steps(self, s, seed, step, ranks):
+            return iter([(words.images, words.targets)])
+
+    losses = []
+    for seed in (1, 2, 1):
+        s = replace(small_settings, dropout=0.5, steps=1, batch_size=8)
+        losses.append(fit(copy.deepcopy(model), Same(), s, seed, FABRIC)[-1]["loss"])
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_points_of_the_curve_are_means_since_the_last_one(small_settings, monkeypatch):

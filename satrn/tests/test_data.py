@@ -138,6 +138,9 @@ def test_rendered_sets_take_the_lines_in_turn_and_scenes_vary_their_case(tmp_pat
     assert [plain.label(i) for i in range(8)] == ["exit", "Lane"] * 4
     assert not torch.equal(plain[0][0], plain[4][0])  # each batch has its own seed
     predict.render_lmdb(tmp_path / "scene", 40, "scene", *arguments)
+    predict.render_lmdb(tmp_path / "other", 8, "straight", *arguments[:-1], arguments[-1] + 1)
+    other = LmdbWords(tmp_path / "other", (16, 24))
+    assert not any(torch.equal(plain[i][0], other[i][0]) for i in range(8))  # each seed draws other pictures
     labels = [LmdbWords(tmp_path / "scene", (16, 24)).label(i) for i in range(40)]
     assert set(labels[::2]) == {"exit", "Exit", "EXIT"} and set(labels[1::2]) == {"lane", "Lane", "LANE"}
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +235,11 @@ def test_accuracy_counts_every_word_once(tiny):
     assert correct(model, Words(), batch_size=2).tolist() == [True, False, True, True, True]
     frame = evaluate_rotation(model, Words(), (0, 90))
     assert frame.to_dict("list") == {"angle": [0, 90], "n": [5, 5], "accuracy": [0.8, 0.8]}
+
+    model.generate = lambda images: SimpleNamespace(texts=["?"] * len(images))  # "?" and "!!" have nothing to compare
+    words = SimpleNamespace(batches=lambda size: [(torch.zeros(2, 1, 16, 24, dtype=torch.uint8), ["!!", "a"])])
+    assert correct(model, words).tolist() == [False, False]
+    assert correct(model, words, protocol="exact").tolist() == [False, False]
 
     class Nothing:
         def batches(self, size):

@@ -64,14 +64,16 @@ def correct(
 ) -> np.ndarray:
     """Whether each word was read, bool [N]; see `comparable` for the protocol.
 
+    A word of which the protocol compares nothing (punctuation alone) is never read, whatever the model says.
+
     Raises:
         ValueError: an empty data set.
     """
     readings, labels = read_all(model, data, batch_size, degrees)
     if not labels:
         raise ValueError("cannot evaluate an empty data set")
-    pairs = zip(readings, labels, strict=True)
-    return np.array([comparable(read, protocol) == comparable(label, protocol) for read, label in pairs])
+    pairs = [(comparable(read, protocol), comparable(label, protocol)) for read, label in zip(readings, labels, strict=True)]
+    return np.array([read == label != "" for read, label in pairs])
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from satrn.charset import IGNORED
-from satrn.data.streams import RenderedWords, normalise
+from satrn.data.streams import RenderedWords, normalise, seed_of
 from satrn.data.words_lmdb import LmdbMixture
 from satrn.models import SATRN
 from satrn.pretrained import read_checkpoint
@@ -188,7 +188,7 @@ def fit(
     stream = data.steps(s, seed, state["step"], slice(fabric.global_rank, None, fabric.world_size))
     for step, (images, targets) in enumerate(stream, state["step"]):
         before_step(step)
-        torch.manual_seed((seed << 32) + step * fabric.world_size + fabric.global_rank)
+        torch.manual_seed(seed_of(seed, step, fabric.global_rank))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
         images, targets = _prepare(images, s, seed, step, fabric), targets.to(fabric.device, non_blocking=True)
@@ -215,7 +215,7 @@ def _prepare(images: Tensor, s: Settings, seed: int, step: int, fabric: Fabric) 
     """Rotate (real words) and normalise this rank's images; the angles are drawn for the whole batch."""
     images = images.to(fabric.device, non_blocking=True)
     if s.dataset == "lmdb" and s.rotation != "none":
-        generator = torch.Generator().manual_seed((seed << 32) + step)
+        generator = torch.Generator().manual_seed(seed_of(seed, step))
         angles = draw_angles(s.rotation, s.batch_size, generator)[fabric.global_rank :: fabric.world_size]
         images = rotate_words(images, angles.to(fabric.device, non_blocking=True))
     return normalise(images, s).contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,11 @@ from satrn.charset import Tokenizer
 from satrn.config import SATRNConfig
 from satrn.data.render import random_words, render_words
 from satrn.settings import Settings
+
+
+def seed_of(*key: int) -> int:
+    """A seed of 32 bits for this key, such as (seed, step): torch's generator on the CPU ignores all higher bits."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def normalise(images: Tensor, cfg: SATRNConfig | Settings) -> Tensor:
@@ -42,7 +48,7 @@ def positions(n: int, per_step: int, seed: int, step: int) -> Tensor:
     )
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # two epochs of every set of a mixture
 def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch))
 
