@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import results  # noqa: E402
 import workspace  # noqa: E402
+from shared_utils.tables import load_tables  # noqa: E402
 
 ENTRIES = workspace.projects(built=False)
 BUILT = [entry["name"] for entry in workspace.projects()]
@@ -58,6 +59,15 @@ def test_the_help_of_run_lists_the_scales_of_the_tables(name):
     (listed,) = re.findall(r'scale: str = "embedded"\n    """(?:Scale to run: )?(smoke, .*)\."""', source)
     tables = [tomllib.loads(path.read_text()) for path in (ROOT / name / "tables").glob("*.toml")]
     assert set(re.split(r", | or ", listed)) == {scale for table in tables for scale in table["scale"]}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_claim_can_be_decided_by_the_seeds_of_its_scale(name):
+    """At scale embedded a table lists the seeds of the demo; the record has more."""
+    for table in load_tables(ROOT / name / "tables"):
+        for scale in set(table.scales) - {"smoke", "embedded"}:
+            claims = [claim for claim in table.claims if not claim.exact and scale in (claim.scales or table.scales)]
+            assert not claims or len(table.scales[scale].seeds) >= 2, f"{table.id}, {scale}"
 
 
 def dependencies(name: str) -> dict[str, str]:

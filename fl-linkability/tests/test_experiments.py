@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,20 @@ def test_stages_are_known_by_row_and_probed_by_column():
     matrix = np.array(studies.stage(Adversary(store, 8, 0, settings))[1]["matrix"])
     assert matrix[0].max() < 4 and matrix[:, 4].max() < 4, "row: rounds of the known; column: rounds of the probes"
     assert matrix[1:, :4].min() > 7
+
+
+@pytest.mark.parametrize("task, best", [("class", 90), ("number", 10)])
+def test_the_background_alone_is_judged_by_its_best_epoch(monkeypatch, task, best):
+    """The utility of a number is its mean absolute error: less is better."""
+    values = iter([50, 90, 10])
+    monkeypatch.setattr(experiments, "utility", lambda bundle, model, state: {"user": 0, "population": next(values)})
+    background = SimpleNamespace(x=None, y=None)
+    run = SimpleNamespace(
+        bundle=SimpleNamespace(background=background, task=task),
+        model=lambda: None,
+        central=lambda data, epochs: [{}] * 3,
+    )
+    assert experiments._background_only(run)[0]["population_accuracy"] == best
 
 
 def test_open_world_needs_a_seen_user(small):

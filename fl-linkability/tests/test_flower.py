@@ -8,13 +8,36 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fl_linkability.store import UpdateStore
 
 # ---- Flower ----------------------------------------------------------------------------------------------------
+
+
+def test_the_server_of_flwr_run_starts_from_the_pretrained_weights(monkeypatch, tmp_path):
+    from fl_linkability import flower, flower_app
+
+    started = []
+    monkeypatch.setattr(flower, "run_on_grid", lambda federation, state, grid: started.append(state))
+    for epochs in (0, 3):
+        settings = json.dumps({"users": 2, "rounds": 2, "clients_per_round": 2, "pretrain_epochs": epochs})
+        config = {
+            "preset": "paper-embedded",
+            "settings": settings,
+            "seed": 0,
+            "data-root": "",
+            "output": tmp_path / str(epochs),
+        }
+        flower_app.main(None, SimpleNamespace(run_config=config))
+    experiment = flower_app._experiment(*(config[name] for name in ("preset", "settings", "seed", "data-root")))
+    new, pretrained = started
+    assert all(torch.equal(pretrained[name], value) for name, value in experiment.initial().items())
+    assert not any(torch.equal(pretrained[name], value) for name, value in new.items())
 
 
 def test_flower_is_quiet_towards_the_world():

@@ -77,7 +77,10 @@ def test_missing_and_damaged_files(tmp_path, arrays):
         read_mnist(tmp_path)
     whole = tmp_path / "a-idx1-ubyte"
     write_idx(whole, arrays["train-labels-idx1-ubyte"])
-    for name, data in (("cut", whole.read_bytes()[:100]), ("other", b"hello"), ("bad.gz", b"\x1f\x8bhello")):
+    packed = bytearray(gzip.compress(whole.read_bytes()))
+    packed[len(packed) // 2 : len(packed) // 2 + 2] = b"\xff\xff"
+    damaged = {"cut": whole.read_bytes()[:100], "other": b"hello", "bad.gz": b"\x1f\x8bhello", "mid.gz": bytes(packed)}
+    for name, data in damaged.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BrokenFile, match=f"{name}.*replace the file"):
             read_idx(tmp_path / name)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rebias import BiasedDigits, SimpleConvNet, assign_bias, biased_mnist, biased_sklearn_digits, colourise
+from rebias.data import action
 from rebias.data.action import CLASSES as ACTIONS
 from rebias.data.action import TEST_VIEWS, VideoFiles, kinetics10, mimetics10, read_clip
 from rebias.data.dataset import Reading
@@ -283,6 +284,16 @@ def test_frames_are_eight_apart_at_thirty_a_second_whatever_the_rate(tmp_path, w
     frames = read_clip(tmp_path / "v.mp4", 0.0).float().mean((1, 2, 3)) / 2
     last = 8 * apart - 1
     torch.testing.assert_close(frames, torch.linspace(0, last, 8).round(), atol=2.5, rtol=0)
+
+
+def test_the_views_of_a_video_start_as_in_the_released_decoder(monkeypatch):
+    """View i of 10 starts at i tenths of what the clip leaves of the video; frame numbers are rounded down."""
+    numbered = np.arange(300, dtype=np.uint16)[:, None, None, None] // 2 + np.zeros((1, 1, 3), np.uint16)
+    monkeypatch.setattr(action, "decode", lambda path: (list(numbered.astype(np.uint8)), 30.0))
+    test = VideoFiles(["v.mp4"], torch.tensor([0]), "x", train=False, reading=Reading(0))
+    shown = test.read(0, 9)[0, :, 0, 0].tolist()
+    assert shown == [frame // 2 for frame in (212, 221, 230, 239, 248, 257, 266, 275)]
+    assert test.read(0, 0)[0, :, 0, 0].tolist() == [frame // 2 for frame in range(0, 64, 9)]
 
 
 def test_clips_for_training_and_views_for_testing(kinetics):

@@ -30,6 +30,8 @@ def test_lists_of_images(tmp_path):
     gt = tmp_path / "gt.txt"
     gt.write_text("a.png\thello world\n\n")
     assert [label for _, label in listed_images(gt, tmp_path)] == ["hello world"]
+    gt.write_text("a.png\thello\u2028world\r\na.png\tx\x85y\n", encoding="utf-8")  # no ends of lines
+    assert [label for _, label in listed_images(gt, tmp_path)] == ["hello\u2028world", "x\x85y"]
     for text, error, message in (
         ("a.png hello", ValueError, "line 1: expected path<TAB>label"),
         ("a.png\t ", ValueError, "line 1: expected path<TAB>label"),

@@ -161,6 +161,10 @@ def test_rows_are_views_on_the_same_reports():
     assert center["v2_over_center"] == 0
     best = metrics(experiment="max", parts=[{"method": "cam"}, {"method": "center"}])
     assert best["max_box_acc_v2"] == max(cam["max_box_acc_v2"], center["max_box_acc_v2"])
+    parts = [{"experiment": "tau", "method": method} for method in ("cam", "center", "spg")]
+    best, each = metrics(experiment="max", parts=parts), [metrics(**part) for part in parts]
+    assert [best["gt_known_accuracy"], best["tau"]] == max([e["gt_known_accuracy"], e["tau"]] for e in each)
+    assert best["tau"] < max(e["tau"] for e in each)
     mean = metrics(experiment="mean", parts=[{"method": "cam"}, {"method": "center"}])
     assert mean["pxap"] == pytest.approx((cam["pxap"] + center["pxap"]) / 2)
     trials = metrics(experiment="trials")

@@ -147,7 +147,7 @@ class Experiment:
             config,
             self.mitigation,
             s.engine,
-            initial=self._pretrained() if s.pretrain_epochs else None,
+            initial=self.initial(),
             evaluate=partial(utility, self.bundle),
             folder=self.folder,
             fabric=self.fabric,
@@ -233,7 +233,10 @@ class Experiment:
                 state = {name: value + change[name] for name, value in state.items()}
             yield state
 
-    def _pretrained(self) -> State:
+    def initial(self) -> State:
+        """Weights before the first round: new ones, or those pretrained on the background."""
+        if not self.settings.pretrain_epochs:
+            return trained_state(self.model())
         background = self.bundle.background
         *_, state = self.central((background.x, background.y), self.settings.pretrain_epochs)
         return state
@@ -283,7 +286,8 @@ def _background_only(run: Experiment) -> tuple[dict, dict]:
     background, model = run.bundle.background, run.model()
     states = run.central((background.x, background.y), BACKGROUND_EPOCHS)
     points = [utility(run.bundle, model, state) for state in states]
-    metrics, details = mean_utility([max(points, key=lambda point: point["population"])])
+    best = min if run.bundle.task == "number" else max  # utility is then an error
+    metrics, details = mean_utility([best(points, key=lambda point: point["population"])])
     return metrics, {"users": details}
 
 

@@ -20,7 +20,7 @@ from fl_linkability.evaluate import utility
 from fl_linkability.experiments import Experiment, save_settings
 from fl_linkability.federation import FedAvgConfig, Federation
 from fl_linkability.settings import PRESETS
-from fl_linkability.train import make_fabric, trained_state
+from fl_linkability.train import make_fabric
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -64,5 +64,5 @@ def main(grid: Grid, context: Context) -> None:
     save_settings(folder, experiment.settings, experiment.seed)
     federation.evaluate = partial(utility, experiment.bundle)
     federation.evaluate_from = experiment.settings.rounds - 5
-    state = federation.resume(trained_state(federation.model))
+    state = federation.resume(experiment.initial())
     flower.run_on_grid(federation, state, grid)

@@ -131,7 +131,7 @@ def summary() -> str:
         if not values(everything["table-1"], scale, log):
             continue
         seeds = max(len(each) for each in values(everything["table-1"], scale, log).values())
-        on = everything["table-1"].scales[scale].measured_on or "MNIST, the paper's network and schedule"
+        on = everything["table-1"].scales[scale].measured_on
         lines = [[f"scale {scale}: {on}, N = 2, D = 2, {seeds} seeds", *methods], ["---"] * 4]
         verdicts = []
         for name, metrics in SHOWN.items():

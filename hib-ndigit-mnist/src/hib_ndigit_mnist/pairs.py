@@ -56,7 +56,10 @@ class ClassIndex:
 
 
 def two_streams(index: ClassIndex, size: int, uniform: Tensor) -> Tensor:
-    """Stream one draws images uniformly, stream two a partner of the same class for each: (..., 2, h) -> (..., 2 h)."""
+    """Stream one draws images uniformly, stream two a partner of the same class for each: (..., 2, h) -> (..., 2 h).
+
+    A partner is never its own image, but an image may be drawn twice.
+    """
     anchor = (uniform[..., 0, :] * size).long().clamp_max(size - 1)
     return torch.cat([anchor, index.partner(anchor, uniform[..., 1, :])], -1)
 

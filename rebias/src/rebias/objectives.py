@@ -167,7 +167,8 @@ class LearnedMixinLoss(nn.Module):
 def hex_project(f_a: Tensor, f_g: Tensor) -> Tensor:
     """HEX (Wang et al. 2019): F_A minus its projection on the span of F_G over the batch.
 
-    F_L = (I - F_G (F_G'F_G)^-1 F_G') F_A, through QR in float32 or better instead of the inverse.
+    F_L = (I - F_G (F_G'F_G)^-1 F_G') F_A, through QR in float32 or better instead of the inverse. F_G must have full
+    rank, as the inverse needs too; otherwise the result is no projection and has no finite gradient.
 
     Args:
         f_a: (B, C) logits from both branches.

@@ -72,8 +72,8 @@ def correct(
     readings, labels = read_all(model, data, batch_size, degrees)
     if not labels:
         raise ValueError("cannot evaluate an empty data set")
-    pairs = [(comparable(read, protocol), comparable(label, protocol)) for read, label in zip(readings, labels, strict=True)]
-    return np.array([read == label != "" for read, label in pairs])
+    reads, wanted = ([comparable(text, protocol) for text in texts] for texts in (readings, labels))
+    return np.array([read == label != "" for read, label in zip(reads, wanted, strict=True)])
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, float]:

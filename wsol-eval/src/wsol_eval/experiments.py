@@ -248,7 +248,7 @@ def protocol_of(s: Settings, on: OnData, device: OnDevice) -> Outcome:
 
 
 def _combined(how: str, each: list[Outcome]) -> Outcome:
-    """Maximum or mean of each metric that all parts have."""
+    """Maximum or mean of each metric that all parts have; at a maximum, tau is that of the best part."""
     names = sorted(set.intersection(*(set(outcome.metrics) for outcome in each)))
     combine = max if how == "max" else np.mean
     datasets = list({outcome.dataset["name"]: outcome.dataset for outcome in each}.values())
@@ -256,6 +256,8 @@ def _combined(how: str, each: list[Outcome]) -> Outcome:
     weights = {name: checksum for outcome in each for name, checksum in outcome.weights.items()}
     caveats = list(dict.fromkeys(caveat for outcome in each for caveat in outcome.caveats))
     metrics = {name: float(combine([outcome.metrics[name] for outcome in each])) for name in names}
+    if how == "max" and "tau" in names:
+        metrics["tau"] = max(each, key=lambda outcome: outcome.metrics["gt_known_accuracy"]).metrics["tau"]
     return Outcome(metrics, {}, dataset, weights, each[0].precision, caveats)
 
 

@@ -97,7 +97,7 @@ class VideoFiles:
     def read(self, epoch: int, index: int) -> Tensor:
         """One clip (3, 8, S, S) uint8, S = 224 in training and 256 in testing."""
         video, view = divmod(index, self.views)
-        position = torch.rand(()).item() if self.train else view / (self.views - 1)
+        position = torch.rand(()).item() if self.train else view / self.views  # the last view ends before the video
         frames = read_clip(self.paths[video], position)  # (T, 3, H, W)
         if self.train:
             frames = F.resize(frames, [int(torch.randint(256, 321, ()))], antialias=True)
@@ -167,7 +167,7 @@ def read_clip(path: Path, position: float) -> Tensor:
     frames, fps = decode(path)
     length = FRAMES * SAMPLING_RATE * fps / TARGET_FPS
     start = max(len(frames) - length, 0) * position
-    wanted = np.clip(np.linspace(start, start + length - 1, FRAMES).round().astype(int), 0, len(frames) - 1)
+    wanted = np.linspace(start, start + length - 1, FRAMES).clip(0, len(frames) - 1).astype(int)
     return torch.from_numpy(np.stack([frames[number] for number in wanted])).permute(0, 3, 1, 2)
 
 

@@ -28,7 +28,7 @@ def listed_images(gt: Path, folder: Path, skip_broken: bool = False) -> Iterator
         ValueError: a line without a tab, or an empty label; with list and line number.
         BrokenFile: an image that cannot be read completely.
     """
-    for number, line in enumerate(Path(gt).read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(Path(gt).read_text(encoding="utf-8-sig").split("\n"), 1):  # a label may hold U+2028
         if not line.strip():
             continue
         path, tab, label = line.partition("\t")
