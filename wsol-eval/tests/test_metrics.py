@@ -84,7 +84,7 @@ def test_fixed_and_transferred_thresholds(split):
         test.at(1.0)
 
 
-def test_localisation_with_the_right_class(split):
+def test_localization_with_the_right_class(split):
     maps, boxes, _ = split
     first, five = np.arange(N) % 2 == 0, np.arange(N) % 3 > 0
     metric = BoxLocalization(cam_curve_interval=0.02)

@@ -48,7 +48,7 @@ class MixedBatch:
     perm: Tensor
 
     def soft_targets(self, num_classes: int) -> Tensor:
-        """Lam * y_A + (1 - lam) * y_B as (N, num_classes) float32."""
+        """Mixed targets lam * y_A + (1 - lam) * y_B: (N, num_classes) float32."""
         a, b = (
             (F.one_hot(target, num_classes) if target.ndim == 1 else target).float()
             for target in (self.target_a, self.target_b)

@@ -46,7 +46,7 @@ class Network:
     num_fiducial: int | None = None
     """Points of TPS (20)."""
     localization_channel: int | None = None
-    """Channels of TPS's localisation network (512)."""
+    """Channels of TPS's localization network (512)."""
     ctc_head: str | None = None
     """Head of BiLSTM-CTC: released or paper."""
     pad: bool = False

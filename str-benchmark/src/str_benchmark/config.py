@@ -54,7 +54,7 @@ class STRConfig:
     num_fiducial: int = 20
     """number of TPS's fiducial points, F"""
     localization_channel: int = 512
-    """channels of TPS's localisation network"""
+    """channels of TPS's localization network"""
     ctc_head: str = "released"
     """after a BiLSTM: "released" (Linear 512-256, 256-K, as the public checkpoints) or "paper" (Linear 512-K)"""
 

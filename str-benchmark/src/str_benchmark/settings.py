@@ -42,7 +42,7 @@ class Settings:
     num_fiducial: int = 20
     """points of TPS"""
     localization_channel: int = 512
-    """channels of TPS's localisation network"""
+    """channels of TPS's localization network"""
     ctc_head: str = "released"
     """head of BiLSTM-CTC: released (as the public checkpoints) or paper (its parameter counts)"""
     train: tuple[str, ...] = ("MJ", "ST")

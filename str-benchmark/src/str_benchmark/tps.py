@@ -16,7 +16,7 @@ def base_points(num_fiducial: int) -> Tensor:
 
 
 def skewed_start(num_fiducial: int) -> Tensor:
-    """C' that the localisation network starts from (RARE, figure 6a), (F, 2) float64: not the identity."""
+    """C' that the localization network starts from (RARE, figure 6a), (F, 2) float64: not the identity."""
     n = num_fiducial // 2
     x, y = torch.linspace(-1, 1, n, dtype=torch.float64), torch.linspace(0, 1, n, dtype=torch.float64)
     return torch.cat([torch.stack([x, -y], 1), torch.stack([x, 1 - y], 1)])

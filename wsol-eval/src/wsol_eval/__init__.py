@@ -1,4 +1,4 @@
-"""Evaluation of weakly supervised object localisation (arXiv 2001.07437): metrics, methods, protocol.
+"""Evaluation of weakly supervised object localization (arXiv 2001.07437): metrics, methods, protocol.
 
 Names are imported when they are first used, so that the command line starts without torch.
 """

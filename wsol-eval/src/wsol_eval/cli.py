@@ -120,7 +120,7 @@ class Score:
     box_convention: Literal["reference", "exact"] = "reference"
     """exact: boxes end at their last pixel, unlike the reference's."""
     predictions: Path | None = None
-    """CSV without header: id, then classes, best first; adds top-1 and top-5 localisation."""
+    """CSV without header: id, then classes, best first; adds top-1 and top-5 localization."""
     tau: float | None = None
     """Also report at this fixed threshold."""
     tau_from: Path | None = None

@@ -1,4 +1,4 @@
-"""MaxBoxAcc and MaxBoxAccV2 (the paper's section 4), and the localisation accuracies made from the same counts.
+"""MaxBoxAcc and MaxBoxAccV2 (the paper's section 4), and the localization accuracies made from the same counts.
 
 Aggregation: per image and threshold the best IoU, per threshold the share of images that reach delta, then the maximum
 over thresholds. Never a maximum over thresholds per image, never one threshold for all deltas.
@@ -26,13 +26,13 @@ COUNTS = ("correct", "correct_top1", "correct_top5")  # (D, T) images with IoU >
 
 @dataclass(frozen=True)
 class BoxResult:
-    """Localisation over a split; everything in percent. D IoU thresholds (deltas), T score thresholds (taus)."""
+    """Localization over a split; everything in percent. D IoU thresholds (deltas), T score thresholds (taus)."""
 
     iou_thresholds: tuple[float, ...]
     taus: np.ndarray
     """(T,)"""
     curve: np.ndarray
-    """(D, T) GT-known localisation accuracy: images with a box of IoU >= delta at tau."""
+    """(D, T) GT-known localization accuracy: images with a box of IoU >= delta at tau."""
     top1_curve: np.ndarray | None
     """(D, T) the same, counted only where the predicted class is right; None if `update` was not given it."""
     top5_curve: np.ndarray | None
@@ -87,7 +87,7 @@ class BoxResult:
 
 
 class BoxLocalization(Streaming):
-    """Streaming box localisation: `update` with maps and boxes, `merge` with another one, `compute` a `BoxResult`.
+    """Streaming box localization: `update` with maps and boxes, `merge` with another one, `compute` a `BoxResult`.
 
     Args:
         iou_thresholds: deltas in (0, 1].

@@ -1,4 +1,4 @@
-"""TPS transformation stage: a localisation network places fiducial points, the image is resampled (table 4)."""
+"""TPS transformation stage: a localization network places fiducial points, the image is resampled (table 4)."""
 
 from __future__ import annotations
 
