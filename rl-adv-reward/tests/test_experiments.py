@@ -238,6 +238,9 @@ def test_a_victim_that_fails_its_gate_trains_longer_and_is_given_up_at_last(tmp_
     checks.clear()
     with pytest.raises(RuntimeError, match="too weak to be worth an attack after 48 iterations: miss_rate 100.00"):
         Subject(small(victim_check_episodes=2, victim_iterations=24, victim_longest=2), 0, CPU, tmp_path)
+    checks[:] = [None] * 3  # all that follow pass
+    early = small(victim_check_episodes=2, victim_iterations=24, victim_check_every=8)
+    assert Subject(early, 1, CPU, tmp_path).trained_steps == 24 * 4 and len(checks) == 6
 
 
 def test_a_run_goes_on_at_every_stage(tmp_path, small, monkeypatch):

@@ -149,7 +149,7 @@ class Subject:
             logger.info("victim, iteration %d: %s %.2f", iteration, environment.gate, value)
             if iteration >= loop.iterations / 2 and len(short) > 1 and short[-1] > 0.9 * short[0]:
                 logger.warning("the victim has hardly improved since its first check: try another seed")
-            return {environment.gate: value}, environment.short_of(value) == 0
+            return {environment.gate: value}, iteration >= s.victim_iterations and environment.short_of(value) == 0
 
         every = (s.victim_check_every or s.victim_iterations) if s.victim_check_episodes else 0
         curve = self.fit("victim", seed, learner, own_reward, loop, check, every)

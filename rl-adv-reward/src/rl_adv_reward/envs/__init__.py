@@ -71,7 +71,7 @@ def atari(game: str) -> Callable[..., VectorEnv]:
 
 ENVIRONMENTS = {
     "minipong": Environment(MiniPongVec, "mlp", BACKGROUND / 255, "first", "miss_rate", (0, 5)),
-    "pong": Environment(atari("pong"), "nature", 0.0, "zero", "victim_return", (18, math.inf)),
+    "pong": Environment(atari("pong"), "nature", 0.0, "zero", "victim_return", (10, math.inf)),
     "breakout": Environment(atari("breakout"), "nature", 0.0, "zero", "victim_return", (30, math.inf)),
 }
 
