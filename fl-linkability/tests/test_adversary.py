@@ -172,6 +172,8 @@ def test_matching_by_hand():
     assert all(math.isnan(alone[name]) for name in set(found) - {"prevalence", "assignment_accuracy"})
     with pytest.raises(ValueError, match="labels must lie in -1 .. 1, got -2 .. 0"):
         open_world_metrics(np.ones((2, 2)), np.array([0, -2]))
+    no_stranger = open_world_metrics(np.eye(2), np.array([0, 1]), far=(0.1,))["dir_at_far_0.1"]
+    assert all(math.isnan(no_stranger[name]) for name in ("tau", "far", "dir"))
 
 
 def test_averages_of_utility():

@@ -118,10 +118,14 @@ def test_roles_of_devices():
 
 
 def test_wrong_types_and_settings_of_users():
-    with pytest.raises(TypeError, match="x must be float32, float64, uint8 or int64 .tokens., got torch.int32"):
+    with pytest.raises(TypeError, match="x must be float32, uint8 or int64 .tokens., got torch.int32"):
         Background(torch.zeros(2, 3).int(), torch.zeros(2).long())
     with pytest.raises(TypeError, match="y must be int64 classes or words, or float32"):
         Background(torch.zeros(2, 3), torch.zeros(2).int())
+    with pytest.raises(TypeError, match="x must be float32, uint8 or int64 .tokens., got torch.float64"):
+        Background(torch.zeros(2, 3).double(), torch.zeros(2).long())
+    with pytest.raises(TypeError, match="x and y must be tensors, got ndarray and Tensor"):
+        Background(torch.zeros(2, 3).numpy(), torch.zeros(2).long())
     for change, message in (
         ({"n_users": 1}, "need 2 or more users"),
         ({"alpha": 0.0}, "alpha must be positive"),

@@ -22,6 +22,13 @@ from fl_linkability.splits import balanced_pairs, split_closed, split_matching, 
 from fl_linkability.store import UpdateStore
 
 
+@pytest.mark.parametrize("attack", MATCH)
+def test_pairs_of_updates_that_are_not_finite_are_refused(attack):
+    a = np.array([[1.0, np.nan]])
+    with pytest.raises(ValueError, match="features must be finite"):
+        match(a, np.ones((2, 2)), attack, np.eye(2), np.arange(2))
+
+
 @st.composite
 def tied_scores(draw):
     n, users = draw(st.integers(2, 30)), draw(st.integers(2, 6))

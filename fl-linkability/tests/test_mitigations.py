@@ -33,6 +33,12 @@ def rng(*numbers):
     return np.random.default_rng(numbers)
 
 
+def test_a_background_has_as_many_labels_as_samples():
+    for labels in (BY[:5], torch.cat([BY, BY])):
+        with pytest.raises(ValueError, match="as many labels as samples, got"):
+            Background(BX, labels, "random", 1.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_amounts(kind, ratio):

@@ -102,6 +102,7 @@ def test_dumped_updates_of_other_frameworks(tmp_path):
     update = {name: (after[name] - before[name]).numpy() for name in before if "num" not in name}
     np.savez(tmp_path / "update.npz", **update)
     np.savez(tmp_path / "plain.npz", *update.values())
+    np.savez(tmp_path / "nan.npz", **{name: value * np.nan for name, value in update.items()})
     lines = [
         "round,device,user,role,n_examples,after,before",
         "0,1,7,1,64,flute.pt,before.pt",
@@ -110,7 +111,7 @@ def test_dumped_updates_of_other_frameworks(tmp_path):
 
     def read(*more):
         (tmp_path / "updates.csv").write_text("\n".join([*lines, *more]))
-        return read_updates(tmp_path / "updates.csv", None)
+        return read_updates(str(tmp_path / "updates.csv"))
 
     store = read()
     np.testing.assert_allclose(store.delta[0], store.delta[1], rtol=0, atol=1e-6)
@@ -119,6 +120,8 @@ def test_dumped_updates_of_other_frameworks(tmp_path):
         ("1,0,7,0,32,plain.npz,before.pt", "line 4: weights of different networks: .*weight"),
         ("1,0,7,0,x,update.npz,", "line 4: invalid literal"),
         ("1,0,7,0,32,updates.csv,", "updates.csv: holds no weights"),
+        ("1,0,7,7,32,update.npz,", r"line 4: role must be 0 \(prior\) or 1 \(anonymous\), got 7"),
+        ("1,0,7,0,32,nan.npz,", "line 4: the update holds NaN or infinity"),
     ):
         with pytest.raises(ValueError, match=message):
             read(line)

@@ -24,7 +24,7 @@ from hib_ndigit_mnist.hedging import MatchProbability
 from hib_ndigit_mnist.losses import vib_objective
 from hib_ndigit_mnist.mc_infonce import MCInfoNCELoss
 from hib_ndigit_mnist.metrics import binned_correlation
-from hib_ndigit_mnist.models import MLPEncoder
+from hib_ndigit_mnist.models import MLPEncoder, to_unit
 from hib_ndigit_mnist.pairs import Pairs
 from hib_ndigit_mnist.settings import Training
 from hib_ndigit_mnist.train import _classical, _warn_if_hopeless, make_fabric
@@ -234,6 +234,30 @@ def test_an_exact_match_probability_has_its_embedding_s_precision(dtype):
     embedding = GaussianMixtureEmbedding(torch.zeros(2, 1, 2, dtype=dtype), torch.zeros(2, 1, 2, dtype=dtype))
     found = MatchProbability(1.0, 1.0).prob(embedding, embedding, method="quadrature")
     assert found.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("part", ["mu", "logvar"])
+def test_an_embedding_that_is_no_number_has_no_match_probability(dim, part):
+    values = {name: torch.randn(2, 1, dim) for name in ("mu", "logvar")}
+    values[part][0, 0, 0] = torch.nan
+    embedding = GaussianMixtureEmbedding(values["mu"], values["logvar"])
+    with pytest.raises(ValueError, match="expected finite means, and finite variances of 0 or more"):
+        MatchProbability(20.0, 50.0).self_mismatch(embedding, method="quadrature")
+    with pytest.raises(ValueError, match="expected finite means"):
+        expected_sigmoid(torch.zeros(1, dim), -torch.ones(1, dim), torch.tensor(1.0), torch.tensor(1.0))
+
+
+def test_nothing_matches_nothing():
+    embedding = GaussianMixtureEmbedding(torch.zeros(3, 1, 2), torch.zeros(3, 1, 2))
+    assert MatchProbability(1.0, 1.0).pairwise(embedding, embedding[:0], method="quadrature").shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_only_bytes_are_scaled(dtype):
+    assert to_unit(torch.tensor([255], dtype=torch.uint8)) == 1
+    with pytest.raises(TypeError, match="expected uint8, or floating-point values"):
+        to_unit(torch.tensor([255], dtype=dtype))
 
 
 @pytest.mark.parametrize("tolerance", (0.0, 0.11))

@@ -133,6 +133,7 @@ def test_what_an_uncertainty_knows():
         [[1.0, 0.0], [9.0, 1.0], [0.0, 2.0], [0.1, 1.0], [-1.0, 0.0]]
     )  # cosine: length is no matter
     assert recall_at_1(features, torch.tensor([0, 0, 1, 1, 2])).tolist() == [True, True, True, True, False]
+    assert recall_at_1(features[:1], torch.tensor([0])).tolist() == [False]  # there is no other image
     uncertainty, correct = torch.tensor([0.4, 0.1, 0.2, 0.3]), torch.tensor([True, True, True, False])
     assert accuracy_rejection_area(uncertainty, correct) == pytest.approx((1 + 1 + 2 / 3 + 3 / 4) / 4)
     assert r_auroc(uncertainty, correct) == pytest.approx(2 / 3)  # two of three right ones are more certain

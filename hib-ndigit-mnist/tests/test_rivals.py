@@ -86,6 +86,12 @@ def test_mismatch_of_passes_is_the_mean_over_different_ones():
         assert found == pytest.approx(sum(1 / (1 + math.exp(3 - 2 * gap)) for gap in gaps) / 6, abs=1e-5)
 
 
+@pytest.mark.parametrize("kappa", [float("nan"), float("inf"), 0.0])
+def test_a_direction_without_a_concentration_is_refused(kappa):
+    with pytest.raises(ValueError, match="kappa: expected finite values above 0, got"):
+        von_mises_fisher_samples(torch.eye(2, 3), torch.tensor([1.0, kappa]), 2)
+
+
 @pytest.mark.parametrize(("dim", "kappa"), [(2, 30.0), (3, 10.0), (64, 20.0), (64, 5e4)])
 def test_directions_scatter_as_von_mises_and_fisher_say(dim, kappa):
     torch.manual_seed(0)

@@ -49,6 +49,7 @@ def test_the_same_seed_draws_the_same_colours_and_another_one_others():
 def test_ground_is_coloured_not_the_digit():
     grey = torch.tensor([[[0, 1], [255, 0]]], dtype=torch.uint8)
     rgb = colourise(grey, torch.tensor([3]))
+    assert torch.equal(colourise(grey, torch.tensor([3], dtype=torch.uint8)), rgb)  # not taken for a mask
     assert rgb[0, 0, 0].tolist() == [225, 225, 0] and rgb[0, 0, 1].tolist() == [255, 255, 255]
     data = BiasedDigits(grey, torch.tensor([3]), torch.tensor([3]), "x")
     (images, targets), *_ = data.batches([torch.tensor([0])])

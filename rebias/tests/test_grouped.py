@@ -59,6 +59,8 @@ def test_waterbirds_as_released(tmp_path):
     }
     pd.DataFrame(columns).to_csv(tmp_path / "metadata.csv", index=False)
     train, test = (waterbirds(tmp_path, split) for split in ("train", "test"))
+    with pytest.raises(ValueError, match="split must be one of train, val, test, got 'valid'"):
+        waterbirds(tmp_path, "valid")
     assert train.labels.tolist() == [1, 0] and train.bias.tolist() == [0, 0] and test.names == names[3:]
 
 
@@ -78,6 +80,8 @@ def test_celeba_as_released(tmp_path):
 def test_bffhq_as_released(tmp_path):
     write_files(tmp_path, ["0.5pct/align/0/1_0_0.png", "0.5pct/conflict/1/22_1_0.png", "test/3_0_1.png"])
     train, test = (bffhq(tmp_path, split) for split in ("train", "test"))
+    with pytest.raises(ValueError, match="split must be one of train, val, test, got 'valid'"):
+        bffhq(tmp_path, "valid")
     assert (train.labels.tolist(), train.bias.tolist()) == ([0, 1], [0, 0]) and test.bias.tolist() == [1]
     write_files(tmp_path, ["test/portrait.png"])
     with pytest.raises(ValueError, match="portrait.png: bFFHQ's files are named"):

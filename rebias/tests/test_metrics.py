@@ -12,6 +12,7 @@ from rebias.evaluate import (
     _in_order,
     dependence,
     group_accuracy,
+    group_report,
     group_summary,
     predict,
     read_predictions,
@@ -97,6 +98,18 @@ def test_what_is_wrong_with_groups_is_named():
     for name, arguments in (("labels", (four, four + 1, four)), ("bias", (four, four, four - 1))):
         with pytest.raises(ValueError, match=f"{name} must lie in 0 .. 1, got"):
             group_accuracy(*arguments, 2, 2)
+    with pytest.raises(ValueError, match="bias must be integers, got torch.float32"):
+        group_accuracy(four, four, four.float(), 2, 2)
+    with pytest.raises(ValueError, match="no sample to report on"):
+        group_report(four[:0], four[:0], four[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64])
+def test_400_groups_fit_into_small_integers(dtype):
+    cells = torch.arange(400)
+    labels, bias = (cells // 20).to(dtype), (cells % 20).to(dtype)
+    accuracy, counts = group_accuracy(labels, labels, bias, 20, 20)
+    assert (counts == 1).all() and (accuracy == 1).all()
 
 
 class Half(torch.nn.Module):

@@ -138,7 +138,13 @@ def match(
     a: np.ndarray, b: np.ndarray, attack: str = "cosine", aux: np.ndarray | None = None,
     aux_labels: np.ndarray | None = None, seed: int = 0,
 ) -> np.ndarray:  # fmt: skip
-    """Scores of all pairs, (n_a, n_b); attacks other than cosine and chance learn from aux. See `pair_scorer`."""
+    """Scores of all pairs, (n_a, n_b); attacks other than cosine and chance learn from aux. See `pair_scorer`.
+
+    Raises:
+        ValueError: features that are not finite, an unknown attack, or one that lacks aux.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features must be finite")
     if attack == "cosine":
         return cosine(a, b)
     if aux is None or aux_labels is None:

@@ -186,7 +186,8 @@ def open_world_metrics(scores: np.ndarray, labels: np.ndarray, far: tuple[float,
         at = int(np.argmax(alarms <= rate)) if len(unknown) else 0
         passed = (best == labels) & (largest >= candidates[at])
         dir_ = float(passed[known].mean()) if known.any() and len(unknown) else float("nan")
-        result[f"dir_at_far_{rate}"] = {"tau": float(candidates[at]), "far": float(alarms[at]), "dir": dir_}
+        tau, alarm = (float(candidates[at]), float(alarms[at])) if len(unknown) else (float("nan"), float("nan"))
+        result[f"dir_at_far_{rate}"] = {"tau": tau, "far": alarm, "dir": dir_}
     return result
 
 

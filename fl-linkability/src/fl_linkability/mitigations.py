@@ -86,8 +86,8 @@ class Background(Mitigation):
         cluster: (n,) mode of each sample, for kind "cluster".
 
     Raises:
-        ValueError: unknown kind, negative ratio, replacing more than all data, no clusters, or a kind that needs
-            one class per sample on other data.
+        ValueError: unknown kind, negative ratio, replacing more than all data, no samples, as many labels as samples,
+            no clusters, or a kind that needs one class per sample on other data.
     """
 
     def __init__(
@@ -100,6 +100,8 @@ class Background(Mitigation):
             raise ValueError(f"ratio must lie in [0, {'1]' if kind == 'repl' else 'inf)'}, got {ratio}")
         if len(x) == 0:
             raise ValueError("the background is empty")
+        if len(x) != len(y):
+            raise ValueError(f"the background needs as many labels as samples, got {len(y)} for {len(x)}")
         if kind == "cluster" and (cluster is None or len(cluster) != len(x)):
             raise ValueError(f"kind 'cluster' needs the cluster of each of the {len(x)} background samples")
         if kind in ("calibrated", "adversarial"):

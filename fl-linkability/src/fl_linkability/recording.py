@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fl_linkability.data.bundle import ANONYMOUS, PRIOR
 from fl_linkability.store import COLUMNS, UpdateStore
 from fl_linkability.train import State, flatten, layer_slices
 
@@ -102,7 +103,7 @@ def difference(before: State, after: Mapping[str, Any]) -> np.ndarray:
     return (flatten({name: new[name] for name in before}) - flatten(before)).numpy()
 
 
-def read_updates(table: Path, path: Path | None = None) -> UpdateStore:
+def read_updates(table: Path | str, path: Path | None = None) -> UpdateStore:
     """Read updates that another framework has saved, listed in a CSV file.
 
     Columns: round, device, user, role (0 prior, 1 anonymous), n_examples, after and before: files relative to the
@@ -117,8 +118,10 @@ def read_updates(table: Path, path: Path | None = None) -> UpdateStore:
 
     Raises:
         FileNotFoundError: the table or a file is missing.
-        ValueError: a missing column, a file that holds no weights, or weights of different networks.
+        ValueError: a missing column, a role other than 0 and 1, a file that holds no weights, weights that are not
+            finite, or weights of different networks.
     """
+    table = Path(table)
     with open(table, newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file, skipinitialspace=True))
     missing = [name for name in (*COLUMNS, "after", "before") if not lines or name not in lines[0]]
@@ -133,7 +136,11 @@ def read_updates(table: Path, path: Path | None = None) -> UpdateStore:
                 sent = line["before"], load_weights(table.parent / line["before"])
             before = sent[1] if line["before"] else {name: torch.zeros_like(v) for name, v in after.items()}
             delta = difference(before, after)
+            if not np.isfinite(delta).all():
+                raise ValueError("the update holds NaN or infinity")
             columns = {name: int(line[name]) for name in COLUMNS}
+            if columns["role"] not in (PRIOR, ANONYMOUS):
+                raise ValueError(f"role must be {PRIOR} (prior) or {ANONYMOUS} (anonymous), got {columns['role']}")
             store = store or UpdateStore(layer_slices(before), path)
             store.append(delta[None], **columns)
         except ValueError as error:

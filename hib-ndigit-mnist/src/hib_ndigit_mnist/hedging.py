@@ -161,7 +161,7 @@ class MatchProbability(nn.Module):
         (mu1, variance1), (mu2, variance2) = (
             (e.mu.movedim(-1, 0), e.variance().movedim(-1, 0)) for e in (first, second)
         )
-        rows = max(1, TILE // (16 * len(second)))  # a tile fits the cache
+        rows = max(1, TILE // (16 * max(1, len(second))))  # a tile fits the cache
 
         def tile(i: int, j: int, start: int) -> Tensor:
             part = slice(start, start + rows)

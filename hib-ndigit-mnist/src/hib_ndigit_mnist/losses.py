@@ -213,8 +213,8 @@ def eta_of_variance(total_variance: float, a: float, b: float) -> float:
 def _as_bool(match: Tensor) -> Tensor:
     if match.dtype == torch.bool:
         return match
-    if not ((match == 0) | (match == 1)).all():
-        raise ValueError(f"match: expected 0 / 1 or bool, got values such as {match.flatten()[0].item()}")
+    if (wrong := match[(match != 0) & (match != 1)]).numel():
+        raise ValueError(f"match: expected 0 / 1 or bool, got values such as {wrong[0].item()}")
     return match.bool()
 
 

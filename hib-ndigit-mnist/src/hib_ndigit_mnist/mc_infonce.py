@@ -114,7 +114,12 @@ def von_mises_fisher_samples(mean: Tensor, kappa: Tensor, samples: int) -> Tenso
 
     Returns:
         (K, B, D) unit vectors; differentiable in mean and kappa.
+
+    Raises:
+        ValueError: a concentration that is not finite or not above 0: nothing would ever be accepted.
     """
+    if not ((kappa > 0) & kappa.isfinite()).all():
+        raise ValueError(f"kappa: expected finite values above 0, got {kappa.min().item()} .. {kappa.max().item()}")
     dim = mean.shape[1]
     concentration = kappa.double().expand(samples, -1)
     b = (dim - 1) / (2 * concentration + (4 * concentration.square() + (dim - 1) ** 2).sqrt())

@@ -170,7 +170,8 @@ def recall_at_1(features: Tensor, labels: Tensor) -> Tensor:
     _check_finite("features", features)
     unit = torch.nn.functional.normalize(features, dim=-1)
     nearest = torch.cat([(part @ unit.T).scatter(1, own[:, None], -2.0).argmax(1) for part, own in _parts(unit)])
-    return labels[nearest] == labels
+    itself = torch.arange(len(unit), device=unit.device)
+    return (labels[nearest] == labels) & (nearest != itself)  # a single image has no other
 
 
 def _parts(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -228,7 +228,9 @@ def build_encoder(architecture: str, **options: Any) -> Encoder:
 
 
 def to_unit(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 -> [0, 1]; floating-point values are not changed."""
+    """uint8 -> [0, 1]; floating-point values are not changed. TypeError for other integers."""
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise TypeError(f"images: expected uint8, or floating-point values in [0, 1], got {x.dtype}")
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
 
 

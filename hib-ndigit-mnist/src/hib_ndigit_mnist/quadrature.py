@@ -38,10 +38,13 @@ def expected_sigmoid(mean: Tensor, variance: Tensor, a: Tensor, b: Tensor, toler
         (n,) float64.
 
     Raises:
-        ValueError: D > 2 with variances that differ between dimensions; tolerance not in (0, 0.1].
+        ValueError: D > 2 with variances that differ between dimensions; tolerance not in (0, 0.1]; a mean or variance
+            that is not finite, or a negative variance.
     """
     if not 0 < tolerance <= 0.1:
         raise ValueError(f"tolerance: expected a value in (0, 0.1], got {tolerance}")
+    if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
+        raise ValueError("expected finite means, and finite variances of 0 or more")
     mean, variance = mean.double(), variance.double()
     n, dim = mean.shape
     a, b = (torch.as_tensor(x, dtype=torch.float64, device=mean.device).expand(n) for x in (a, b))

@@ -32,7 +32,12 @@ def series_of_sigmoid(mean: Tensor, variance: Tensor, a: float, b: float, tolera
 
     Returns:
         (n,) float64, or None if the tolerance cannot be met (small b, tight tolerance).
+
+    Raises:
+        ValueError: a mean or variance that is not finite, or a negative variance.
     """
+    if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
+        raise ValueError("expected finite means, and finite variances of 0 or more")
     squares, variance = (a * mean.double()).square(), variance.double() * a * a
     reach = math.sqrt(-2 * math.log(tolerance / 4))  # the length is within reach sd of its median, up to the tolerance
     spread, radius = variance.amax(1).sqrt(), squares.sum(1).sqrt()

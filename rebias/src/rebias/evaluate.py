@@ -58,9 +58,9 @@ def group_accuracy(
     """Accuracy in every group of label and bias (figure 3 of the paper).
 
     Args:
-        predictions: (n,) classes.
-        labels: (n,) classes.
-        bias: (n,) bias labels.
+        predictions: (n,) integer classes.
+        labels: (n,) integer classes.
+        bias: (n,) integer bias labels.
         n_labels: number of classes.
         n_bias: number of bias labels.
 
@@ -68,15 +68,17 @@ def group_accuracy(
         accuracy (n_labels, n_bias) float64 in [0, 1], NaN for empty groups, and counts (n_labels, n_bias) int64.
 
     Raises:
-        ValueError: different lengths, or values outside the given numbers.
+        ValueError: different lengths, labels that are no integers, or values outside the given numbers.
     """
     if not predictions.shape == labels.shape == bias.shape or labels.ndim != 1:
         shapes = ", ".join(str(tuple(each.shape)) for each in (predictions, labels, bias))
         raise ValueError(f"predictions, labels and bias must all be (n,), got {shapes}")
     for name, values, size in (("labels", labels, n_labels), ("bias", bias, n_bias)):
+        if values.is_floating_point():
+            raise ValueError(f"{name} must be integers, got {values.dtype}")
         if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
             raise ValueError(f"{name} must lie in 0 .. {size - 1}, got {int(values.min())} .. {int(values.max())}")
-    group = labels * n_bias + bias
+    group = labels.long() * n_bias + bias.long()
     counts = torch.bincount(group, minlength=n_labels * n_bias)
     correct = torch.bincount(group, weights=(predictions == labels).double(), minlength=n_labels * n_bias)
     return (correct / counts).reshape(n_labels, n_bias), counts.reshape(n_labels, n_bias)
@@ -138,7 +140,12 @@ def group_report(predictions: Tensor, labels: Tensor, bias: Tensor) -> tuple[dic
     """Percentages over all samples, as the mean over groups, and in the worst one; accuracy and size of each group.
 
     The mean over groups is usually called unbiased accuracy; empty groups do not count.
+
+    Raises:
+        ValueError: no sample, or as `group_accuracy`.
     """
+    if not len(labels):
+        raise ValueError("there is no sample to report on")
     n_labels, n_bias = int(labels.max()) + 1, int(bias.max()) + 1
     accuracy, counts = group_accuracy(predictions, labels, bias, n_labels, n_bias)
     filled = accuracy[counts > 0]

@@ -27,10 +27,11 @@ def rbf_gram(x: Tensor, sigma: float | Tensor) -> Tensor:
         (m, m) float32, or float64 if x is float64; the diagonal is exactly 1.
 
     Raises:
-        ValueError: sigma <= 0, m = 0, or (on the CPU, where the check costs no synchronisation) NaN or infinity in x.
+        ValueError: m = 0, sigma <= 0, or NaN or infinity in x (of tensors only on the CPU, where a check costs no
+            synchronisation).
         TypeError: x is not floating.
     """
-    if not isinstance(sigma, Tensor) and not sigma > 0:
+    if not (isinstance(sigma, Tensor) and sigma.is_cuda) and not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     return torch.exp(squared_distances(x) / (-2 * sigma**2))
 
@@ -128,8 +129,8 @@ def conditional_hsic(
     Raises:
         ValueError: as `hsic`, or when no class is large enough.
     """
-    if len(labels) != len(x):
-        raise ValueError(f"labels must hold one class for each of {len(x)} samples, got {len(labels)}")
+    if not len(labels) == len(x) == len(y):
+        raise ValueError(f"x, y and labels must hold the same samples, got {len(x)}, {len(y)} and {len(labels)}")
     k, l = rbf_gram(x, sigma_x), rbf_gram(y, sigma_x if sigma_y is None else sigma_y)  # noqa: E741
     needed = MIN_BATCH.get(estimator, 4)
     groups = [members for label in labels.unique() if len(members := (labels == label).nonzero()[:, 0]) >= needed]

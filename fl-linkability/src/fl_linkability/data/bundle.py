@@ -211,10 +211,12 @@ def _of_device(values: np.ndarray, device: np.ndarray, what: str) -> np.ndarray:
 
 
 def _check_pair(x: Tensor | Rows, y: Tensor, what: str) -> None:
+    if not isinstance(x, Tensor | Rows) or not isinstance(y, Tensor):
+        raise TypeError(f"{what}: x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
     if len(x) != len(y):
         raise ValueError(f"{what}: x and y must have the same length, got {len(x)} and {len(y)}")
-    if x.dtype not in (torch.float32, torch.float64, torch.uint8, torch.int64):
-        raise TypeError(f"{what}: x must be float32, float64, uint8 or int64 (tokens), got {x.dtype}")
+    if x.dtype not in (torch.float32, torch.uint8, torch.int64):
+        raise TypeError(f"{what}: x must be float32, uint8 or int64 (tokens), got {x.dtype}")
     if y.dtype not in (torch.int64, torch.float32):
         raise TypeError(f"{what}: y must be int64 classes or words, or float32 labels or numbers, got {y.dtype}")
     if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():

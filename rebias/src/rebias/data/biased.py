@@ -80,7 +80,7 @@ def colourise(grey: Tensor, bias: Tensor) -> Tensor:
     if grey.ndim != 3 or bias.shape != grey.shape[:1]:
         raise ValueError(f"grey is (n, H, W) and bias (n,), got {tuple(grey.shape)} and {tuple(bias.shape)}")
     _check_labels(bias)
-    colours = torch.tensor(COLOURS, dtype=torch.uint8, device=grey.device)[bias][:, None, None]  # (n, 1, 1, 3)
+    colours = torch.tensor(COLOURS, dtype=torch.uint8, device=grey.device)[bias.long()][:, None, None]  # (n, 1, 1, 3)
     return torch.where((grey != 0)[..., None], torch.full_like(colours, 255), colours)
 
 

@@ -40,10 +40,16 @@ def csv_set(csv: str | Path, split: str = "", **options: Any) -> ImageFiles:
     return _images(csv.parent, table.image, table.label, table.bias, f"{csv.stem} {split}".strip(), csv, options)
 
 
+def _number_of(split: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return SPLITS.index(split)
+
+
 def waterbirds(folder: str | Path, split: str, **options: Any) -> ImageFiles:
     """Waterbirds (Sagawa et al. 2020) as released, with metadata.csv; bias is the place, land or water."""
     table = _table(Path(folder) / "metadata.csv", ("img_filename", "y", "place", "split"))
-    table = table[table.split == SPLITS.index(split)]
+    table = table[table.split == _number_of(split)]
     where = Path(folder) / "metadata.csv"
     return _images(Path(folder), table.img_filename, table.y, table.place, f"Waterbirds {split}", where, options)
 
@@ -55,7 +61,7 @@ def celeba(
     folder = Path(folder)
     attributes = _table(folder / "list_attr_celeba.txt", (target, bias), sep=r"\s+", skiprows=1)
     parts = _table(folder / "list_eval_partition.txt", (), sep=r"\s+", header=None, names=["split"], index_col=0)
-    table = attributes[parts.split.reindex(attributes.index) == SPLITS.index(split)]
+    table = attributes[parts.split.reindex(attributes.index) == _number_of(split)]
     labels, biases = (table[name].eq(1).astype(int) for name in (target, bias))  # -1 means no
     where = folder / "list_attr_celeba.txt"
     names = pd.Series(table.index.astype(str))
@@ -68,7 +74,7 @@ def bffhq(folder: str | Path, split: str, *, percent: str = "0.5pct", **options:
     Training images are in <percent>/align and <percent>/conflict, the others in valid and test.
     """
     folder = Path(folder)
-    places = {"train": (f"{percent}/align", f"{percent}/conflict"), "val": ("valid",), "test": ("test",)}[split]
+    places = ((f"{percent}/align", f"{percent}/conflict"), ("valid",), ("test",))[_number_of(split)]
     paths = [path for place in places for path in image_files(folder / place)[0]]
     ends = [path.stem.split("_")[-2:] for path in paths]
     wrong = [path for path, end in zip(paths, ends, strict=True) if len(end) < 2 or not "".join(end).isdigit()]
@@ -95,7 +101,13 @@ class ColoredMNIST:
     def __init__(self, folder: str | Path, split: str, device: torch.device | str = "cpu"):
         place = Path(folder) / split
         images, attrs = (np.load(place / f"{name}.npy") for name in ("images", "attrs"))
-        if images.ndim != 4 or images.shape[3] != 3 or attrs.shape[:1] != images.shape[:1] or attrs.shape[1] < 2:
+        if (
+            images.ndim != 4
+            or images.shape[3] != 3
+            or attrs.ndim != 2
+            or attrs.shape[1] < 2
+            or len(attrs) != len(images)
+        ):
             raise ValueError(
                 f"{place}: expected images (n, H, W, 3) and attrs (n, 2), got {images.shape}, {attrs.shape}"
             )
