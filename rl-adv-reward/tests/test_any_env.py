@@ -8,6 +8,7 @@ from torch import nn
 
 from rl_adv_reward import train_attack
 from rl_adv_reward.any_env import TrainedAttack, as_policy, read_cleanrl
+from rl_adv_reward.models import Victim
 
 stable_baselines3, sb3_contrib = map(pytest.importorskip, ("stable_baselines3", "sb3_contrib"))
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -207,3 +208,58 @@ def test_what_cleanrl_saves(tmp_path):
 def test_wrong_arguments(victim, env, error, message):
     with pytest.raises(error, match=message):
         train_attack(victim, env, lambda observation, action, info: 0.0, steps=16)
+
+
+class Still(gym.Env):
+    """Shows the same bright observation for ever."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, shape, dtype):
+        self.observation_space = gym.spaces.Box(0, 255 if dtype == np.uint8 else 1, shape, dtype)
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.high, {}
+
+    def step(self, action):
+        return self.observation_space.high, 0.0, False, False, {}
+
+
+def policy(x):
+    return x.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"eps": float("nan")}, "eps must be finite and above 0, got nan"),
+        ({"eps": -1.0}, "eps must be finite and above 0, got -1"),
+        ({"reward": lambda observation, action, info: float("nan")}, "reward must be finite, got nan"),
+        ({"victim": lambda x: policy(x).detach()}, "no gradient flows from its output"),
+        ({"env": lambda: Still((12, 12, 3), np.uint8)}, r"images must be \(C, H, W\), got \(12, 12, 3\); move the"),
+    ],
+)
+def test_what_would_train_nothing_is_refused(changes, message):
+    usual = {"victim": policy, "env": lambda: Still((3, 12, 12), np.uint8), "reward": lambda *step: 0.0, "steps": 16}
+    with pytest.raises(ValueError, match=message):
+        train_attack(**usual | changes)
+
+
+@pytest.mark.parametrize("dtype, largest", [(np.uint8, 255.0), (np.float32, 1.0)])
+def test_a_victim_sees_images_in_its_own_unit(dtype, largest):
+    """A Victim takes [0, 1], whatever the environment shows."""
+    env = Still((3, 12, 12), dtype)
+    seen = []
+
+    class Noted(nn.Module):
+        def forward(self, x):
+            seen.append(float(x.detach().max()))
+            return policy(x)
+
+    attack = train_attack(Victim(Noted()), lambda: env, lambda *step: 0.0, steps=16, num_envs=2)
+    assert max(seen) == pytest.approx(1.0) and attack.scale.max() == largest
+
+
+def test_small_integers_in_a_table_are_bounded_as_a_share_of_255():
+    attack = train_attack(policy, lambda: Still((4, 4), np.uint8), lambda *step: 0.0, eps=0.1, steps=16, num_envs=2)
+    assert (attack.scale == 255).all() and (attack.centre == 0).all()

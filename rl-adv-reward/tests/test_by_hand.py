@@ -10,8 +10,10 @@ from torch import nn
 
 from rl_adv_reward import attacks
 from rl_adv_reward.atn import ATN, perturbation_size, project
+from rl_adv_reward.dqn import dqn_targets, nstep_returns, tabular_attack
+from rl_adv_reward.evaluation import evaluate
 from rl_adv_reward.learners import Distiller, QLearner
-from rl_adv_reward.models import mlp
+from rl_adv_reward.models import Victim, mlp
 from rl_adv_reward.replay import Replay
 from rl_adv_reward.rewards import GoalZone, Zone, crossing, make_reward
 from rl_adv_reward.train import make_fabric
@@ -307,3 +309,30 @@ def test_a_distiller_plays_as_the_critic_and_then_as_itself(victim, small):
     assert torch.equal(learner.act(x, 9), critic(x).argmax(1)) and torch.equal(learner.act(x, 10), own)
     assert not torch.equal(own, critic(x).argmax(1)) and list(learner.modules) == ["q"]
     assert not critic.training and not any(p.requires_grad for p in critic.parameters())
+
+
+def test_wrong_ends_shapes_and_discounts_are_refused():
+    ended, values = torch.tensor([1, 0]), torch.ones(2, 3)
+    with pytest.raises(TypeError, match="terminated must be bool, got torch.int64"):
+        dqn_targets(torch.ones(2), ended, values, 0.9)
+    segment, never = torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.bool)
+    for wrong in ({"terminated": never[:4]}, {"truncated": never[:4]}, {"final_value": segment[:4]}):
+        parts = {"reward": segment, "terminated": never, "truncated": never, "final_value": segment} | wrong
+        with pytest.raises(ValueError, match="must have one shape"):
+            nstep_returns(**parts, bootstrap_value=torch.zeros(6, 3), n=2, gamma=0.9)
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\), got 1"):
+        tabular_attack(torch.full((1, 1, 1), 1.0), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [({"temporal": "foo"}, "temporal must be one of"), ({"norm": "foo"}, "norm must")]
+)
+def test_an_evaluation_of_another_kind_is_refused(wrong, message):
+    class NoParameters(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3]
+
+    goal, victim = make_reward("aim_top", "minipong"), Victim(NoParameters())
+    with pytest.raises(ValueError, match=message):
+        evaluate(victim, attacks.none, goal, "minipong", 1, 0, **wrong)
+    assert len(evaluate(victim, attacks.none, goal, "minipong", 1, 0, episode_steps=3).episodes["steps"]) == 1

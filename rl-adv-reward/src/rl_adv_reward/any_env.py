@@ -129,7 +129,7 @@ def train_attack(
             Gradients must flow through it; its weights are never changed (put a module into eval mode yourself).
         env: an id, a function that makes an environment, or one environment (`num_envs` is then ignored).
         reward: (observation after the step, action, info) -> number.
-        eps: bound for every value: as a share of 255 for uint8 images, of 1 for other three-dimensional observations,
+        eps: bound for every value: as a share of 255 for uint8 observations, of 1 for images (C, H, W) in [0, 1],
             otherwise of the value's standard deviation in unattacked play.
         steps: total over all environments.
         gamma: discount of the adversarial reward.
@@ -142,16 +142,22 @@ def train_attack(
 
     Raises:
         TypeError: a victim or an environment of another type, or observations that are not a Box.
-        ValueError: actions that are neither Discrete nor Box, or a victim whose output does not fit them.
+        ValueError: actions that are neither Discrete nor Box, a victim whose output does not fit them or through which
+            no gradient flows, images with the channels last, an eps that is not finite and above 0, or a reward that
+            is not finite.
     """
+    if not 0 < eps < np.inf:
+        raise ValueError(f"eps must be finite and above 0, got {eps}")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     envs = _vector(env, num_envs)
     space, actions, n = envs.single_observation_space, envs.single_action_space, envs.num_envs
     if not isinstance(space, gym.spaces.Box):
         raise TypeError(f"env: observations must be a Box, got {space}")
+    if len(space.shape) == 3 and space.shape[2] <= 4 < space.shape[0]:
+        raise ValueError(f"env: images must be (C, H, W), got {space.shape}; move the channels to the front")
     actions.seed(seed)
-    policy = as_policy(victim, device)
+    policy = as_policy(victim, device, _largest(space))
 
     def tensor(array: Any) -> Tensor:
         return torch.as_tensor(np.asarray(array), device=device).float()
@@ -161,9 +167,9 @@ def train_attack(
             return greedy(policy(attack(tensor(observation))), actions).cpu().numpy()
 
     observation, _ = envs.reset(seed=seed)
-    _check_output(policy(tensor(observation)), n, actions)
+    _check_output(policy(tensor(observation).requires_grad_()), n, actions)
     clean = [observation]
-    for _ in range(0 if len(space.shape) == 3 else SETTLING):
+    for _ in range(0 if len(space.shape) == 3 or space.dtype == np.uint8 else SETTLING):
         clean.append(envs.step(play(clean[-1]))[0])
     attack = TrainedAttack(space, eps, *_units(space, np.concatenate(clean))).to(device)
     critic = _Critic(space.shape, actions).to(device)
@@ -180,6 +186,8 @@ def train_attack(
         after, _, terminated, truncated, info = envs.step(chosen)
         for i in np.flatnonzero(~over):  # if the last step ended an episode, this one only resets
             gained = reward(after[i], chosen[i], {name: each[i] for name, each in info.items()})
+            if not np.isfinite(gained):
+                raise ValueError(f"reward must be finite, got {gained}")
             memory.append((observation[i], chosen[i], gained, after[i], terminated[i]))
         over, observation = terminated | truncated, after
         if len(memory) >= batch_size:
@@ -236,12 +244,17 @@ def _losses(
 # ---- victims ------------------------------------------------------------
 
 
-def as_policy(victim: Any, device: str = "cpu") -> Policy:
-    """Turn any victim of `train_attack` into a differentiable function. TypeError, or ValueError for a file."""
+def as_policy(victim: Any, device: str = "cpu", largest: float = 255.0) -> Policy:
+    """Turn any victim of `train_attack` into a differentiable function of observations in 0 .. largest.
+
+    Raises:
+        TypeError: a victim of another type.
+        ValueError: a file that cannot be read.
+    """
     if isinstance(victim, str | Path):
         return read_cleanrl(victim).to(device)
     if isinstance(victim, Victim):
-        return lambda x: victim.q(x / 255)
+        return lambda x: victim.q(x / largest)
     if hasattr(victim, "policy") and hasattr(victim, "predict"):
         return _of_sb3(victim, device)
     if callable(victim):
@@ -352,10 +365,14 @@ def _vector(env: Any, num_envs: int) -> SyncVectorEnv:
 
 
 def _units(space: gym.spaces.Box, clean: np.ndarray) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """Centre and scale of observations: [0, 1] for images, otherwise mean and standard deviation."""
-    if len(space.shape) == 3:
-        return 0.0, 255.0 if space.dtype == np.uint8 else 1.0
+    """Centre and scale of observations: their range for images, otherwise mean and standard deviation."""
+    if len(space.shape) == 3 or space.dtype == np.uint8:
+        return 0.0, _largest(space)
     return clean.mean(0), clean.std(0) + 1e-6
+
+
+def _largest(space: gym.spaces.Box) -> float:
+    return 255.0 if space.dtype == np.uint8 else 1.0
 
 
 def _size(space: gym.Space) -> int:
@@ -371,3 +388,5 @@ def _check_output(out: Tensor, n: int, actions: gym.Space) -> None:
         raise ValueError(f"env: actions must be Discrete or a Box, got {actions}")
     if out.numel() != np.prod(expected):
         raise ValueError(f"victim: expected {expected} for {n} observations and {actions}, got {tuple(out.shape)}")
+    if not out.requires_grad:
+        raise ValueError("victim: no gradient flows from its output to the observation")

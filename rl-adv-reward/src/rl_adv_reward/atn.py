@@ -134,7 +134,7 @@ class ATN(nn.Module):
             return project(x + step, x, self.eps, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) in [0, 1] to the same shape, dtype and range, within eps. Errors: `check_observation`."""
+        """Maps (N, C, H, W) in [0, 1], of the network's dtype, to the same, within eps. Errors: `check_observation`."""
         check_observation(x, self.obs_shape)
         return self.attacked(x)
 

@@ -24,7 +24,12 @@ def dqn_targets(
 
     Returns:
         (B,) targets; the first action wins ties.
+
+    Raises:
+        TypeError: terminated is not bool.
     """
+    if terminated.dtype != torch.bool:
+        raise TypeError(f"terminated must be bool, got {terminated.dtype}")
     chooser = q_target_next if q_online_next is None else q_online_next
     value = q_target_next.gather(1, chooser.argmax(1, keepdim=True)).squeeze(1)
     return reward + gamma * (~terminated).to(value.dtype) * value
@@ -83,6 +88,9 @@ def nstep_returns(
         raise ValueError(f"n must be at least 1, got {n}")
     if bootstrap_value.shape != (len(reward) + 1, *reward.shape[1:]):
         raise ValueError(f"bootstrap_value must be {(len(reward) + 1, *reward.shape[1:])}, got {bootstrap_value.shape}")
+    if not reward.shape == terminated.shape == truncated.shape == final_value.shape:
+        shapes = [tuple(each.shape) for each in (reward, terminated, truncated, final_value)]
+        raise ValueError(f"reward, terminated, truncated and final_value must have one shape, got {shapes}")
     rows, environments = [], torch.arange(reward.shape[1])
     for t in range(len(reward)):
         window = slice(t, t + n)
@@ -109,8 +117,10 @@ def tabular_attack(transition: Tensor, reward: Tensor, allowed: Tensor, gamma: f
         values (S,) and best actions (S,) int64, by policy iteration (the first action wins ties).
 
     Raises:
-        ValueError: a state without an allowed action.
+        ValueError: a state without an allowed action, or a discount outside [0, 1).
     """
+    if not 0 <= gamma < 1:
+        raise ValueError(f"gamma must lie in [0, 1), got {gamma}")
     if not allowed.any(1).all():
         raise ValueError(f"allowed: state {int((~allowed.any(1)).nonzero()[0])} has no allowed action")
     states = torch.arange(len(reward))

@@ -17,11 +17,12 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from rl_adv_reward.atn import TOLERANCE, perturbation_size
+from rl_adv_reward.atn import TOLERANCE, check_bound, perturbation_size
 from rl_adv_reward.attacks import Attack
 from rl_adv_reward.models import Victim, to_unit
 from rl_adv_reward.play import Play
 from rl_adv_reward.rewards import AdversarialReward, Zone, crossing
+from rl_adv_reward.settings import TEMPORAL
 
 BINS = 20
 SUMS = ("adv_return", "victim_return", "steps", "misses", "flips", "crossings", "hits", "l2", "l0")
@@ -152,8 +153,12 @@ def evaluate(
 
     Raises:
         RuntimeError: an observation outside the bound or [0, 1], or a victim whose weights changed.
+        ValueError: an unknown norm or temporal.
     """
-    device = next(victim.parameters()).device
+    if temporal not in TEMPORAL:
+        raise ValueError(f"temporal must be one of {', '.join(TEMPORAL)}, got {temporal!r}")
+    check_bound(eps or 0.0, norm)
+    device = next((each.device for each in victim.parameters()), torch.device("cpu"))
     n = min(episodes, MOST_ENVS)
     play, weights = Play(env, n, seed, device, episode_steps), victim.weights_hash()
     tally = _Tally(n, -(-episodes // n), device)

@@ -19,7 +19,7 @@ def save_victim(path: Path, victim: Victim, env: str) -> None:
     write_atomically(path, {"run": {"kind": "victim", "env": env}, "modules": {"q": victim.module.state_dict()}})
 
 
-def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
+def load_victim(path: Path | str, env: str, format: str = "ours") -> Victim:
     """Read a victim.
 
     Args:
@@ -37,6 +37,7 @@ def load_victim(path: Path, env: str, format: str = "ours") -> Victim:
         return Victim.from_cleanrl(path)
     if format == "sb3":
         return Victim.from_sb3(path)
+    path = Path(path)
     content = _of_kind(path, "victim")
     if content["run"]["env"] != env:
         raise ValueError(f"{path}: is a victim of {content['run']['env']}, not of {env}")
@@ -50,8 +51,9 @@ def save_atn(path: Path, atn: ATN) -> None:
     write_atomically(path, {"run": {"kind": "atn", **atn.arguments}, "modules": {"atn": atn.state_dict()}})
 
 
-def load_atn(path: Path) -> ATN:
+def load_atn(path: Path | str) -> ATN:
     """Read a trained attack. Errors as in `load_victim`."""
+    path = Path(path)
     content = _of_kind(path, "atn")
     arguments = {name: value for name, value in content["run"].items() if name != "kind"}
     atn = ATN(**arguments)

@@ -146,8 +146,7 @@ class Settings:
     victim_explore: tuple[float, float, float] = (1.0, 0.01, 0.1)
     """exploration of the victim: first value, last value, share of the iterations over which it falls"""
     victim_check_every: int = 1000
-    """iterations between checks of the victim's gate; from victim_iterations on, a pass ends the training; 0: check only
-    then"""
+    """iterations between checks of the gate; from victim_iterations on, a pass ends the training; 0: check only then"""
     victim_check_episodes: int = 20
     """number of episodes per check"""
     frozen_iterations: int = 16_000
