@@ -7,20 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cutmix_robustness import CORRUPTIONS, CutMix, DropBlock2d, Mixup, calibration_error, cutmix_box, evaluation, train
 from cutmix_robustness.corruption_error import ALEXNET_CLEAN_ERROR, ALEXNET_ERROR
 from cutmix_robustness.corruptions import GROUPS
 from cutmix_robustness.cutmix import sample_lam
-from cutmix_robustness.data.benchmark import open_benchmark
+from cutmix_robustness.data.benchmark import benchmark_of, open_benchmark
 from cutmix_robustness.dropout import StochasticDepth
 from cutmix_robustness.evaluation import Evaluator
 from cutmix_robustness.experiments import build_classifier
+from cutmix_robustness.foreign import load_model
+from cutmix_robustness.localization import localization_accuracy
 from cutmix_robustness.mixup import ManifoldMix, MixupCutMix
 from cutmix_robustness.networks import SmallNet
 from cutmix_robustness.settings import PRESETS
 from cutmix_robustness.train import build_optimizer, fit, make_fabric
-from cutmix_robustness.uncertainty import calibration
+from cutmix_robustness.uncertainty import calibration, temperature
 
 
 def generator(seed=0):
@@ -224,3 +227,25 @@ def test_the_optimizer_decays_weights_and_has_the_head_s_own_rate(benchmark, nam
     assert (body["lr"], body["base_lr"], head["base_lr"]) == (0.3, 0.3, 0.7)
     assert body["weight_decay"] == head["weight_decay"] == 0.02
     assert name == "adam" or (body["momentum"], body["nesterov"]) == (0.9, True)
+
+
+def test_what_cannot_be_judged_is_refused():
+    """NaN would count as class 0, one class would stand for all images."""
+    images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    nothing = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.init.constant_(nothing[1].weight, torch.nan)
+    with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+        Evaluator(nothing, benchmark_of(images, labels), make_fabric("cpu"))
+    whole = Evaluator(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), benchmark_of(images, labels), make_fabric("cpu"))
+    for wrong in (["clean", "foo"], ["run"], "clean"):
+        with pytest.raises(ValueError, match="suites must be a list of clean, calibration"):
+            whole.run(wrong)
+    with pytest.raises(ValueError, match="labels must be 0 or more, got -1"):
+        benchmark_of(images, labels - 1)
+    with pytest.raises(ValueError, match="as many boxes as classes, got 3, 1 and 3"):
+        localization_accuracy(np.ones((3, 4, 4)), np.array([True]), [np.array([[0, 0, 4, 4]])] * 3)
+    for logits in (torch.zeros(0, 3), torch.full((2, 3), torch.nan)):
+        with pytest.raises(ValueError, match="logits must be"):
+            temperature(logits, torch.zeros(len(logits), dtype=torch.long))
+    with pytest.raises(ValueError, match="timm has no model 'xx'"):
+        load_model("timm:xx", 2, (0.0,) * 3, (1.0,) * 3)

@@ -44,6 +44,8 @@ def test_wrong_labels():
         with pytest.raises(ValueError, match=message):
             tokenizer.encode(labels, 4)
     assert tokenizer.decode(tokenizer.encode(["axb"], 5, unknown="class")) == ["a\ufffdb"]
+    with pytest.raises(ValueError, match="unknown must be error or class, got 'drop'"):
+        tokenizer.encode(["ab"], 4, unknown="drop")
 
 
 # ---- pictures ------------------------------------------------------------

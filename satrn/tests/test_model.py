@@ -241,6 +241,8 @@ def test_attention_maps_and_reports(tiny):
     "changes, message",
     [
         (dict(heads=3), "heads must divide d_model and qk_width, got 3, 512 and 128"),
+        (dict(heads=0), "heads, enc_layers and dec_layers must be at least 1, got 0, "),
+        (dict(dec_layers=0), "heads, enc_layers and dec_layers must be at least 1, got 8, "),
         (dict(img_size=(30, 100)), "image height must be divisible by the downsampling 4, got 30"),
         (dict(img_size=(32, 0)), "image width must be divisible by the downsampling 4, got 0"),
         (dict(downsample=(3, 4)), "powers of two"),

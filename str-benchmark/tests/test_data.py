@@ -254,7 +254,7 @@ def test_broken_images_are_named_and_never_trained(tmp_path):
         stream = TrainingData(
             [Parts([data])], sampler, CTCTokenizer("36"), 25, (32, 100), torch.device("cpu"), workers=workers
         )
-        with pytest.raises(BrokenFile, match=r"^\S+ image-00000000\d: [^\n]*--skip-broken$"):
+        with pytest.raises(BrokenFile, match=r"^\S+ image-00000000\d: [^\n]*--skip-broken where the command has it$"):
             list(stream.batches(0, 1))
     sampler = BalancedBatchSampler([data], [1], 4, seed=0)
     parts = [Parts([data])]

@@ -114,6 +114,8 @@ def test_confidences():
         (lambda: ctc_beam_search(torch.zeros(1, 2, 3), "ab"), "columns that sum to 1"),
         (lambda: ctc_beam_search(torch.zeros(2, 3), "ab"), r"expected \(B, T, 3\)"),
         (lambda: ctc_beam_search(torch.zeros(1, 2, 3).log_softmax(-1), "ab", beam=0), "beam: expected 1 or more"),
+        (lambda: ctc_beam_search(torch.zeros(1, 2, 3).log_softmax(-1), "ab", per_column=0), "per_column: expected"),
+        (lambda: total_accuracy({"SVT": (0, 0)}, ["SVT"]), "the total needs words; SVT hold none"),
     ],
 )
 def test_wrong_input_to_tokenizers_and_decoders(act, message):

@@ -38,6 +38,7 @@ def test_names():
         ({"img_size": (16, 100)}, "img_size: expected"),
         ({"in_channels": 4}, "in_channels: expected 1 or 3"),
         ({"output_channel": 20}, "output_channel: expected a multiple of 16, got 20"),
+        ({"num_fiducial": 5}, "num_fiducial: expected an even number of at least 4, got 5"),
         ({"charset": "aa"}, "each character once"),
     ],
 )
@@ -201,7 +202,7 @@ def test_onnx_runtime_as_the_engine(combo, changes, monkeypatch):
     with pytest.raises(ValueError, match="engine: expected one of torch, onnxruntime, got 'tensorrt'"):
         for_inference(model, "tensorrt")
     monkeypatch.setattr("str_benchmark.models.export.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"install str-benchmark\[export\]"):
+    with pytest.raises(RuntimeError, match=r"pip install 'str-benchmark\[export\]'"):
         for_inference(model, "onnxruntime")
 
 

@@ -220,3 +220,14 @@ def test_verbs_that_print(project, capsys, tmp_path):
     page = (project / "results" / "RESULTS.md").read_text()
     assert "Recomputed from the published figures" in page and "Not measured" in page
     assert (project / "results" / "figures" / "figure-4.png").stat().st_size > 10_000
+
+
+def test_the_sheet_of_words_is_named_wherever_the_runs_are(tmp_path, monkeypatch, capsys):
+    """Those of an installed package are in the working directory, not below the package."""
+    from str_benchmark import cli, figures
+
+    monkeypatch.setattr(figures, "draw_words", lambda *_: [("exit", "exlt")])
+    monkeypatch.setattr(cli, "runs_folder", lambda project: tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    cli._show_words([], None)
+    assert capsys.readouterr().out == "label read: exit exlt\nnext to their images: runs/words.png\n"

@@ -13,6 +13,7 @@ from wsol_eval import BoxLocalization, bootstrap, paired, resize_normalize, trai
 from wsol_eval.boxes import box_iou_inclusive, check_boxes, crop_boxes
 from wsol_eval.cutouts import make_split
 from wsol_eval.evaluate import Evaluator, Report
+from wsol_eval.pixels import PixelAP
 from wsol_eval.recipe import Recipe
 from wsol_eval.scoremaps import ScoreMaps, as_maps
 from wsol_eval.sources import MemorySource
@@ -297,5 +298,48 @@ def test_the_optimizer_has_the_recipe_s_rates(monkeypatch):
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"run": Path("/"), "epoch": 0}, tmp_path / "c.pt")  # unpickling calls a constructor
-    with pytest.raises(ValueError, match="c.pt: no checkpoint can be read .*eights only load failed"):
+    with pytest.raises(ValueError, match="c.pt: not a readable checkpoint .*eights only load failed"):
         read_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"contours": "x"}, "contours: expected 'all' or 'largest', got 'x'"),
+        ({"box_convention": "x"}, "box_convention: expected 'reference' or 'exact', got 'x'"),
+        ({"tau": 2.0}, r"tau: expected values in \[0, 1\), got 2.0"),
+        ({"tau": -1.0}, r"tau: expected values in \[0, 1\), got -1.0"),
+        ({"score_map": np.zeros((1, 4, 4))}, r"score_map: expected shape \(H, W\)"),
+    ],
+)
+def test_boxes_at_no_threshold_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        boxes_at_threshold(**{"score_map": np.eye(4), "tau": 0.5} | wrong)
+
+
+@pytest.mark.parametrize("tau", [1.5, -0.5])
+def test_an_iou_at_no_threshold_is_refused(tau):
+    with pytest.raises(ValueError, match="tau: expected values in"):
+        best_iou_per_threshold(np.eye(4), np.array([[0, 0, 2, 2]]), np.array([0.5, tau]))
+
+
+@pytest.mark.parametrize("value", [2.0, -0.1, float("nan")])
+def test_maps_outside_their_range_are_not_stored(tmp_path, value):
+    with pytest.raises(ValueError, match=r"maps: expected values in \[0, 1\] and no NaN"):
+        ScoreMaps(tmp_path, "uint8").write(["a"], torch.full((1, 2, 2), value))
+
+
+def test_pixels_are_named_all_or_not_at_all():
+    maps, masks = torch.rand(4, 3, 3), torch.ones(4, 3, 3, dtype=torch.uint8)
+    metric = PixelAP()
+    with pytest.raises(ValueError, match="image_ids: expected 4 names, got 2"):
+        metric.update(maps, masks, ["a", "b"])
+    metric.update(maps, masks, ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="names in all updates or in none"):
+        metric.update(maps, masks)
+    kept = PixelAP(keep_images=True)
+    kept.update(maps, masks)
+    plain = PixelAP()
+    plain.update(maps, masks)
+    with pytest.raises(ValueError, match="two states with images"):
+        kept.merge(plain)

@@ -81,7 +81,7 @@ def test_data_verbs(wsol_eval, maps):
     listed = wsol_eval("data", "--data-root", maps)
     assert listed.returncode == 0 and "CUBV2 boxes" in listed.stdout and "data verify" in listed.stdout
     verify = ["data", "verify", "--data-root", maps / "images", "--metadata-root", maps / "metadata"]
-    assert "all is well" in wsol_eval(*verify).stdout
+    assert "nothing is wrong" in wsol_eval(*verify).stdout
     built = wsol_eval("data", "build-metadata", "--data-root", maps / "images", "--annotations", maps / "boxes.csv",
                       "--output", maps / "built")  # fmt: skip
     assert built.returncode == 0 and "8 images of 2 classes" in built.stdout
@@ -172,7 +172,7 @@ def test_boxes_of_coco_and_voc(maps, tmp_path):
         assert build_metadata(maps / "images", annotations)[""].boxes["a/0.png"].tolist() == [[10, 20, 60, 70]]
     coco["images"][0]["file_name"] = "none.png"
     (tmp_path / "coco.json").write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match="'none.png' is the name of 0 images"):
+    with pytest.raises(ValueError, match="expected one image named 'none.png', found 0"):
         build_metadata(maps / "images", tmp_path / "coco.json")
 
 

@@ -69,7 +69,7 @@ def test_an_xml_belongs_to_the_image_of_its_name(clones):
     part = build_metadata(clones / "raccoon_dataset", clones / "raccoon_dataset" / "annotations")[""]
     assert len(part.boxes) == 17  # without suffix, and an older copy's name, among them
     (clones / "raccoon_dataset" / "images" / "raccoon-4.jpg").unlink()
-    with pytest.raises(ValueError, match=r"raccoon-4\.xml: 'older copy\.jpg' is the name of 0 images"):
+    with pytest.raises(ValueError, match=r"raccoon-4\.xml: expected one image named 'older copy\.jpg', found 0"):
         split_metadata(clones)
 
 
@@ -132,13 +132,13 @@ def test_the_network_has_maps_of_every_size_and_a_head_per_method(method):
         assert network.score_map(images, labels).shape == (2, size, size)
     new = {name.split(".")[0] for name, _ in network.named_parameters() if network.is_new(name)}
     assert new == {"head"}
-    with pytest.raises(ValueError, match="feature_map: one of 7, 14, 28"):
+    with pytest.raises(ValueError, match="feature_map: expected one of 7, 14, 28"):
         build_model("efficientnet_lite0", method, 2, 8)
 
 
 def test_other_weights_are_refused(tmp_path):
     torch.save(build_model("small", "cam", 2, 8).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="no weights of efficientnet_lite0"):
+    with pytest.raises(ValueError, match="not weights of efficientnet_lite0"):
         build_model("efficientnet_lite0", "cam", 2, 7, tmp_path / "x.pth")
 
 

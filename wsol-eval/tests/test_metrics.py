@@ -80,7 +80,7 @@ def test_fixed_and_transferred_thresholds(split):
         place = np.abs(test.taus - val.tau_star[delta]).argmin()
         assert moved[delta] == test.curve[row, place] <= test.max_box_acc[delta]
         assert test.at(0.2)[delta] == test.curve[row, 10]
-    with pytest.raises(ValueError, match=r"tau: a number in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"tau: expected a number in \[0, 1\)"):
         test.at(1.0)
 
 

@@ -76,7 +76,10 @@ def test_wrong_names_are_one_clear_line(method, tmp_path):
     for name, message in (
         (f"{tmp_path}/none.py:Peak", r"none\.py: no such file of a method"),
         (method.replace("Peak", "Pique"), "has no class 'Pique' that is a subclass of wsol_eval.Network"),
-        ("no_such_package.module:Peak", "No module named 'no_such_package'; package.module:Class or file.py:Class"),
+        (
+            "no_such_package.module:Peak",
+            "No module named 'no_such_package'; expected package.module:Class or file.py:Class",
+        ),
         ("json:JSONDecoder", "json has no class 'JSONDecoder' that is a subclass"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -28,6 +28,7 @@ from cutmix_robustness.data.sources import Batches, stratified
 from cutmix_robustness.draws import generator_for
 from cutmix_robustness.localization import box_accuracy, cam_box, class_activation_map
 from cutmix_robustness.occlusion import in_between, occlude
+from cutmix_robustness.settings import SUITES
 from cutmix_robustness.uncertainty import (
     calibration,
     mahalanobis_scores,
@@ -104,6 +105,9 @@ class Evaluator:
             corruptions and pairs; 0, or more than there are: all.
         seed: seed of probes, pairs, random starts and generated corruptions.
         fast: bfloat16 if only the predicted class counts (occlusion, corruptions, pairs); None: on CUDA.
+
+    Raises:
+        ValueError: logits that are not finite.
     """
 
     def __init__(
@@ -123,9 +127,14 @@ class Evaluator:
         drawn = 0 < probe_images < len(test)
         self.probes = test.select(stratified(test.labels, probe_images, seed)) if drawn else test
         self.logits, self.labels = logits_of(model, test, fabric)
+        if not self.logits.isfinite().all():
+            raise ValueError("the model's logits hold NaN or infinity")
 
     def run(self, suites: Sequence[str]) -> Evaluation:
-        """Metrics and details of the suites, in the given order."""
+        """Metrics and details of the suites, in the given order. ValueError for an unknown one."""
+        unknown = [name for name in suites if name not in SUITES]
+        if isinstance(suites, str) or unknown:
+            raise ValueError(f"suites must be a list of {', '.join(SUITES)}, got {suites!r}")
         total = Evaluation()
         for name in suites:
             part = getattr(self, name)()

@@ -22,7 +22,7 @@ def load_model(
     num_classes: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    weights: Path | None = None,
+    weights: Path | str | None = None,
 ) -> nn.Module:
     """A model in evaluation mode, images (N, 3, H, W) in [0, 1] to logits (N, num_classes).
 
@@ -40,12 +40,15 @@ def load_model(
         ValueError: an unknown form or name, or weights of another network.
         FileNotFoundError: no such file.
     """
+    weights = None if weights is None else Path(weights)
     source, _, name = where.partition(":")
     if source == "torchvision":
         return _filled(Classifier(_torchvision(name, num_classes, weights is None), mean, std), weights)
     if source == "timm":
         import timm
 
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no model {name!r}")
         network = timm.create_model(name, pretrained=weights is None, num_classes=num_classes)
         return _filled(Classifier(network, mean, std), weights)
     if name and "/" not in where:

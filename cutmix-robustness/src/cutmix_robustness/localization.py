@@ -71,7 +71,12 @@ def box_accuracy(found: np.ndarray, correct: np.ndarray, boxes: list[np.ndarray]
 
     Returns:
         `localization_accuracy` as above and `gt_known_localization`, which counts the box alone.
+
+    Raises:
+        ValueError: different numbers of boxes, classes and true boxes.
     """
+    if not len(found) == len(correct) == len(boxes):
+        raise ValueError(f"expected as many boxes as classes, got {len(found)}, {len(correct)} and {len(boxes)}")
     overlap = np.array([box_iou(box, true).max() for box, true in zip(found, boxes, strict=True)])
     hit = overlap > 0.5
     return {

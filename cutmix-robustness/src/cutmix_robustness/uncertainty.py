@@ -77,8 +77,14 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """T that minimises the NLL of logits / T (Guo et al. 2017), of (N, K) logits and (N,) labels."""
+    """T in [e^-5, e^5] that minimises the NLL of logits / T (Guo et al. 2017), of (N, K) logits and (N,) labels.
+
+    Raises:
+        ValueError: no logits, or some that are not finite.
+    """
     logits, labels = logits.double().cpu(), labels.cpu()
+    if not len(logits) or not logits.isfinite().all():
+        raise ValueError("logits must be (N, K), N > 0, and finite")
 
     def nll(log_t: float) -> float:
         return torch.nn.functional.cross_entropy(logits / float(np.exp(log_t)), labels).item()

@@ -77,7 +77,7 @@ def realism(real: Features | RealManifold, y: Features, k: int = 5) -> Tensor:
         k: nearest_k when `real` is features.
 
     Returns:
-        (M,) scores; above 1 means inside some real ball; +inf where y equals a real with positive radius.
+        (M,) scores; above 1 means inside one of these balls; +inf where y equals one of these reals.
     """
     manifold = real if isinstance(real, RealManifold) else RealManifold.fit(real, (k,))
     features, y = _pair(manifold.features, y)

@@ -31,8 +31,10 @@ class Tokenizer:
             unknown: error, or "class" to map characters outside the charset to class 1.
 
         Raises:
-            ValueError: no labels; an unknown character; a label that is empty or too long.
+            ValueError: no labels; an unknown character; a label that is empty or too long; another `unknown`.
         """
+        if unknown not in ("error", "class"):
+            raise ValueError(f"unknown must be error or class, got {unknown!r}")
         if not labels:
             raise ValueError("labels must not be empty")
         targets = torch.full((len(labels), max(map(len, labels)) + 1), IGNORED)

@@ -82,6 +82,9 @@ class SATRNConfig:
             value = getattr(self, name)
             if value not in choices and not (value is None and name in ("pos_mlp", "pos_layout")):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if min(self.heads, self.enc_layers, self.dec_layers) < 1:
+            counts = f"{self.heads}, {self.enc_layers} and {self.dec_layers}"
+            raise ValueError(f"heads, enc_layers and dec_layers must be at least 1, got {counts}")
         if self.d_model % self.heads or self.qk % self.heads:
             raise ValueError(f"heads must divide d_model and qk_width, got {self.heads}, {self.d_model} and {self.qk}")
         if self.d_model % 4:

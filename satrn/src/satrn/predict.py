@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from satrn.data.render import random_words, render_words
-from satrn.data.streams import normalise, seed_of
+from satrn.data.streams import normalise
 from satrn.data.words_lmdb import LmdbWords, decode_image, write_lmdb
 from satrn.evaluate import aspect_ratios, evaluate_rotation
 from satrn.export import OnnxReader
@@ -129,5 +129,6 @@ def _drawn(texts: Sequence[str], seed: int, warp: str, size: tuple[int, int]) ->
     with progress() as bar:
         for first in bar.track(range(0, len(texts), RENDERED_AT_ONCE), description="batches of words"):
             part = texts[first : first + RENDERED_AT_ONCE]
-            images, _ = render_words(part, seed_of(seed, first), warp, size, font_pixels=float(max(size)))
+            of_batch = (seed * 0x9E3779B1 + first) % 2**32  # an odd factor: every seed has a stretch of its own
+            images, _ = render_words(part, of_batch, warp, size, font_pixels=float(max(size)))
             yield from zip(images, [text.replace(" ", "") for text in part], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def _show_words(chosen: list[Table], log: RunLog) -> None:
     words = draw_words(chosen, log, runs_folder(PROJECT) / "rendered", sheet)
     if words:
         print("label read: " + ", ".join(f"{label} {text or '-'}" for label, text in words))
-        print(f"next to their images: {sheet.relative_to(PROJECT)}")
+        print(f"next to their images: {os.path.relpath(sheet)}")
 
 
 @dataclass

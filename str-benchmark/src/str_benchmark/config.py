@@ -75,6 +75,8 @@ class STRConfig:
         for name, divisor in (("output_channel", 16), ("localization_channel", 8)):
             if getattr(self, name) < divisor or getattr(self, name) % divisor:
                 raise ValueError(f"{name}: expected a multiple of {divisor}, got {getattr(self, name)}")
+        if self.num_fiducial < 4 or self.num_fiducial % 2:
+            raise ValueError(f"num_fiducial: expected an even number of at least 4, got {self.num_fiducial}")
         if self.max_length < 1 or self.hidden_size < 1:
             raise ValueError(f"max_length, hidden_size: expected 1 or more, got {self.max_length}, {self.hidden_size}")
 

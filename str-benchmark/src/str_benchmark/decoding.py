@@ -37,13 +37,15 @@ def ctc_beam_search(
         for each image at most `beam` pairs (text, log-probability), the best first.
 
     Raises:
-        ValueError: a wrong shape, probabilities that do not sum to 1, NaN, or beam < 1.
+        ValueError: a wrong shape, probabilities that do not sum to 1, NaN, or beam or per_column < 1.
     """
     tokenizer = CTCTokenizer(charset)
     if log_probs.ndim != 3 or log_probs.shape[-1] != tokenizer.num_classes:
         raise ValueError(f"log_probs: expected (B, T, {tokenizer.num_classes}), got {tuple(log_probs.shape)}")
     if beam < 1:
         raise ValueError(f"beam: expected 1 or more, got {beam}")
+    if per_column is not None and per_column < 1:
+        raise ValueError(f"per_column: expected 1 or more, got {per_column}")
     columns = log_probs.detach().double().cpu().numpy()
     sums = np.exp(columns).sum(-1)
     if not np.allclose(sums, 1, atol=1e-3):

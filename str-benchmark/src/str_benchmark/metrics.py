@@ -62,12 +62,14 @@ def total_accuracy(counts: Mapping[str, tuple[int, int]], sets: Sequence[str]) -
         sets: the union's parts; the paper's seven hold 8,539 words.
 
     Raises:
-        ValueError: a part that was not evaluated.
+        ValueError: a part that was not evaluated, or no words at all.
     """
     missing = [name for name in sets if name not in counts]
     if missing or not sets:
         raise ValueError(f"the total needs {', '.join(sets) or 'sets'}; not evaluated: {', '.join(missing)}")
     n = sum(counts[name][0] for name in sets)
+    if not n:
+        raise ValueError(f"the total needs words; {', '.join(sets)} hold none")
     return sum(counts[name][1] for name in sets) / n, n
 
 

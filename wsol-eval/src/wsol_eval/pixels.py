@@ -184,11 +184,12 @@ class PixelAP(Streaming):
         Args:
             score_maps: (N, H, W) floating in [0, 1].
             masks: (N, H, W) uint8 of 0, 1 and 255, as `merge_masks` makes them.
-            image_ids: N names; one that comes twice is an error.
+            image_ids: N names, in all updates or in none; one that comes twice is an error.
 
         Raises:
             TypeError: maps or masks of another kind.
-            ValueError: NaN, values outside the range, shapes that differ, an id that was there before.
+            ValueError: NaN, values outside the range, shapes that differ, an id that was there before, another number
+                of ids than of maps, ids in only some of the updates.
         """
         scores = as_maps(score_maps)
         if not isinstance(scores, Tensor):
@@ -206,6 +207,10 @@ class PixelAP(Streaming):
         check_range(scores, "score_maps")
         if ((masks > 1) & (masks != IGNORED)).any():
             raise ValueError("masks: expected 0, 1 and 255, got other values")
+        if image_ids is not None and len(image_ids) != len(scores):
+            raise ValueError(f"image_ids: expected {len(scores)} names, got {len(image_ids)}")
+        if self._n and (image_ids is None) == bool(self._ids):
+            raise ValueError("image_ids: give names in all updates or in none")
         self.check_new(image_ids or ())
         self._ids |= dict.fromkeys(image_ids or ())
         if self.keep_images:
@@ -241,6 +246,8 @@ class PixelAP(Streaming):
             raise ValueError(f"expected a state with interval {self.interval}, got {state['interval']}")
         if not add:
             self.reset()
+        if state["n"] and self._n and bool(state["images"]) != bool(self._images):
+            raise ValueError("expected two states with images (keep_images), or two without")
         self.check_new(state["image_ids"])
         self._counts += state["counts"].numpy()
         self._n += state["n"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from shared_utils.files import whole_file
-from wsol_eval.sweep import as_tensor
+from wsol_eval.sweep import as_tensor, check_range
 
 if TYPE_CHECKING:
     import lmdb
@@ -116,7 +116,12 @@ class ScoreMaps:
         self._environment: lmdb.Environment | None = None
 
     def write(self, image_ids: list[str], maps: Tensor) -> None:
-        """Store maps (N, H, W) in [0, 1]. OSError names the file when the disk is full; nothing half-written stays."""
+        """Store maps (N, H, W) in [0, 1]. OSError names the file when the disk is full; nothing half-written stays.
+
+        Raises:
+            ValueError: NaN or values outside [0, 1].
+        """
+        check_range(maps, "maps")
         arrays = maps.double().cpu().numpy()
         arrays = (arrays * 255).astype(np.uint8) if self.dtype == np.uint8 else arrays.astype(self.dtype)
         if self._is_lmdb:

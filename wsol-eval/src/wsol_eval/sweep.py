@@ -89,10 +89,7 @@ def level_iou(
     Returns:
         (N, 256) float64; where there is no foreground, the IoU of the box 0, 0, 0, 0.
     """
-    if contours not in ("all", "largest"):
-        raise ValueError(f"contours: expected 'all' or 'largest', got {contours!r}")
-    if convention not in ("reference", "exact"):
-        raise ValueError(f"box_convention: expected 'reference' or 'exact', got {convention!r}")
+    _check_choices(contours, convention)
     if max(grey.shape[1:]) >= 1 << 15:
         raise ValueError(f"score_maps: expected sides below 32,768 pixels, got {grey.shape[1:]}")
     if not len(grey):
@@ -104,6 +101,18 @@ def level_iou(
     from wsol_eval.contours import level_iou_opencv
 
     return np.stack([level_iou_opencv(*each, largest, past_end) for each in zip(grey, boxes, strict=True)])
+
+
+def _check_choices(contours: str, convention: str) -> None:
+    if contours not in ("all", "largest"):
+        raise ValueError(f"contours: expected 'all' or 'largest', got {contours!r}")
+    if convention not in ("reference", "exact"):
+        raise ValueError(f"box_convention: expected 'reference' or 'exact', got {convention!r}")
+
+
+def _check_taus(taus: np.ndarray) -> None:
+    if not ((taus >= 0) & (taus < 1)).all():
+        raise ValueError(f"tau: expected values in [0, 1), got {taus.tolist()}")
 
 
 def at_thresholds(by_level: np.ndarray, grey: np.ndarray, taus: np.ndarray) -> np.ndarray:
@@ -135,20 +144,31 @@ def best_iou_per_threshold(
         (T,) float64.
 
     Raises:
-        TypeError, ValueError: see `check_maps` and `check_boxes`; a map that is not two-dimensional.
+        TypeError, ValueError: see `check_maps` and `check_boxes`; a map that is not two-dimensional, a tau outside
+            [0, 1).
     """
+    taus = np.asarray(taus, np.float64)
+    _check_taus(taus)
     grey = check_maps(score_map, "score_map")
     if grey.ndim != 2:
         raise ValueError(f"score_map: expected shape (H, W), got {grey.shape}")
     by_level = level_iou(grey[None], [check_boxes(boxes)], contours, box_convention, backend)
-    return at_thresholds(by_level, grey[None], np.asarray(taus, np.float64))[0]
+    return at_thresholds(by_level, grey[None], taus)[0]
 
 
 def boxes_at_threshold(
     score_map: np.ndarray, tau: float, contours: Contours = "all", box_convention: Convention = "reference"
 ) -> np.ndarray:
-    """Boxes of the contours at one threshold: (k, 4) int64, [[0, 0, 0, 0]] where there is none."""
+    """Boxes of the contours at one threshold: (k, 4) int64, [[0, 0, 0, 0]] where there is none.
+
+    Raises:
+        TypeError, ValueError: see `best_iou_per_threshold`.
+    """
+    _check_choices(contours, box_convention)
+    _check_taus(np.asarray(tau, np.float64))
     grey = check_maps(score_map, "score_map")
+    if grey.ndim != 2:
+        raise ValueError(f"score_map: expected shape (H, W), got {grey.shape}")
     return boxes_at_level(grey, int(tau * float(grey.max())), contours, box_convention)
 
 

@@ -96,7 +96,12 @@ def benchmark_of(images: Tensor, labels: Tensor, unknown: Mapping[str, Tensor] |
         images: (N, 3, H, W) uint8.
         labels: (N,) int64.
         unknown: out-of-distribution sets by name, each in the form of `images`.
+
+    Raises:
+        ValueError: a negative label.
     """
+    if labels.min() < 0:
+        raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
     test = ResidentImages(images, labels, "images")
     outside = {
         name: ResidentImages(each, torch.zeros(len(each), dtype=torch.int64), name)
@@ -108,10 +113,10 @@ def benchmark_of(images: Tensor, labels: Tensor, unknown: Mapping[str, Tensor] |
 
 
 def folder_benchmark(
-    root: Path, device: torch.device | str = "cpu", workers: int | None = None, skip_broken: bool = False
+    root: Path | str, device: torch.device | str = "cpu", workers: int | None = None, skip_broken: bool = False
 ) -> Benchmark:
     """Test images of a folder with one folder per class, in alphabetical order, resized and cropped to 224 x 224."""
-    paths, labels, classes = image_folder(root)
+    paths, labels, classes = image_folder(Path(root))
     test = ImageFiles(paths, labels, "image folder", "none", device, workers)
     test = test.without_broken() if skip_broken else test
     return Benchmark(test, test, len(classes), imagenet.MEAN, imagenet.STD, "imagenet")

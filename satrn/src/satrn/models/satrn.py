@@ -111,7 +111,7 @@ class SATRN(nn.Module):
         early_stop: bool = True,
         attention: bool = False,
     ) -> Recognition:
-        """Read images.
+        """Read images. Put the network into eval mode first: in train mode batch norm changes with every call.
 
         Args:
             images: [B, C, H, W] in -0.5 .. 0.5.
