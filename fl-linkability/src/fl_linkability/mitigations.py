@@ -86,8 +86,8 @@ class Background(Mitigation):
         cluster: (n,) mode of each sample, for kind "cluster".
 
     Raises:
-        ValueError: unknown kind, negative ratio, replacing more than all data, no samples, as many labels as samples,
-            no clusters, or a kind that needs one class per sample on other data.
+        ValueError: unknown kind, negative ratio, replacing more than all data, no samples, another number of labels, no
+            clusters, or a kind that needs one class per sample on other data.
     """
 
     def __init__(
