@@ -82,8 +82,8 @@ def corrupt(
 
     Four of the 19 differ from the published data: frost uses procedural textures unless given the photographs;
     motion_blur and snow blur as the package `imagecorruptions` does, not as ImageMagick; and elastic_transform at scale
-    "imagenet" has that package's constants and no affine map: at severities 1 and 2 it changes an image about half as
-    much as ImageNet-C's, at 3 to 5 about as much.
+    "imagenet" has that package's constants and no affine map, so that it is weaker than ImageNet-C's at severities 1
+    and 2.
 
     Args:
         images: (N, 3, H, W) uint8, RGB, any size and device, contiguous or channels_last. Never modified.
