@@ -199,5 +199,5 @@ def test_failures_end_with_one_line(error, code, message, monkeypatch, capsys):
 
 
 def test_data_lists_what_is_missing(tmp_path, capsys):
-    cli.Data(tmp_path)()
+    cli.Data(data_root=tmp_path)()
     assert "CIFAR-100" in capsys.readouterr().out

@@ -1,15 +1,19 @@
 """Images read, drawn, cropped and corrupted, and what is missing or damaged."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cutmix_robustness import cli
 from cutmix_robustness.corruption_error import ALEXNET_ERROR
 from cutmix_robustness.corruptions import CORRUPTIONS
 from cutmix_robustness.data import cifar, corrupted, imagenet, ood, sources, voc
-from cutmix_robustness.data.inventory import inventory
-from cutmix_robustness.tiny import write_jpeg_archive
+from cutmix_robustness.data.inventory import inventory, verify
+from cutmix_robustness.tiny import write_all, write_jpeg_archive
 from shared_utils.images import BrokenFile
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -152,3 +156,47 @@ class _Ink:
 
     def resize(self, size, resample):
         return np.full(size, 255, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny") / "root"
+    write_all(root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("place", "left", "name", "told"),
+    [
+        ("cifar-10-batches-py/data_batch_3", 0.7, "CIFAR-10", "data_batch_3: .*; download the archive again"),
+        ("cifar-100-python/test", 0, "CIFAR-100", "test: .*; download the archive again"),
+        ("CIFAR-100-C/fog.npy", 0, "CIFAR-100-C", "fog.npy: .*; get the archive again"),
+        ("ood/iSUN/iSUN_patches/1.jpg", 0.7, "out-of-distribution: isun", "1.jpg: .*truncated"),
+        ("MNIST/raw/t10k-images-idx3-ubyte", 0, "MNIST", "MNIST is missing or damaged; run .* --download mnist"),
+        ("train_32x32.mat", 0.7, "SVHN", "train_32x32.mat: .*; download it again"),
+        ("imagenet/train/n01443537/n01443537_2.JPEG", 0.7, "ImageNet (ILSVRC 2012)", "n01443537_2.JPEG: .*truncated"),
+    ],
+)
+def test_verify_finds_damage_in_sets_of_every_format(whole, place, left, name, told):
+    path = whole / place
+    content = path.read_bytes()
+    path.write_bytes(content[: int(left * len(content))])
+    try:
+        found = verify(whole, workers=0)
+    finally:
+        path.write_bytes(content)
+    assert {each for each, (_, lines) in found.items() if lines} == {name}
+    (line,) = found[name][1]
+    assert re.search(told, line)
+
+
+def test_verify_counts_what_it_read_and_an_empty_folder_is_not_whole(whole, tmp_path, monkeypatch, capsys):
+    assert {name: count for name, (count, _) in verify(whole, workers=0).items()} == {
+        "CIFAR-10": 150, "CIFAR-100": 300, "CIFAR-10 (JPEG)": 80, "CIFAR-100-C": 5 * 100 * 15,
+        **{f"out-of-distribution: {name}": 3 for name in ood.FOLDERS}, "MNIST": 100, "SVHN": 80, "GAN samples": 80,
+        "ImageNet (ILSVRC 2012)": 27, "ImageNet-C": 450, "CUB-200-2011": 12, "Pascal VOC 2007, 2012": 12,
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["cutmix-robustness", "data", "verify", "--data-root", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "none of the data sets is here" in capsys.readouterr().err

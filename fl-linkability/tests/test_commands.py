@@ -167,7 +167,7 @@ def test_femnist_like_writers(tmp_path, write_mnist):
 
 
 def test_preview(tmp_path, capsys):
-    cli.Data(tmp_path, preview=tmp_path / "p.png")()
+    cli.Data(data_root=tmp_path, preview=tmp_path / "p.png")()
     assert "FLAIR" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 1000
 
 

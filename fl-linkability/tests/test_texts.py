@@ -280,3 +280,7 @@ def test_what_is_missing_is_told(archives, tmp_path, monkeypatch, capsys):
     cli.main()
     told = capsys.readouterr().out
     assert "Blog Authorship Corpus: 122 images or texts" in told and "Yelp Open Dataset: 123" in told
+    monkeypatch.setattr(sys, "argv", ["fl-linkability", "data", "verify", "--data-root", str(tmp_path / "elsewhere")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "elsewhere: none of the data sets is here" in capsys.readouterr().err

@@ -114,8 +114,10 @@ def test_folder_to_a_number_that_can_be_cited(tmp_path, prdc_metrics):
         assert again["values"] == result["values"]
         origin = again["real"].get("fitted_on", again["real"])
         assert origin["embedding"] == result["real"]["embedding"]
-    verified = prdc_metrics("data", "--verify", "--data-root", tmp_path)
+    verified = prdc_metrics("data", "verify", "--data-root", tmp_path)
     assert verified.returncode == 1 and "1 images cannot be read" in verified.stderr
+    empty = prdc_metrics("data", "verify", "--data-root", tmp_path / "elsewhere")
+    assert empty.returncode == 2 and "elsewhere: none of the data sets is here" in empty.stderr
 
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path, prdc_metrics, monkeypatch):

@@ -161,6 +161,8 @@ def test_the_verbs_from_the_command_line(tmp_path):
     root = tmp_path / "root"
     tiny.write_images(root / "imagenet-a", ["n02085620"], per_class=2)
     truncated(root / "imagenet-a" / "n02085620" / "ILSVRC_5.JPEG")
-    done = rebias("data", "--verify", "--data-root", str(root))
+    done = rebias("data", "verify", "--data-root", str(root))
     assert done.returncode == 1 and "1 broken files, first" in done.stderr and "ILSVRC_5.JPEG" in done.stderr
     assert "Traceback" not in done.stderr and "imagenet-a: 3 files, 1 broken" in done.stdout
+    done = rebias("data", "verify", "--data-root", str(tmp_path / "elsewhere"))
+    assert done.returncode == 2 and "elsewhere: none of the data sets is here" in done.stderr

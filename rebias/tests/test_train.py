@@ -363,7 +363,7 @@ def test_mistakes_end_with_one_line(words, code, message, monkeypatch, capsys):
 
 
 def test_data_lists_what_is_missing(tmp_path, capsys):
-    cli.Data(tmp_path, preview=tmp_path / "p.png")()
+    cli.Data(data_root=tmp_path, preview=tmp_path / "p.png")()
     assert "MNIST" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 1000
     missing = {row[0]: row[-1] for row in inventory(tmp_path) if row[4] == "no"}
     assert missing["MNIST"] == "rebias data --download" and len(missing) == 7

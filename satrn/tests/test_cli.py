@@ -219,7 +219,7 @@ def test_the_other_verbs(tmp_path, checkpoint, capsys):
     assert 0 < float(capsys.readouterr().out.split("\t")[1])
     cli.Eval(checkpoint)()
     assert "accuracy" in json.loads(capsys.readouterr().out)
-    cli.Data(tmp_path)()
+    cli.Data(data_root=tmp_path)()
     assert "CT80" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="of one batch was learned in 1 steps"):
         cli.Check(Settings(**vars(RENDERED)), batch_steps=1, device="cpu")()
@@ -237,7 +237,7 @@ def test_the_other_verbs(tmp_path, checkpoint, capsys):
         (lambda p, c: cli.Eval(c, ("SVT",), protocol="loose", data_root=p), "is not an LMDB"),
         (lambda p, c: cli.Render(p / "y", words=p / "spaced.txt", warp="curve"), "'two words' has a space"),
         (lambda p, c: cli.Render(p / "z", charset="a日b"), "lacks '日'"),
-        (lambda p, c: cli.Data(p / "nothing", verify=True), "nothing: no LMDB below this folder"),
+        (lambda p, c: cli.Data("verify", p / "nothing"), "nothing: no LMDB below this folder"),
         (lambda p, c: cli.Data(tiny=p), "is not empty; name a new folder"),
         (lambda p, c: cli.RotateCurve(c, p), "is not an LMDB"),
         (lambda p, c: cli.Render(p / "x", words=p / "empty.txt"), "empty.txt: contains no words"),

@@ -181,7 +181,7 @@ def test_verify_reads_every_word_to_its_end(tmp_path, write_words, capsys):
     write_words(tmp_path / "training" / "own")
     put(tmp_path / "training" / "own", image_000000003=b"no picture", label_000000004=b"\xe9")
     with pytest.raises(RuntimeError, match="2 broken words\n.*image-000000003: this is not an image"):
-        cli.Data(tmp_path, verify=True)()
+        cli.Data("verify", tmp_path)()
     assert "training/own: 12 words, 2 broken" in capsys.readouterr().out
 
 

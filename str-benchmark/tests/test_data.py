@@ -249,6 +249,8 @@ def test_broken_images_are_named_and_never_trained(tmp_path):
     assert loaded.labels == ["one"] and len(loaded.pixels) == 1 and len(loaded.broken) == 3
     assert decode_samples(samples, skip_broken=True).kept == [0]
     assert verify([str(tmp_path / "w")], tmp_path) == loaded.broken
+    with pytest.raises(FileNotFoundError, match="elsewhere: none of the data sets is here"):
+        verify([], tmp_path / "elsewhere")
     for workers in (0, 1):  # a loader's worker says the same line as this process
         sampler = BalancedBatchSampler([data], [1], 4, seed=0)
         stream = TrainingData(

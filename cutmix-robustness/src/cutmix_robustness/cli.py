@@ -222,16 +222,16 @@ class Corrupt:
 class Data:
     """List which data are needed, where they are looked for, and what is there."""
 
+    action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list; or verify, which decodes every image that is there completely."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     download: Literal["mnist", "cifar10", "cifar100", "svhn", "voc"] | None = None
     """Download this data set through torchvision, which checks its hash."""
     tiny: Path | None = None
     """Write small archives in the layout of the real ones into this new folder."""
-    verify: bool = False
-    """Decode every image that is there completely."""
     workers: int | None = None
-    """Processes of --verify; default: one per core, at most eight."""
+    """verify: processes; default: one per core, at most eight."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
@@ -242,13 +242,13 @@ class Data:
 
         if self.tiny:
             return write_all(self.tiny)
-        if self.verify:
-            broken = verify(self.data_root, self.workers)
-            for name, lines in broken.items():
-                print(f"{name}: {f'{len(lines)} broken' if lines else 'all images can be decoded'}")
-                print(*(f"  {line}" for line in lines), sep="\n", end="\n" if lines else "")
-            if any(broken.values()):
-                raise RuntimeError(f"{sum(map(len, broken.values()))} files are broken, see above")
+        if self.action == "verify":
+            checked = verify(self.data_root, self.workers)
+            for name, (count, broken) in checked.items():
+                print(f"{name}: {count:,} images, {len(broken)} broken")
+            lines = [line for _, broken in checked.values() for line in broken]
+            if lines:
+                raise RuntimeError("\n".join([f"{len(lines)} broken", *lines]))
             return None
 
         if self.download:

@@ -191,8 +191,8 @@ class Attack:
 class Data:
     """List which data are needed, where they are looked for, and which are found."""
 
-    verb: tyro.conf.Positional[Literal["list", "verify"]] = "list"
-    """list, or verify: read all files of the data sets found, from beginning to end."""
+    action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list; or verify, which reads all files of the data sets found, from beginning to end."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     download: bool = False
@@ -228,7 +228,7 @@ class Data:
             from fl_linkability.figures import draw_preview
 
             draw_preview(self.preview)
-        if self.verb == "verify":
+        if self.action == "verify":
             from fl_linkability.data.inventory import verify
 
             for name, count in verify(self.data_root):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -231,12 +231,12 @@ class Expect:
 class Data:
     """List which data are needed, where they are looked for, and what is there."""
 
+    action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list; or verify, which decodes every image that is there completely."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     download: bool = False
     """Download what may be downloaded (MNIST, through torchvision, checked by hash)."""
-    verify: bool = False
-    """Decode every image that is there completely."""
     tiny: Path | None = None
     """Only write small sets into this folder, in the layout of everything that the tables read."""
 
@@ -245,7 +245,7 @@ class Data:
             from prdc_metrics.tiny import write_tiny
 
             return write_tiny(self.tiny)
-        if self.verify:
+        if self.action == "verify":
             from prdc_metrics.inventory import verify
 
             return verify(self.data_root)

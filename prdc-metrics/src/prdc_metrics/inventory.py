@@ -35,16 +35,21 @@ def inventory(data_root: Path) -> list[tuple[str, ...]]:
 
 
 def verify(data_root: Path) -> None:
-    """Decode every image of the sets that are there; raises BrokenFile, naming each that cannot be read."""
+    """Decode every image of the sets that are there.
+
+    Raises:
+        BrokenFile: images that cannot be read; the message names each.
+        FileNotFoundError: none of the sets is there.
+    """
     from prdc_metrics.data import load_mnist
     from shared_utils.images import BrokenFile, image_files, read_image
     from shared_utils.logging import get_logger, progress
 
+    there = [(name, data_root / place) for name, *_, place, _ in SETS if (data_root / place).is_dir()]
+    if not there:
+        raise FileNotFoundError(f"{data_root}: none of the data sets is here; `prdc-metrics data` lists them")
     broken: list[str] = []
-    for name, *_, place, _ in SETS:
-        folder = data_root / place
-        if not folder.is_dir():
-            continue
+    for name, folder in there:
         if name == "MNIST":
             load_mnist(data_root, train=True)
             count = 60_000

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -165,6 +165,8 @@ class Eval:
 class Data:
     """List which data are needed, where they are looked for, and what is there."""
 
+    action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list; or verify, which decodes every file completely and names the broken ones."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     download: bool = False
@@ -173,8 +175,7 @@ class Data:
     """Write a PNG of biased digits to this file."""
     tiny: Path | None = None
     """Write tiny archives in the layout of the real ones into this folder, to show what a data root looks like."""
-    verify: bool = False
-    """Decode every file completely and name the broken ones."""
+
     workers: int = -1
     """Processes or threads that read files; -1: one per core, at most 8."""
 
@@ -196,7 +197,7 @@ class Data:
             from rebias.data.tiny import write
 
             return write(self.tiny)
-        if self.verify:
+        if self.action == "verify":
             checked = verify(self.data_root, self.workers)
             for name, (count, broken) in checked.items():
                 console().print(f"{name}: {count:,} files, {len(broken)} broken", highlight=False)

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -209,12 +210,12 @@ class Export:
 class Data:
     """List which data are needed, where they are looked for, and what is there."""
 
+    action: tyro.conf.Positional[Literal["list", "verify"]] = "list"
+    """list; or verify, which decodes every word below the data root completely and names the broken ones."""
     data_root: Path = field(default_factory=default_data_root)
     """Folder to search."""
     tiny: Path | None = None
     """Write tiny archives in the layout of the real ones into this new folder, to show what a data root looks like."""
-    verify: bool = False
-    """Decode every word below the data root completely and name the broken ones."""
 
     def __call__(self) -> None:
         from rich.table import Table as Grid
@@ -226,7 +227,7 @@ class Data:
             from satrn.data.tiny import write
 
             return write(self.tiny)
-        if self.verify:
+        if self.action == "verify":
             checked = verify(self.data_root)
             for name, (count, broken) in checked.items():
                 print(f"{name}: {count:,} words, {len(broken)} broken")

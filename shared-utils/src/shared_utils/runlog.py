@@ -165,7 +165,7 @@ def run_missing(
         needs: settings -> all that a run needs; lists everything missing for any run before the first one starts.
 
     Returns:
-        The new records.
+        The new records. `seconds` and `cpu_seconds` are those of this process: a run that resumed counts its last part.
 
     Raises:
         Missing: lists everything that is missing.

@@ -104,14 +104,14 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def broken_in_archive(path: Path) -> list[str]:
-    """A line for each image of the JPEG archive that cannot be decoded."""
+def broken_in_archive(path: Path) -> tuple[int, list[str]]:
+    """The number of images in the JPEG archive, and a line for each that cannot be decoded."""
     found = []
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".jpg"):
-                try:
-                    _read_member(archive, name)
-                except BrokenFile as error:
-                    found.append(str(error))
-    return found
+        names = [name for name in archive.namelist() if name.endswith(".jpg")]
+        for name in names:
+            try:
+                _read_member(archive, name)
+            except BrokenFile as error:
+                found.append(str(error))
+    return len(names), found

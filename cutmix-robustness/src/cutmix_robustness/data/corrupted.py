@@ -66,9 +66,7 @@ def _cifar_c(folder: Path, name: str, severity: int, test: ResidentImages) -> Re
     path = folder / f"{name}.npy"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, although its folder exists")
-    images = np.load(path, mmap_mode="r", allow_pickle=False)
-    if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or images.dtype != np.uint8:
-        raise ValueError(f"{path}: expected (5 n, 32, 32, 3) uint8, got {images.shape} {images.dtype}")
+    images = read_cifar_c(path)
     per_severity = len(images) // 5
     index = np.arange(len(test)) if test.index is None else test.index.numpy()
     if index.max() >= per_severity:
@@ -77,6 +75,22 @@ def _cifar_c(folder: Path, name: str, severity: int, test: ResidentImages) -> Re
     return ResidentImages(
         part.permute(0, 3, 1, 2).contiguous(), test.labels, f"{test.name}, {name} {severity}", device=test.images.device
     )
+
+
+def read_cifar_c(path: Path) -> np.ndarray:
+    """One corruption's images of all five severities, (5 n, 32, 32, 3) uint8, mapped from the file.
+
+    Raises:
+        BrokenFile: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise BrokenFile(f"{path}: {error}; get the archive again") from None
+    if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or images.dtype != np.uint8:
+        raise ValueError(f"{path}: expected (5 n, 32, 32, 3) uint8, got {images.shape} {images.dtype}")
+    return images
 
 
 def write_cifar_c(test: ResidentImages, folder: Path, names: tuple[str, ...], seed: int = 0) -> None:

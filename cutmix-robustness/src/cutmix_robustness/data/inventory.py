@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torchvision import datasets
 
 from cutmix_robustness.corruptions import CORRUPTIONS
-from cutmix_robustness.data.cifar import JPEG_ARCHIVE, broken_in_archive
-from cutmix_robustness.data.ood import FOLDERS
+from cutmix_robustness.data.cifar import JPEG_ARCHIVE, broken_in_archive, load
+from cutmix_robustness.data.corrupted import read_cifar_c
+from cutmix_robustness.data.ood import FOLDERS, mnist_digits, outliers
 from cutmix_robustness.data.sources import ImageFiles
 from cutmix_robustness.settings import DETECTION, Settings
-from shared_utils.images import SUFFIXES, image_files
+from shared_utils.images import SUFFIXES, BrokenFile, image_files
 from shared_utils.preflight import Need, file, package
 
 FETCH = "cutmix-robustness data --download {}"
@@ -61,21 +62,44 @@ def fetch(name: str, data_root: Path) -> None:
         {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](root, download=True)
 
 
-def verify(data_root: Path, workers: int | None = None) -> dict[str, list[str]]:
-    """Decode every image below the data root; returns those that cannot be decoded, by data set.
+def verify(data_root: Path, workers: int | None = None) -> dict[str, tuple[int, list[str]]]:
+    """Decode every image below the data root.
 
     Args:
         data_root: folder that holds the data sets; missing ones are skipped.
         workers: processes; None: one per core, at most eight.
+
+    Returns:
+        By data set: its number of images, and a line for each that cannot be decoded. A set stored as arrays is read
+        whole, and the first damage ends it.
+
+    Raises:
+        FileNotFoundError: none of the data sets is there.
     """
-    found: dict[str, list[str]] = {}
+    arrays: dict[str, Callable[[], int]] = {
+        "CIFAR-10": lambda: sum(map(len, load("cifar10", data_root, "none", "cpu")[:2])),
+        "CIFAR-100": lambda: sum(map(len, load("cifar100", data_root, "none", "cpu")[:2])),
+        "MNIST": lambda: sum(len(mnist_digits(data_root, train)) for train in (True, False)),
+        "SVHN": lambda: len(outliers("svhn", data_root, 32, 0, "cpu")),
+    }
+    for name in ("CIFAR-10-C", "CIFAR-100-C"):
+        files = [data_root / name / f"{corruption}.npy" for corruption in CORRUPTIONS]
+        arrays[name] = lambda files=files: sum(len(read_cifar_c(path)) for path in files)
+    found: dict[str, tuple[int, list[str]]] = {}
     for name, *_, place, _ in SETS:
         path = data_root / place
-        if place == JPEG_ARCHIVE and path.is_file():
+        if name in arrays and path.exists():
+            try:
+                found[name] = arrays[name](), []
+            except (BrokenFile, OSError, ValueError) as error:
+                found[name] = 0, [str(error)]
+        elif place == JPEG_ARCHIVE and path.is_file():
             found[name] = broken_in_archive(path)
         elif path.is_dir() and (paths := image_files(path)[0]):
-            files = ImageFiles(paths, torch.zeros(len(paths), dtype=torch.int64), name, num_workers=workers)
-            found[name] = list(files.broken().values())
+            images = ImageFiles(paths, torch.zeros(len(paths), dtype=torch.int64), name, num_workers=workers)
+            found[name] = len(paths), list(images.broken().values())
+    if not found:
+        raise FileNotFoundError(f"{data_root}: none of the data sets is here; `cutmix-robustness data` lists them")
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Resampling
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from torchvision import datasets
 
 from cutmix_robustness.data.sources import ResidentImages
@@ -56,16 +57,23 @@ def digits_and_noise(data_root: Path, n_noise: int, device: torch.device | str) 
     """MNIST's test digits, padded with black to 32 x 32, and the two kinds of noise: sets that take only seconds.
 
     Raises:
-        FileNotFoundError: MNIST is missing; the message says what to do.
+        FileNotFoundError: MNIST is missing or damaged; the message says what to do.
+    """
+    digits = F.pad(mnist_digits(data_root, train=False), [2] * 4)[:, None].expand(-1, 3, -1, -1).numpy()
+    return {"mnist": _unlabelled(digits, "MNIST, test", device)} | noise_sets(n_noise, 32, 0, device)
+
+
+def mnist_digits(data_root: Path, train: bool) -> torch.Tensor:
+    """MNIST's images, (N, 28, 28) uint8.
+
+    Raises:
+        FileNotFoundError: MNIST is missing or damaged; the message says what to do.
     """
     try:
-        grey = datasets.MNIST(str(data_root), train=False).data
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"{data_root} lacks MNIST: run `cutmix-robustness data --download mnist --data-root {data_root}`"
-        ) from error
-    digits = F.pad(grey, [2] * 4)[:, None].expand(-1, 3, -1, -1).numpy()
-    return {"mnist": _unlabelled(digits, "MNIST, test", device)} | noise_sets(n_noise, 32, 0, device)
+        return datasets.MNIST(str(data_root), train=train).data
+    except (RuntimeError, ValueError, AssertionError) as error:  # torchvision's for missing and for truncated files
+        fetch = f"cutmix-robustness data --download mnist --data-root {data_root}"
+        raise FileNotFoundError(f"{data_root}: MNIST is missing or damaged; run `{fetch}`") from error
 
 
 def folder_of_images(folder: Path, name: str, device: torch.device | str, skip_broken: bool = False) -> ResidentImages:
@@ -96,6 +104,7 @@ def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.dev
 
     Raises:
         FileNotFoundError: they are missing; the message says what to do.
+        BrokenFile: they cannot be read.
     """
     if kind == "uniform":
         return noise_sets(10_000, side, seed + 1, device)["uniform"]
@@ -106,7 +115,10 @@ def outliers(kind: str, data_root: Path, side: int, seed: int, device: torch.dev
         raise FileNotFoundError(
             f"{path}: file not found; run `cutmix-robustness data --download svhn --data-root {data_root}`"
         )
-    pixels = loadmat(path)["X"].transpose(3, 2, 0, 1)  # from (32, 32, 3, N)
+    try:
+        pixels = loadmat(path)["X"].transpose(3, 2, 0, 1)  # from (32, 32, 3, N)
+    except (OSError, ValueError, MatReadError) as error:
+        raise BrokenFile(f"{path}: {error}; download it again") from None
     return _unlabelled(np.ascontiguousarray(pixels), "SVHN, train", device)
 
 

@@ -80,7 +80,7 @@ def verify(data_root: Path) -> Iterator[tuple[str, int]]:
     Raises:
         BrokenFile: an image that is truncated, or not an image.
         ValueError: a list or file in the wrong format.
-        FileNotFoundError: an image that a list names is missing.
+        FileNotFoundError: an image that a list names is missing, or none of the data sets is there.
     """
     from fl_linkability.data.femnist import leaf_files, read_leaf
     from fl_linkability.data.lists import read_flair, read_table
@@ -88,9 +88,10 @@ def verify(data_root: Path) -> Iterator[tuple[str, int]]:
     from fl_linkability.data.texts import count_samples
     from shared_utils.images import read_image
 
-    for name, each in SETS.items():
-        if not each.need(data_root).met:
-            continue
+    there = {name: each for name, each in SETS.items() if each.need(data_root).met}
+    if not there:
+        raise FileNotFoundError(f"{data_root}: none of the data sets is here; `fl-linkability data` lists them")
+    for name, each in there.items():
         if name == "mnist":
             yield each.name, sum(len(read_mnist(data_root, train)[0]) for train in (True, False))
         elif name == "femnist":

@@ -77,7 +77,10 @@ def verify(data_root: Path, workers: int) -> dict[str, tuple[int, dict[int, str]
     """Decode every file that is there completely.
 
     Returns:
-        By name of the set: the number of files, and a message for each broken one. MNIST counts as one file.
+        By name of the set: the number of files, and a message for each broken one. MNIST counts as two files.
+
+    Raises:
+        FileNotFoundError: none of the sets is there.
     """
     from rebias.data import action, imagenet9
     from rebias.data.biased import load_mnist
@@ -105,4 +108,6 @@ def verify(data_root: Path, workers: int) -> dict[str, tuple[int, dict[int, str]
         if (data_root / place).is_dir():
             data = opened()
             found[place] = len(data) // getattr(data, "views", 1), data.broken()
+    if not found:
+        raise FileNotFoundError(f"{data_root}: none of the data sets is here; `rebias data` lists them")
     return found

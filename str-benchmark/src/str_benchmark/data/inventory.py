@@ -40,9 +40,14 @@ def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]
 
     Returns:
         a message for each broken image, with its LMDB and key.
+
+    Raises:
+        FileNotFoundError: none of the sets is there.
     """
     if not names:
         names = [each.name for each in SETS.values() if each.place(data_root).is_dir()]
+    if not names:
+        raise FileNotFoundError(f"{data_root}: none of the data sets is here; `str-benchmark data` lists them")
     tasks = []
     for name in names:
         for data in open_set(name, data_root, filter="off"):
