@@ -5,6 +5,11 @@ PROJECT  ?=
 PYTHON3  ?= python3
 PROJECTS := $(or $(PROJECT),$(shell $(PYTHON3) tools/workspace.py projects))
 PACKAGES := $(sort shared-utils $(PROJECTS))
+ifeq ($(PROJECTS),)
+ifneq ($(filter-out help doctor clean,$(or $(MAKECMDGOALS),help)),)
+$(error "$(PYTHON3) tools/workspace.py" found no project: it needs Python 3.11 or newer, see `make doctor`)
+endif
+endif
 LOCAL    := $(patsubst %,-e ./%,shared-utils $(shell $(PYTHON3) tools/workspace.py projects))
 EACH     := $(filter-out shared-utils,$(PROJECTS))
 
@@ -53,6 +58,7 @@ campaign: setup  ## run what fits into MINUTES=, from the top of campaign.toml (
 	.venv/bin/python tools/campaign.py --minutes $(or $(MINUTES),$(error say how long: make campaign MINUTES=60)) $(if $(LIST),--list $(LIST))
 
 gpucheck: setup  ## compare each training loop on CUDA in bf16 with float32 on the CPU; also resuming and evaluation
+	.venv/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'gpucheck: torch finds no GPU')"
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 8 -m gpu */tests/test_cuda.py
 
 bench: setup  ## time us against the peers, into each project's runs/bench.json (on a GPU bench-cuda.json); slow

@@ -173,6 +173,9 @@ def test_a_list_that_lacks_something_is_refused(root):
     (root / "mine.toml").write_text('[[entry]]\nproject = "one"\ntables = ["table-1"]\nscale = "paper"\nwhy = "x"\n')
     with pytest.raises(ValueError, match="mine.toml, entry 1: minutes is missing"):
         campaign.read_entries(root / "mine.toml", root)
+    (root / "mine.toml").write_text('[[entrys]]\nproject = "one"\n')
+    with pytest.raises(ValueError, match=r"mine.toml: expected \[\[entry\]\] and nothing else, got entrys"):
+        campaign.read_entries(root / "mine.toml", root)
 
 
 def test_the_list_of_this_workspace_names_what_exists():

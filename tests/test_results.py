@@ -130,6 +130,23 @@ def test_fewer_seeds_are_not_another_machine(root, monkeypatch):
     assert "| CPU (other) | c0ffee | 1 | 0 |" in results.other_machines(root)
 
 
+@pytest.mark.parametrize("commit", ["c0ffee", "decaf"])
+def test_the_demo_of_one_project_takes_no_other_s_verdicts_away(root, monkeypatch, commit):
+    log_runs(root, "runs", [2, 2.2, 1.9])
+    monkeypatch.setattr(
+        machines, "provenance", lambda *_: {"device": "CPU (other)", "commit": "c0ffee", "versions": {}}
+    )
+    path = machines.keep(root)
+    saved = json.loads(path.read_text())
+    others = {"other": {"table-1": {"c beats d": "holds"}}}
+    path.write_text(json.dumps(saved | {"commit": commit, "verdicts": others}))
+    if commit == "c0ffee":
+        assert json.loads(machines.keep(root).read_text())["verdicts"] == others | saved["verdicts"]
+    else:
+        with pytest.raises(RuntimeError, match="your demo lacks other, which cpu-other.json has"):
+            machines.keep(root)
+
+
 def test_verdicts_on_uncommitted_code_are_not_kept(root):
     log_runs(root, "runs", [2, 2.2, 1.9])
     path = root / "toy" / "runs" / "embedded.jsonl"

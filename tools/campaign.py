@@ -64,7 +64,8 @@ class Entry:
                 raise ValueError(f"{self.project} has no {name} at scale {self.scale}; tables at this scale: {found}")
         self.found = [known[name] for name in self.tables]
         self.seeds = self.seeds or list(self.found[0].scales[self.scale].seeds)
-        self.runs(self.seeds)  # an unknown row is an error before anything runs
+        if not self.runs(self.seeds):  # this also raises for an unknown row
+            raise ValueError(f"none of the rows {', '.join(self.rows or [])} is at scale {self.scale}")
 
     @property
     def units(self) -> list[list[int]]:
@@ -153,11 +154,14 @@ class Unit:
 
 
 def read_entries(path: Path, root: Path = ROOT) -> list[Entry]:
-    """The entries, in order. ValueError for a missing or unknown key, project, table or scale."""
+    """The entries, in order. ValueError for no entry, or a missing or unknown key, project, table, row or scale."""
     needed = ["project", "tables", "scale", "minutes", "why"]
     known = [*needed, "rows", "seeds", "together", "jobs"]
-    entries = []
-    for number, body in enumerate(tomllib.loads(path.read_text()).get("entry", []), start=1):
+    entries: list[Entry] = []
+    listed = tomllib.loads(path.read_text())
+    if listed.keys() != {"entry"}:
+        raise ValueError(f"{path.name}: expected [[entry]] and nothing else, got {', '.join(listed) or 'nothing'}")
+    for number, body in enumerate(listed["entry"], start=1):
         where = f"{path.name}, entry {number}"
         if unknown := [key for key in body if key not in known]:
             raise ValueError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")

@@ -44,7 +44,8 @@ def keep(root: Path = ROOT) -> Path:
     """Judge the claims on the runs of this machine's demo and write the verdicts; returns the file.
 
     Raises:
-        RuntimeError: no demo was run, or it ran on uncommitted code.
+        RuntimeError: no demo was run, it ran on uncommitted code, or it lacks projects whose verdicts are kept and were
+            judged at another commit; those of the same commit stay.
     """
     verdicts: dict[str, dict[str, dict[str, str]]] = {}
     seeds: dict[str, dict[str, list[int]]] = {}
@@ -62,9 +63,14 @@ def keep(root: Path = ROOT) -> Path:
     if not verdicts:
         raise RuntimeError("you have no runs yet: run make demo")
     here = provenance(root, ("numpy", "torchvision", "lightning"))
-    machine = Machine(here["device"], here["commit"], here["versions"], verdicts, seeds)
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", here["device"].lower()).strip("-")
     path = root / "results" / "machines" / f"{slug}.json"
+    kept = Machine(**json.loads(path.read_text())) if path.exists() else None
+    if kept and (lost := kept.verdicts.keys() - verdicts.keys()):
+        if kept.commit != here["commit"]:
+            raise RuntimeError(f"your demo lacks {', '.join(sorted(lost))}, which {path.name} has: run make demo")
+        verdicts, seeds = kept.verdicts | verdicts, kept.seeds | seeds
+    machine = Machine(here["device"], here["commit"], here["versions"], verdicts, seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(machine), indent=1) + "\n")
     return path

@@ -84,6 +84,8 @@ def mutate(
         (copy / "pyproject.toml").write_text(tomli_w.dumps(content))
         _mutmut(copy, workers, ["none"])  # plants every fault and runs the tests without any; no fault has this name
         possible = {module: sorted(_exit_codes(copy, package, module)) for module in kinds}
+        if empty := [module for module, names in possible.items() if not names]:
+            raise RuntimeError(f"{project.name}: no fault is possible in {empty[0]}; is this a module?")
         draw = random.Random(0)
         sample = {module: draw.sample(names, min(FAULTS, len(names))) for module, names in possible.items()}
         changes = _changes(copy, [name for names in sample.values() for name in names])

@@ -98,6 +98,8 @@ def test_models_from_code_and_torchscript(tmp_path, monkeypatch):
     (tmp_path / "theirs.py").write_text("import torch\ndef build():\n    return torch.nn.Flatten()\nnothing = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert torch.equal(load_model("theirs:build", 3, MEAN, STD)(images), images.flatten(1))  # nothing put before it
+    with pytest.raises(ValueError, match="weights: expected none for theirs:build"):
+        load_model("theirs:build", 3, MEAN, STD, tmp_path / "own.pt")
     torch.jit.script(colour_model()).save(str(tmp_path / "m.torchscript"))
     found = load_model(str(tmp_path / "m.torchscript"), 3, MEAN, STD)(images)
     torch.testing.assert_close(found, normalised(colour_model(), images))

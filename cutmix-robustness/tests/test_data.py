@@ -110,6 +110,8 @@ def test_corrupting_files(tmp_path, save_picture):
     with pytest.raises(BrokenFile, match="cut.jpg: .*; replace the file, or pass --skip-broken where"):
         corrupted.write_images(*options)
     assert corrupted.write_images(*options, skip_broken=True) == 4
+    with pytest.raises(ValueError, match="nothing to write"):
+        corrupted.write_images(tmp_path / "in", tmp_path / "out", ("fog",), (), "imagenet", 0, skip_broken=True)
     (tmp_path / "in" / "cut.jpg").unlink()
     first = np.array(Image.open(tmp_path / "out" / "fog" / "1" / "b.png"))
     corrupted.write_images(tmp_path / "in" / "b.png", tmp_path / "again", ("fog",), (1,), "imagenet", 0)
@@ -196,6 +198,8 @@ def test_verify_counts_what_it_read_and_an_empty_folder_is_not_whole(whole, tmp_
         **{f"out-of-distribution: {name}": 3 for name in ood.FOLDERS}, "MNIST": 100, "SVHN": 80, "GAN samples": 80,
         "ImageNet (ILSVRC 2012)": 27, "ImageNet-C": 450, "CUB-200-2011": 12, "Pascal VOC 2007, 2012": 12,
     }  # fmt: skip
+    (tmp_path / "part" / "VOCdevkit").mkdir(parents=True)
+    assert verify(tmp_path / "part", workers=0)["Pascal VOC 2007, 2012"][1][0].endswith("contains no images")
     monkeypatch.setattr(sys, "argv", ["cutmix-robustness", "data", "verify", "--data-root", str(tmp_path)])
     with pytest.raises(SystemExit):
         cli.main()

@@ -74,6 +74,8 @@ def test_train_then_attack_from_the_command_line(tmp_path):
     attacked = command("attack", folder, "--attack", "paper-knn", "--layers", "fc2")
     assert json.loads(attacked.stdout)["mAP_macro"] == json.loads(trained.stdout)["mAP_macro"]
     assert load_settings(Path(folder))[0].users == 5
+    mistyped = command("attack", folder, "--measure", "all-pairs", "--attack", "paper-siames")
+    assert mistyped.returncode == 2 and "attack must be one of" in mistyped.stderr
 
 
 def test_mistakes_end_with_one_line(project, monkeypatch, capsys):

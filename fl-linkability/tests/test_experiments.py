@@ -222,7 +222,7 @@ def test_pretraining_and_mitigations_from_settings(small):
     ]
     assert utility[0] > utility[1] + 10
     for name in ("noise", "mm-aug", "calibrated", "style-jitter", "clip", "local-dp", "central-dp", "decoys+noise"):
-        make_mitigation(replace(SMALL, mitigation=name, clusters=5), small.bundle, 0)
+        make_mitigation(replace(SMALL, mitigation=name, clusters=5, std=0.1), small.bundle, 0)
     outcome = execute([vars(replace(SMALL, mitigation="local-dp", attack="centroid"))], [0], reading=Reading())[0]
     assert outcome.metrics["epsilon"] > 50 and outcome.metrics["noise_relative"] > 1
     with pytest.raises(ValueError, match="clusters must lie in 1 .. 120"):
@@ -237,6 +237,7 @@ def test_pretraining_and_mitigations_from_settings(small):
         ({"dataset": "reddit"}, "dataset must be one of digits, mnist"),
         ({"dataset": "blog"}, "model lstm goes with blog and yelp, got 'mlp' for blog"),
         ({"mitigation": "noise+nothing"}, "mitigation must be one of none, noise"),
+        ({"mitigation": "decoys+noise"}, "mitigation noise: std must be above 0, got 0"),
         ({"seen": 1.5}, r"seen must lie in \[0, 1\]"),
         ({"set_size": 0}, "set_size must be at least 1"),
     ],

@@ -86,7 +86,9 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "no.png").write_bytes(b"no image")
     for words, message in (
         (["run", "table-11"], "unknown table 'table-11'"),
-        (["run", "--scale", "huge"], "none of these tables has the scale 'huge'"),
+        (["run", "--scale", "huge"], "no table has a scale 'huge'"),
+        (["run", "table-1", "figure-8", "--scale", "smoke"], "figure-8: unknown scale 'smoke'"),
+        (["eval", model, "--outside", tmp_path], "--outside is compared with your own images"),
         (["run", "table-1", "--rows", "nonesuch"], "unknown row 'nonesuch'; did you mean"),
         (["train", "--scale", "huge"], "scale: expected one of smoke, embedded, lenet, paper"),
         (["train", "--samples", "7", "--components", "2"], "multiple of components"),

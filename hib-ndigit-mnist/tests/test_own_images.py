@@ -1,6 +1,7 @@
 """A user's own images end to end: scikit-learn's digits as PNG files, trained on, embedded and scored."""
 
 import json
+import shutil
 import sys
 from urllib.error import URLError
 
@@ -226,6 +227,13 @@ def test_mistakes_and_broken_files(folders, model, tmp_path, monkeypatch, capsys
     assert code == 0 and "skipped: " in caplog.text and "6 images of 2 classes" in caplog.text
     code, out, _ = hib(monkeypatch, capsys, "eval", tmp_path / "m.pt", tmp_path / "set", "--skip-broken", *ON_CPU)
     assert code == 0 and json.loads(out)["skipped"] == 1 and json.loads(out)["images"] == 6
+
+
+def test_a_single_class_is_no_test(folders, model, tmp_path, monkeypatch, capsys):
+    """As for a folder one level too high: every nearest neighbour would be right."""
+    shutil.copytree(folders / "test" / "digit 0", tmp_path / "high" / "test")
+    code, _, told = hib(monkeypatch, capsys, "eval", model, tmp_path / "high", *ON_CPU)
+    assert code == 2 and "high: expected at least two classes, found only 'test'" in told
 
 
 def test_figures_that_are_not_defined_are_null(folders, model, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import torch
 import rebias
 from rebias import ColoredMNIST, bffhq, celeba, csv_set, group_report, waterbirds
 from rebias.data.dataset import Reading
+from rebias.data.inventory import verify
 from rebias.data.tiny import write_files
 from rebias.experiments import build_method, train_and_evaluate
 from rebias.settings import PRESETS
@@ -62,6 +63,20 @@ def test_waterbirds_as_released(tmp_path):
     with pytest.raises(ValueError, match="split must be one of train, val, test, got 'valid'"):
         waterbirds(tmp_path, "valid")
     assert train.labels.tolist() == [1, 0] and train.bias.tolist() == [0, 0] and test.names == names[3:]
+
+
+def test_verify_reads_the_grouped_sets_too(tmp_path):
+    birds, names = tmp_path / "waterbird_complete95_forest2water2", ["a/0.jpg", "a/1.jpg", "b/2.jpg"]
+    write_files(birds, names)
+    pd.DataFrame({"img_filename": names, "y": 0, "split": [0, 1, 2], "place": 0}).to_csv(birds / "metadata.csv")
+    write_files(tmp_path, ["own.jpg"])
+    (tmp_path / "images.csv").write_text("image,label,bias\nown.jpg,0,0\n")
+    for path in (birds / "b/2.jpg", tmp_path / "own.jpg"):
+        path.write_bytes(path.read_bytes()[:100])
+    found = verify(tmp_path, workers=0)
+    assert {name: (count, len(broken)) for name, (count, broken) in found.items()} == {
+        birds.name: (3, 1), "images.csv": (1, 1),
+    }  # fmt: skip
 
 
 def test_celeba_as_released(tmp_path):

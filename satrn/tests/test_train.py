@@ -178,12 +178,14 @@ def test_the_plateau_is_named(monkeypatch):
     assert len(lines) == 4 and "plateau" in lines[2]
 
 
-def test_fine_tuning_starts_where_it_is_told_to(checkpoint, small_settings):
+def test_fine_tuning_starts_where_it_is_told_to(checkpoint, small_settings, tmp_path):
     barely = replace(small_settings, steps=1, lr=1e-9, charset="4x7", word_lengths=(2, 2))
     model, _ = train_and_evaluate(barely, 3, NOWHERE, FABRIC, start=checkpoint)
     old = load_model(checkpoint, FABRIC).decoder.trg_word_emb.weight  # end, unknown, 4, 7, start
     torch.testing.assert_close(model.decoder.trg_word_emb.weight[[0, 1, 2, 4, 5]], old, rtol=0, atol=1e-6)
-    fresh, _ = train_and_evaluate(barely, 3, NOWHERE, FABRIC)
+    fresh, _ = train_and_evaluate(barely, 3, NOWHERE, FABRIC, tmp_path / "fresh.pt")
+    with pytest.raises(ValueError, match="checkpoint of another run .different start"):
+        train_and_evaluate(barely, 3, NOWHERE, FABRIC, tmp_path / "fresh.pt", start=checkpoint)
     assert not torch.allclose(fresh.decoder.trg_word_emb.weight[[0, 1, 2, 4, 5]], old, atol=1e-3)
 
 

@@ -122,6 +122,8 @@ def test_the_command_ends_with_1_where_a_table_fails(project):
     (project / "rehearsal.toml").write_text("[counts]\nepochs = 3\n")
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 1 and "wrong data or counts" in " ".join(done.stdout.split())
+    done = subprocess.run([*words, "table-11"], capture_output=True, text=True)
+    assert done.returncode == 2 and "rehearses no table 'table-11'" in done.stderr
 
 
 def test_a_table_is_rehearsed_at_the_scale_that_is_named_for_it(project):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared_utils.report import comparison, duration, interval, judge, results_page
+from shared_utils.report import comparison, duration, interval, judge, print_missing, results_page
 from shared_utils.runlog import RunLog
 from shared_utils.tables import load_table, load_tables
 
@@ -193,6 +193,33 @@ def test_a_row_may_show_the_runs_of_another_table(table, tmp_path):
     (tmp_path / "figure-1.toml").write_text(SHARING.replace('"b"', '"bb"'))
     with pytest.raises(ValueError, match="unknown row 'bb'"):
         load_table(tmp_path / "figure-1.toml")
+
+
+def test_a_row_of_another_scale_is_an_error(table, tmp_path):
+    (tmp_path / "table-2.toml").write_text(TABLE.replace('name = "c"', 'name = "c"\nscales = ["paper"]', 1))
+    other = load_table(tmp_path / "table-2.toml")
+    assert [run.row for run in other.runs("paper", ["c"])] == ["c"]
+    with pytest.raises(ValueError, match="table-2: row 'c' is not at scale embedded"):
+        other.runs("embedded", ["a", "c"])
+
+
+def test_what_is_missing_includes_rows_of_other_tables_once_and_with_force_all(table, tmp_path, capsys):
+    (tmp_path / "table-1.toml").write_text(TABLE.replace("size = 3", "size = 3\nexpected_seconds = 4"))
+    (tmp_path / "figure-1.toml").write_text(SHARING)
+    figure, costly = load_tables(tmp_path)
+
+    def counts(tables, log, **options):
+        print_missing(tables, "embedded", [], [], log, **options)
+        cells = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+        return [(cell.strip() for cell in row) for row in cells]
+
+    empty = RunLog(tmp_path / "none.jsonl")
+    assert [tuple(row) for row in counts([figure], empty)] == [("figure-1", "3", "12 s"), ("all", "", "12 s")]
+    both = [tuple(row) for row in counts([figure, costly], empty)]
+    assert both == [("figure-1", "3", "12 s"), ("table-1", "6", "24 s"), ("all", "", "36 s")]
+    log = fill(costly, tmp_path / "full.jsonl", {name: [1, 1, 1] for name in "abc"})
+    assert [tuple(row)[1] for row in counts([costly], log)] == ["0", ""]
+    assert [tuple(row)[1] for row in counts([costly], log, force=True)] == ["9", ""]
 
 
 def test_comparison_says_whether_yours_agrees(table, tmp_path):

@@ -249,6 +249,11 @@ def test_broken_images_are_named_and_never_trained(tmp_path):
     assert loaded.labels == ["one"] and len(loaded.pixels) == 1 and len(loaded.broken) == 3
     assert decode_samples(samples, skip_broken=True).kept == [0]
     assert verify([str(tmp_path / "w")], tmp_path) == loaded.broken
+    shutil.copytree(tmp_path / "w", tmp_path / "v")
+    with lmdb.open(str(tmp_path / "v"), map_size=2**24) as env, env.begin(write=True) as transaction:
+        transaction.delete(b"image-000000001")
+    missing, *rest = verify([str(tmp_path / "v")], tmp_path)
+    assert len(rest) == 3 and missing.endswith("v: 3 of 4 kept; 1 without an image: 'one'")
     with pytest.raises(FileNotFoundError, match="elsewhere: none of the data sets is here"):
         verify([], tmp_path / "elsewhere")
     for workers in (0, 1):  # a loader's worker says the same line as this process

@@ -300,4 +300,7 @@ def test_reading_one_s_own_images(tmp_path):
     with pytest.raises(BrokenFile, match="x.png: this is not an image"):
         predict(model, find_images([tmp_path]))
     assert len(predict(model, find_images([tmp_path]), skip_broken=True)) == 3
+    broken = [path for path in find_images([tmp_path]) if path not in files]
+    with pytest.raises(BrokenFile, match=f"none of the {len(broken)} images can be read"):
+        predict(model, broken, skip_broken=True)
     assert latency_ms(model, repeats=1, warmup=0) > 0

@@ -135,6 +135,25 @@ def test_verify_and_build(birds, tmp_path):
     (tmp_path / "odd.csv").write_text("crow/none.png,0,0,1,1")
     with pytest.raises(ValueError, match="none.png' is no image"):
         build_metadata(birds / "val", tmp_path / "odd.csv")
+    with pytest.raises(FileNotFoundError, match="boxen.csv: no such file"):
+        build_metadata(birds / "val", tmp_path / "boxen.csv")
+    (tmp_path / "voc").mkdir()
+    with pytest.raises(FileNotFoundError, match="voc: no .xml below"):
+        build_metadata(birds / "val", tmp_path / "voc")
+
+
+def test_verify_names_what_is_annotated_only_in_part_or_under_another_name(birds):
+    metadata = read_metadata(birds / "metadata" / "val")
+    first, *others = metadata.image_ids
+    boxes = {"typo.png": metadata.boxes[first]} | {name: metadata.boxes[name] for name in others}
+    masks = {first: ([], ""), "other.png": ([], "")}
+    ids, labels, sizes = metadata.image_ids, metadata.class_labels, metadata.image_sizes
+    assert verify(Metadata(ids, labels, sizes, boxes), birds) == [
+        f"{first}: no box", "typo.png: has a box, but is not in image_ids.txt",
+    ]  # fmt: skip
+    assert verify(Metadata(ids, labels, sizes, {}, masks), birds) == [
+        *(f"{name}: no mask" for name in others), "other.png: has a mask, but is not in image_ids.txt",
+    ]  # fmt: skip
 
 
 def test_images_boxes_and_masks_agree(birds, masked, fabric):

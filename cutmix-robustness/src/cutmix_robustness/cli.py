@@ -73,7 +73,7 @@ class Run:
         if self.dry_run:
             log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs_of, data_root=self.data_root)
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs, force=self.force)
         yours = experiments.run_tables(
             chosen,
             self.scale,
@@ -213,9 +213,10 @@ class Corrupt:
             _, test, _ = cifar.load(self.source, self.data_root, "none", "cpu")
             corrupted.write_cifar_c(test, self.output, names, self.seed)
         else:
-            corrupted.write_images(
+            written = corrupted.write_images(
                 Path(self.source), self.output, names, self.severities, self.scale, self.seed, self.skip_broken
             )
+            print(f"{written:,} images written below {self.output}")
 
 
 @dataclass

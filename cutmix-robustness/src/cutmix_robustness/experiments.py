@@ -289,7 +289,7 @@ def evaluate_model(
         benchmark = folder_benchmark(Path(data), fabric.device, **reading._asdict())
     model = load_model(where, benchmark.num_classes, benchmark.mean, benchmark.std, weights).to(fabric.device)
     logits, _ = logits_of(model, benchmark.test.select(torch.arange(1)), fabric)
-    if logits.shape[1] < benchmark.num_classes:
+    if logits.shape[1] != benchmark.num_classes:
         raise ValueError(f"{where} has {logits.shape[1]} classes, {data} has {benchmark.num_classes}")
     return Evaluator(model, benchmark, fabric, probe_images=probe_images).run(suites).metrics
 

@@ -42,6 +42,8 @@ def load_model(
     """
     weights = None if weights is None else Path(weights)
     source, _, name = where.partition(":")
+    if weights and source not in ("torchvision", "timm"):
+        raise ValueError(f"weights: expected none for {where}, which brings its own, got {weights}")
     if source == "torchvision":
         return _filled(Classifier(_torchvision(name, num_classes, weights is None), mean, std), weights)
     if source == "timm":

@@ -84,7 +84,9 @@ class Run(DataOptions):
             from shared_utils.runlog import RunLog
 
             done = RunLog(runs_folder(catalogue.PROJECT) / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, done, _needs(self.reading))
+            return print_missing(
+                chosen, self.scale, self.rows, self.seeds, done, _needs(self.reading), force=self.force
+            )
         from fl_linkability import experiments
 
         yours = experiments.run_tables(
@@ -163,7 +165,8 @@ class Attack:
     measure: str = "reid"
     """What to measure: reid, pairs, all-pairs, open, open-reid, open-matching, stage, groups or protocol."""
     attack: str = "paper-mlp"
-    """paper-knn, paper-svm, paper-svm-votes, paper-mlp, paper-siamese (pairs), centroid, knn-1, knn-5, logreg, mlp."""
+    """paper-knn, paper-svm, paper-svm-votes, paper-mlp, paper-siamese (pairs), centroid, knn-1, knn-5, logreg, mlp.
+    all-pairs always compares by cosine."""
     layers: str = "all"
     """Layer that the attack sees; default: all kept layers."""
     center: str = "none"

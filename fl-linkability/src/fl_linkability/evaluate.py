@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fl_linkability.attacks import identify, pair_scorer
+from fl_linkability.attacks import IDENTIFY, MATCH, identify, pair_scorer
 from fl_linkability.data.bundle import ANONYMOUS, NOTHING, PRIOR, FederatedBundle, Rows, task_of
 from fl_linkability.features import cosine, device_means
 from fl_linkability.linkage import (
@@ -119,12 +119,20 @@ class Adversary:
 
     Every method returns metrics and details. `details["users"]` holds values by user and `details["replicates"]` the
     metric for each resample of the users: the bootstrap of claims.py needs them.
+
+    Raises:
+        ValueError: an unknown attack in the settings.
     """
 
     store: UpdateStore
     n_users: int
     seed: int
     settings: Settings
+
+    def __post_init__(self) -> None:
+        known = dict.fromkeys([*IDENTIFY, *MATCH])
+        if self.settings.attack not in known:
+            raise ValueError(f"attack must be one of {', '.join(known)}, got {self.settings.attack!r}")
 
     @cached_property
     def features(self) -> np.ndarray:

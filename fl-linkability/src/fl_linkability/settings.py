@@ -148,6 +148,8 @@ class Settings:
         for part in self.mitigation.split("+"):
             if part not in MITIGATIONS:
                 raise ValueError(f"mitigation must be one of {', '.join(MITIGATIONS)}, got {part!r}")
+        if "noise" in self.mitigation.split("+") and not self.std:
+            raise ValueError("mitigation noise: std must be above 0, got 0, which adds no noise")
         if (self.dataset in TEXTS) != (self.model == "lstm"):
             raise ValueError(f"model lstm goes with {' and '.join(TEXTS)}, got {self.model!r} for {self.dataset}")
         if not 0 <= self.seen <= 1:

@@ -50,10 +50,10 @@ class Run:
         for name in self.tables:
             if name not in everything:
                 raise ValueError(f"unknown table {name!r}; the tables are {', '.join(everything)}")
-        chosen = [everything[name] for name in self.tables] or list(everything.values())
-        chosen = [table for table in chosen if self.scale in table.scales]
+        at_scale = [table for table in everything.values() if self.scale in table.scales]
+        chosen = [everything[name] for name in self.tables] or at_scale
         if not chosen:
-            raise ValueError(f"none of these tables has the scale {self.scale!r}")
+            raise ValueError(f"no table has a scale {self.scale!r}")
         if self.rows and not self.tables:
             raise ValueError("rows: name the table that they belong to")
         if self.dry_run:
@@ -176,6 +176,8 @@ class Eval:
             reading = {"workers": self.workers, "device": self.device, "precision": self.precision}
             found = evaluate_on_images(self.checkpoint, self.source, self.outside, self.skip_broken, reading)
         else:
+            if self.outside:
+                raise ValueError("--outside is compared with your own images: name their folder or CSV as well")
             pairs = self.pairs if self.pairs == "all" else int(self.pairs)
             sizes = {"images": self.images, "pairs": pairs, "queries": self.queries}
             options = {"estimator": self.estimator, "samples": self.samples}

@@ -179,6 +179,8 @@ def evaluate_on_images(
         raise ValueError(f"{model_path}: a model of N-digit images; leave out {source}")
     model = HedgedModel.load(model_path)
     sets = [ImageFiles.of(source)] + ([ImageFiles.of(outside, labelled=False)] if outside else [])
+    if len(sets[0].classes) < 2:
+        raise ValueError(f"{source}: expected at least two classes, found only {sets[0].classes[0]!r}")
     read = [_readable(each, skip_broken, reading["workers"]) for each in sets]
     embedding, *far = (embed_images(model, each, **reading) for each in read)
     skipped = sum(map(len, sets)) - sum(map(len, read))

@@ -63,7 +63,7 @@ class Run:
         if self.dry_run:
             log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs, data_root=self.data_root)
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs, force=self.force)
         yours = experiments.run_tables(
             chosen, self.scale, self.data_root, rows=self.rows,
             seeds=self.seeds, force=self.force, jobs=self.jobs,

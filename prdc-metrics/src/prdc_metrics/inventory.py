@@ -56,6 +56,7 @@ def verify(data_root: Path) -> None:
         else:
             files, _ = image_files(folder)
             count = len(files)
+            broken += [] if files else [f"{folder}: contains no images"]
             with progress() as bar:
                 for path in bar.track(files, description=name):
                     try:

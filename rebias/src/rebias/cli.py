@@ -82,7 +82,7 @@ class Run:
         execution = experiments.Execution(self.data_root, _reading(self), self.precision, self.compile)
         if self.dry_run:
             log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log, execution.needs)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, execution.needs, force=self.force)
         yours = experiments.run_tables(
             chosen, self.scale, execution, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs
         )

@@ -62,7 +62,7 @@ class Run:
             raise ValueError(f"no table has the scale {self.scale!r}")
         if self.dry_run:
             runs = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
-            return print_missing(chosen, self.scale, self.rows, self.seeds, runs)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, runs, force=self.force)
         yours = experiments.run_tables(
             chosen, self.scale, rows=self.rows, seeds=self.seeds, force=self.force, jobs=self.jobs,
             precision=self.precision,

@@ -81,7 +81,7 @@ class Run:
         if self.dry_run:
             done = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needed = partial(experiments.needs, data_root=self.data_root, output=runs_folder(experiments.PROJECT))
-            return print_missing(chosen, self.scale, self.rows, self.seeds, done, needed)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, done, needed, force=self.force)
         yours = experiments.run_tables(
             chosen,
             self.scale,

@@ -167,11 +167,12 @@ def train_and_evaluate(
     s = s if begun is None else with_network(s, begun.cfg)
     data = training_data(s, seed, data_root, fabric, workers, skip_broken)
     options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "compile": compile, "on_point": on_point}
+    weights = {} if start is None else weights_record(start)
     model = build_model(s, seed, fabric)
     if begun is not None:
-        weights = model.state_dict()  # only one of the two may have an auxiliary head
-        model.load_state_dict(weights | {k: v for k, v in begun.state_dict().items() if k in weights})
-    details = {"curve": fit(model, data, s, seed, fabric, checkpoint=checkpoint, **options)}
+        own = model.state_dict()  # only one of the two may have an auxiliary head
+        model.load_state_dict(own | {k: v for k, v in begun.state_dict().items() if k in own})
+    details = {"curve": fit(model, data, s, seed, fabric, checkpoint=checkpoint, start=weights, **options)}
     control = None
     if s.control:
         squashed = replace(s, squash_height=True)
@@ -181,7 +182,6 @@ def train_and_evaluate(
     metrics, more, tests = evaluate(model, s, seed, data_root, fabric, skip_broken, control)
     read = data.record()
     caveats = inventory.caveats(read, tests, s) if s.dataset == "lmdb" else []
-    weights = {} if start is None else weights_record(start)
     return model, Outcome(
         metrics, details | more, {"train": read, "test": tests}, weights, fabric.strategy.precision.precision, caveats
     )

@@ -20,7 +20,7 @@ from satrn.config import SATRNConfig
 from satrn.data import inventory
 from satrn.data.streams import RenderedWords, normalise
 from satrn.data.words_lmdb import LmdbWords
-from satrn.evaluate import aspect_ratios, correct, group_by_ratio, line_jumps, mcnemar
+from satrn.evaluate import aspect_ratios, comparable, correct, group_by_ratio, line_jumps, mcnemar
 from satrn.models import SATRN
 from satrn.pretrained import load_pretrained, read_checkpoint, settings_of
 from satrn.settings import Settings
@@ -89,6 +89,7 @@ def evaluate_checkpoint(
     dictionary: str | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Metrics of a checkpoint and the number of words of each set, on its own test sets or on those named."""
+    comparable("", protocol)  # an unknown protocol is an error for every data set
     fabric = make_fabric(device)
     model = load_model(path, fabric, dictionary)
     s, seed = checkpoint_settings(path, model, test_sets)

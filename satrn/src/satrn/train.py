@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict, cast
@@ -145,6 +145,7 @@ def fit(
     *,
     checkpoint: Path | None = None,
     checkpoint_every: int = 1000,
+    start: Mapping[str, str] | None = None,
     compile: bool = False,
     before_step: Callable[[int], None] = lambda step: None,
     on_point: Callable[[dict], None] = lambda point: None,
@@ -159,6 +160,7 @@ def fit(
         fabric: device, precision, ranks.
         checkpoint: file to resume from and to save to; refused if it is from another run.
         checkpoint_every: steps between saves; the end of training saves as well.
+        start: name and SHA-256 of the weights that `model` comes with, if they are not new ones.
         compile: through torch.compile.
         before_step: called with the number of steps done.
         on_point: called with every point of the curve.
@@ -178,6 +180,7 @@ def fit(
     losses = _Losses(model, s.ctc_weight)
     module, optimizer = fabric.setup(cast(torch.nn.Module, torch.compile(losses)) if compile else losses, optimizer)
     run = {"settings": json.loads(json.dumps(asdict(s))), "seed": seed, "data": data.identity()}
+    run |= {"start": dict(start)} if start else {}
     state: State = {"step": 0, "curve": [], "total": 0.0}
     if checkpoint is not None and checkpoint.exists():
         state = _resume(checkpoint, run, model, optimizer, fabric)
@@ -258,7 +261,7 @@ def _resume(path: Path, run: dict, model: SATRN, optimizer: Optimizer, fabric: F
     other = content.get("run", {"settings": {}})
     if other != run:
         differing = [name for name in run["settings"] if run["settings"][name] != other["settings"].get(name)]
-        differing += [name for name in ("seed", "data") if run[name] != other.get(name)]
+        differing += [name for name in ("seed", "data", "start") if run.get(name) != other.get(name)]
         raise ValueError(f"{path}: checkpoint of another run (different {', '.join(differing)}); give another --output")
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])

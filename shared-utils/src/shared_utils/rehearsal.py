@@ -61,10 +61,16 @@ def rehearse(project: Path, tables: Sequence[str] = (), debug: bool = False) -> 
         project: the project's folder, with rehearsal.toml.
         tables: table ids; default: all tables with such a scale.
         debug: show tracebacks and all output of the commands.
+
+    Raises:
+        ValueError: a table that the project lacks, or that lacks this scale.
     """
     project = Path(project).resolve()
     plan = tomllib.loads((project / "rehearsal.toml").read_text())
     scales = plan.get("scales", {})
+    known = {each.id for each in load_tables(project / "tables") if scales.get(each.id, SCALE) in each.scales}
+    if unknown := [name for name in tables if name not in known]:
+        raise ValueError(f"{project.name} rehearses no table {unknown[0]!r}; it rehearses {', '.join(sorted(known))}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / project.name
         ignored = shutil.ignore_patterns(".venv", "runs", "results", "tests", "__pycache__", ".*_cache")
@@ -195,7 +201,7 @@ def _lacking(table: Any, scale: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Exit code: 0 if all passed, otherwise 1."""
+    """Exit code: 0 if all passed, 1 if one did not, 2 for an unknown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("project", type=Path, help="folder of the project")
     parser.add_argument("tables", nargs="*", help="table ids; default: all")
@@ -205,7 +211,10 @@ def main() -> None:
     if options.inside is not None:
         print(json.dumps([asdict(each) for each in _inside(options.project, options.inside)]))
         return
-    found = rehearse(options.project, options.tables, options.debug)
+    try:
+        found = rehearse(options.project, options.tables, options.debug)
+    except ValueError as error:
+        parser.error(str(error))
     shown = rich.table.Table("table", "time", "rehearsed", title=options.project.resolve().name)
     for each in found:
         word = "passed" if each.passed else f"impossible: {each.impossible}" if each.impossible else each.problem

@@ -276,6 +276,8 @@ def print_missing(
     seeds: Sequence[int],
     log: RunLog,
     needs: Callable[[dict[str, Any]], Iterable[Need]] | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Print for --dry-run: how many runs of each table a log lacks, how long they may take and what is missing.
 
@@ -286,14 +288,15 @@ def print_missing(
         seeds: use these seeds; default: those of the tables.
         log: where finished runs are.
         needs: see `run_missing`.
+        force: count all runs, also those in the log.
     """
-    done, total, lacking = log.keys(), 0.0, []
+    done, total, lacking = set() if force else log.keys(), 0.0, []
     shown = rich.table.Table("table", "missing runs", "expected time")
-    for table in tables:
-        own = [run for run in table.runs(scale, rows, seeds or None) if run.table == table.id]
-        missing = {run.key: run for run in own if run.key not in done}
-        seconds = len(missing) * (table.scales[scale].expected_seconds or 0)
-        total += seconds
+    for table in tables:  # a run that two tables show is counted at the first of them
+        missing = {run.key: run for run in table.runs(scale, rows, seeds or None) if run.key not in done}
+        cost = {home.id: home.scales[scale].expected_seconds or 0 for home in (r.home or table for r in table.rows)}
+        seconds = sum(cost[run.table] for run in missing.values())
+        done, total = done | missing.keys(), total + seconds
         shown.add_row(table.id, str(len(missing)), duration(seconds) if seconds else "")
         lacking += [need for run in missing.values() for need in needs(run.settings)] if needs else []
     shown.add_row("all", "", duration(total) if total else "")

@@ -116,9 +116,11 @@ class Table:
         return self.scales[scale].settings | row.run | row.overrides.get(scale, {})
 
     def runs(self, scale: str, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Run]:
-        """All runs of a scale. ValueError for a scale or row that the table does not have."""
+        """All runs of a scale. ValueError for a scale, or a row at this scale, that the table does not have."""
         _known(self.id, "scale", [scale], self.scales)
         _known(self.id, "row", rows or (), [row.name for row in self.rows])
+        if elsewhere := set(rows or ()) - {row.name for row in self.rows_at(scale)}:
+            raise ValueError(f"{self.id}: row {min(elsewhere)!r} is not at scale {scale}")
         return [
             Run(home.id, row.name, scale, seed, self.settings(row, scale), tuple(home.metrics))
             for row in self.rows_at(scale)

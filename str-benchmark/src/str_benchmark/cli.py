@@ -71,7 +71,7 @@ class Run:
             done = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             everything = chosen if self.rows else experiments.with_sources(chosen, self.scale)
             needs = partial(experiments.needs_of, data_root=self.data_root)
-            return print_missing(everything, self.scale, self.rows, self.seeds, done, needs)
+            return print_missing(everything, self.scale, self.rows, self.seeds, done, needs, force=self.force)
         machine = experiments.Machine(
             self.data_root, self.workers, self.skip_broken, self.precision, self.compile, self.force
         )

@@ -100,7 +100,7 @@ def predict(
 
     Raises:
         ValueError: a beam with an attention model.
-        BrokenFile: an unreadable image.
+        BrokenFile: an unreadable image, or with skip_broken no readable one.
     """
     if beam and model.config.pred != "CTC":
         raise ValueError(f"beam: beam search is for CTC models, this model uses {model.config.pred}")
@@ -120,6 +120,8 @@ def predict(
         for positions, pixels in grouped(model, pictures, pad):
             read |= zip(positions, _read(model, pixels, [kept[i] for i in positions], beam), strict=True)
         found += [read[i] for i in range(len(kept))]
+    if files and not found:
+        raise BrokenFile(f"none of the {len(files)} images can be read")
     return found
 
 

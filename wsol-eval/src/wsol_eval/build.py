@@ -42,7 +42,7 @@ def build_metadata(
         skip_broken: leave images out that cannot be read, with a warning.
 
     Raises:
-        FileNotFoundError: no image.
+        FileNotFoundError: no image, or no such annotations.
         BrokenFile: an image that cannot be read.
         ValueError: a malformed line, an annotation of no image or of one of another size, another box format.
     """
@@ -99,8 +99,12 @@ def _size(path: Path, stated: tuple[int, int] | None) -> tuple[int, int]:
 
 def _annotations(path: Path, box_format: str, by_file: dict[str, list[str]]) -> tuple[Boxes, Masks, Sizes]:
     """Boxes, masks, and the sizes of images that the annotations state."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
         boxes, sizes = _from_voc(path, by_file)
+        if not sizes:
+            raise FileNotFoundError(f"{path}: no .xml below this folder")
         return boxes, {}, sizes
     if path.suffix.lower() == ".json":
         return _from_coco(path, by_file), {}, {}

@@ -74,7 +74,7 @@ class Run:
         if self.dry_run:
             log = RunLog(runs_folder(experiments.PROJECT) / f"{self.scale}.jsonl")
             needs = partial(experiments.needs, on=on)
-            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs)
+            return print_missing(chosen, self.scale, self.rows, self.seeds, log, needs, force=self.force)
         yours = experiments.run_tables(
             chosen,
             self.scale,

@@ -61,7 +61,8 @@ class Verify:
             print(line)
         if problems:
             raise RuntimeError(f"problems found: {len(problems)}, among {len(metadata.image_ids)} images")
-        print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes: nothing is wrong")
+        annotated = f"{len(metadata.boxes)} with boxes, {len(metadata.masks)} with masks"
+        print(f"{len(metadata.image_ids)} images of {metadata.num_classes} classes, {annotated}: nothing is wrong")
 
 
 @dataclass

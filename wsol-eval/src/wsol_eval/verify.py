@@ -17,7 +17,8 @@ def verify(metadata: Metadata, data_root: str | Path, workers: int = 1) -> list[
     """What is wrong with a split on disk, one line each; empty when nothing is.
 
     Every image and mask is decoded to its end; files that are missing or broken, sizes that differ from the image's,
-    images without boxes, and boxes that end outside their image or look like x,y,width,height are reported.
+    images without boxes or masks where others have some, annotations of images that are not listed, and boxes that end
+    outside their image or look like x,y,width,height are reported.
 
     Args:
         metadata: of the split.
@@ -28,10 +29,12 @@ def verify(metadata: Metadata, data_root: str | Path, workers: int = 1) -> list[
     tasks = [(n, metadata.image_sizes.get(n), metadata.masks.get(n, ([], ""))) for n in metadata.image_ids]
     found = joblib.Parallel(n_jobs=workers or -1)(joblib.delayed(check)(*task) for task in tasks)
     problems = [line for lines in found for line in lines]
-    if metadata.boxes:
-        problems += [f"{name}: no box" for name in metadata.image_ids if name not in metadata.boxes]
-        problems += _outside(metadata)
-    return problems
+    listed = set(metadata.image_ids)
+    for what, annotated in (("box", metadata.boxes), ("mask", metadata.masks)):
+        if annotated:
+            problems += [f"{name}: no {what}" for name in metadata.image_ids if name not in annotated]
+        problems += [f"{name}: has a {what}, but is not in image_ids.txt" for name in annotated if name not in listed]
+    return problems + _outside(metadata)
 
 
 def _wrong_with(name: str, size: tuple[int, int] | None, masks: tuple[list[str], str], root: Path) -> list[str]:

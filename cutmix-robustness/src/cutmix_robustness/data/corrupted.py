@@ -99,7 +99,9 @@ def write_cifar_c(test: ResidentImages, folder: Path, names: tuple[str, ...], se
     labels = np.tile(test.labels.cpu().numpy().astype(np.uint8), 5)
     _save(folder / "labels.npy", labels)
     for name in names:
-        if not (folder / f"{name}.npy").exists():
+        if (folder / f"{name}.npy").exists():
+            logger.info("%s.npy is already there and stays as it is", name)
+        else:
             sources = [Generated(test, name, severity, "cifar", seed) for severity in range(1, 6)]
             images = torch.cat([images.cpu() for source in sources for _, images, _ in source.batches()])
             _save(folder / f"{name}.npy", images.permute(0, 2, 3, 1).contiguous().numpy())
@@ -151,6 +153,8 @@ def write_images(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(done.permute(1, 2, 0).numpy()).save(place)
                 written += 1
+    if not written:
+        raise ValueError(f"{source}: nothing to write; no image can be decoded, or no corruption or severity is named")
     return written
 
 

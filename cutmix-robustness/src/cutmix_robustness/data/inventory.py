@@ -40,6 +40,9 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
 )  # fmt: skip
 
 
+NO_IMAGES = ("ImageNet validation boxes", "ImageNet checkpoints")
+
+
 def inventory(data_root: Path) -> list[tuple[str, ...]]:
     """Rows: data, scale, size, licence, found, where, what to do if missing."""
     rows: list[tuple[str, ...]] = [("TwoWave", "embedded", "", "", "yes", "generated", "")]
@@ -95,9 +98,11 @@ def verify(data_root: Path, workers: int | None = None) -> dict[str, tuple[int, 
                 found[name] = 0, [str(error)]
         elif place == JPEG_ARCHIVE and path.is_file():
             found[name] = broken_in_archive(path)
-        elif path.is_dir() and (paths := image_files(path)[0]):
-            images = ImageFiles(paths, torch.zeros(len(paths), dtype=torch.int64), name, num_workers=workers)
-            found[name] = len(paths), list(images.broken().values())
+        elif path.is_dir() and name not in NO_IMAGES:
+            found[name] = 0, [f"{path}: contains no images"]
+            if paths := image_files(path)[0]:
+                images = ImageFiles(paths, torch.zeros(len(paths), dtype=torch.int64), name, num_workers=workers)
+                found[name] = len(paths), list(images.broken().values())
     if not found:
         raise FileNotFoundError(f"{data_root}: none of the data sets is here; `cutmix-robustness data` lists them")
     return found

@@ -85,6 +85,7 @@ def verify(data_root: Path, workers: int) -> dict[str, tuple[int, dict[int, str]
     from rebias.data import action, imagenet9
     from rebias.data.biased import load_mnist
     from rebias.data.dataset import Reading
+    from rebias.data.grouped import SPLITS, bffhq, celeba, csv_set, waterbirds
 
     options: dict[str, Any] = {"reading": Reading(workers=workers, skip_missing=True)}
     found: dict[str, tuple[int, dict[int, str]]] = {}
@@ -108,6 +109,15 @@ def verify(data_root: Path, workers: int) -> dict[str, tuple[int, dict[int, str]
         if (data_root / place).is_dir():
             data = opened()
             found[place] = len(data) // getattr(data, "views", 1), data.broken()
+    options = {"reading": Reading(workers=workers)}
+    for dataset, opener in (("waterbirds", waterbirds), ("celeba", celeba), ("bffhq", bffhq)):
+        place = PLACES[dataset][0].split("/")[0]
+        if (data_root / place).is_dir():
+            parts = [opener(data_root / place, split, **options) for split in SPLITS]
+            broken = [line for part in parts for line in part.broken().values()]
+            found[place] = sum(map(len, parts)), dict(enumerate(broken))
+    if (csv := data_root / PLACES["csv"][0]).is_file():
+        found[csv.name] = len(data := csv_set(csv, **options)), data.broken()
     if not found:
         raise FileNotFoundError(f"{data_root}: none of the data sets is here; `rebias data` lists them")
     return found

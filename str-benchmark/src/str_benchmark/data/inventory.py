@@ -39,7 +39,7 @@ def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]
     """Decode every image of some sets (names or folders; none: all that are there) completely.
 
     Returns:
-        a message for each broken image, with its LMDB and key.
+        a message for each broken image, with its LMDB and key, and one for each LMDB that lacks images or labels.
 
     Raises:
         FileNotFoundError: none of the sets is there.
@@ -48,11 +48,12 @@ def verify(names: Sequence[str], data_root: Path, workers: int = 1) -> list[str]
         names = [each.name for each in SETS.values() if each.place(data_root).is_dir()]
     if not names:
         raise FileNotFoundError(f"{data_root}: none of the data sets is here; `str-benchmark data` lists them")
-    tasks = []
+    tasks, incomplete = [], []
     for name in names:
         for data in open_set(name, data_root, filter="off"):
+            incomplete += [f"{data.path}: {data.report}"] if data.report.removed else []
             tasks += [joblib.delayed(_broken)(data, start) for start in range(0, len(data), CHUNK)]
-    return [message for found in joblib.Parallel(n_jobs=max(1, workers))(tasks) for message in found]
+    return incomplete + [line for found in joblib.Parallel(n_jobs=max(1, workers))(tasks) for line in found]
 
 
 def _broken(data: WordDataset, start: int) -> list[str]:
