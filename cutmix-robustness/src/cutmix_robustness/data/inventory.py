@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,8 +87,7 @@ def verify(data_root: Path, workers: int | None = None) -> dict[str, tuple[int, 
         "SVHN": lambda: len(outliers("svhn", data_root, 32, 0, "cpu")),
     }
     for name in ("CIFAR-10-C", "CIFAR-100-C"):
-        files = [data_root / name / f"{corruption}.npy" for corruption in CORRUPTIONS]
-        arrays[name] = lambda files=files: sum(len(read_cifar_c(path)) for path in files)
+        arrays[name] = partial(_cifar_c_images, data_root / name)
     found: dict[str, tuple[int, list[str]]] = {}
     for name, *_, place, _ in SETS:
         path = data_root / place
@@ -106,6 +106,10 @@ def verify(data_root: Path, workers: int | None = None) -> dict[str, tuple[int, 
     if not found:
         raise FileNotFoundError(f"{data_root}: none of the data sets is here; `cutmix-robustness data` lists them")
     return found
+
+
+def _cifar_c_images(folder: Path) -> int:
+    return sum(len(read_cifar_c(folder / f"{corruption}.npy")) for corruption in CORRUPTIONS)
 
 
 def needs(settings: Settings, data_root: Path) -> Iterator[Need]:
