@@ -205,8 +205,12 @@ def test_a_row_of_another_scale_is_an_error(table, tmp_path):
 
 def test_what_is_missing_includes_rows_of_other_tables_once_and_with_force_all(table, tmp_path, capsys):
     (tmp_path / "table-1.toml").write_text(TABLE.replace("size = 3", "size = 3\nexpected_seconds = 4"))
-    (tmp_path / "figure-1.toml").write_text(SHARING)
-    figure, costly = load_tables(tmp_path)
+    only_at_paper = '[scale.paper]\nseeds = [0]\n[[row]]\nname = "d"\nscales = ["paper"]\n'
+    (tmp_path / "table-9.toml").write_text(SHARING.partition("[scale")[0] + only_at_paper)
+    (tmp_path / "figure-1.toml").write_text(
+        SHARING + '[[row]]\nname = "d"\nruns_of = "table-9"\nscales = ["paper"]\n[scale.paper]\nseeds = [0]\n'
+    )
+    figure, costly, _ = load_tables(tmp_path)
 
     def counts(tables, log, **options):
         print_missing(tables, "embedded", [], [], log, **options)

@@ -294,8 +294,8 @@ def print_missing(
     shown = rich.table.Table("table", "missing runs", "expected time")
     for table in tables:  # a run that two tables show is counted at the first of them
         missing = {run.key: run for run in table.runs(scale, rows, seeds or None) if run.key not in done}
-        cost = {home.id: home.scales[scale].expected_seconds or 0 for home in (r.home or table for r in table.rows)}
-        seconds = sum(cost[run.table] for run in missing.values())
+        homes = {home.id: home.scales[scale] for home in (row.home or table for row in table.rows_at(scale))}
+        seconds = sum(homes[run.table].expected_seconds or 0 for run in missing.values())
         done, total = done | missing.keys(), total + seconds
         shown.add_row(table.id, str(len(missing)), duration(seconds) if seconds else "")
         lacking += [need for run in missing.values() for need in needs(run.settings)] if needs else []
