@@ -39,8 +39,6 @@ SETS = (  # name, scale, size, licence, place below the data root, what to do
     ("Pascal VOC 2007, 2012", "paper", "2.8 GB", "", "VOCdevkit", FETCH.format("voc")),
     ("ImageNet checkpoints", "paper", "", "", "weights", "`train imagenet`, rows of Table 3"),
 )  # fmt: skip
-
-
 NO_IMAGES = ("ImageNet validation boxes", "ImageNet checkpoints")
 
 
