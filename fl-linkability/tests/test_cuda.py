@@ -45,8 +45,9 @@ def relative_gap(ours, theirs):
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("engine", ["batched", "loop"])
-@pytest.mark.parametrize("precision, tolerance", [("auto", 0.1), ("32-true", 0.01)])
+@pytest.mark.parametrize("precision, tolerance", [("auto", 0.3), ("32-true", 0.01)])
 def test_updates_are_the_cpu_s(bundle, engine, network, precision, tolerance):
+    """In bf16, the CPU's own updates are up to 0.18 from those in float32."""
     expected = simulate(bundle, NETWORKS[network], CONFIG, engine="loop")
     found = simulate(bundle, NETWORKS[network], CONFIG, engine=engine, fabric=make_fabric(DEVICE, precision))
     assert not found.faults and (found.updates.index == expected.updates.index).all()

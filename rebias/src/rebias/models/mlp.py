@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from rebias.models.network import Network
@@ -18,9 +19,11 @@ class MLP(Network):
         width: width of both hidden layers.
     """
 
+    columns: Tensor
+
     def __init__(self, num_classes: int = 3, columns: Sequence[int] = (0, 1), width: int = 64):
         super().__init__()
-        self.columns = list(columns)
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)  # a CUDA graph cannot copy a list
         self.hidden = nn.Sequential(nn.Linear(len(columns), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
         self.fc = nn.Linear(width, num_classes)
 
